@@ -1,0 +1,324 @@
+"""Every setting of a run: defaults, ranges, units, and where a value came from. Imports neither jax nor torch.
+
+A run's settings are layers; a later layer wins: the defaults below, then the preset of the task
+(`configs/<task>.toml`), then `--config` files and `--section.key value` in the order of the command line.
+"""
+
+import dataclasses
+import difflib
+import sys
+import tomllib
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+import tomli_w
+from msgspec import Meta
+
+from jaxlm.errors import UserError, nearest
+
+Count = Annotated[int, Meta(ge=0)]
+Positive = Annotated[int, Meta(ge=1)]
+Share = Annotated[float, Meta(ge=0, lt=1)]
+Rate = Annotated[float, Meta(ge=0)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    dir: str = ""  # folder of this run, made anew; "": runs/<task>-<date>-<n>
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    path: str = ""  # file with all of the text or the training part, or folder with a file a part; "": embedded
+    validation_path: str = ""  # file of the validation part; "": a share of the source is split off
+    test_path: str = ""  # file of the test part; "": a share of the source is split off
+    hub: str = ""  # data set on the Hugging Face hub, such as wikitext or nyu-mll/glue
+    hub_config: str = ""  # its configuration, such as wikitext-2-raw-v1 or sst2
+    format: Literal["auto", "text", "wikitext", "csv", "tsv", "jsonl", "parquet"] = "auto"  # auto: by name and content
+    header: Literal["auto", "yes", "no"] = "auto"  # first row of CSV and TSV files names the columns
+    text_column: str = ""  # name, or number from 0, of the column with the text; "": by usual names
+    label_column: str = ""  # name, or number from 0, of the column with the label; "": by usual names
+    n_labels: Annotated[int, Meta(ge=2)] = 2  # classes of a classification task; labels are 0 to n_labels - 1
+    validation_fraction: Share = 0.1  # share of articles split off where the source has no validation part
+    test_fraction: Share = 0.1  # share of articles split off where the source has no test part
+    split_seed: Count = 0  # seed of the hash that splits articles
+    mask_fraction: Annotated[float, Meta(gt=0, lt=1)] = 0.15  # share of positions that mlm masks
+    n_maskings: Count = 0  # distinct maskings used round-robin by epoch; 0: a new one in each epoch
+    cache_dir: str = ""  # folder of token caches and tokenizers; "": the user's cache folder
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenizerConfig:
+    path: str = ""  # tokenizer.json, vocab.txt, folder with vocab.json and merges.txt, or hub name; "": train one
+    kind: Literal["wordpiece", "bpe"] = "wordpiece"  # what to train: WordPiece or byte-level BPE
+    vocab_size: Annotated[int, Meta(ge=300)] = 4096  # tokens in a trained vocabulary, at most
+    lowercase: bool = True  # a trained WordPiece ignores case and accents
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    d_model: Positive = 128  # width of the residual stream
+    n_layers: Positive = 2  # blocks
+    n_heads: Positive = 4  # attention heads; must divide d_model
+    seq_len: Annotated[int, Meta(ge=4)] = 64  # positions of one sample, tokens
+    vocab_size: Count = 0  # rows of the token table; 0: as many as the tokenizer has
+    dropout: Share = 0.1  # on embeddings, attention weights and outputs, and inside the feed-forward
+    positions: Literal["fixed", "learned", "rotary"] = "fixed"  # fixed: the original's table of sines
+    tied_embedding: bool = False  # the output layer shares the token table
+    final_norm: bool = False  # LayerNorm after the last block
+    post_norm: bool = False  # LayerNorm after each residual sum, as BERT has it, instead of before
+    pad_id: Annotated[int, Meta(ge=-1)] = 0  # token id that attention and loss leave out; -1: none
+    head_outputs: Literal["labels", "vocabulary"] = "labels"  # classifier outputs; vocabulary: the original's slip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    max_steps: Positive = 1000  # optimizer updates
+    batch_size: Positive = 32  # samples of one batch, over all devices
+    accumulate: Positive = 1  # batches summed into one update
+    learning_rate: Rate = 1e-3  # peak rate
+    min_learning_rate: Rate = 1e-4  # rate after the decay
+    warmup_steps: Count = 100  # updates of linear warmup from 0
+    decay_steps: Count = 0  # update at which the cosine decay reaches its minimum; 0: max_steps
+    weight_decay: Rate = 0.01  # decoupled, on matrices only
+    beta1: Share = 0.9  # AdamW, first moment
+    beta2: Share = 0.999  # AdamW, second moment
+    epsilon: Annotated[float, Meta(gt=0)] = 1e-8  # AdamW
+    clip_norm: Annotated[float, Meta(gt=0)] = 1.0  # global gradient norm is clipped to this
+    eval_interval: Positive = 100  # updates between evaluations, each with a checkpoint and samples
+    log_interval: Positive = 10  # updates between rows of metrics.jsonl
+    seed: Count = 0  # of start values, order of samples, masking and dropout
+    precision: Literal["float32", "bfloat16"] = "float32"  # of products; weights, moments and norms stay float32
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LogConfig:
+    samples: bool = False  # print the samples of each evaluation, which the run folder always gets
+    tensorboard: bool = False  # write TensorBoard event files to the run folder (extra: tensorboard)
+    wandb: str = ""  # Weights & Biases project to log to (extra: wandb)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    task: str = "mlm"  # mlm, gpt, sst2, cola, or your own (jaxlm/tasks/README.md)
+    debug: bool = False  # show the traceback of an error in the input
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+def _settings() -> dict[str, Any]:
+    """Return {dotted name: type} of every setting."""
+    settings = {}
+    for name, kind in typing.get_type_hints(Config, include_extras=True).items():
+        if dataclasses.is_dataclass(kind):
+            hints = typing.get_type_hints(kind, include_extras=True)
+            settings |= {f"{name}.{key}": hint for key, hint in hints.items()}
+        else:
+            settings[name] = kind
+    return settings
+
+
+SETTINGS = _settings()
+COMMAND_LINE = "command line"
+
+
+def presets_dir() -> Path:
+    """Return the folder of presets: inside an installed package, beside the package in a checkout."""
+    here = Path(__file__).parent
+    return next((path for path in (here / "configs", here.parent / "configs") if path.is_dir()), here / "configs")
+
+
+def load(argv: list[str], prog: str = "python -m jaxlm.train") -> tuple[Config, dict[str, str]]:
+    """Return the settings of a command line, and where each one that was set came from.
+
+    Prints the help (or a shell completion) and exits if `argv` asks for it.
+    Raises UserError for an unknown setting, a wrong type, a value out of range, or values that do not go together.
+    """
+    wants_help = [arg for arg in argv if arg in ("-h", "--help")]
+    if "--tyro-print-completion" in argv:
+        _print_help(argv, Config(), prog)
+    layers = list(_command_line([arg for arg in argv if arg not in wants_help]))
+    task = next((value for name, value, _ in reversed(layers) if name == "task"), Config().task)
+    layers = [*_preset(task), *layers, ("task", task, COMMAND_LINE)]
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for name, value, origin in layers:
+        values[name] = _convert(name, value, origin)
+        origins[name] = origin
+    config = build(values)
+    if wants_help:
+        _print_help(wants_help[:1], config, prog)
+    _check(config)
+    return config, origins
+
+
+def build(values: dict[str, Any]) -> Config:
+    """Return the Config with the given {dotted name: value} in place of the defaults."""
+    config = Config()
+    for name, value in values.items():
+        config = replace(config, name, value)
+    return config
+
+
+def replace(config: Config, name: str, value: Any) -> Config:
+    """Return `config` with one setting, given by its dotted name, changed."""
+    section, _, key = name.rpartition(".")
+    if not section:
+        return dataclasses.replace(config, **{key: value})
+    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{key: value})})
+
+
+def get(config: Config, name: str) -> Any:
+    """Return one setting by its dotted name."""
+    for part in name.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def dump(config: Config) -> str:
+    """Return all settings as TOML, which `--config` reads back."""
+    return tomli_w.dumps(dataclasses.asdict(config))
+
+
+def _command_line(argv: list[str]) -> typing.Iterator[tuple[str, Any, str]]:
+    """Yield (name, value, origin) for each setting of the command line and of the files it names, in order."""
+    args = list(argv)
+    while args:
+        flag, equals, value = args.pop(0).partition("=")
+        if not flag.startswith("--"):
+            raise UserError(f"argument {flag!r} is not a setting: write --section.key value (--help lists them)")
+        name = flag[2:].replace("-", "_")
+        if name != "config" and name not in SETTINGS:
+            raise UserError(f"{flag}: unknown setting{_nearest_flag(name)} (--help lists them)")
+        if not equals:
+            if SETTINGS.get(name) is bool and (not args or args[0].startswith("--")):
+                value = "true"
+            elif args:
+                value = args.pop(0)
+            else:
+                raise UserError(f"{flag}: value is missing; write {flag} VALUE")
+        if name == "config":
+            yield from _file(Path(value))
+        else:
+            yield name, value, COMMAND_LINE
+
+
+def _nearest_flag(name: str) -> str:
+    return nearest(name, ["config", *SETTINGS]).replace("mean ", "mean --").replace("_", "-")
+
+
+def _file(path: Path) -> list[tuple[str, Any, str]]:
+    """Return (name, value, origin) for each setting in a TOML file."""
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"--config {path}: cannot be read as TOML: {error}") from error
+    layers = []
+    for section, entry in content.items():
+        pairs = {f"{section}.{key}": value for key, value in entry.items()} if isinstance(entry, dict) else None
+        layers += [(name, value, str(path)) for name, value in (pairs if pairs is not None else {section: entry}).items()]
+    for name, _, _ in layers:
+        if name not in SETTINGS:
+            raise UserError(f"{path}: {name}: unknown setting{nearest(name, SETTINGS)}")
+    return layers
+
+
+def _preset(task: Any) -> list[tuple[str, Any, str]]:
+    """Return the settings of the task's preset, the TOML file of its name whose `task` it is."""
+    tasks = [p.stem for p in sorted(presets_dir().glob("*.toml")) if ("task", p.stem, str(p)) in _file(p)]
+    if task not in tasks:
+        match = difflib.get_close_matches(str(task), tasks, n=1)
+        hint = f"; did you mean {match[0]}?" if match else ""
+        raise UserError(f"task={task}: unknown task{hint}; there are {', '.join(tasks)}")
+    return _file(presets_dir() / f"{task}.toml")
+
+
+def _convert(name: str, value: Any, origin: str) -> Any:
+    """Return `value` as the setting's type; text is parsed if it comes from the command line."""
+    on_command_line = origin == COMMAND_LINE
+    try:
+        return msgspec.convert(value, SETTINGS[name], strict=not on_command_line)
+    except msgspec.ValidationError as error:
+        shown = f"--{name.replace('_', '-')} {value}" if on_command_line else f"{origin}: {name} = {value!r}"
+        rule = str(error).partition(" - at")[0].replace("`", "")
+        rule = rule[0].lower() + rule[1:]
+        choices = typing.get_args(SETTINGS[name])
+        if typing.get_origin(SETTINGS[name]) is Literal:
+            rule = f"must be one of {', '.join(choices)}"
+        raise UserError(f"{shown}: {rule} (default: {get(Config(), name)!r})") from error
+
+
+def _check(config: Config) -> None:
+    """Raise UserError for settings that are fine alone but do not go together."""
+    model, train, data = config.model, config.train, config.data
+    if model.d_model % model.n_heads:
+        lower = model.d_model // model.n_heads * model.n_heads
+        fits = " or ".join(str(n) for n in (lower, lower + model.n_heads) if n)
+        raise UserError(f"model.d_model={model.d_model} is not divisible by model.n_heads={model.n_heads}; use {fits}")
+    if model.positions == "fixed" and model.d_model % 2:
+        raise UserError(f"model.d_model={model.d_model} is odd, but model.positions=fixed needs pairs of columns")
+    if model.positions == "rotary" and model.d_model // model.n_heads % 2:
+        size = model.d_model // model.n_heads
+        raise UserError(f"model.positions=rotary needs an even head size, not d_model / n_heads = {size}")
+    if train.min_learning_rate > train.learning_rate:
+        raise UserError(
+            f"train.min_learning_rate={train.min_learning_rate} is above train.learning_rate={train.learning_rate}; "
+            "lower it"
+        )
+    decay_steps = train.decay_steps or train.max_steps
+    if train.warmup_steps > decay_steps:
+        raise UserError(
+            f"train.warmup_steps={train.warmup_steps} is above the end of the decay at {decay_steps} updates; "
+            "lower it, or raise train.max_steps or train.decay_steps"
+        )
+    if data.path and data.hub:
+        raise UserError(f"data.path={data.path} and data.hub={data.hub} name two sources; give one of them")
+    if data.validation_fraction + data.test_fraction >= 1:
+        raise UserError(
+            f"data.validation_fraction={data.validation_fraction} and data.test_fraction={data.test_fraction} "
+            "leave nothing to train on; their sum must be below 1"
+        )
+
+
+def warnings(config: Config, origins: dict[str, str]) -> list[str]:
+    """Return a line for each setting that the user gave and that has no effect in this run."""
+    data, given = config.data, config.data.path or config.data.hub
+    without_effect = {
+        "data.hub_config": not data.hub and "there is no data.hub",
+        "data.format": not data.path and "there is no data.path",
+        "data.header": not data.path and "there is no data.path",
+        "data.text_column": not given and "the data is the embedded default",
+        "data.label_column": not given and "the data is the embedded default",
+        "data.validation_path": not given and "the data is the embedded default (give data.path too)",
+        "data.test_path": not given and "the data is the embedded default (give data.path too)",
+        "data.validation_fraction": data.validation_path and "data.validation_path is given",
+        "data.test_fraction": data.test_path and "data.test_path is given",
+        "tokenizer.kind": config.tokenizer.path and "tokenizer.path is given",
+        "tokenizer.vocab_size": config.tokenizer.path and "tokenizer.path is given",
+        "tokenizer.lowercase": config.tokenizer.path and "tokenizer.path is given",
+    }
+    presets = str(presets_dir())
+    return [
+        f"{name}={get(config, name)} has no effect: {reason}"
+        for name, reason in without_effect.items()
+        if reason and not origins.get(name, presets).startswith(presets) and get(config, name) != get(Config(), name)
+    ]
+
+
+def _print_help(argv: list[str], config: Config, prog: str) -> None:
+    """Print the help, or the shell completion that `argv` asks for, and exit."""
+    import tyro
+
+    description = (
+        "Trains a small language model. Settings come in layers, later wins: the preset of the task, then "
+        "--config FILE (TOML, repeatable) and --section.key VALUE in the order given."
+    )
+    tyro.cli(Config, args=argv, default=config, prog=prog, description=description, config=(tyro.conf.FlagConversionOff,))
+    sys.exit(0)

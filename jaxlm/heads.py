@@ -1,0 +1,74 @@
+"""Output layers, and the two models that put them on a Transformer: LanguageModel and Classifier.
+
+Each model has the parts `base` and `head`, so that a base can be restored alone.
+Letters as in model.py; M masked positions per sample, C classes.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from jaxlm.config import ModelConfig
+from jaxlm.model import Transformer, layernorm
+
+
+def head_linear(n_in: int, n_out: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Linear:
+    """Return an output layer with the original's start values: normal(0, 0.02) weights, zero bias."""
+    init = jax.nn.initializers.normal(0.02)
+    return nnx.Linear(n_in, n_out, kernel_init=init, dtype=dtype, preferred_element_type=jnp.float32, rngs=rngs)
+
+
+class LanguageModelHead(nnx.Module):
+    """Hidden states to vocabulary logits; LayerNorm first if `has_norm` (mlm)."""
+
+    def __init__(self, config: ModelConfig, has_norm: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.dtype = dtype
+        self.layernorm = layernorm(config.d_model, rngs) if has_norm else None
+        self.linear = None if config.tied_embedding else head_linear(config.d_model, config.vocab_size, dtype, rngs)
+        self.bias = nnx.Param(jnp.zeros(config.vocab_size)) if config.tied_embedding else None
+
+    def __call__(self, x_BTD: Array, table_VD: Array) -> Array:
+        if self.layernorm is not None:
+            x_BTD = self.layernorm(x_BTD)
+        if self.linear is not None:
+            return self.linear(x_BTD)
+        x_BTD, table_VD = x_BTD.astype(self.dtype), table_VD.astype(self.dtype)
+        return jnp.einsum("BTD,VD->BTV", x_BTD, table_VD, preferred_element_type=jnp.float32) + self.bias[...][None, None]
+
+
+class LanguageModel(nnx.Module):
+    """Token ids to vocabulary logits: bidirectional with a LayerNorm before the output (mlm), or causal (gpt)."""
+
+    def __init__(self, config: ModelConfig, is_causal: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.base = Transformer(config, is_causal, dtype, rngs)
+        self.head = LanguageModelHead(config, not is_causal, dtype, rngs)
+
+    def __call__(self, tokens_BT: Array, key: Array | None = None, positions_BM: Array | None = None) -> Array:
+        """Return logits [B, T, V], or with `positions_BM` only those at the given positions, [B, M, V]."""
+        x_BTD = self.base(tokens_BT, key)
+        if positions_BM is not None:
+            x_BTD = jnp.take_along_axis(x_BTD, positions_BM[:, :, None], axis=1)
+        return self.head(x_BTD, self.base.embedding.token.embedding[...])
+
+
+class ClassifierHead(nnx.Module):
+    """Hidden state of position 0 ([CLS]) to class logits [B, C]."""
+
+    def __init__(self, d_model: int, n_outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.linear = head_linear(d_model, n_outputs, dtype, rngs)
+
+    def __call__(self, x_BTD: Array) -> Array:
+        return self.linear(x_BTD[:, 0])
+
+
+class Classifier(nnx.Module):
+    """Token ids, [CLS] first, to class logits [B, C]."""
+
+    def __init__(self, config: ModelConfig, n_labels: int, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.base = Transformer(config, False, dtype, rngs)
+        n_outputs = config.vocab_size if config.head_outputs == "vocabulary" else n_labels
+        self.head = ClassifierHead(config.d_model, n_outputs, dtype, rngs)
+
+    def __call__(self, tokens_BT: Array, key: Array | None = None) -> Array:
+        return self.head(self.base(tokens_BT, key))

@@ -1,0 +1,179 @@
+"""The transformer of the original design, in build order: Embedding, Attention, FeedForward, Block, Transformer.
+
+Array names end in their shape: B batch, T positions, D d_model, H heads, K head size, V vocabulary.
+Every module takes `key`: a PRNG key turns dropout on (training), None turns it off.
+Parameters are float32; `dtype` is what products compute in, always summed in float32.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from jaxlm.config import ModelConfig
+
+
+def linear(n_in: int, n_out: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Linear:
+    """Return a linear layer with the original's start values: Xavier-uniform weights, PyTorch's default bias."""
+    bound = n_in**-0.5
+    return nnx.Linear(
+        n_in,
+        n_out,
+        kernel_init=jax.nn.initializers.xavier_uniform(),
+        bias_init=lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound),
+        dtype=dtype,
+        preferred_element_type=jnp.float32,
+        rngs=rngs,
+    )
+
+
+def layernorm(d_model: int, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """Return LayerNorm with scale and bias, eps 1e-5, in float32."""
+    return nnx.LayerNorm(d_model, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
+
+
+def dropout(x: Array, rate: float, key: Array | None) -> Array:
+    """Zero a share `rate` of the elements and scale up the rest; without a key, return `x`."""
+    if key is None or rate == 0:
+        return x
+    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(keep, x / (1 - rate), 0)
+
+
+def split_key(key: Array | None, n: int) -> Array | list[None]:
+    """Return n keys, or n times None when dropout is off."""
+    return [None] * n if key is None else jax.random.split(key, n)
+
+
+def fixed_positions(seq_len: int, d_model: int) -> np.ndarray:
+    """Return the original's position table, float32 [T, D].
+
+    The exponent uses the column number itself, so it runs twice as fast as in "Attention Is All You Need" (3.5).
+    """
+    column = np.arange(d_model)
+    angle_TD = np.arange(seq_len)[:, None] / 10000.0 ** (2 * column / d_model)
+    return np.where(column % 2 == 0, np.sin(angle_TD), np.cos(angle_TD)).astype(np.float32)
+
+
+def rotate(x_BTHK: Array) -> Array:
+    """Turn each pair (k, k + K/2) by position * 10000^(-2k/K). Source: RoFormer, arXiv 2104.09864, eq. 34."""
+    T, K = x_BTHK.shape[1], x_BTHK.shape[3]
+    angle_TK = np.arange(T)[:, None] * 10000.0 ** (-np.arange(0, K, 2) / K)
+    cos, sin = (f(angle_TK).astype(np.float32)[None, :, None, :] for f in (np.cos, np.sin))
+    first, second = jnp.split(x_BTHK, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+class Embedding(nnx.Module):
+    """Token table plus positions, then dropout. The row of `pad_id` starts at zero and gets no gradient."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.config = config
+        # A tied table is also the output layer, whose start values are small (GPT-2 does the same).
+        std = 0.02 if config.tied_embedding else 1.0
+        self.token = nnx.Embed(
+            config.vocab_size, config.d_model, embedding_init=jax.nn.initializers.normal(std), rngs=rngs
+        )
+        if config.pad_id >= 0:
+            self.token.embedding[...] = self.token.embedding[...].at[config.pad_id].set(0)
+        if config.positions == "learned":
+            self.position = nnx.Param(0.02 * jax.random.normal(rngs.params(), (config.seq_len, config.d_model)))
+
+    def __call__(self, tokens_BT: Array, key: Array | None) -> Array:
+        T = tokens_BT.shape[1]
+        x_BTD = self.token.embedding[...][tokens_BT]
+        if self.config.pad_id >= 0:
+            is_pad_BT1 = (tokens_BT == self.config.pad_id)[:, :, None]
+            x_BTD = jnp.where(is_pad_BT1, jax.lax.stop_gradient(x_BTD), x_BTD)
+        if self.config.positions == "fixed":
+            x_BTD += fixed_positions(self.config.seq_len, self.config.d_model)[None, :T]
+        elif self.config.positions == "learned":
+            x_BTD += self.position[...][None, :T]
+        return dropout(x_BTD, self.config.dropout, key)
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention with biases; `is_causal` also masks the future."""
+
+    def __init__(self, config: ModelConfig, is_causal: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.config, self.is_causal, self.dtype = config, is_causal, dtype
+        self.query = linear(config.d_model, config.d_model, dtype, rngs)
+        self.key = linear(config.d_model, config.d_model, dtype, rngs)
+        self.value = linear(config.d_model, config.d_model, dtype, rngs)
+        self.output = linear(config.d_model, config.d_model, dtype, rngs)
+
+    def __call__(self, x_BTD: Array, is_pad_BT: Array | None, key: Array | None) -> Array:
+        B, T, D = x_BTD.shape
+        H = self.config.n_heads
+        weights_key, output_key = split_key(key, 2)
+        q_BTHK, k_BTHK, v_BTHK = (f(x_BTD).reshape(B, T, H, D // H) for f in (self.query, self.key, self.value))
+        if self.config.positions == "rotary":
+            q_BTHK, k_BTHK = rotate(q_BTHK), rotate(k_BTHK)
+        scores_BHTT = self._product("BTHK,BSHK->BHTS", q_BTHK, k_BTHK) / (D // H) ** 0.5
+        # Pads mask keys only: a query at a pad position still attends, and a row of pads stays finite.
+        if is_pad_BT is not None:
+            scores_BHTT = jnp.where(is_pad_BT[:, None, None, :], -1e9, scores_BHTT)
+        if self.is_causal:
+            is_future_TT = np.triu(np.ones((T, T), bool), k=1)
+            scores_BHTT = jnp.where(is_future_TT[None, None], -jnp.inf, scores_BHTT)
+        weights_BHTT = dropout(jax.nn.softmax(scores_BHTT), self.config.dropout, weights_key)
+        x_BTD = self._product("BHTS,BSHK->BTHK", weights_BHTT, v_BTHK).reshape(B, T, D)
+        return dropout(self.output(x_BTD), self.config.dropout, output_key)
+
+    def _product(self, subscripts: str, a: Array, b: Array) -> Array:
+        return jnp.einsum(subscripts, a.astype(self.dtype), b.astype(self.dtype), preferred_element_type=jnp.float32)
+
+
+class FeedForward(nnx.Module):
+    """d -> 4d, exact GELU, dropout, 4d -> d."""
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.config = config
+        self.fc1 = linear(config.d_model, 4 * config.d_model, dtype, rngs)
+        self.fc2 = linear(4 * config.d_model, config.d_model, dtype, rngs)
+
+    def __call__(self, x_BTD: Array, key: Array | None) -> Array:
+        x_BTF = jax.nn.gelu(self.fc1(x_BTD), approximate=False)
+        return self.fc2(dropout(x_BTF, self.config.dropout, key))
+
+
+class Block(nnx.Module):
+    """Attention and feed-forward, each on a residual; LayerNorm before each, or with `post_norm` after each sum."""
+
+    def __init__(self, config: ModelConfig, is_causal: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.config = config
+        self.layernorm1 = layernorm(config.d_model, rngs)
+        self.attention = Attention(config, is_causal, dtype, rngs)
+        self.layernorm2 = layernorm(config.d_model, rngs)
+        self.feed_forward = FeedForward(config, dtype, rngs)
+
+    def __call__(self, x_BTD: Array, is_pad_BT: Array | None, key: Array | None) -> Array:
+        attention_key, feed_forward_key = split_key(key, 2)
+        if self.config.post_norm:
+            x_BTD = self.layernorm1(x_BTD + self.attention(x_BTD, is_pad_BT, attention_key))
+            return self.layernorm2(x_BTD + self.feed_forward(x_BTD, feed_forward_key))
+        x_BTD += self.attention(self.layernorm1(x_BTD), is_pad_BT, attention_key)
+        return x_BTD + self.feed_forward(self.layernorm2(x_BTD), feed_forward_key)
+
+
+class Transformer(nnx.Module):
+    """Token ids [B, T] to hidden states float32 [B, T, D].
+
+    The blocks are one Block whose parameters have a leading axis of n_layers, run by a scan: one block is compiled.
+    """
+
+    def __init__(self, config: ModelConfig, is_causal: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.config = config
+        self.embedding = Embedding(config, rngs)
+        self.blocks = jax.vmap(lambda rngs: Block(config, is_causal, dtype, rngs))(rngs.fork(split=config.n_layers))
+        if config.final_norm:
+            self.final_norm = layernorm(config.d_model, rngs)
+
+    def __call__(self, tokens_BT: Array, key: Array | None = None) -> Array:
+        is_pad_BT = tokens_BT == self.config.pad_id if self.config.pad_id >= 0 else None
+        embedding_key, blocks_key = split_key(key, 2)
+        block_keys = None if key is None else jax.random.split(blocks_key, self.config.n_layers)
+        x_BTD = self.embedding(tokens_BT, embedding_key)
+        x_BTD, _ = jax.lax.scan(lambda x, layer: (layer[0](x, is_pad_BT, layer[1]), None), x_BTD, (self.blocks, block_keys))
+        return self.final_norm(x_BTD) if self.config.final_norm else x_BTD

@@ -1,0 +1,88 @@
+"""One optimizer update, as a pure function of the training state, and the loss; read after model.py."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from jaxlm import optim
+
+# Sums over samples or tokens: "loss" and "count", and what a task adds, such as "correct". Quotients are taken last.
+Totals = dict[str, Array]
+# loss(params, batch, key) -> Totals; gradients are of totals["loss"] / totals["count"].
+LossFn = Callable[[Any, Any, Array | None], Totals]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that changes in training. The keys of dropout come from `step`, so that a restored state goes on alike."""
+
+    step: Array  # updates made so far, int32
+    params: Any
+    opt_state: Any
+
+
+def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    """Return the state before the first update."""
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def train_step(
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    clip_norm: float,
+    state: TrainState,
+    batches: Any,
+    key: Array,
+) -> tuple[TrainState, Totals]:
+    """Make one update from `batches`, arrays [A, B, ...] of A accumulated batches.
+
+    The loss is the mean over all that the A batches count, as if they were one batch. Returns the new state and
+    the totals, with the `rate` of this update and the `grad_norm` before clipping.
+    """
+
+    def loss(params: Any, batch: Any, key: Array) -> tuple[Array, Totals]:
+        totals = loss_fn(params, batch, key)
+        return totals["loss"], totals
+
+    def accumulate(sums: Any, batch_and_key: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, sums, grad(state.params, *batch_and_key)), None
+
+    grad = jax.grad(loss, has_aux=True)
+    n_batches = jax.tree.leaves(batches)[0].shape[0]
+    keys = jax.random.split(jax.random.fold_in(key, state.step), n_batches)
+    first, rest = (jax.tree.map(lambda x, part=part: x[part], (batches, keys)) for part in (0, slice(1, None)))
+    sums = grad(state.params, *first)
+    if n_batches > 1:
+        sums, _ = jax.lax.scan(accumulate, sums, rest)
+    grads, totals = sums
+
+    grads = jax.tree.map(lambda x: x / jnp.maximum(totals["count"], 1), grads)
+    grads, grad_norm = optim.clip_by_global_norm(grads, clip_norm)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics = {**totals, "rate": schedule(state.step), "grad_norm": grad_norm}
+    return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def cross_entropy(logits: Array, labels: Array) -> Totals:
+    """Return the summed cross-entropy, the number of labels, and how often the largest logit is the label.
+
+    logits [..., V], labels [...]; a negative label counts nothing.
+    """
+    is_counted = labels >= 0
+    labels = jnp.maximum(labels, 0)
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    label_logits = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+    losses = jax.nn.logsumexp(logits, axis=-1) - label_logits
+    return {
+        "loss": jnp.sum(jnp.where(is_counted, losses, 0)),
+        "count": jnp.sum(is_counted),
+        "correct": jnp.sum(is_counted & (jnp.argmax(logits, axis=-1) == labels)),
+    }
