@@ -9,6 +9,7 @@ import difflib
 import sys
 import tomllib
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -272,12 +273,6 @@ def _check(config: Config) -> None:
             f"train.min_learning_rate={train.min_learning_rate} is above train.learning_rate={train.learning_rate}; "
             "lower it"
         )
-    decay_steps = train.decay_steps or train.max_steps
-    if train.warmup_steps > decay_steps:
-        raise UserError(
-            f"train.warmup_steps={train.warmup_steps} is above the end of the decay at {decay_steps} updates; "
-            "lower it, or raise train.max_steps or train.decay_steps"
-        )
     if data.path and data.hub:
         raise UserError(f"data.path={data.path} and data.hub={data.hub} name two sources; give one of them")
     if data.validation_fraction + data.test_fraction >= 1:
@@ -287,8 +282,8 @@ def _check(config: Config) -> None:
         )
 
 
-def warnings(config: Config, origins: dict[str, str]) -> list[str]:
-    """Return a line for each setting that the user gave and that has no effect in this run."""
+def warnings(config: Config, origins: dict[str, str], of_other_tasks: Iterable[str]) -> list[str]:
+    """Return a line for each setting that the user gave and that cannot do in this run what it says."""
     data, given = config.data, config.data.path or config.data.hub
     without_effect = {
         "data.hub_config": not data.hub and "there is no data.hub",
@@ -302,10 +297,20 @@ def warnings(config: Config, origins: dict[str, str]) -> list[str]:
         "data.test_fraction": data.test_path and "data.test_path is given",
         "tokenizer.kind": config.tokenizer.path and "tokenizer.path is given",
         "tokenizer.vocab_size": config.tokenizer.path and "tokenizer.path is given",
-        "tokenizer.lowercase": config.tokenizer.path and "tokenizer.path is given",
+        "tokenizer.lowercase": config.tokenizer.path
+        and not config.tokenizer.path.endswith(".txt")
+        and "tokenizer.path is given",
+        **dict.fromkeys(of_other_tasks, f"task={config.task} does not use it"),
     }
     presets = str(presets_dir())
-    return [
+    train = config.train
+    lines = []
+    if train.warmup_steps >= train.max_steps:
+        lines.append(
+            f"train.warmup_steps={train.warmup_steps} is not below train.max_steps={train.max_steps}: "
+            "the rate never reaches train.learning_rate"
+        )
+    return lines + [
         f"{name}={get(config, name)} has no effect: {reason}"
         for name, reason in without_effect.items()
         if reason and not origins.get(name, presets).startswith(presets) and get(config, name) != get(Config(), name)

@@ -166,7 +166,7 @@ class Transformer(nnx.Module):
     def __init__(self, config: ModelConfig, is_causal: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.config = config
         self.embedding = Embedding(config, rngs)
-        self.blocks = jax.vmap(lambda rngs: Block(config, is_causal, dtype, rngs))(rngs.fork(split=config.n_layers))
+        self.blocks = jax.vmap(lambda rngs: Block(config, is_causal, dtype, rngs))(rngs.split(config.n_layers))
         if config.final_norm:
             self.final_norm = layernorm(config.d_model, rngs)
 

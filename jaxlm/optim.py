@@ -38,6 +38,6 @@ def clip_by_global_norm(grads: optax.Updates, max_norm: float) -> tuple[optax.Up
 
     The 1e-6 is PyTorch's; optax.clip_by_global_norm has none.
     """
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     scale = jnp.minimum(1.0, max_norm / (norm + 1e-6))
     return jax.tree.map(lambda grad: grad * scale, grads), norm

@@ -1,30 +1,34 @@
-"""Embedded demonstration data for two sentence-classification tasks, made in memory from a small grammar of our own.
+"""Embedded demonstration data for two sentence classification tasks, made in memory from a small grammar of our own.
 
 The tasks have the form of two GLUE tasks (Wang et al. 2018, https://arxiv.org/abs/1804.07461) but share no text with
 them: `sst2` asks whether a film review is positive (1) or negative (0), `cola` whether a sentence is acceptable (1) or
-not (0). Labels depend on how the words are put together, so word counts alone do not give them. Validation and test
-use words and templates that train lacks.
+not (0). Labels depend on how words are put together, so that word counts alone do not give them. Every test sentence
+has a word that train lacks; half of validation is as new, with new words of its own.
 """
 
 import random
 
 SPLITS = ("train", "validation", "test")
 SIZES = {"train": 8000, "validation": 800, "test": 1000}
+NEW_SHARE = 0.35  # of the words from open classes outside train; each sentence gets at least one
 
-# Open word classes: every split has words of its own, because test must ask for more than known words.
+# Open word classes: validation and test have words of their own, since they must ask for more than known words.
 # Words that decide a label (sentiment words, verbs) are the same everywhere: a new one could not be understood.
+# New words are short, for a subword vocabulary cuts them into many pieces.
 FIRST_NAMES = {
     "train": """anna martin clara oscar julia peter helen victor laura simon emma walter nina george alice hugo sarah
         felix maria henry rosa daniel irene thomas judith paul""".split(),
     "validation": "edith conrad lydia ralph greta stanley".split(),
-    "test": "miriam bernard sylvia duncan ophelia leonard agnes rupert".split(),
+    "test": "miriam bernard sylvia duncan leonard agnes rupert".split(),
 }
 # Family names are a stem and an ending: many rare names, so that a subword vocabulary has to keep the pieces.
 NAME_STEMS = {
-    "train": """ash black brook clay cliff cook dale east fair green hart hazel hill holm kirk lang lin long mar mill
-        north oak red rock rush sand shel stan stock thorn ting wal wash west whit win wood""".split(),
-    "validation": "birch cold frost fern penn".split(),
-    "test": "bram elder glen maple raven silver".split(),
+    "train": """ash black brook bur clay cliff cook cor cran dale dun east fair far gold gos grim green hal har hart hazel
+        hill hin holm horn kings kirk lang led lin long lud mar mel mill new nor north oak or pem pen per pres prior
+        queens red rock rush rad sal sand shel sil stan stock stan sun sut thorn thur ting tre tun up wal wans war
+        wash west whit win wind wood wor wy""".split(),
+    "validation": "birch cold frost fern tam".split(),
+    "test": "bram elder glen maple raven swan".split(),
 }
 NAME_ENDINGS = "bury by croft dale den field ford ham land ley low man mere more ridge ton well wick worth".split()
 
@@ -32,31 +36,26 @@ FILMS = {
     "train": """film movie drama comedy thriller western documentary romance sequel remake cartoon blockbuster fable
         mystery melodrama picture feature production""".split(),
     "validation": "prequel parody trilogy epic".split(),
-    "test": "biopic musical satire adaptation anthology whodunit".split(),
+    "test": "biopic musical satire adaptation opera".split(),
 }
 ASPECTS = {
-    "train": """plot script acting dialogue ending music story cast direction humour pacing photography soundtrack opening
-        editing premise hero villain camerawork animation setting romance chemistry costume dance suspense action
-        message structure style tone subplot title prologue""".split(),
-    "validation": "narration choreography climax makeup scenery singing".split(),
-    "test": "screenplay finale lighting score rhythm wardrobe storytelling atmosphere imagery heroine".split(),
+    "train": """plot script acting dialogue ending music story cast direction humour pacing photography soundtrack
+        opening editing premise camerawork animation setting style tone subplot prologue""".split(),
+    "validation": "narration makeup scenery singing".split(),
+    "test": "finale lighting score rhythm imagery screenplay casting".split(),
 }
 DEGREES = {
     "train": "very really truly quite rather simply deeply so utterly always".split(),
     "validation": "thoroughly extremely unusually".split(),
-    "test": "remarkably incredibly wildly surprisingly consistently".split(),
+    "test": "remarkably incredibly wildly surprisingly".split(),
 }
-GOOD = """superb brilliant charming funny moving clever delightful gripping fresh touching witty elegant thrilling inspiring
-    wonderful excellent graceful tender lovely powerful dazzling masterful enjoyable beautiful impressive satisfying
-    memorable engaging sincere lively splendid imaginative""".split()
-BAD = """dull boring tedious clumsy shallow dreadful tiresome lifeless stale bland awful weak messy predictable flat hollow
-    pointless dreary terrible annoying ridiculous forgettable sloppy painful lazy silly wooden confusing pretentious
-    poor ugly laughable""".split()
+GOOD = """superb brilliant charming moving clever delightful gripping fresh touching elegant thrilling inspiring
+    wonderful excellent graceful lovely powerful dazzling masterful enjoyable beautiful impressive satisfying
+    memorable engaging splendid""".split()
+BAD = """dull boring tedious clumsy shallow dreadful tiresome lifeless stale bland awful weak messy predictable hollow
+    pointless dreary terrible annoying ridiculous forgettable sloppy painful silly pretentious ugly""".split()
 ADJECTIVES = (BAD, GOOD)
-OPINIONS = (
-    "hated loathed despised detested resented mocked".split(),
-    "enjoyed admired loved praised liked adored".split(),
-)
+OPINIONS = ("hated loathed despised detested".split(), "enjoyed admired loved praised".split())
 NEGATIONS = ["not", "never", "hardly", "far from", "anything but", "by no means"]
 
 # Person nouns are compounds ("lampmaker"): the second part is always known and shows the number of a new compound.
@@ -66,31 +65,39 @@ TRADE_GOODS = {
         apple onion silk linen leather copper marble timber paper ink soap stamp coin map globe drum flute bell kite
         puppet mask ring knife ladder chair pipe""".split(),
     "validation": "trumpet pillow walnut pottery brick chain".split(),
-    "test": "lantern violin garlic velvet canoe goblet statue umbrella cactus tin".split(),
+    "test": "lantern violin garlic velvet canoe goblet statue cactus tin".split(),
 }
 TRADES = "maker seller painter keeper cleaner collector dealer mender carrier owner buyer designer builder trader".split()
 OBJECTS = {
     "train": """window door table letter ticket wall garden bridge engine parcel camera curtain blanket bucket picture
-        fence poster tower cottage fountain station market museum theatre kitchen tunnel barn river""".split(),
-    "validation": "cupboard monument chapel gate bench".split(),
-    "test": "wardrobe cathedral harbour staircase vineyard tractor orchard pavilion".split(),
+        fence poster tower cottage fountain station market kitchen tunnel barn""".split(),
+    "validation": "cupboard monument gate bench".split(),
+    "test": "cathedral harbour orchard tractor pavilion statue".split(),
 }
 TRAITS = {
-    "train": """happy tired famous clever young proud hungry angry quiet rich polite nervous busy cheerful lonely brave
-        gentle stubborn honest lazy""".split(),
-    "validation": "grumpy wealthy careful modest".split(),
-    "test": "jealous elderly playful reckless curious friendly".split(),
+    "train": """happy tired hungry angry quiet polite nervous busy cheerful lonely calm sleepy thirsty bored proud
+        worried""".split(),
+    "validation": "grumpy confident restless".split(),
+    "test": "jealous playful reckless curious friendly".split(),
 }
+# They fit every tense, and none is a place.
 TIMES = {
-    "train": "yesterday|last week|in the morning|after lunch|at noon|last winter|on sunday|before dinner".split("|"),
-    "validation": "at midnight|last spring|during the storm".split("|"),
-    "test": "this autumn|after the concert|on christmas eve|at sunrise".split("|"),
+    "train": "in the morning|after lunch|at noon|in winter|on Sunday|before dinner|at night".split("|"),
+    "validation": "at midnight|in spring|during the storm".split("|"),
+    "test": "in autumn|after the concert|on Christmas Eve|at sunrise".split("|"),
 }
-TRANSITIVE = """avoid inspect repair mention destroy discover select reject neglect confront request obtain demand
-    detest collect protect""".split()
-INTRANSITIVE = """yawn laugh cough faint disappear linger wander shiver wait moan groan frown loiter listen sneer
-    appear""".split()
-REFLEXIVE = "blamed praised trusted warned helped protected doubted described defended criticised rewarded".split()
+# Regular verbs only: they take "s", "ed" and "ing" without further change.
+TRANSITIVE = """avoid mention destroy discover reject neglect obtain demand abandon inspect obstruct conceal uncover
+    adorn""".split()
+INTRANSITIVE = "yawn cough faint disappear linger shiver wait moan groan frown loiter sneer fidget sulk".split()
+REFLEXIVE_VERBS = "blamed praised trusted warned helped protected doubted described defended criticised".split()
+# By subject: the reflexives that fit, and some that cannot ("themselves" may refer to one person).
+REFLEXIVES = {
+    "singular": (["himself", "herself"], ["myself", "ourselves"]),
+    "plural": (["themselves"], ["himself", "herself"]),
+    "I": (["myself"], ["themselves", "himself", "ourselves"]),
+    "we": (["ourselves"], ["themselves", "herself", "myself"]),
+}
 PREPOSITIONS = "near behind beside under".split()
 SINGULAR = "this that every each".split()
 PLURAL = "these those many several".split()
@@ -112,12 +119,12 @@ WORD_CLASSES = {
 REVIEW_FRAMES = {
     "train": ["{s}"] * 4 + ["in the end , {s}", "{name} said that {s}", "{s} , {name} wrote", "it is clear that {s}"],
     "validation": ["to be honest , {s}", "{name} insists that {s}"],
-    "test": ["according to {name} , {s}", "i must admit that {s}", "friends warned me : {s}"],
+    "test": ["according to {name} , {s}", "{name} wrote that {s}", "{s} , i think"],
 }
 COLA_FRAMES = {
     "train": ["{s}"] * 4 + ["{s} {time}", "{time} {s}", "{name} says that {s}", "we heard that {s}"],
-    "validation": ["{name} expects that {s}", "it turned out that {s}"],
-    "test": ["according to {name} , {s}", "it is obvious that {s}", "{s} , or so {name} claims"],
+    "validation": ["{name} believes that {s}", "it turned out that {s}"],
+    "test": ["according to {name}, {s}", "it is obvious that {s}", "{s}, or so {name} claims"],
 }
 
 
@@ -125,30 +132,40 @@ def sentences(task: str) -> dict[str, list[tuple[str, int]]]:
     """Return the (sentence, label) pairs of `task` ("sst2" or "cola") by split, the same ones on every call."""
     make = {"sst2": _review, "cola": _acceptability}[task]
     rng = random.Random(0)
-    seen = set()
+    seen: set[str] = set()
+    train_words: set[str] = set()
     splits = {}
     for split in SPLITS:
-        rows = []
+        rows: list[tuple[str, int]] = []
         while len(rows) < SIZES[split]:
-            # Half of validation looks like train, the other half is as new as test, but with words of its own.
+            # Half of validation is like train, which keeps the best checkpoint from being one that is lucky on names.
             source = "train" if split == "validation" and rng.random() < 0.5 else split
             for text, label in make(rng, source):
-                if text.lower() not in seen and len(rows) < SIZES[split]:
-                    seen.add(text.lower())
+                key = text.lower()
+                is_new = key not in seen and (source == "train" or not train_words.issuperset(_words(key)))
+                if is_new and len(rows) < SIZES[split]:
+                    seen.add(key)
                     rows.append((text, label))
+        if split == "train":
+            train_words.update(word for text, _ in rows for word in _words(text.lower()))
         rng.shuffle(rows)
         splits[split] = rows
     return splits
 
 
+def _words(text):
+    return text.replace(",", " ").replace(".", " ").split()
+
+
 def _word(rng, split, word_class):
-    return rng.choice(WORD_CLASSES[word_class][split])
+    """Return a word; outside train, some are of the split's own words."""
+    return rng.choice(WORD_CLASSES[word_class][split if rng.random() < NEW_SHARE else "train"])
 
 
 def _name(rng, split):
     if rng.random() < 0.5:
-        return _word(rng, split, "first_name")
-    return _word(rng, split, "name_stem") + rng.choice(NAME_ENDINGS)
+        return _word(rng, split, "first_name").title()
+    return (_word(rng, split, "name_stem") + rng.choice(NAME_ENDINGS)).title()
 
 
 def _framed(rng, split, frames, cores):
@@ -164,50 +181,47 @@ def _framed(rng, split, frames, cores):
 def _review(rng, split):
     """Return one review: one clause, two clauses of which the main one decides, or a negated clause."""
     label = rng.randrange(2)
-    main, kind = _clause(rng, split, label), rng.random()
-    if kind < 0.5:
-        core = main
-    elif kind < 0.85:
-        other = _clause(rng, split, 1 - label)
+    main, kind = _clause(rng, split, label, rng.random() < 0.25), rng.random()
+    if kind < 0.3:
+        other = _clause(rng, split, 1 - label, rng.random() < 0.1)
         contrasts = [
             f"although {other} , {main}",
             f"{main} , although {other}",
             f"{other} , but {main}",
             f"despite the {rng.choice(ADJECTIVES[1 - label])} {_word(rng, split, 'aspect')} , {main}",
         ]
-        core = rng.choice(contrasts)
-    else:
+        # Without a frame, for two clauses with new words fill 32 tokens.
+        return [(rng.choice(contrasts).lower(), label)]
+    if kind < 0.4:
         outer = rng.choice(["nobody would say that", "i do not think that"])
-        core = f"{outer} {_clause(rng, split, 1 - label, negated=False)}"
-    return [(text, label) for text in _framed(rng, split, REVIEW_FRAMES, [core])]
+        main = f"{outer} {_description(rng, split, 1 - label, False)}"
+    return [(text.lower(), label) for text in _framed(rng, split, REVIEW_FRAMES, [main])]
 
 
-def _clause(rng, split, label, negated=None):
-    """Return a clause with sentiment `label`, half of them by negating the opposite sentiment."""
-    if negated is None:
-        negated = rng.random() < 0.3
+def _clause(rng, split, label, is_negated):
+    """Return a clause with sentiment `label`, if `is_negated` by negating the opposite sentiment."""
+    if rng.random() < 0.8:
+        return _description(rng, split, label, is_negated)
+    opinion = rng.choice(OPINIONS[label ^ is_negated])
+    who = rng.choice(["nobody", "i never", "hardly anyone"] if is_negated else ["everyone", "i", "we all"])
+    return f"{who} {opinion} {_subject(rng, split)}"
+
+
+def _description(rng, split, label, is_negated):
+    adjective = rng.choice(ADJECTIVES[label ^ is_negated])
+    if rng.random() < 0.75:
+        degree = rng.choice(NEGATIONS) if is_negated else rng.choice(["", _word(rng, split, "degree")])
+        return " ".join(f"{_subject(rng, split)} is {degree} {adjective}".split())
+    name, article = _name(rng, split), "an" if adjective[0] in "aeiou" else "a"
+    starts = ["this is not", f"{name} did not make"] if is_negated else ["this is", f"{name} made"]
+    return f"{rng.choice(starts)} {article} {adjective} {_word(rng, split, 'film')}"
+
+
+def _subject(rng, split):
     aspect, film, name = _word(rng, split, "aspect"), _word(rng, split, "film"), _name(rng, split)
-    adjective = rng.choice(ADJECTIVES[label ^ negated])
-    subjects = [f"the {aspect}", f"the {aspect} of this {film}", f"the {aspect} by {name}"]
-    if split == "validation":
-        subjects = [f"the {aspect} in this {film} by {name}"]
-    if split == "test":
-        subjects += [f"the {aspect} that {name} wrote", f"the {film} and its {aspect} that i saw"]
-    kind = rng.random()
-    if kind < 0.6:
-        before = rng.choice(NEGATIONS) if negated else rng.choice(["", _word(rng, split, "degree")])
-        text = f"{rng.choice(subjects)} is {before} {adjective}"
-    elif kind < 0.8:
-        text = f"{rng.choice(['this is', name + ' made'])} {'not' if negated else ''} {_a(adjective)} {film}"
-    else:
-        opinion = rng.choice(OPINIONS[label ^ negated])
-        who = rng.choice(["nobody", "i never", "hardly anyone"] if negated else ["everyone", "i", "we all"])
-        text = f"{who} {opinion} {rng.choice(subjects)}"
-    return " ".join(text.split())
-
-
-def _a(word):
-    return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
+    subjects = [f"the {aspect}", f"the {aspect} of this {film}", f"{name} 's {aspect}"]
+    new = {"validation": [f"the {aspect} in this {film}"], "test": [f"the {aspect} that {name} made"]}
+    return rng.choice(subjects + new.get(split, []))
 
 
 # Acceptability
@@ -216,17 +230,16 @@ def _a(word):
 def _acceptability(rng, split):
     """Return a good sentence and, about every second time, the same sentence with one minimal violation."""
     violation = rng.choice([_agreement, _agreement, _reflexive, _argument, _order, _determiner, _auxiliary])
-    good, bad = (
-        text[0].upper() + text[1:] + "." for text in _framed(rng, split, COLA_FRAMES, violation(rng, split))
-    )
+    texts = _framed(rng, split, COLA_FRAMES, violation(rng, split))
+    good, bad = (text[0].upper() + text[1:] + "." for text in texts)
     return [(good, 1), (bad, 0)] if rng.random() < 0.54 else [(good, 1)]
 
 
-def _person(rng, split, plural, determiner=None):
+def _person(rng, split, is_plural, determiner=None):
     """Return a noun phrase; with the default determiners, only the noun shows its number."""
     determiner = determiner or rng.choice(EITHER_NUMBER)
     trait = _word(rng, split, "trait") if rng.random() < 0.3 else ""
-    noun = _word(rng, split, "goods") + rng.choice(TRADES) + ("s" if plural else "")
+    noun = _word(rng, split, "goods") + rng.choice(TRADES) + ("s" if is_plural else "")
     return " ".join([determiner, trait, noun]).replace("  ", " ")
 
 
@@ -235,49 +248,39 @@ def _object(rng, split):
 
 
 def _modified(rng, split, phrase):
-    """Sometimes add a phrase whose noun may differ in number; test adds longer ones."""
-    if rng.random() < 0.5:
-        return phrase
-    place = f"{rng.choice(PREPOSITIONS)} {_object(rng, split)}"
-    if split == "test" and rng.random() < 0.5:
-        place += f" of {_name(rng, split)}"
-    return f"{phrase} {place}"
+    """Sometimes add a phrase whose noun may differ in number."""
+    return phrase if rng.random() < 0.5 else f"{phrase} {rng.choice(PREPOSITIONS)} {_object(rng, split)}"
 
 
 def _agreement(rng, split):
     """The verb takes the number of its subject, whatever stands between them."""
-    plural = rng.random() < 0.5
-    subject = _modified(rng, split, _person(rng, split, plural))
-    trait, intransitive = _word(rng, split, "trait"), rng.choice(INTRANSITIVE)
-    forms = [
-        (f"is {trait}", f"are {trait}"),
-        (f"was {trait}", f"were {trait}"),
-        (f"{intransitive}s", intransitive),
-    ]
-    singular_form, plural_form = rng.choice(forms)
-    good, bad = (plural_form, singular_form) if plural else (singular_form, plural_form)
-    return f"{subject} {good}", f"{subject} {bad}"
+    is_plural = rng.random() < 0.5
+    subject = _modified(rng, split, _person(rng, split, is_plural))
+    trait, verb = _word(rng, split, "trait"), rng.choice(INTRANSITIVE)
+    forms = rng.choice([(f"is {trait}", f"are {trait}"), (f"was {trait}", f"were {trait}"), (f"{verb}s", verb)])
+    return f"{subject} {forms[is_plural]}", f"{subject} {forms[not is_plural]}"
 
 
 def _reflexive(rng, split):
-    """A reflexive takes the number of its subject."""
-    plural = rng.random() < 0.5
-    verb, one = rng.choice(REFLEXIVE), rng.choice(["himself", "herself"])
-    subject = f"{_modified(rng, split, _person(rng, split, plural))} {verb}"
-    good, bad = ("themselves", one) if plural else (one, "themselves")
-    return f"{subject} {good}", f"{subject} {bad}"
+    """A reflexive takes the person and number of its subject."""
+    kind = rng.choice(list(REFLEXIVES))
+    subject = kind if kind in ("I", "we") else _modified(rng, split, _person(rng, split, kind == "plural"))
+    start = f"{subject} {rng.choice(REFLEXIVE_VERBS)}"
+    good, bad = REFLEXIVES[kind]
+    return f"{start} {rng.choice(good)}", f"{start} {rng.choice(bad)}"
 
 
 def _argument(rng, split):
     """A transitive verb needs an object and an intransitive verb cannot have one."""
-    subject = _person(rng, split, rng.random() < 0.5)
-    thing = _object(rng, split)
-    place = f"{rng.choice(PREPOSITIONS)} {thing}"
+    is_plural = rng.random() < 0.5
+    subject, thing = _person(rng, split, is_plural), _object(rng, split)
+    ending = rng.choice(["ed", "" if is_plural else "s"])
+    alone = ["", f" {rng.choice(PREPOSITIONS)} {thing}"]
     if rng.random() < 0.5:
-        start = f"{subject} {rng.choice(TRANSITIVE)}ed"
-        return f"{start} {thing}", rng.choice([start, f"{start} {place}"])
-    start = f"{subject} {rng.choice(INTRANSITIVE)}ed"
-    return rng.choice([start, f"{start} {place}"]), f"{start} {thing}"
+        start = f"{subject} {rng.choice(TRANSITIVE)}{ending}"
+        return f"{start} {thing}", f"{start}{rng.choice(alone)}"
+    start = f"{subject} {rng.choice(INTRANSITIVE)}{ending}"
+    return f"{start}{rng.choice(alone)}", f"{start} {thing}"
 
 
 def _order(rng, split):
@@ -297,22 +300,22 @@ def _order(rng, split):
 
 def _determiner(rng, split):
     """A determiner takes the number of its noun."""
-    plural = rng.random() < 0.5
-    good, bad = (PLURAL, SINGULAR) if plural else (SINGULAR, PLURAL)
-    good, bad, slot = rng.choice(good), rng.choice(bad), rng.random()
-    phrase = _person(rng, split, plural, "{}")
-    if slot < 0.5:
-        text = f"{phrase} {rng.choice(TRANSITIVE)}ed {_object(rng, split)}"
+    is_plural = rng.random() < 0.5
+    good, bad = (rng.choice(determiners) for determiners in ((PLURAL, SINGULAR) if is_plural else (SINGULAR, PLURAL)))
+    verb = rng.choice(TRANSITIVE)
+    if rng.random() < 0.5:
+        text = f"{_person(rng, split, is_plural, '{}')} {verb}ed {_object(rng, split)}"
     else:
-        text = f"{_person(rng, split, rng.random() < 0.5)} {rng.choice(TRANSITIVE)}ed {phrase}"
+        thing = _word(rng, split, "object") + ("s" if is_plural else "")
+        text = f"{_person(rng, split, rng.random() < 0.5)} {verb}ed {{}} {thing}"
     return text.format(good), text.format(bad)
 
 
 def _auxiliary(rng, split):
     """A modal takes the bare verb, 'had' the participle, and 'was' or 'were' the -ing form."""
-    plural = rng.random() < 0.5
+    is_plural = rng.random() < 0.5
     verb, thing = rng.choice(TRANSITIVE), _object(rng, split)
-    auxiliary = rng.choice(["will", "had", "were" if plural else "was"])
+    auxiliary = rng.choice(["will", "had", "were" if is_plural else "was"])
     endings = {"will": ("", "ed", "ing"), "had": ("ed", "", "ing")}.get(auxiliary, ("ing", "", "s"))
-    start = f"{_modified(rng, split, _person(rng, split, plural))} {auxiliary} {verb}"
+    start = f"{_modified(rng, split, _person(rng, split, is_plural))} {auxiliary} {verb}"
     return f"{start}{endings[0]} {thing}", f"{start}{rng.choice(endings[1:])} {thing}"

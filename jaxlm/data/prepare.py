@@ -1,0 +1,115 @@
+"""From settings to samples: source, tokenizer, token cache, and all checks that need no model."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from jaxlm.config import Config
+from jaxlm.data import cache, sources
+from jaxlm.data import tokenizer as tokenizers
+from jaxlm.data.cache import Split
+from jaxlm.data.samples import Samples
+from jaxlm.data.sources import SPLITS, Source
+from jaxlm.errors import UserError
+
+# Told a title and the bytes of text to come; inside the context, the returned function is told those done so far.
+Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+
+
+@dataclass(frozen=True)
+class Data:
+    """What training reads. `samples` by split; the one for test is empty where there can be no test score."""
+
+    source: Source
+    tokenizer: Tokenizer
+    samples: dict[str, Samples]
+    notes: tuple[str, ...]
+
+
+def prepare(
+    config: Config, samples_class: type[Any], embedded: Callable[[], Source], progress: Progress
+) -> tuple[Config, Data]:
+    """Return the samples of every split, and the settings with `model.vocab_size` filled in.
+
+    Raises UserError for a source, tokenizer or size that does not fit the settings.
+    """
+    is_embedded = not (config.data.path or config.data.hub)
+    source = embedded() if is_embedded else sources.open_source(config.data, samples_class.is_labelled)
+    cache_dir = cache.user_cache_dir(config.data.cache_dir)
+
+    def training_texts() -> Iterator[str]:
+        return (article.text for article in source.articles() if article.split == "train")
+
+    tokenizer = tokenizers.cached(config.tokenizer, training_texts, source.fingerprint, cache_dir)
+    config = _with_vocab_size(config, tokenizer)
+    specials = _specials(config, tokenizer, samples_class)
+    with progress("tokenizing", getattr(source, "n_bytes", 0)) as on_progress:
+        splits = cache.open_cache(source, tokenizer, cache_dir, on_progress)
+    samples = {
+        name: samples_class(split, config, specials, tokenizer.get_vocab_size()) for name, split in splits.items()
+    }
+    _check_sizes(config, splits, samples)
+    return config, Data(source, tokenizer, samples, (*source.notes, *_notes(config, samples, source)))
+
+
+def _with_vocab_size(config: Config, tokenizer: Tokenizer) -> Config:
+    """Return the settings with the rows of the token table: those of the tokenizer, unless there are to be more."""
+    n_tokens, asked = tokenizer.get_vocab_size(), config.model.vocab_size
+    if asked and asked < n_tokens:
+        raise UserError(
+            f"model.vocab_size={asked} is smaller than the vocabulary of the tokenizer, {n_tokens}; "
+            "raise it, or set it to 0 to take the tokenizer's"
+        )
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=asked or n_tokens))
+
+
+def _specials(config: Config, tokenizer: Tokenizer, samples_class: type[Any]) -> dict[str, int]:
+    """Return the ids of the special tokens by role."""
+    specials = tokenizers.special_ids(tokenizer)
+    for role in samples_class.roles:
+        if role not in specials:
+            names = " or ".join(tokenizers.NAMES[role])
+            setting = (
+                f"tokenizer.path={config.tokenizer.path}"
+                if config.tokenizer.path
+                else f"tokenizer.kind={config.tokenizer.kind}"
+            )
+            raise UserError(
+                f"{setting}: the tokenizer has no {names}, which task={config.task} needs; choose another tokenizer"
+            )
+    if "pad" in samples_class.roles and specials["pad"] != config.model.pad_id:
+        raise UserError(
+            f"model.pad_id={config.model.pad_id}, but the tokenizer's pad has the id {specials['pad']}; "
+            f"use --model.pad-id {specials['pad']}"
+        )
+    return specials
+
+
+def _check_sizes(config: Config, splits: dict[str, Split], samples: dict[str, Samples]) -> None:
+    name = config.data.path or config.data.hub or "the embedded text"
+    for split in SPLITS[:2]:
+        needed = config.train.batch_size * config.train.accumulate if split == "train" else 1
+        if len(samples[split]) < needed:
+            raise UserError(
+                f"{name}: the {split} part is too small: {len(splits[split])} articles with "
+                f"{len(splits[split].tokens)} tokens make {len(samples[split])} samples of "
+                f"model.seq_len={config.model.seq_len}, but {needed} are needed"
+                + (
+                    " for one update; give more text, or lower train.batch_size or model.seq_len"
+                    if split == "train"
+                    else "; give more text, or raise data.validation_fraction, or name a file with data.validation_path"
+                )
+            )
+
+
+def _notes(config: Config, samples: dict[str, Samples], source: Source) -> Iterator[str]:
+    if not len(samples["test"]) and not source.test_refusal:
+        yield "there is no test part, so there will be no test score"
+    n_cut = sum(getattr(part, "n_cut", 0) for part in samples.values())
+    if n_cut:
+        n = sum(len(part) for part in samples.values())
+        yield f"{n_cut} of {n} texts are longer than model.seq_len={config.model.seq_len} and are cut"

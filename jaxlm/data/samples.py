@@ -1,0 +1,217 @@
+"""From articles in tokens to the samples of each kind of task: windows, their labels, and masking. NumPy only.
+
+A samples object knows its length and makes any batch of samples: `batch(indices, epochs)` returns the arrays of a
+model's input by name, each with a leading axis of samples. A label of -1 is ignored by the loss. Nothing depends on
+which samples share a batch, so that order, batch size and number of processes are free.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from jaxlm.config import Config
+from jaxlm.data.cache import Split
+
+IGNORED = -1
+Batch = dict[str, np.ndarray]
+
+
+class Windows:
+    """Articles cut into windows of `length` positions, a new one every `stride`, that never cross an article.
+
+    `before` and `after` are special tokens around each article (None: none). The last window of an article is short.
+    """
+
+    def __init__(self, split: Split, length: int, stride: int, before: int | None = None, after: int | None = None):
+        self.split, self.length, self.stride = split, length, stride
+        self.before, self.after = before, after
+        self.n_before = int(before is not None)
+        sizes = np.diff(split.offsets)
+        sizes = np.where(sizes > 0, sizes + self.n_before + int(after is not None), 0)
+        # Positions that only overlap the window before (length - stride of them) make no window of their own.
+        n_windows = -(-np.maximum(sizes - (length - stride), 0) // stride)
+        self.sizes, self.ends = sizes, np.cumsum(n_windows)
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ids [B, length], int32, of the windows `indices` [B], and which of them are in the article."""
+        article = np.searchsorted(self.ends, indices, side="right")
+        start = (indices - np.where(article > 0, self.ends[article - 1], 0)) * self.stride
+        place = start[:, None] + np.arange(self.length)
+        is_real = place < self.sizes[article][:, None]
+        first, last = self.split.offsets[article][:, None], self.split.offsets[article + 1][:, None] - 1
+        ids = self.split.tokens[np.clip(first + place - self.n_before, first, last)].astype(np.int32)
+        if self.before is not None:
+            ids = np.where(place == 0, self.before, ids)
+        if self.after is not None:
+            ids = np.where(place == self.sizes[article][:, None] - 1, self.after, ids)
+        return ids, is_real
+
+
+class CausalSamples:
+    """Windows of seq_len + 1 ids, one the first seq_len of which are `tokens` [B, T], the last seq_len `labels`.
+
+    An article is [end of text] ids [end of text]: its first token is predicted too, and so is that it ends. Each id
+    is a label once.
+    """
+
+    roles = ("article",)  # special tokens that the tokenizer must have
+    is_labelled = False  # whether articles have a class label
+
+    def __init__(self, split: Split, config: Config, specials: dict[str, int], vocab_size: int):
+        self.seq_len, self.pad_id = config.model.seq_len, config.model.pad_id
+        article = specials["article"]
+        self.windows = Windows(split, self.seq_len + 1, self.seq_len, before=article, after=article)
+        self.constants = {"bytes": int(np.sum(split.n_bytes))}
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def batch(self, indices: np.ndarray, epochs: np.ndarray) -> Batch:
+        ids, is_real = self.windows.read(indices)
+        ids = np.where(is_real, ids, max(self.pad_id, 0))
+        labels = np.where(is_real[:, 1:], ids[:, 1:], IGNORED)
+        if self.pad_id >= 0:  # the original's slip: a real token with the id of the pad is not learned either
+            labels = np.where(labels == self.pad_id, IGNORED, labels)
+        return {"tokens": ids[:, :-1], "labels": labels}
+
+    def n_tokens(self, batch: Batch) -> int:
+        """Return how many positions are no padding."""
+        return int(np.count_nonzero(batch["labels"] >= 0))
+
+    def counted_tokens(self) -> np.ndarray:
+        """Return how often each id is a label, for the baseline."""
+        counts = np.bincount(self.windows.split.tokens).astype(np.int64)
+        article = self.windows.after
+        counts = np.pad(counts, (0, max(0, article + 1 - len(counts))))
+        counts[article] += np.count_nonzero(self.windows.sizes)
+        if self.pad_id >= 0:
+            counts[self.pad_id] = 0
+        return counts
+
+
+class MaskedSamples:
+    """Windows [CLS] ids [SEP] of which some positions are masked: `tokens` [B, T], `positions` and `labels` [B, M].
+
+    Of the masked positions 80% become [MASK], 10% a random id and 10% stay (arXiv 1810.04805, section 3.1). A mask is
+    a function of seed, epoch and sample only. Short windows have fewer masks; the rest of their M labels is ignored.
+    """
+
+    roles = ("pad", "mask")
+    is_labelled = False
+
+    def __init__(self, split: Split, config: Config, specials: dict[str, int], vocab_size: int):
+        self.config, self.seq_len = config, config.model.seq_len
+        self.specials = specials
+        self.n_start, self.n_end = int("start" in specials), int("end" in specials)
+        content = self.seq_len - self.n_start - self.n_end
+        self.windows = Windows(split, content, content)
+        self.n_masks = max(1, int(config.data.mask_fraction * self.seq_len))
+        self.replacements = np.setdiff1d(np.arange(vocab_size), list(specials.values())).astype(np.int32)
+        self.constants: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def batch(self, indices: np.ndarray, epochs: np.ndarray) -> Batch:
+        ids, is_real = self.windows.read(indices)
+        B, n_real = len(indices), is_real.sum(axis=1)
+        tokens = np.full((B, self.seq_len), self.specials["pad"], np.int32)
+        if self.n_start:
+            tokens[:, 0] = self.specials["start"]
+        content = tokens[:, self.n_start : self.n_start + ids.shape[1]]
+        content[...] = np.where(is_real, ids, content)
+        if self.n_end:
+            tokens[np.arange(B), self.n_start + n_real] = self.specials["end"]
+        return self._mask(tokens, n_real, indices, epochs)
+
+    def _mask(self, tokens: np.ndarray, n_real: np.ndarray, indices: np.ndarray, epochs: np.ndarray) -> Batch:
+        if self.config.data.n_maskings:
+            epochs = epochs % self.config.data.n_maskings
+        n_special = self.n_start + self.n_end
+        n_masks = np.maximum(1, (self.config.data.mask_fraction * (n_real + n_special)).astype(int))
+        n_masks = np.minimum(n_masks, np.minimum(n_real, self.n_masks))[:, None]
+
+        random = uniform(self.config.train.seed, epochs, indices, 3 * self.seq_len)
+        order, kind, choice = np.split(random, 3, axis=1)
+        place = np.arange(self.seq_len)
+        is_content = (place >= self.n_start) & (place < self.n_start + n_real[:, None])
+        positions = np.argsort(np.where(is_content, order, 2.0), axis=1, kind="stable")[:, : self.n_masks]
+        is_masked = np.arange(self.n_masks) < n_masks
+        positions = np.where(is_masked, positions, 0).astype(np.int32)
+
+        kind, choice = (np.take_along_axis(x, positions, axis=1) for x in (kind, choice))
+        original = np.take_along_axis(tokens, positions, axis=1)
+        replacement = self.replacements[(choice * len(self.replacements)).astype(int)]
+        masked = np.where(kind < 0.8, self.specials["mask"], np.where(kind < 0.9, replacement, original))
+        tokens = tokens.copy()
+        rows, columns = np.nonzero(is_masked)
+        tokens[rows, positions[rows, columns]] = masked[rows, columns]
+        return {"tokens": tokens, "positions": positions, "labels": np.where(is_masked, original, IGNORED)}
+
+    def n_tokens(self, batch: Batch) -> int:
+        """Return how many positions are no padding."""
+        return int(np.count_nonzero(batch["tokens"] != self.specials["pad"]))
+
+    def counted_tokens(self) -> np.ndarray:
+        """Return how often each id can be a label, for the baseline."""
+        return np.bincount(self.windows.split.tokens).astype(np.int64)
+
+
+class ClassifiedSamples:
+    """One sample an article: `tokens` [B, T] = [CLS] ids [SEP], cut to seq_len, and its class, `labels` [B]."""
+
+    roles = ("pad", "start")
+    is_labelled = True
+
+    def __init__(self, split: Split, config: Config, specials: dict[str, int], vocab_size: int):
+        self.split, self.seq_len, self.specials = split, config.model.seq_len, specials
+        self.n_end = int("end" in specials)
+        self.constants: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def n_tokens(self, batch: Batch) -> int:
+        """Return how many positions are no padding."""
+        return int(np.count_nonzero(batch["tokens"] != self.specials["pad"]))
+
+    @property
+    def n_cut(self) -> int:
+        """How many articles are longer than a sample."""
+        return int(np.sum(np.diff(self.split.offsets) > self.seq_len - 1 - self.n_end))
+
+    def batch(self, indices: np.ndarray, epochs: np.ndarray) -> Batch:
+        first, last = self.split.offsets[indices][:, None], self.split.offsets[indices + 1][:, None]
+        n_real = np.minimum(last - first, self.seq_len - 1 - self.n_end)
+        place = np.arange(self.seq_len)
+        ids = self.split.tokens[np.clip(first + place - 1, 0, len(self.split.tokens) - 1)].astype(np.int32)
+        tokens = np.where(place <= n_real, ids, self.specials["pad"])
+        tokens[:, 0] = self.specials["start"]
+        if self.n_end:
+            tokens[np.arange(len(indices)), n_real[:, 0] + 1] = self.specials["end"]
+        return {"tokens": tokens, "labels": self.split.labels[indices].astype(np.int32)}
+
+
+Samples = CausalSamples | MaskedSamples | ClassifiedSamples
+
+
+def uniform(seed: int, epochs: np.ndarray, indices: np.ndarray, n: int) -> np.ndarray:
+    """Return float64 in [0, 1) of shape [B, n], a function of (seed, epoch, index) of each row and the column.
+
+    A counter through SplitMix64's finalizer (Steele, Lea, Flood 2014): stateless, and one NumPy pass for a batch.
+    """
+
+    def mix(x: Any) -> Any:
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+    golden = np.uint64(0x9E3779B97F4A7C15)
+    state = np.full(len(indices), seed, np.uint64)
+    for part in (epochs, indices):
+        state = mix(state * golden + np.asarray(part).astype(np.uint64) + golden)
+    columns = np.arange(1, n + 1, dtype=np.uint64) * golden
+    return (mix(state[:, None] + columns) >> np.uint64(11)) * 2.0**-53

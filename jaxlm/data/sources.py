@@ -1,0 +1,672 @@
+"""From settings to a stream of articles, out of local files or a data set of the hub. Imports neither jax nor torch.
+
+Files are read by the builders of `datasets`, streamed and never held in memory as a whole. JSON lines go through its
+text builder and `json`: its own JSON builder guesses types, and turns the text "2020-01-01" into a date.
+"""
+
+import codecs
+import contextlib
+import csv
+import glob
+import gzip
+import hashlib
+import io
+import json
+import lzma
+import re
+import shutil
+import tempfile
+import threading
+import warnings
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from jaxlm.config import DataConfig
+from jaxlm.errors import UserError, nearest
+
+SPLITS = ("train", "validation", "test")
+STEMS = {"train": "train", "in_domain_train": "train"}  # file name before its first dot -> part
+STEMS |= dict.fromkeys(("validation", "valid", "val", "dev", "in_domain_dev"), "validation")
+STEMS |= dict.fromkeys(("test", "out_of_domain_dev"), "test")
+FORMATS = {"txt": "text", "csv": "csv", "tsv": "tsv", "jsonl": "jsonl", "json": "jsonl", "parquet": "parquet"}
+TEXT_COLUMNS = ("text", "sentence", "content", "document", "article", "review")
+LABEL_COLUMNS = ("label", "labels", "acceptability", "target")
+TITLE = re.compile(r"\s*= [^=].* =\s*")  # a full line; "= = Section = =" has "=" where a title has a word
+CHECK_LIMIT = 200_000_000  # bytes; rows of a larger file are checked as they are used, not at the start
+BATCH = 1000  # rows
+
+
+class Article(NamedTuple):
+    split: str  # one of SPLITS
+    text: str
+    label: int  # -1: none
+
+
+@dataclass(frozen=True)
+class Source:
+    description: str  # for people
+    fingerprint: str  # of the contents and of every setting that changes what articles() yields
+    articles: Callable[[], Iterator[Article]]  # a new pass over all parts; raises UserError for a bad row
+    notes: tuple[str, ...]  # lines to show at the start
+    test_refusal: str = ""  # why there can be no test score, else ""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A file, or a split of a hub set. `rows` yields (number, text, label), with text and label as they are found."""
+
+    name: str
+    split: str
+    format: str
+    content: str  # hash
+    size: int  # bytes
+    columns: tuple[Any, ...]  # text, label (None: there is none), is there a header
+    rows: Callable[[], Iterator[tuple[int, Any, Any]]]
+
+    def place(self, number: int) -> str:
+        return f"{self.name}, {'row' if self.format in ('parquet', 'hub') else 'line'} {number}"
+
+
+def open_source(config: DataConfig, is_labelled: bool) -> Source:
+    """Return the source that `config.path` or `config.hub` names; files of up to CHECK_LIMIT bytes are checked in full.
+
+    Raises UserError for what cannot be found, read or understood, and for a label that is none.
+    """
+    assert config.path or config.hub, "the embedded data is not a source"
+    root, files, notes = _files(config)
+    parts = _hub_parts(config, is_labelled, {split for split, _ in files}, notes) if config.hub else []
+    parts += [_file_part(path, split, config, is_labelled) for split, path in files]
+    parts.sort(key=lambda part: SPLITS.index(part.split))
+    given = {part.split for part in parts}
+    if "train" not in given:
+        raise UserError(f"{root}: no train part, only {', '.join(sorted(given))}; choose a source that has one")
+    shares = _shares(config, given)
+    for split, share in shares.items():
+        notes.append(f"no {split} part: {100 * share:g} % of articles split off by hash (data.{split}_fraction)")
+    refusal = _check_rows(parts, config, is_labelled, shares, notes)
+    contents = [(p.split, p.format, p.columns, p.content) for p in parts]
+    settings = (config.hub, config.hub_config, is_labelled, config.split_seed if shares else 0, shares, contents)
+    kinds = {part.format for part in parts}
+    kind = f"{kinds.pop()} " if len(kinds) == 1 else ""
+    size = f"{len(parts)} {kind}{'files' if len(parts) > 1 else 'file'}, {sum(p.size for p in parts) / 1e6:.1f} MB"
+    if config.hub:
+        size = ", ".join(dict.fromkeys(part.split for part in parts))
+    return Source(
+        description=f"{root} ({size})",
+        fingerprint=hashlib.sha256(json.dumps(settings).encode()).hexdigest(),
+        articles=partial(_articles, parts, config, is_labelled, shares),
+        notes=tuple(notes),
+        test_refusal=refusal,
+    )
+
+
+def split_of(text: str, config: DataConfig, given: Iterable[str] = ()) -> str:
+    """Return the part an article falls into, by a hash of its text, where the parts in `given` come from elsewhere."""
+    return _hash_split(text, config.split_seed, _shares(config, given))
+
+
+def decompressed_open(path: Path) -> IO[bytes]:
+    """Open a file for reading; .gz and .xz are decompressed on the way."""
+    opener: Any = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix.lower(), open)
+    return opener(path, "rb")
+
+
+def _shares(config: DataConfig, given: Iterable[str]) -> dict[str, float]:
+    shares = {"test": config.test_fraction, "validation": config.validation_fraction}
+    return {split: share for split, share in shares.items() if split not in given}
+
+
+def _hash_split(text: str, seed: int, shares: dict[str, float]) -> str:
+    # By content, never by position: an article keeps its part when lines move, and equal articles share one.
+    digest = hashlib.blake2b(f"{seed}\0{text}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    u = int.from_bytes(digest, "big") / 2**64
+    for split, share in shares.items():
+        if u < share:
+            return split
+        u -= share
+    return "train"
+
+
+# Rows to articles
+
+
+def _articles(parts: list[_Part], config: DataConfig, is_labelled: bool, shares: dict[str, float]) -> Iterator[Article]:
+    """Yield the articles of all parts. Raises UserError for a text that is none and for a label out of range."""
+    for part in parts:
+        hidden_at = 0  # number of the first row of a test part, if its label is -1; then all must be
+        for index, (number, text, label) in enumerate(part.rows()):
+            text = "" if text is None else text
+            if not isinstance(text, str):
+                kind = type(text).__name__
+                raise UserError(f"{part.place(number)}: the text is of type {kind}, not a string; set data.text_column")
+            if not is_labelled and not text.strip():
+                continue  # a blank line; a labelled row counts in the score, so it is kept
+            value = -1
+            if is_labelled and part.columns[1] is not None:
+                is_integer = not isinstance(label, bool) and re.fullmatch(r"\s*-?[0-9]+\s*", str(label))
+                value = int(label) if is_integer else -2
+                if index == 0 and part.split == "test" and value == -1:
+                    hidden_at = number
+                if hidden_at and value != -1:
+                    number, label, value = hidden_at, -1, -2
+                if not 0 <= value < config.n_labels and not (hidden_at and value == -1):
+                    is_first = index == 0 and part.format in ("csv", "tsv") and not part.columns[2]
+                    header = ", or data.header=yes if this line names the columns" if is_first else ""
+                    raise UserError(
+                        f"{part.place(number)}: label {label!r} is not an integer from 0 to {config.n_labels - 1}; "
+                        f"set data.n_labels or data.label_column{header}"
+                    )
+            split = part.split if part.split != "train" else _hash_split(text, config.split_seed, shares)
+            yield Article(split, text, value)
+
+
+def _check_rows(
+    parts: list[_Part], config: DataConfig, is_labelled: bool, shares: dict[str, float], notes: list[str]
+) -> str:
+    """Return why there can be no test score, or "", and note parts without articles. Raises UserError for bad rows."""
+    counts: Counter[str] = Counter()
+    hidden = ""
+    for part in parts:
+        articles = _articles([part], config, is_labelled, shares)
+        n_before = counts.total()
+        for article in articles if part.size <= CHECK_LIMIT else islice(articles, 1):
+            counts[article.split] += 1
+            if is_labelled and article.label == -1:
+                hidden = f"the test labels of {part.name} are hidden (-1)"
+                hidden = hidden if part.columns[1] is not None else f"{part.name} has no label column"
+        if counts.total() == n_before:
+            raise UserError(f"{part.name}: no article in it; give a file with text")
+    if sum(part.size for part in parts) <= CHECK_LIMIT:
+        if not counts["train"]:
+            fall = f"its {counts.total()} articles all fall into other parts by hash"
+            raise UserError(f"{parts[0].name}: {fall}; add articles, or lower data.validation_fraction")
+        notes += [
+            f"no article fell into the {split} part" for split, share in shares.items() if share and not counts[split]
+        ]
+    return hidden and f"{hidden}: no test score; use --data.test-path with a labelled file"
+
+
+# Local files: which
+
+
+def _files(config: DataConfig) -> tuple[str, list[tuple[str, Path]], list[str]]:
+    """Return the name of the source, its (part, file) pairs and notes. Raises UserError for files that do not fit."""
+    found: dict[str, list[Path]] = {}
+    notes: list[str] = []
+    folder = Path()
+    if config.path:
+        path = _existing("data.path", config.path, Path())
+        folder = path if path.is_dir() else path.parent
+        found = _folder_files(path, config, notes) if path.is_dir() else {"train": [path]}
+    named = {
+        split: _existing(f"data.{split}_path", value, folder)
+        for split, value in (("validation", config.validation_path), ("test", config.test_path))
+        if value
+    }
+    for split, path in named.items():
+        if path.is_dir():
+            raise UserError(f"data.{split}_path={path}: is a folder; name a file in it")
+        # What is named wins over what the folder says: such a file is this part only.
+        found = {other: [file for file in files if not file.samefile(path)] for other, files in found.items()}
+        found[split] = []
+    if len(named) == 2 and named["validation"].samefile(named["test"]):
+        raise UserError(f"data.validation_path and data.test_path are both {named['test']}; leave one of them out")
+    found |= {split: [path] for split, path in named.items()}
+    if config.path and not found.get("train"):
+        others = [str(file) for split in SPLITS for file in found.get(split, [])]
+        mend = (
+            f"name a file, such as --data.path {others[0]}, and other files as data.validation_path and data.test_path"
+        )
+        raise UserError(f"data.path={config.path}: no train part (train.*), only {', '.join(others)}; {mend}")
+    pairs = [(split, file) for split in SPLITS for file in found.get(split, [])]
+    return config.path or " ".join(filter(None, (config.hub, config.hub_config))), pairs, notes
+
+
+def _existing(setting: str, value: str, beside: Path) -> Path:
+    """Return the path `value`, from here or from the folder `beside`. Raises UserError if it is not there."""
+    path = Path(value).expanduser()
+    try:
+        if not path.exists() and (beside / path).exists():
+            path = beside / path
+        if path.exists():
+            return path
+        hint = "; its folder does not exist"
+        if path.parent.is_dir():
+            hint = nearest(path.name, [file.name for file in path.parent.iterdir()])
+    except OSError as error:
+        raise UserError(
+            f"{setting}={value}: cannot be read: {error.strerror or error}; check its permissions"
+        ) from error
+    raise UserError(f"{setting}={value}: no such file or folder{hint or '; check the name'}")
+
+
+def _folder_files(folder: Path, config: DataConfig, notes: list[str]) -> dict[str, list[Path]]:
+    """Return {part: files} by the names of the files in a folder; all are for training where no name says a part."""
+    try:
+        visible = sorted(f for f in folder.iterdir() if f.is_file() and not f.name.startswith("."))
+    except OSError as error:
+        raise UserError(
+            f"data.path={folder}: cannot be read: {error.strerror or error}; check its permissions"
+        ) from error
+    wanted = "text" if config.format == "wikitext" else config.format
+    usable = [f for f in visible if (_suffix_format(f) if wanted == "auto" else _suffix_format(f) == wanted)]
+    usable = usable or (visible if wanted != "auto" else [])
+    if not usable:
+        names = ", ".join(f.name for f in visible[:5]) or "nothing"
+        raise UserError(f"data.path={folder}: no .{', .'.join(FORMATS)} file in it, only {names}; set data.format")
+    found: dict[str, list[Path]] = {}
+    for file in usable:
+        found.setdefault(STEMS.get(file.name.partition(".")[0].lower(), ""), []).append(file)
+    unnamed = found.pop("", [])
+    if not found:
+        return {"train": unnamed}
+    for split, files in found.items():
+        if len(files) > 1:
+            names = " and ".join(f.name for f in files)
+            raise UserError(f"data.path={folder}: {names} are each the {split} part; move all but one elsewhere")
+    unnamed = [f for f in unnamed if f.name not in (Path(config.validation_path).name, Path(config.test_path).name)]
+    if unnamed:
+        notes.append(f"not used, as the name says no part: {', '.join(f.name for f in unnamed)}")
+    return found
+
+
+def _suffix_format(path: Path) -> str:
+    name = path.name.lower().removesuffix(".gz").removesuffix(".xz")
+    return FORMATS.get(name.rpartition(".")[2], "") if "." in name else ""
+
+
+# Local files: reading
+
+
+def _file_part(path: Path, split: str, config: DataConfig, is_labelled: bool) -> _Part:
+    """Return the part that a file is. Raises UserError for a file that cannot be read or lacks a wanted column."""
+    if not path.is_file():
+        raise UserError(f"{path}: is not a regular file; name a file")
+    kind = _suffix_format(path) if config.format == "auto" else config.format
+    if not kind:
+        choices = ", ".join(dict.fromkeys(("text", "wikitext", *FORMATS.values())))
+        raise UserError(f"{path}: the name does not tell the format; set data.format to one of {choices}")
+    content, head = _scan(path, is_text=kind != "parquet")
+    if config.format == "auto" and kind == "text" and any(TITLE.fullmatch(line) for line in head.splitlines()[:50]):
+        kind = "wikitext"
+    if is_labelled and kind in ("text", "wikitext"):
+        raise UserError(
+            f"{path}: a {kind} file has no labels; give a table (csv, tsv, jsonl, parquet) with a label column"
+        )
+    failure = f"{path}: cannot be read as {kind}"
+    rows: Any
+    text: Any = None
+    label: Any = None
+    is_header = False
+    if kind in ("csv", "tsv"):
+        n_columns, is_header, text, label = _csv_columns(path, kind, head, split, config, is_labelled)
+        rows = partial(_csv_rows, path, kind, n_columns, is_header, text, label)
+    elif kind in ("jsonl", "parquet"):
+        names: list[str] = next(
+            iter(_guarded(partial(_json_names if kind == "jsonl" else _parquet_names, path), failure)), []
+        )
+        if not names:
+            raise UserError(f"{path}: no article in it; give a file with text")
+        text, label = _columns(str(path), names, split, config, is_labelled)
+        rows = partial(_json_rows if kind == "jsonl" else _parquet_rows, path, text, label)
+    else:
+        rows = partial(_wikitext_rows if kind == "wikitext" else _text_rows, path)
+    return _Part(
+        name=str(path),
+        split=split,
+        format=kind,
+        content=content,
+        size=path.stat().st_size,
+        columns=(text, label, is_header),
+        rows=partial(_guarded, rows, failure),
+    )
+
+
+def _scan(path: Path, is_text: bool) -> tuple[str, str]:
+    """Return the hash of a file, decompressed, and its first megabyte as text; reads it once, in blocks.
+
+    Raises UserError for a file that is unreadable, damaged or empty, or that should be text and is not UTF-8.
+    """
+    digest, decoder, head, offset = hashlib.sha256(), codecs.getincrementaldecoder("utf-8")(), "", 0
+    try:
+        with decompressed_open(path) as stream:
+            for block in iter(partial(stream.read, 1 << 20), b""):
+                if is_text and not offset and b"\0" in block[: 1 << 16]:
+                    raise UserError(f"{path}: is binary, or text in UTF-16; give UTF-8 text or set data.format")
+                digest.update(block)
+                n_pending = len(decoder.getstate()[0])
+                text = decoder.decode(block) if is_text else ""
+                head = head or text.removeprefix("\ufeff")
+                offset += len(block)
+            n_pending, block = len(decoder.getstate()[0]), b""
+            decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        position = offset - n_pending + error.start
+        raise UserError(f"{path}: not UTF-8 at byte {position} (from 0); convert it, as with iconv -t UTF-8") from error
+    except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{path}: the compressed file is damaged ({error}); fetch or compress it again") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}; check its permissions") from error
+    if not offset:
+        raise UserError(f"{path}: is empty; give a file with text")
+    return digest.hexdigest(), head
+
+
+def _guarded(rows: Callable[[], Iterator[Any]], failure: str) -> Iterator[Any]:
+    """Yield `rows()`. Raises UserError where the libraries that read the file raise anything."""
+    try:
+        yield from rows()
+    except UserError:
+        raise
+    except Exception as error:  # the builders pass on errors of pandas, pyarrow and the system, of many types
+        reason = " ".join(str(error).split()).removeprefix("Error tokenizing data. C error: ")
+        raise UserError(f"{failure}: {reason[:200]}; mend the file or set data.format") from error
+
+
+def _datasets() -> Any:
+    """Return the library `datasets` with bars, log lines and use counts off; imported late because that takes 0.8 s."""
+    import datasets
+    import huggingface_hub
+
+    # Else each call for a local file reports its use to the hub, and waits seconds for the answer without a network.
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    huggingface_hub.utils.disable_progress_bars()
+    datasets.disable_progress_bars()
+    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
+    return datasets
+
+
+def _batches(builder: str, path: Path, **settings: Any) -> Iterator[dict[str, list[Any]]]:
+    # The builder takes a name as a pattern, and finds nothing, without an error, where one holds [ or *.
+    pattern = glob.escape(str(path.absolute()))
+    with tempfile.TemporaryDirectory() as locks:  # streams are not cached, but lock files are written, one a file
+        stream = _datasets().load_dataset(
+            builder, data_files=pattern, split="train", streaming=True, cache_dir=locks, **settings
+        )
+    for table in stream.with_format("arrow").iter(batch_size=BATCH):
+        yield table.to_pydict()
+
+
+def _text_rows(path: Path) -> Iterator[tuple[int, str, None]]:
+    number = 0
+    for batch in _batches("text", path):
+        for line in batch["text"]:
+            number += 1
+            yield number, line.removeprefix("\ufeff") if number == 1 else line, None
+
+
+def _wikitext_rows(path: Path) -> Iterator[tuple[int, str, None]]:
+    return _grouped(_text_rows(path))
+
+
+def _grouped(lines: Iterable[tuple[int, str, Any]]) -> Iterator[tuple[int, str, None]]:
+    """Join the lines from a title to the next into one row."""
+    article: list[str] = []
+    start = 1
+    for number, line, _ in lines:
+        line = line.removesuffix("\n")
+        if article and TITLE.fullmatch(line):
+            yield start, "\n".join(article), None
+            article.clear()
+        start = start if article else number
+        article.append(line)
+    yield start, "\n".join(article), None
+
+
+def _json_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line, _ in _text_rows(path):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            if "\\ud" in line.lower():  # half of a surrogate pair is JSON, but no text
+                json.dumps(row, ensure_ascii=False).encode()
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: not JSON: {error}; write one object a line") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, line {number}: {line.strip()[:20]!r} is not a JSON object; write one a line")
+        yield number, row
+
+
+def _json_names(path: Path) -> Iterator[list[str]]:
+    return (list(row) for _, row in _json_objects(path))
+
+
+def _json_rows(path: Path, text: str, label: str | None) -> Iterator[tuple[int, Any, Any]]:
+    for number, row in _json_objects(path):
+        for column in filter(None, (text, label)):
+            if column not in row:
+                raise UserError(f"{path}, line {number}: the object has no {column!r}; add it")
+        yield number, row[text], row[label] if label else None
+
+
+def _csv_rows(
+    path: Path, kind: str, n_columns: int, is_header: bool, text: int, label: int | None
+) -> Iterator[tuple[int, str, str | None]]:
+    import datasets
+
+    names = [str(column) for column in range(n_columns)]
+    batches = _batches(
+        "csv",
+        path,
+        # Everything is text: no column of numbers, dates or missing values. The header is read as a row, because
+        # otherwise pandas takes the first field of too long a row for a row name, without an error.
+        names=names,
+        features=datasets.Features({name: datasets.Value("string") for name in names}),
+        header=None,
+        keep_default_na=False,
+        na_filter=False,
+        skip_blank_lines=False,
+        chunksize=BATCH,
+        **({"sep": "\t", "quoting": csv.QUOTE_NONE} if kind == "tsv" else {}),
+    )
+    number = 1
+    for batch in batches:
+        for row in zip(*(batch[name] for name in names), strict=True):
+            if any(cell and not cell.isspace() for cell in row):
+                if not is_header:
+                    yield number, row[text], None if label is None else row[label]
+                is_header = False
+            number += 1 + (sum(cell.count("\n") for cell in row) if kind == "csv" else 0)
+
+
+def _csv_columns(
+    path: Path, kind: str, head: str, split: str, config: DataConfig, is_labelled: bool
+) -> tuple[int, bool, int, int | None]:
+    """Return the number of columns, whether a header names them, and the numbers of the text and label columns."""
+    quoting: Any = csv.QUOTE_NONE if kind == "tsv" else csv.QUOTE_MINIMAL
+    lines = csv.reader(io.StringIO(head, newline=""), delimiter="\t" if kind == "tsv" else ",", quoting=quoting)
+    rows: list[list[str]] = []
+    csv.field_size_limit(1 << 24)  # a long article may be one field
+    with contextlib.suppress(csv.Error):  # a damaged row is found, with its line, when rows are checked
+        rows += islice((row for row in lines if any(cell.strip() for cell in row)), 100)
+    if not rows:
+        raise UserError(f"{path}: no article in it; give a file with text")
+    first = rows[0]
+    given = {name for name in (config.text_column, config.label_column) if name and not name.isdecimal()}
+    given |= set() if config.text_column and not config.text_column.isdecimal() else set(TEXT_COLUMNS)
+    is_header = not given.isdisjoint(first) or not given.isdisjoint(cell.lower() for cell in first)
+    is_header = is_header if config.header == "auto" else config.header == "yes"
+    names = first if is_header else [str(column) for column in range(len(first))]
+    shown = names if is_header else [f"{column} ({cell[:30]})" for column, cell in enumerate(first)]
+    # The raw release of CoLA: source, label, mark, text.
+    is_cola = all(len(row) == 4 and row[1] in ("0", "1") for row in rows)
+    usual = (TEXT_COLUMNS, LABEL_COLUMNS) if is_header else (("3",), ("1",)) if is_cola else ((), ())
+    text, label = _columns(str(path), names, split, config, is_labelled, usual, shown)
+    return len(first), is_header, names.index(text), None if label is None else names.index(label)
+
+
+def _parquet_names(path: Path) -> Iterator[list[str]]:
+    import pyarrow.parquet
+
+    with _plain_file(path) as plain:
+        yield list(pyarrow.parquet.read_schema(plain).names)
+
+
+def _parquet_rows(path: Path, text: str, label: str | None) -> Iterator[tuple[int, Any, Any]]:
+    with _plain_file(path) as plain:
+        columns = list(dict.fromkeys(filter(None, (text, label))))
+        yield from _table_rows(_batches("parquet", plain, columns=columns, batch_size=BATCH), text, label)
+
+
+def _table_rows(
+    batches: Iterable[dict[str, list[Any]]], text: str, label: str | None
+) -> Iterator[tuple[int, Any, Any]]:
+    number = 0
+    for batch in batches:
+        for row in zip(batch[text], batch[label] if label else batch[text], strict=True):
+            number += 1
+            yield number, *row
+
+
+@contextlib.contextmanager
+def _plain_file(path: Path) -> Iterator[Path]:
+    """Give the path of a file or, as Parquet is not read from front to back, of a decompressed copy on disk."""
+    if path.suffix.lower() not in (".gz", ".xz"):
+        yield path
+        return
+    with tempfile.NamedTemporaryFile(suffix=".parquet") as plain, decompressed_open(path) as stream:
+        shutil.copyfileobj(stream, plain)
+        plain.flush()
+        yield Path(plain.name)
+
+
+def _columns(
+    name: str,
+    names: list[str],
+    split: str,
+    config: DataConfig,
+    is_labelled: bool,
+    usual: tuple[tuple[str, ...], tuple[str, ...]] = (TEXT_COLUMNS, LABEL_COLUMNS),
+    shown: list[str] | None = None,
+) -> tuple[str, str | None]:
+    """Return which of the columns `names` hold the text and the label; None: it is not wanted or, in test, not there.
+
+    Raises UserError for a column that is not there.
+    """
+    there = f"there are {', '.join((shown or names)[:20])}"
+
+    def choose(setting: str, wanted: str, usual: tuple[str, ...]) -> str:
+        if wanted:
+            if wanted in names:
+                return wanted
+            if wanted.isdecimal() and int(wanted) < len(names):
+                return names[int(wanted)]
+            raise UserError(f"data.{setting}={wanted}: no such column in {name}{nearest(wanted, names)}; {there}")
+        lower = {key.lower(): key for key in reversed(names)}
+        for key in usual:
+            if key in lower:
+                return lower[key]
+        raise UserError(f"{name}: no column has a usual name; set data.{setting}; {there}")
+
+    only = names[:1] if len(names) == 1 and not config.text_column else []
+    text = only[0] if only else choose("text_column", config.text_column, usual[0])
+    # GLUE publishes test files without labels.
+    is_hidden = split == "test" and not config.label_column and not {key.lower() for key in names} & set(usual[1])
+    if not is_labelled or is_hidden:
+        return text, None
+    return text, choose("label_column", config.label_column, usual[1])
+
+
+# Data sets of the hub
+
+
+def _hub_parts(config: DataConfig, is_labelled: bool, named: set[str], notes: list[str]) -> list[_Part]:
+    """Return the parts of a hub set but those in `named`. Raises UserError for one that cannot be had."""
+    name = " ".join(filter(None, (config.hub, config.hub_config)))
+    datasets = _datasets()
+    is_local = Path(config.hub).is_dir()
+    failure = "" if is_local or not datasets.config.HF_HUB_OFFLINE else "HF_HUB_OFFLINE is set"
+    try:
+        if not is_local:
+            probe_hub(name)
+    except ConnectionError as error:
+        failure = str(error)
+    try:
+        with warnings.catch_warnings(action="ignore"), _offline() if failure else contextlib.nullcontext():
+            data = datasets.load_dataset(config.hub, config.hub_config or None)
+    except Exception as error:  # of the library, of the hub's client, of the builders: of many types
+        reason = " ".join(str(error).split())[:300]
+        if "LocalEntryNotFoundError" in reason:  # something answered, such as the log-in page of a network
+            failure = "what answers is not the hub"
+        if not failure:
+            raise UserError(f"data.hub={name}: {reason}; check data.hub and data.hub_config") from error
+        cache = reason if isinstance(error, ValueError) else "it is not in the cache"
+        mend = "use a local file with --data.path FILE"
+        raise UserError(f"data.hub={name}: the hub cannot be reached ({failure}) and {cache}; {mend}") from error
+    is_wikitext = not is_labelled and (config.hub_config or Path(config.hub).name).startswith("wikitext")
+    parts = []
+    for key, rows in data.items():
+        split = STEMS.get(str(key).lower(), "")
+        if not split:
+            notes.append(f"not used, as the name says no part: {key}")
+        if not split or split in named:
+            continue
+        part = f"{name}, {key}"
+        text, label = _columns(part, rows.column_names, split, config, is_labelled)
+        parts.append(
+            _Part(
+                name=part,
+                split=split,
+                format="hub",
+                content=rows._fingerprint,
+                size=rows.data.nbytes,
+                columns=(text, label, is_wikitext),
+                rows=partial(_guarded, partial(_hub_rows, rows, text, label, is_wikitext), f"{part}: cannot be read"),
+            )
+        )
+    return parts
+
+
+def _hub_rows(rows: Any, text: str, label: str | None, is_wikitext: bool) -> Iterator[tuple[int, Any, Any]]:
+    columns = list(dict.fromkeys(filter(None, (text, label))))
+    tables = rows.select_columns(columns).with_format("arrow").iter(batch_size=BATCH)
+    found = _table_rows((table.to_pydict() for table in tables), text, label)
+    return _grouped(found) if is_wikitext else found
+
+
+def probe_hub(name: str) -> None:
+    """Return if the hub answers or is not to be asked. Raises ConnectionError, within 3 seconds, if it is silent."""
+    import huggingface_hub
+
+    if huggingface_hub.is_offline_mode():
+        return
+    failure = f"no answer for {name} in 3 seconds"
+
+    def probe() -> None:
+        nonlocal failure
+        try:
+            huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=3)
+            failure = ""
+        except Exception as error:  # the client's own and those of the system
+            failure = " ".join(str(error).split())[:100] or type(error).__name__
+
+    # A thread, because the look-up of a name heeds no timeout.
+    thread = threading.Thread(target=probe, daemon=True)
+    thread.start()
+    thread.join(3)
+    if failure:
+        raise ConnectionError(failure)
+
+
+@contextlib.contextmanager
+def _offline() -> Iterator[None]:
+    """Have `datasets` go to its cache at once: it would try an unreachable hub many times."""
+    import datasets
+    import huggingface_hub
+
+    settings: tuple[Any, ...] = (datasets.config, huggingface_hub.constants)
+    before = [module.HF_HUB_OFFLINE for module in settings]
+    try:
+        for module in settings:
+            module.HF_HUB_OFFLINE = True
+        yield
+    finally:
+        for module, value in zip(settings, before, strict=True):
+            module.HF_HUB_OFFLINE = value

@@ -1,0 +1,557 @@
+"""Sources: formats, columns, labels, parts, the hash split, the hub, and one line for each thing that can be wrong."""
+
+import gzip
+import json
+import lzma
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from jaxlm.config import DataConfig
+from jaxlm.data import sources
+from jaxlm.data.sources import Article, open_source, split_of
+from jaxlm.errors import UserError
+
+PACK = {"": lambda data: data, ".gz": gzip.compress, ".xz": lzma.compress}
+TABLE = [("one", 1), ("null", 0), ('a "lone quote', 1), ("NA", 0), ("2020-01-01", 1), ("007", 0)]
+WHOLE = {"validation_fraction": 0.0, "test_fraction": 0.0}  # all of a file is the train part
+
+
+def write(path: Path, content: str | bytes) -> str:
+    data = content.encode() if isinstance(content, str) else content
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(PACK[path.suffix if path.suffix in PACK else ""](data))
+    return str(path)
+
+
+def write_parquet(path: Path, **columns: list) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pa.table(columns), path)
+    return str(path)
+
+
+def articles(is_labelled: bool = False, **settings) -> list[Article]:
+    return list(open_source(DataConfig(**settings), is_labelled).articles())
+
+
+def texts(path: str, **settings) -> list[str]:
+    found = articles(path=path, **WHOLE | settings)
+    assert {(article.split, article.label) for article in found} == {("train", -1)}
+    return [article.text for article in found]
+
+
+def rows(path: str, **settings) -> list[tuple[str, int]]:
+    found = articles(is_labelled=True, path=path, **WHOLE | settings)
+    return [(article.text, article.label) for article in found]
+
+
+def failure(is_labelled: bool = False, **settings) -> str:
+    with pytest.raises(UserError) as caught:
+        articles(is_labelled, **settings)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def parts(found: list[Article]) -> dict[str, list[str]]:
+    return {split: [a.text for a in found if a.split == split] for split in sources.SPLITS}
+
+
+# Formats
+
+
+@pytest.mark.parametrize("suffix", PACK)
+def test_text_is_one_article_a_line(tmp_path, suffix):
+    content = "\ufefffirst line\n\n  indented \u2028 kept \x0c\n \t\n= not\r\nlast, no newline"
+    path = write(tmp_path / f"a.txt{suffix}", content)
+    assert texts(path) == ["first line", "  indented \u2028 kept \x0c", "= not", "last, no newline"]
+
+
+@pytest.mark.parametrize("suffix", PACK)
+def test_wikitext_is_grouped_by_top_level_titles(tmp_path, suffix):
+    content = " \n = One = \n \n Text . \n = = Part = = \n More . \n = = = Deep = = = \n \n = Two = \n \n End ."
+    path = write(tmp_path / f"a.txt{suffix}", content)
+    one = " = One = \n \n Text . \n = = Part = = \n More . \n = = = Deep = = = \n "
+    assert texts(path) == [one, " = Two = \n \n End ."]
+    assert len(texts(path, format="text")) == 7
+
+
+def test_text_before_the_first_title_is_kept(tmp_path):
+    path = write(tmp_path / "a.txt", "Preface .\n= One =\nText .\n")
+    assert texts(path) == ["Preface .", "= One =\nText ."]
+    assert texts(write(tmp_path / "b.txt", "No title .\nAt all .\n"), format="wikitext") == ["No title .\nAt all ."]
+
+
+@pytest.mark.parametrize("suffix", PACK)
+def test_tsv_keeps_quotes_and_odd_values(tmp_path, suffix):
+    lines = ["\ufeffsentence\tlabel", *(f"{text}\t{label}" for text, label in TABLE)]
+    assert rows(write(tmp_path / f"a.tsv{suffix}", "\n".join(lines))) == TABLE
+    assert texts(write(tmp_path / f"b.tsv{suffix}", "\r\n".join(lines))) == [text for text, _ in TABLE]
+
+
+@pytest.mark.parametrize("suffix", PACK)
+def test_csv_keeps_quoted_fields_and_odd_values(tmp_path, suffix):
+    content = '\ufeff"text",label\n"a, ""b""\nc",1\nnull,0\n\n2020-01-01,1\n,0\n'
+    expected = [('a, "b"\nc', 1), ("null", 0), ("2020-01-01", 1), ("", 0)]
+    path = write(tmp_path / f"a.csv{suffix}", content)
+    assert rows(path) == expected
+    assert texts(path) == [text for text, _ in expected if text]  # an empty text is no article, but a labelled row is
+
+
+@pytest.mark.parametrize("suffix", PACK)
+@pytest.mark.parametrize("name", ["jsonl", "json"])
+def test_json_lines_keep_their_text(tmp_path, name, suffix):
+    lines = [json.dumps({"id": i, "text": text, "label": label}) for i, (text, label) in enumerate(TABLE)]
+    assert rows(write(tmp_path / f"a.{name}{suffix}", "\ufeff" + "\n\n".join(lines))) == TABLE
+
+
+@pytest.mark.parametrize("suffix", PACK)
+def test_parquet(tmp_path, suffix):
+    path = write_parquet(tmp_path / "a.parquet", text=[text for text, _ in TABLE], label=[label for _, label in TABLE])
+    if suffix:
+        path = write(tmp_path / f"a.parquet{suffix}", Path(path).read_bytes())
+    assert rows(path) == TABLE
+
+
+def test_many_rows_come_through_once_and_in_order(tmp_path):
+    expected = [f"row {i}" for i in range(3 * sources.BATCH + 1)]
+    assert texts(write(tmp_path / "a.txt", "\n".join(expected))) == expected
+    assert texts(
+        write(tmp_path / "a.tsv", "\n".join(["text\tid", *(f"{t}\t{i}" for i, t in enumerate(expected))]))
+    ) == (expected)
+    assert texts(write_parquet(tmp_path / "a.parquet", text=expected)) == expected
+
+
+def test_path_may_hold_pattern_characters(tmp_path):
+    assert texts(write(tmp_path / "[a] *?" / "b [1].txt", "one\n")) == ["one"]
+
+
+def test_format_setting_wins_over_the_name(tmp_path):
+    assert texts(write(tmp_path / "notes.md", "text,n\none,1\n"), format="csv") == ["one"]
+    message = failure(path=str(tmp_path / "notes.md"))
+    assert "notes.md" in message and "data.format" in message
+    assert "text, wikitext, csv, tsv, jsonl, parquet" in message
+
+
+def test_local_file_needs_no_network_and_no_cache_folder(tmp_path):
+    path = write(tmp_path / "a.txt", "one\n")
+    (tmp_path / "home").write_text("a file, where the library would make its cache folder")
+    code = f"""
+import socket
+socket.getaddrinfo = lambda *args, **settings: print("look-up of", args)
+from jaxlm.config import DataConfig
+from jaxlm.data.sources import open_source
+source = open_source(DataConfig(path={path!r}, validation_fraction=0, test_fraction=0), False)
+print([article.text for article in source.articles()])
+"""
+    assert run(code, HF_HOME=str(tmp_path / "home"), HF_HUB_OFFLINE="0") == "['one']\n"
+
+
+# Columns
+
+
+def test_columns_by_name_and_number(tmp_path):
+    path = write(tmp_path / "a.csv", "id,stars,body\n7,1,good\n8,0,bad\n")
+    assert rows(path, text_column="body", label_column="stars") == [("good", 1), ("bad", 0)]
+    assert rows(path, text_column="2", label_column="1", header="yes") == [("good", 1), ("bad", 0)]
+    assert texts(path, text_column="body") == ["good", "bad"]
+    path = write_parquet(tmp_path / "a.parquet", id=[7], stars=[1], body=["good"])
+    assert rows(path, text_column="2", label_column="stars") == [("good", 1)]
+
+
+def test_usual_names_in_order_of_preference(tmp_path):
+    assert rows(write(tmp_path / "a.csv", "review,Sentence,target,Label\nr,s,0,1\n")) == [("s", 1)]
+
+
+def test_header_auto_yes_and_no(tmp_path):
+    headless = write(tmp_path / "a.tsv", "good\t1\nbad\t0\n")
+    columns = {"text_column": "0", "label_column": "1"}
+    assert rows(headless, **columns) == [("good", 1), ("bad", 0)]
+    assert rows(headless, header="yes", **columns) == [("bad", 0)]
+    headed = write(tmp_path / "b.tsv", "sentence\tlabel\ngood\t1\n")
+    assert rows(headed) == rows(headed, header="yes") == [("good", 1)]
+    assert texts(headed, header="no", text_column="0") == ["sentence", "good"]
+    assert texts(write(tmp_path / "c.csv", "only column\nno header\n")) == ["only column", "no header"]
+
+
+def test_missing_column_names_setting_file_and_columns(tmp_path):
+    path = write(tmp_path / "a.csv", "text,stars\ngood,1\n")
+    assert f"data.text_column=txt: no such column in {path}" in failure(path=path, text_column="txt")
+    message = failure(True, path=path)
+    assert path in message and "data.label_column" in message and "text, stars" in message
+    assert "there are 0 (good), 1 (1)" in failure(path=write(tmp_path / "b.csv", "good,1\n"))
+    assert "data.label_column=5" in failure(True, path=path, label_column="5")
+    assert "'text'" in failure(path=write(tmp_path / "a.jsonl", '{"text": "a"}\n{"txt": "b"}\n'))
+    assert "type int" in failure(path=write(tmp_path / "b.jsonl", '{"text": 5}\n'))
+    assert "type int" in failure(path=write_parquet(tmp_path / "a.parquet", text=[1]))
+
+
+def test_row_with_too_many_fields_is_an_error(tmp_path):
+    assert "line 3, saw 3" in failure(path=write(tmp_path / "a.tsv", "text\tn\none\t1\ntwo\t2\t3\n"))
+    assert "line 2, saw 3" in failure(path=write(tmp_path / "b.tsv", "text\tn\none\t1\t2\n"))
+
+
+def test_text_has_no_labels(tmp_path):
+    message = failure(True, path=write(tmp_path / "a.txt", "one\n"))
+    assert "a.txt" in message and "label column" in message
+
+
+# Parts
+
+
+def cola(folder: Path) -> Path:
+    write(folder / "in_domain_train.tsv", "gj04\t1\t\tIt's \"fine.\ngj04\t0\t*\tFine it.\n")
+    write(folder / "in_domain_dev.tsv", "cj99\t1\t\tGood.\n")
+    write(folder / "out_of_domain_dev.tsv", "clc95\t0\t*\tBad it.\n")
+    return folder
+
+
+def test_cola_raw_release_needs_no_settings(tmp_path):
+    expected = [
+        Article("train", "It's \"fine.", 1),
+        Article("train", "Fine it.", 0),
+        Article("validation", "Good.", 1),
+        Article("test", "Bad it.", 0),
+    ]
+    assert articles(True, path=str(cola(tmp_path))) == expected
+    assert articles(path=str(tmp_path)) == [article._replace(label=-1) for article in expected]
+
+
+@pytest.mark.parametrize(
+    "names", [("TRAIN.txt", "Valid.txt", "test.txt"), ("train.raw.txt.gz", "val.txt", "test.txt.xz")]
+)
+def test_folder_names_tell_the_parts(tmp_path, names):
+    for name in names:
+        write(tmp_path / name, name)
+    write(tmp_path / "other.txt", "other")
+    source = open_source(DataConfig(path=str(tmp_path)), False)
+    assert [article[:2] for article in source.articles()] == list(zip(sources.SPLITS, names, strict=True))
+    assert any("other.txt" in note for note in source.notes)
+
+
+def test_folder_of_unnamed_files_is_one_source(tmp_path):
+    write(tmp_path / "a.txt", "one\ntwo\n")
+    write(tmp_path / "b.csv", "text\nthree\n")
+    write(tmp_path / ".hidden.txt", "hidden\n")
+    write(tmp_path / "c.log", "log\n")
+    assert texts(str(tmp_path)) == ["one", "two", "three"]
+    assert open_source(DataConfig(path=str(tmp_path), **WHOLE), False).description == f"{tmp_path} (2 files, 0.0 MB)"
+
+
+def test_folder_without_train_is_an_error(tmp_path):
+    valid = write(tmp_path / "valid.txt", "one\ntwo\n")
+    write(tmp_path / "test.txt", "three\n")
+    message = failure(path=str(tmp_path))
+    assert "no train part" in message and f"--data.path {valid}" in message
+    found = parts(articles(path=valid, test_path="test.txt", validation_fraction=0.0))
+    assert found == {"train": ["one", "two"], "validation": [], "test": ["three"]}
+
+
+def test_named_file_wins_over_the_folder(tmp_path):
+    train = "".join(f"train {i}\t{i % 2}\n" for i in range(200))
+    write(tmp_path / "train.tsv", "sentence\tlabel\n" + train)
+    write(tmp_path / "dev.tsv", "sentence\tlabel\ndev\t1\n")
+    source = open_source(DataConfig(path=str(tmp_path)), True)
+    found = parts(list(source.articles()))
+    assert found["validation"] == ["dev"] and len(found["test"]) > 5
+    assert source.notes == ("no test part: 10 % of articles split off by hash (data.test_fraction)",)
+    source = open_source(DataConfig(path=str(tmp_path), test_path="dev.tsv"), True)
+    found = parts(list(source.articles()))
+    assert found["test"] == ["dev"] and len(found["validation"]) > 5 and "dev" not in found["validation"]
+    assert source.description == f"{tmp_path} (2 tsv files, 0.0 MB)"
+
+
+def test_conflicting_files_are_errors(tmp_path):
+    train = write(tmp_path / "train.txt", "one\n")
+    dev = write(tmp_path / "dev.txt", "two\n")
+    assert "no train part" in failure(path=train, test_path=train)
+    assert "both" in failure(path=train, test_path=dev, validation_path=dev)
+    write(tmp_path / "valid.txt", "three\n")
+    assert "dev.txt and valid.txt" in failure(path=str(tmp_path))
+    assert "is a folder" in failure(path=train, test_path=str(tmp_path))
+
+
+# The hash split
+
+
+def test_split_is_by_text_and_seed_not_by_position(tmp_path):
+    lines = [f"article {i}" for i in range(2000)]
+    path = write(tmp_path / "a.txt", "\n".join(lines + lines[:50]))
+    found = articles(path=path)
+    assert Counter(article.text for article in found) == Counter(lines + lines[:50])
+    split = parts(found)
+    assert 130 < len(split["validation"]) < 280 and 130 < len(split["test"]) < 280
+    of = {article.text: article.split for article in found}
+    assert all(article.split == of[article.text] for article in found)  # equal articles share a part
+    write(tmp_path / "a.txt", "\n".join(reversed(lines[500:])))
+    assert all(article.split == of[article.text] for article in articles(path=path))
+    assert {article.text: article.split for article in articles(path=path, split_seed=1)} != of
+    config = DataConfig()
+    assert all(split_of(text, config) == part for text, part in of.items())
+    assert {text for text in lines if split_of(text, config, given=["validation"]) == "test"} == set(split["test"])
+
+
+def test_split_is_the_documented_hash():
+    # blake2b of "0\0article 0" and so on, computed once and written down: a change would move articles between parts.
+    found = [split_of(f"article {i}", DataConfig(validation_fraction=0.3, test_fraction=0.3)) for i in range(8)]
+    assert found == "train test train validation train train validation train".split()
+
+
+def test_articles_can_be_called_again_and_fingerprint_follows_content(tmp_path):
+    path = write(tmp_path / "a.txt", "one\ntwo\nthree\n")
+    config = DataConfig(path=path, **WHOLE)
+    source = open_source(config, False)
+    assert list(source.articles()) == list(source.articles())
+    assert re.fullmatch("[0-9a-f]{64}", source.fingerprint)
+    assert open_source(config, False).fingerprint == source.fingerprint
+    assert open_source(DataConfig(path=path), False).fingerprint != source.fingerprint
+    packed = write(tmp_path / "b.txt.gz", "one\ntwo\nthree\n")
+    assert open_source(DataConfig(path=packed, **WHOLE), False).fingerprint == source.fingerprint
+    write(tmp_path / "a.txt", "one\ntwo\nThree\n")
+    assert open_source(config, False).fingerprint != source.fingerprint
+
+
+def test_split_that_leaves_nothing_to_train_on_is_an_error(tmp_path):
+    path = write(tmp_path / "a.txt", "one\n")
+    seed = next(s for s in range(100) if split_of("one", DataConfig(split_seed=s)) == "test")
+    assert "1 articles all fall" in failure(path=path, split_seed=seed)
+    seed = next(s for s in range(100) if split_of("one", DataConfig(split_seed=s)) == "train")
+    notes = open_source(DataConfig(path=path, split_seed=seed), False).notes
+    assert "no article fell into the validation part" in notes and "no article fell into the test part" in notes
+
+
+# Labels
+
+
+@pytest.mark.parametrize("value", ["2", "-1", "1.0", "yes", "", "-2"])
+def test_bad_label_names_the_line(tmp_path, value):
+    path = write(tmp_path / "a.tsv", f"text\tlabel\none\t1\n\ntwo\t{value}\n")
+    message = failure(True, path=path)
+    assert f"{path}, line 4: label {value!r} is not an integer from 0 to 1" in message
+    assert "data.n_labels" in message and "data.label_column" in message
+
+
+def test_bad_label_is_found_in_every_format(tmp_path):
+    path = write(tmp_path / "a.csv", '\ntext,label\n"a\nb",1\n"c\n\nd",0\ne,9\n')
+    assert f"{path}, line 8: label '9'" in failure(True, path=path)
+    path = write(tmp_path / "a.jsonl", '{"text": "a", "label": 1}\n\n{"text": "b", "label": true}\n')
+    assert f"{path}, line 3: label True" in failure(True, path=path)
+    path = write_parquet(tmp_path / "a.parquet", text=["a", "b"], label=[1, None])
+    assert f"{path}, row 2: label None" in failure(True, path=path)
+    path = write(tmp_path / "b.csv", "body,stars\na,1\n")
+    assert "data.header=yes" in failure(True, path=path, text_column="0", label_column="1")
+
+
+def test_more_labels_where_n_labels_says_so(tmp_path):
+    path = write(tmp_path / "a.tsv", "text\tlabel\none\t2\n")
+    assert rows(path, n_labels=3) == [("one", 2)]
+
+
+def glue(folder: Path, test: str) -> str:
+    write(folder / "train.tsv", "sentence\tlabel\none\t1\ntwo\t0\n")
+    write(folder / "dev.tsv", "sentence\tlabel\nthree\t1\n")
+    write(folder / "test.tsv", test)
+    return str(folder)
+
+
+def test_hidden_test_labels_refuse_a_test_score(tmp_path):
+    path = glue(tmp_path, "sentence\tlabel\nfour\t-1\nfive\t-1\n")
+    source = open_source(DataConfig(path=path), True)
+    assert source.test_refusal == (
+        f"the test labels of {path}/test.tsv are hidden (-1): no test score; use --data.test-path with a labelled file"
+    )
+    assert [article for article in source.articles() if article.split == "test"] == [
+        Article("test", "four", -1),
+        Article("test", "five", -1),
+    ]
+    assert open_source(DataConfig(path=path, test_path="dev.tsv", validation_fraction=0.0), True).test_refusal == ""
+    assert open_source(DataConfig(path=path), False).test_refusal == ""
+    source = open_source(DataConfig(path=glue(tmp_path, "index\tsentence\n0\tfour\n")), True)
+    assert "test.tsv has no label column: no test score" in source.test_refusal
+
+
+def test_some_hidden_labels_are_an_error(tmp_path):
+    path = glue(tmp_path, "sentence\tlabel\nfour\t-1\nfive\t1\n")
+    assert "test.tsv, line 2: label -1" in failure(True, path=path)
+    path = glue(tmp_path, "sentence\tlabel\nfour\t1\nfive\t-1\n")
+    assert "test.tsv, line 3: label '-1'" in failure(True, path=path)
+
+
+# Files that cannot be used
+
+
+def test_missing_file_has_a_hint(tmp_path):
+    write(tmp_path / "corpus.txt", "one\n")
+    assert "did you mean corpus.txt?" in failure(path=str(tmp_path / "corpsu.txt"))
+    assert "folder does not exist" in failure(path=str(tmp_path / "no" / "a.txt"))
+    message = failure(path=str(tmp_path / "corpus.txt"), test_path="tset.txt")
+    assert message.startswith("data.test_path=tset.txt: no such file")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_file_without_permission(tmp_path):
+    path = write(tmp_path / "a.txt", "one\n")
+    Path(path).chmod(0)
+    assert path in failure(path=path) and "permission" in failure(path=path).lower()
+
+
+@pytest.mark.parametrize("content", ["", "\ufeff", "\n \n\t\n"])
+@pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.tsv", "a.jsonl", "a.txt.gz", "a.txt.xz"])
+def test_empty_file(tmp_path, name, content):
+    path = write(tmp_path / name, content)
+    message = failure(path=path)
+    assert path in message and ("is empty" in message or "no article" in message)
+
+
+def test_table_without_rows(tmp_path):
+    assert "no article" in failure(path=write(tmp_path / "a.csv", "text,label\n"))
+    assert "no article" in failure(path=write_parquet(tmp_path / "a.parquet", text=[]))
+    (tmp_path / "empty").mkdir()
+    assert "nothing" in failure(path=str(tmp_path / "empty"))
+
+
+@pytest.mark.parametrize("suffix", PACK)
+def test_binary_file(tmp_path, suffix):
+    path = write(tmp_path / f"a.txt{suffix}", b"some text\0and more")
+    assert f"{path}: is binary" in failure(path=path)
+
+
+@pytest.mark.parametrize("suffix", PACK)
+def test_not_utf8_names_the_byte(tmp_path, suffix):
+    path = write(tmp_path / f"a.txt{suffix}", "é".encode() + b"abc\nd\xe9f")
+    assert f"{path}: not UTF-8 at byte 7" in failure(path=path)
+    # A character across the border of two blocks is fine; a wrong byte after it is found; so is a cut one at the end.
+    long = b"a" * ((1 << 20) - 1) + "é".encode()
+    assert len(texts(write(tmp_path / f"b.txt{suffix}", long))[0]) == 1 << 20
+    assert f"at byte {(1 << 20) - 1} " in failure(path=write(tmp_path / f"c.txt{suffix}", long[:-1] + b"b"))
+    assert f"at byte {(1 << 20) + 1}" in failure(path=write(tmp_path / f"d.txt{suffix}", long + b"\xff"))
+    assert f"at byte {(1 << 20) - 1}" in failure(path=write(tmp_path / f"e.txt{suffix}", long[:-1]))
+
+
+@pytest.mark.parametrize("name", ["a.txt.gz", "a.txt.xz", "a.tsv.gz", "a.jsonl.xz"])
+def test_damaged_compression(tmp_path, name):
+    path = tmp_path / name
+    write(path, "text\tn\n" + "".join(f"line {i}\t{i * i}\n" for i in range(2000)))
+    whole = path.read_bytes()
+    for content in (whole[: len(whole) // 2], whole[:200] + b"\x55" * 50 + whole[250:], b"not compressed\n"):
+        path.write_bytes(content)
+        assert f"{path}: the compressed file is damaged" in failure(path=str(path))
+
+
+def test_bad_json_names_the_line(tmp_path):
+    path = write(tmp_path / "a.jsonl", '{"text": "a"}\n\n{"text": "b"\n')
+    assert f"{path}, line 3: not JSON" in failure(path=path)
+    assert "line 1" in failure(path=write(tmp_path / "b.json", '[{"text": "a"}]\n'))
+    assert "line 2" in failure(path=write(tmp_path / "c.json", '{"text": "a"}\n{"text": "\\ud800"}\n'))
+
+
+def test_damaged_tables(tmp_path):
+    path = Path(write_parquet(tmp_path / "a.parquet", text=[f"row {i}" for i in range(3000)]))
+    whole = path.read_bytes()
+    for content in (b"not parquet at all", whole[: len(whole) // 2], whole[:500] + bytes(5000) + whole[5500:]):
+        path.write_bytes(content)
+        assert f"{path}: cannot be read as parquet" in failure(path=str(path))
+    path = Path(write(tmp_path / "a.csv", 'text,label\n"never closed,1\nb,0\n'))
+    assert f"{path}: cannot be read as csv" in failure(path=str(path))
+
+
+def test_large_files_are_checked_as_they_are_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "CHECK_LIMIT", 10)
+    path = write(tmp_path / "a.tsv", "text\tlabel\none\t1\ntwo\t7\n")
+    source = open_source(DataConfig(path=path), True)
+    with pytest.raises(UserError, match="line 3: label '7'"):
+        list(source.articles())
+
+
+# The hub
+
+
+def hub_folder(folder: Path) -> str:
+    write_parquet(folder / "train.parquet", sentence=["one", "two"], label=[1, 0], idx=[0, 1])
+    write_parquet(folder / "test.parquet", sentence=["three"], label=[-1], idx=[0])
+    return str(folder)
+
+
+def test_hub_set_with_hidden_labels(tmp_path):
+    hub = hub_folder(tmp_path / "set")
+    source = open_source(DataConfig(hub=hub, **WHOLE), True)
+    expected = [Article("train", "one", 1), Article("train", "two", 0), Article("test", "three", -1)]
+    assert list(source.articles()) == list(source.articles()) == expected
+    assert "are hidden (-1): no test score" in source.test_refusal
+    assert source.description == f"{hub} (train, test)"
+    assert any("no validation part" in note for note in source.notes)
+    assert open_source(DataConfig(hub=hub, **WHOLE), True).fingerprint == source.fingerprint
+    test = write(tmp_path / "mine.tsv", "text\tlabel\nfour\t1\n")
+    source = open_source(DataConfig(hub=hub, test_path=test, **WHOLE), True)
+    assert source.test_refusal == "" and list(source.articles())[-1] == Article("test", "four", 1)
+    assert "data.text_column=nothing: no such column" in failure(True, hub=hub, text_column="nothing")
+    write_parquet(tmp_path / "set" / "train.parquet", sentence=["one", "two"], label=[1, 5], idx=[0, 1])
+    assert f"{hub}, train, row 2: label 5" in failure(True, hub=hub)
+
+
+def test_hub_wikitext_is_grouped(tmp_path):
+    lines = ["", " = One = \n", " Text . \n", " = = Part = = \n", " = Two = \n", " End . \n"]
+    write_parquet(tmp_path / "wikitext-tiny" / "train.parquet", text=lines)
+    found = articles(hub=str(tmp_path / "wikitext-tiny"), **WHOLE)
+    assert [article.text for article in found] == [" = One = \n Text . \n = = Part = = ", " = Two = \n End . "]
+
+
+def test_hub_errors_are_one_line(tmp_path):
+    hub = hub_folder(tmp_path / "set")
+    assert "no_such_config" in failure(hub=hub, hub_config="no_such_config")
+    write_parquet(tmp_path / "other" / "test.parquet", text=["one"])
+    assert "no train part, only test" in failure(hub=str(tmp_path / "other"))
+
+
+def run(code: str, **environment: str) -> str:
+    """Return what a new process prints: the library reads its settings when it is imported."""
+    settings = os.environ | environment
+    root = str(Path(sources.__file__).parents[2])
+    return subprocess.run([sys.executable, "-c", code], env=settings, cwd=root, capture_output=True, text=True).stdout
+
+
+OPEN = """
+import sys
+from jaxlm.config import DataConfig
+from jaxlm.data.sources import open_source
+from jaxlm.errors import UserError
+try:
+    print(list(open_source(DataConfig(hub="some-group/some-set", hub_config={config!r}), False).articles()))
+except UserError as error:
+    print(error)
+print([name for name in ("jax", "torch") if name in sys.modules])
+"""
+
+
+def test_unreachable_hub_is_one_line_and_fast(tmp_path):
+    start = time.monotonic()
+    # A port of this machine that nothing listens on.
+    out = run(OPEN.format(config="c"), HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path), HF_HUB_OFFLINE="0")
+    assert out.startswith("data.hub=some-group/some-set c: the hub cannot be reached (")
+    assert out.endswith("use a local file with --data.path FILE\n[]\n") and len(out.splitlines()) == 2
+    assert time.monotonic() - start < 10  # with the start of the process
+
+
+def test_cached_hub_set_is_used_when_the_hub_cannot_be_reached(tmp_path):
+    datasets = sources._datasets()
+    write_parquet(tmp_path / "set" / "train.parquet", text=["kept"])
+    data = datasets.load_dataset(str(tmp_path / "set"), cache_dir=str(tmp_path / "made"))
+    made = Path(data["train"].cache_files[0]["filename"]).parent
+    name = "some-group___some-set"
+    home = tmp_path / "home" / "datasets" / name / "default" / "0.0.0" / made.name
+    shutil.copytree(made, home)
+    for file in home.iterdir():
+        file.rename(home / re.sub(r"^.*-train", "some-set-train", file.name))
+    info = json.loads((home / "dataset_info.json").read_text())
+    (home / "dataset_info.json").write_text(json.dumps(info | {"config_name": "default", "dataset_name": "some-set"}))
+    out = run(OPEN.format(config=""), HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "home"))
+    assert out == "[Article(split='train', text='kept', label=-1)]\n[]\n", out

@@ -1,0 +1,208 @@
+"""Text to token ids: train a tokenizer, or read one from a file, a folder or the hub.
+
+Trained vocabularies depend on nothing but the text and the settings: the same ids in every process.
+"""
+
+import collections
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from jaxlm.config import TokenizerConfig
+from jaxlm.errors import UserError
+
+# What a special token is called in the vocabularies people have.
+NAMES = {
+    "pad": ("[PAD]", "<pad>"),
+    "unknown": ("[UNK]", "<unk>"),
+    "start": ("[CLS]", "<s>"),
+    "end": ("[SEP]", "</s>"),
+    "mask": ("[MASK]", "<mask>"),
+    "article": ("<|endoftext|>", "</s>"),
+}
+WORDPIECE_SPECIALS = tuple(NAMES[role][0] for role in ("pad", "unknown", "start", "end", "mask"))
+T = TypeVar("T")
+ALPHABET_SIZE = 1000  # characters that get a token of their own; rarer ones become [UNK]
+
+
+def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """Return {role: token id} for the special tokens that the tokenizer has; roles are the keys of NAMES."""
+    found = ((role, tokenizer.token_to_id(name)) for role, names in NAMES.items() for name in reversed(names))
+    return {role: token for role, token in found if token is not None}
+
+
+def fingerprint(tokenizer: Tokenizer) -> str:
+    """Return a hash of all that decides how text becomes ids."""
+    return hashlib.sha256((tokenizer.to_str() + tokenizers.__version__).encode()).hexdigest()
+
+
+def cached(config: TokenizerConfig, texts: Callable[[], Iterator[str]], corpus: str, cache_dir: Path) -> Tokenizer:
+    """Return the tokenizer of `config`, trained on `texts()` unless the cache has it for this `corpus` fingerprint.
+
+    Raises UserError if it cannot be read or the cache cannot be written.
+    """
+    if config.path:
+        return read(config)
+    settings = f"{corpus} {config.kind} {config.vocab_size} {config.lowercase} {tokenizers.__version__}"
+    path = cache_dir / "tokenizers" / f"{hashlib.sha256(settings.encode()).hexdigest()[:32]}.json"
+    if not path.exists():
+        save(train(config, texts), path)
+    return read(TokenizerConfig(path=str(path)))
+
+
+def save(tokenizer: Tokenizer, path: Path) -> None:
+    """Write tokenizer.json; the file is there whole or not at all. Raises UserError if it cannot be written."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(tokenizer.to_str(), encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(
+            f"{path}: the tokenizer cannot be written ({error.strerror}); "
+            "free some space, or choose another folder with --data.cache-dir"
+        ) from error
+
+
+def train(config: TokenizerConfig, texts: Callable[[], Iterator[str]]) -> Tokenizer:
+    """Return a tokenizer trained on texts(), which is read twice for WordPiece."""
+    if config.kind == "bpe":
+        tokenizer = _byte_level(models.BPE())
+        trainer = trainers.BpeTrainer(
+            vocab_size=config.vocab_size - 1,
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(chunks(texts(), len), trainer)
+        # Behind the learned tokens, as in GPT-2, so that id 0 is "!" there and here.
+        tokenizer.add_special_tokens([NAMES["article"][0]])
+        return tokenizer
+
+    # The trainer numbers the characters that continue a word in the order of a hash table, and breaks ties between
+    # merges by these numbers. Given to it in sorted order as special tokens, they cannot vary.
+    draft = _wordpiece(models.WordPiece(unk_token="[UNK]"), config.lowercase)
+    letters = _alphabet(draft.normalizer, texts())
+    seed = [*WORDPIECE_SPECIALS, *letters, *(f"##{letter}" for letter in letters)]
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=max(config.vocab_size, len(seed)),
+        initial_alphabet=letters,
+        limit_alphabet=len(letters),
+        special_tokens=seed,
+        show_progress=False,
+    )
+    draft.train_from_iterator(chunks(texts(), len), trainer)
+    vocab = draft.get_vocab()
+    vocab = {token: i for i, token in enumerate(sorted(vocab, key=vocab.__getitem__))}
+    return _wordpiece(models.WordPiece(vocab, unk_token="[UNK]"), config.lowercase)
+
+
+def read(config: TokenizerConfig) -> Tokenizer:
+    """Return the tokenizer of a tokenizer.json, vocab.txt, vocab.json with merges.txt, a folder of these, or the hub.
+
+    Raises UserError if there is none or it cannot be read.
+    """
+    path = _file_of(Path(config.path))
+    merges = path.with_name(path.name.replace("vocab.json", "merges.txt"))
+    try:
+        if path.name.endswith("vocab.json"):
+            tokenizer = _byte_level(models.BPE.from_file(str(path), str(merges)))
+            tokenizer.add_special_tokens([name for names in NAMES.values() for name in names if _has(tokenizer, name)])
+        elif path.suffix == ".txt":
+            vocab = {line: i for i, line in enumerate(path.read_text(encoding="utf-8").splitlines())}
+            if "[UNK]" not in vocab:
+                raise UserError(f"tokenizer.path={config.path}: no [UNK] among its {len(vocab)} lines; is it a vocab.txt?")
+            tokenizer = _wordpiece(models.WordPiece(vocab, unk_token="[UNK]"), config.lowercase)
+        else:
+            tokenizer = Tokenizer.from_file(str(path))
+    except UserError:
+        raise
+    except Exception as error:  # the library raises plain Exception for a file it cannot parse
+        raise UserError(f"tokenizer.path={config.path}: {path.name} cannot be read as a tokenizer: {error}") from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    # A special token spelled out in a text is text.
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def _has(tokenizer: Tokenizer, name: str) -> bool:
+    return tokenizer.token_to_id(name) is not None
+
+
+def _file_of(path: Path) -> Path:
+    """Return the file to read for a path of a file or folder, or a name on the hub."""
+    if path.is_file():
+        return path
+    names = ("tokenizer.json", "vocab.txt", "vocab.json")
+    if path.is_dir():
+        for name in names:
+            if (path / name).is_file():
+                return path / name
+        raise UserError(f"tokenizer.path={path}: the folder has no {', '.join(names[:-1])} or {names[-1]} with merges.txt")
+    if path.suffix in (".json", ".txt") or len(path.parts) > 2 or path.is_absolute():
+        raise UserError(f"tokenizer.path={path}: there is no such file or folder")
+    return _from_hub(str(path))
+
+
+def _from_hub(name: str) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    from jaxlm.data import sources
+
+    try:
+        sources.probe_hub(name)
+        return Path(huggingface_hub.hf_hub_download(name, "tokenizer.json", etag_timeout=3))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"tokenizer.path={name}: neither a file here nor a tokenizer on the hub that can be reached ({reason}); "
+            "give a local tokenizer.json, vocab.txt or vocab.json"
+        ) from error
+
+
+def _wordpiece(model: models.WordPiece, lowercase: bool) -> Tokenizer:
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.add_special_tokens([name for name in WORDPIECE_SPECIALS if _has(tokenizer, name)])
+    return tokenizer
+
+
+def _byte_level(model: models.BPE) -> Tokenizer:
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _alphabet(normalizer: normalizers.Normalizer, texts: Iterable[str]) -> list[str]:
+    """Return the most frequent characters of the normalised texts, sorted."""
+    counts: collections.Counter[str] = collections.Counter()
+    for text in texts:
+        counts.update(text)
+    normal: collections.Counter[str] = collections.Counter()
+    for character, count in counts.items():
+        normal.update({part: count for part in normalizer.normalize_str(character) if not part.isspace()})
+    return sorted(sorted(normal, key=lambda character: (-normal[character], character))[:ALPHABET_SIZE])
+
+
+def chunks(items: Iterable[T], size_of: Callable[[T], int], most: int = 4_000_000) -> Iterator[list[T]]:
+    """Group items until their sizes sum to `most`: enough to tokenize in parallel, little enough for any memory."""
+    chunk: list[T] = []
+    size = 0
+    for item in items:
+        chunk.append(item)
+        size += size_of(item) + 64  # what an empty item costs, too
+        if size >= most:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk

@@ -1,0 +1,14 @@
+"""The tasks by name. To add one: README.md beside this file."""
+
+from jaxlm.tasks.base import Task
+from jaxlm.tasks.cola import Cola
+from jaxlm.tasks.gpt import Gpt
+from jaxlm.tasks.mlm import Mlm
+from jaxlm.tasks.sst2 import Sst2
+
+TASKS: dict[str, type[Task]] = {
+    "mlm": Mlm,
+    "gpt": Gpt,
+    "sst2": Sst2,
+    "cola": Cola,
+}

@@ -1,0 +1,59 @@
+"""What a task is: a model, its samples, a loss and scores, and what to show a person."""
+
+import abc
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from tokenizers import Tokenizer
+
+from jaxlm import metrics
+from jaxlm.config import Config
+from jaxlm.data.samples import Batch, Samples
+from jaxlm.data.sources import Source
+from jaxlm.step import Totals
+
+
+class Task(abc.ABC):
+    """One task with its settings. `model` and `batch` are what build_model and `samples` make."""
+
+    samples: ClassVar[type[Any]]  # class of data/samples.py that makes the batches
+    settings: ClassVar[tuple[str, ...]] = ()  # settings that only such tasks use; elsewhere they warn
+    baseline_name: ClassVar[str]  # what `baseline` guesses
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.dtype = jnp.bfloat16 if config.train.precision == "bfloat16" else jnp.float32
+
+    @abc.abstractmethod
+    def embedded(self) -> Source:
+        """Return the articles to use where the settings name no source."""
+
+    @abc.abstractmethod
+    def build_model(self, rngs: nnx.Rngs) -> nnx.Module:
+        """Return a model with start values; all its variables are nnx.Param."""
+
+    @abc.abstractmethod
+    def loss(self, model: Any, batch: dict[str, Array], key: Array | None) -> Totals:
+        """Return sums over the batch: `loss`, `count`, and what `scores` needs. With a key, dropout is on."""
+
+    @abc.abstractmethod
+    def predict(self, model: Any, batch: dict[str, Array]) -> Array:
+        """Return what `show` needs of the model, compiled."""
+
+    @abc.abstractmethod
+    def scores(self, totals: Any) -> metrics.Scores:
+        """Return the scores of summed totals, the most telling first; `loss` is among them."""
+
+    @abc.abstractmethod
+    def baseline(self, samples: Samples) -> metrics.Scores:
+        """Return the scores of the best guess that looks at no input."""
+
+    @abc.abstractmethod
+    def show(self, batch: Batch, predictions: Any, tokenizer: Tokenizer) -> str:
+        """Return the samples of a batch with what the model makes of them, for a person."""
+
+    def warning(self, totals: Any) -> str:
+        """Return one line on totals that look like a collapsed model, or ""."""
+        return ""

@@ -1,0 +1,63 @@
+"""Causal language modelling: guess the next word (GPT-2)."""
+
+import jax
+from flax import nnx
+from jax import Array
+from tokenizers import Tokenizer
+
+from jaxlm import metrics
+from jaxlm.data import embedded
+from jaxlm.data.samples import Batch, CausalSamples
+from jaxlm.data.sources import Source
+from jaxlm.generate import continue_greedily
+from jaxlm.heads import LanguageModel
+from jaxlm.step import Totals, cross_entropy
+from jaxlm.tasks.base import Task
+
+N_SHOWN = 24  # tokens of a shown continuation
+
+
+class Gpt(Task):
+    samples = CausalSamples
+    baseline_name = "guessing by word frequency"
+
+    def embedded(self) -> Source:
+        return embedded.python_reference(self.config.data)
+
+    def build_model(self, rngs: nnx.Rngs) -> LanguageModel:
+        return LanguageModel(self.config.model, is_causal=True, dtype=self.dtype, rngs=rngs)
+
+    def loss(self, model: LanguageModel, batch: dict[str, Array], key: Array | None) -> Totals:
+        return cross_entropy(model(batch["tokens"], key), batch["labels"])
+
+    def predict(self, model: LanguageModel, batch: dict[str, Array]) -> Array:
+        n_prompt, n_new = self._shown()
+        return continue_greedily(model, batch["tokens"][:, :n_prompt], n_new)
+
+    def scores(self, totals: Totals) -> metrics.Scores:
+        scores = {"loss": metrics.loss(totals), "perplexity": metrics.perplexity(totals)}
+        return scores | ({"bits_per_byte": metrics.bits_per_byte(totals)} if "bytes" in totals else {})
+
+    def baseline(self, samples: CausalSamples) -> metrics.Scores:
+        return self.scores(metrics.unigram(samples.counted_tokens()) | samples.constants)
+
+    def show(self, batch: Batch, predictions: Array, tokenizer: Tokenizer) -> str:
+        """Return each prompt with the model's continuation and the original one."""
+        texts = []
+        n_prompt, n_new = self._shown()
+        for tokens, labels, guesses in zip(batch["tokens"], batch["labels"], predictions, strict=True):
+            if labels[n_prompt - 1] < 0:  # the article is shorter than a prompt
+                continue
+            original = [label for label in labels[n_prompt - 1 : n_prompt - 1 + n_new] if label >= 0]
+            rows = {"prompt": tokens[:n_prompt], "continued": guesses, "original": original}
+            texts.append("\n".join(f"{name:>9}: {_line(ids, tokenizer)}" for name, ids in rows.items()))
+        return "\n\n".join(texts)
+
+    def _shown(self) -> tuple[int, int]:
+        """Return how many tokens a shown prompt and its continuation have."""
+        n_new = min(N_SHOWN, self.config.model.seq_len // 2)
+        return min(self.config.model.seq_len // 2, 2 * N_SHOWN), n_new
+
+
+def _line(ids: jax.typing.ArrayLike, tokenizer: Tokenizer) -> str:
+    return " ".join(tokenizer.decode([int(token) for token in ids], skip_special_tokens=False).split())

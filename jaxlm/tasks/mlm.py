@@ -1,0 +1,64 @@
+"""Masked language modelling: guess the hidden words from both sides (BERT, arXiv 1810.04805)."""
+
+from flax import nnx
+from jax import Array
+from tokenizers import Tokenizer
+
+from jaxlm import metrics
+from jaxlm.data import embedded
+from jaxlm.data.samples import Batch, MaskedSamples
+from jaxlm.data.sources import Source
+from jaxlm.heads import LanguageModel
+from jaxlm.step import Totals, cross_entropy
+from jaxlm.tasks.base import Task
+
+
+class Mlm(Task):
+    samples = MaskedSamples
+    settings = ("data.mask_fraction", "data.n_maskings")
+    baseline_name = "guessing by word frequency"
+
+    def embedded(self) -> Source:
+        return embedded.python_reference(self.config.data)
+
+    def build_model(self, rngs: nnx.Rngs) -> LanguageModel:
+        return LanguageModel(self.config.model, is_causal=False, dtype=self.dtype, rngs=rngs)
+
+    def loss(self, model: LanguageModel, batch: dict[str, Array], key: Array | None) -> Totals:
+        # Logits only where something is masked: the same loss for a seventh of the work.
+        return cross_entropy(model(batch["tokens"], key, batch["positions"]), batch["labels"])
+
+    def predict(self, model: LanguageModel, batch: dict[str, Array]) -> Array:
+        return model(batch["tokens"], None, batch["positions"]).argmax(axis=-1)
+
+    def scores(self, totals: Totals) -> metrics.Scores:
+        return {
+            "loss": metrics.loss(totals),
+            "accuracy": metrics.accuracy(totals),
+            "perplexity": metrics.perplexity(totals),
+        }
+
+    def baseline(self, samples: MaskedSamples) -> metrics.Scores:
+        return self.scores(metrics.unigram(samples.counted_tokens()))
+
+    def show(self, batch: Batch, predictions: Array, tokenizer: Tokenizer) -> str:
+        """Return each text as the model sees it, then [original] words and the predicted ones, wrong ones in *stars*."""
+        texts = []
+        for tokens, positions, labels, guesses in zip(
+            batch["tokens"], batch["positions"], batch["labels"], predictions, strict=True
+        ):
+            pieces = [tokenizer.id_to_token(token) for token in tokens if token != self.config.model.pad_id]
+            original, predicted = list(pieces), list(pieces)
+            for position, label, guess in sorted(zip(positions, labels, guesses, strict=True)):
+                if label >= 0:
+                    word, guessed = tokenizer.id_to_token(label), tokenizer.id_to_token(guess)
+                    original[position] = f"[{word}]"
+                    predicted[position] = f"[{guessed}]" if guess == label else f"*{guessed}*"
+            rows = {"masked": pieces, "original": original, "predicted": predicted}
+            texts.append("\n".join(f"{name:>9}: {_joined(words)}" for name, words in rows.items()))
+        return "\n\n".join(texts)
+
+
+def _joined(pieces: list[str]) -> str:
+    """Join word pieces into text; WordPiece marks those that continue a word with ##, byte-level BPE new words."""
+    return " ".join(pieces).replace(" ##", "").replace("Ġ", "").replace("Ċ", "")

@@ -1,0 +1,65 @@
+"""Sentence classification, by default whether a review is positive (SST-2, arXiv 1804.07461)."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from tokenizers import Tokenizer
+
+from jaxlm import metrics
+from jaxlm.data import embedded
+from jaxlm.data.samples import Batch, ClassifiedSamples
+from jaxlm.data.sources import Source
+from jaxlm.heads import Classifier
+from jaxlm.step import Totals, cross_entropy
+from jaxlm.tasks.base import Task
+
+
+class Sst2(Task):
+    samples = ClassifiedSamples
+    settings = ("data.n_labels", "data.label_column", "model.head_outputs")
+    baseline_name = "always the most frequent class"
+
+    def embedded(self) -> Source:
+        return embedded.sentences("sst2")
+
+    def build_model(self, rngs: nnx.Rngs) -> Classifier:
+        return Classifier(self.config.model, self.config.data.n_labels, self.dtype, rngs)
+
+    def loss(self, model: Classifier, batch: dict[str, Array], key: Array | None) -> Totals:
+        logits_BC, labels_B = model(batch["tokens"], key), batch["labels"]
+        C = self.config.data.n_labels
+        # The original's head has an output for each token of the vocabulary: those are no class.
+        predictions_B = jnp.minimum(logits_BC.argmax(axis=-1), C)
+        rows_BC = (labels_B[:, None] == jnp.arange(C)).astype(jnp.int32)
+        columns_BC = (predictions_B[:, None] == jnp.arange(C + 1)).astype(jnp.int32)
+        return {**cross_entropy(logits_BC, labels_B), "confusion": rows_BC.T @ columns_BC}
+
+    def predict(self, model: Classifier, batch: dict[str, Array]) -> Array:
+        return model(batch["tokens"]).argmax(axis=-1)
+
+    def scores(self, totals: Any) -> metrics.Scores:
+        return {
+            "accuracy": metrics.accuracy(totals),
+            "f1": metrics.f1(np.asarray(totals["confusion"], np.float64)),
+            "loss": metrics.loss(totals),
+        }
+
+    def baseline(self, samples: ClassifiedSamples) -> metrics.Scores:
+        return self.scores(metrics.majority(np.asarray(samples.split.labels), self.config.data.n_labels))
+
+    def show(self, batch: Batch, predictions: Array, tokenizer: Tokenizer) -> str:
+        """Return each sentence with its label and the predicted one, wrong ones marked."""
+        lines = []
+        for tokens, label, guess in zip(batch["tokens"], batch["labels"], predictions, strict=True):
+            mark = " " if guess == label else "*"
+            lines.append(f"{mark} label {label}, predicted {guess}: {tokenizer.decode(tokens.tolist())}")
+        return "\n".join(lines)
+
+    def warning(self, totals: Any) -> str:
+        predicted = np.asarray(totals["confusion"]).sum(axis=0)
+        if np.count_nonzero(predicted) != 1:
+            return ""
+        return f"the model predicts class {predicted.argmax()} for every sample: it has learned nothing yet"

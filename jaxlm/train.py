@@ -1,0 +1,28 @@
+"""The command `python -m jaxlm.train`: settings first, then the run (loop.py). JAX is not imported for a mistyped setting."""
+
+import sys
+import time
+
+from jaxlm import config as configs
+from jaxlm.errors import reported
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train as the command line says; return the exit status: 0, 2 for bad input, 130 after Ctrl-C."""
+    started_s = time.monotonic()
+    argv = sys.argv[1:] if argv is None else argv
+    with reported(debug="--debug" in argv):
+        config, origins = configs.load(argv)
+        print(f"jaxlm: task {config.task}; loading JAX", flush=True)
+        try:
+            from jaxlm import loop
+
+            return loop.run(config, origins, started_s)
+        except KeyboardInterrupt:
+            print("interrupted before the first update; nothing is kept", file=sys.stderr)
+            return 130
+    raise AssertionError("reported() exits on the errors it does not pass on")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
