@@ -2,11 +2,11 @@
 
 import hashlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from jaxlm.config import DataConfig
 from jaxlm.data import grammar
-from jaxlm.data.sources import Article, Source
+from jaxlm.data.sources import Article, Source, hash_of
 
 
 def python_reference(config: DataConfig) -> Source:
@@ -49,12 +49,8 @@ def sentences(task: str) -> Source:
     return _source(f"{n_sentences} sentences of the project's own grammar for {task}", articles, n_bytes)
 
 
-def hash_of(text: str, seed: int) -> bytes:
-    return hashlib.blake2b(f"{seed}\0{text}".encode(), digest_size=8).digest()
-
-
-def _source(description: str, articles: object, n_bytes: int) -> Source:
+def _source(description: str, articles: Callable[[], Iterator[Article]], n_bytes: int) -> Source:
     content = hashlib.sha256()
     for article in articles():
         content.update(repr(article).encode())
-    return Source(description, content.hexdigest(), articles, notes=())
+    return Source(description, content.hexdigest(), articles, n_bytes)

@@ -47,7 +47,7 @@ def prepare(
     tokenizer = tokenizers.cached(config.tokenizer, training_texts, source.fingerprint, cache_dir)
     config = _with_vocab_size(config, tokenizer)
     specials = _specials(config, tokenizer, samples_class)
-    with progress("tokenizing", getattr(source, "n_bytes", 0)) as on_progress:
+    with progress("tokenizing", source.n_bytes) as on_progress:
         splits = cache.open_cache(source, tokenizer, cache_dir, on_progress)
     samples = {
         name: samples_class(split, config, specials, tokenizer.get_vocab_size()) for name, split in splits.items()

@@ -53,7 +53,8 @@ class Source:
     description: str  # for people
     fingerprint: str  # of the contents and of every setting that changes what articles() yields
     articles: Callable[[], Iterator[Article]]  # a new pass over all parts; raises UserError for a bad row
-    notes: tuple[str, ...]  # lines to show at the start
+    n_bytes: int  # of the decompressed files or the text, about
+    notes: tuple[str, ...] = ()  # lines to show at the start
     test_refusal: str = ""  # why there can be no test score, else ""
 
 
@@ -65,7 +66,7 @@ class _Part:
     split: str
     format: str
     content: str  # hash
-    size: int  # bytes
+    size: int  # bytes, decompressed
     columns: tuple[Any, ...]  # text, label (None: there is none), is there a header
     rows: Callable[[], Iterator[tuple[int, Any, Any]]]
 
@@ -101,6 +102,7 @@ def open_source(config: DataConfig, is_labelled: bool) -> Source:
         description=f"{root} ({size})",
         fingerprint=hashlib.sha256(json.dumps(settings).encode()).hexdigest(),
         articles=partial(_articles, parts, config, is_labelled, shares),
+        n_bytes=sum(part.size for part in parts),
         notes=tuple(notes),
         test_refusal=refusal,
     )
@@ -124,13 +126,18 @@ def _shares(config: DataConfig, given: Iterable[str]) -> dict[str, float]:
 
 def _hash_split(text: str, seed: int, shares: dict[str, float]) -> str:
     # By content, never by position: an article keeps its part when lines move, and equal articles share one.
-    digest = hashlib.blake2b(f"{seed}\0{text}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    u = int.from_bytes(digest, "big") / 2**64
+    u = hash_of(text, seed)
     for split, share in shares.items():
         if u < share:
             return split
         u -= share
     return "train"
+
+
+def hash_of(text: str, seed: int) -> float:
+    """Return a number in [0, 1) that depends on the text and the seed alone."""
+    digest = hashlib.blake2b(f"{seed}\0{text}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
 
 
 # Rows to articles
@@ -292,7 +299,7 @@ def _file_part(path: Path, split: str, config: DataConfig, is_labelled: bool) ->
     if not kind:
         choices = ", ".join(dict.fromkeys(("text", "wikitext", *FORMATS.values())))
         raise UserError(f"{path}: the name does not tell the format; set data.format to one of {choices}")
-    content, head = _scan(path, is_text=kind != "parquet")
+    content, size, head = _scan(path, is_text=kind != "parquet")
     if config.format == "auto" and kind == "text" and any(TITLE.fullmatch(line) for line in head.splitlines()[:50]):
         kind = "wikitext"
     if is_labelled and kind in ("text", "wikitext"):
@@ -322,14 +329,14 @@ def _file_part(path: Path, split: str, config: DataConfig, is_labelled: bool) ->
         split=split,
         format=kind,
         content=content,
-        size=path.stat().st_size,
+        size=size,
         columns=(text, label, is_header),
         rows=partial(_guarded, rows, failure),
     )
 
 
-def _scan(path: Path, is_text: bool) -> tuple[str, str]:
-    """Return the hash of a file, decompressed, and its first megabyte as text; reads it once, in blocks.
+def _scan(path: Path, is_text: bool) -> tuple[str, int, str]:
+    """Return the hash and the bytes of a file, decompressed, and its first megabyte as text; reads it once, in blocks.
 
     Raises UserError for a file that is unreadable, damaged or empty, or that should be text and is not UTF-8.
     """
@@ -355,7 +362,7 @@ def _scan(path: Path, is_text: bool) -> tuple[str, str]:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}; check its permissions") from error
     if not offset:
         raise UserError(f"{path}: is empty; give a file with text")
-    return digest.hexdigest(), head
+    return digest.hexdigest(), offset, head
 
 
 def _guarded(rows: Callable[[], Iterator[Any]], failure: str) -> Iterator[Any]:
