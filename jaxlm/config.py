@@ -224,7 +224,9 @@ def _file(path: Path) -> list[tuple[str, Any, str]]:
     layers = []
     for section, entry in content.items():
         pairs = {f"{section}.{key}": value for key, value in entry.items()} if isinstance(entry, dict) else None
-        layers += [(name, value, str(path)) for name, value in (pairs if pairs is not None else {section: entry}).items()]
+        layers += [
+            (name, value, str(path)) for name, value in (pairs if pairs is not None else {section: entry}).items()
+        ]
     for name, _, _ in layers:
         if name not in SETTINGS:
             raise UserError(f"{path}: {name}: unknown setting{nearest(name, SETTINGS)}")
@@ -325,5 +327,7 @@ def _print_help(argv: list[str], config: Config, prog: str) -> None:
         "Trains a small language model. Settings come in layers, later wins: the preset of the task, then "
         "--config FILE (TOML, repeatable) and --section.key VALUE in the order given."
     )
-    tyro.cli(Config, args=argv, default=config, prog=prog, description=description, config=(tyro.conf.FlagConversionOff,))
+    tyro.cli(
+        Config, args=argv, default=config, prog=prog, description=description, config=(tyro.conf.FlagConversionOff,)
+    )
     sys.exit(0)

@@ -34,7 +34,9 @@ class LanguageModelHead(nnx.Module):
         if self.linear is not None:
             return self.linear(x_BTD)
         x_BTD, table_VD = x_BTD.astype(self.dtype), table_VD.astype(self.dtype)
-        return jnp.einsum("BTD,VD->BTV", x_BTD, table_VD, preferred_element_type=jnp.float32) + self.bias[...][None, None]
+        return (
+            jnp.einsum("BTD,VD->BTV", x_BTD, table_VD, preferred_element_type=jnp.float32) + self.bias[...][None, None]
+        )
 
 
 class LanguageModel(nnx.Module):

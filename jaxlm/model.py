@@ -175,5 +175,7 @@ class Transformer(nnx.Module):
         embedding_key, blocks_key = split_key(key, 2)
         block_keys = None if key is None else jax.random.split(blocks_key, self.config.n_layers)
         x_BTD = self.embedding(tokens_BT, embedding_key)
-        x_BTD, _ = jax.lax.scan(lambda x, layer: (layer[0](x, is_pad_BT, layer[1]), None), x_BTD, (self.blocks, block_keys))
+        x_BTD, _ = jax.lax.scan(
+            lambda x, layer: (layer[0](x, is_pad_BT, layer[1]), None), x_BTD, (self.blocks, block_keys)
+        )
         return self.final_norm(x_BTD) if self.config.final_norm else x_BTD

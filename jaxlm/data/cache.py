@@ -40,7 +40,9 @@ class Split:
 
 def user_cache_dir(configured: str) -> Path:
     """Return the folder for caches: `configured`, or jaxlm in the user's cache folder."""
-    return Path(configured) if configured else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxlm"
+    return (
+        Path(configured) if configured else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxlm"
+    )
 
 
 def open_cache(

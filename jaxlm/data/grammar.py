@@ -67,7 +67,9 @@ TRADE_GOODS = {
     "validation": "trumpet pillow walnut pottery brick chain".split(),
     "test": "lantern violin garlic velvet canoe goblet statue cactus tin".split(),
 }
-TRADES = "maker seller painter keeper cleaner collector dealer mender carrier owner buyer designer builder trader".split()
+TRADES = (
+    "maker seller painter keeper cleaner collector dealer mender carrier owner buyer designer builder trader".split()
+)
 OBJECTS = {
     "train": """window door table letter ticket wall garden bridge engine parcel camera curtain blanket bucket picture
         fence poster tower cottage fountain station market kitchen tunnel barn""".split(),

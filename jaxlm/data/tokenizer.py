@@ -116,7 +116,9 @@ def read(config: TokenizerConfig) -> Tokenizer:
         elif path.suffix == ".txt":
             vocab = {line: i for i, line in enumerate(path.read_text(encoding="utf-8").splitlines())}
             if "[UNK]" not in vocab:
-                raise UserError(f"tokenizer.path={config.path}: no [UNK] among its {len(vocab)} lines; is it a vocab.txt?")
+                raise UserError(
+                    f"tokenizer.path={config.path}: no [UNK] among its {len(vocab)} lines; is it a vocab.txt?"
+                )
             tokenizer = _wordpiece(models.WordPiece(vocab, unk_token="[UNK]"), config.lowercase)
         else:
             tokenizer = Tokenizer.from_file(str(path))
@@ -144,7 +146,9 @@ def _file_of(path: Path) -> Path:
         for name in names:
             if (path / name).is_file():
                 return path / name
-        raise UserError(f"tokenizer.path={path}: the folder has no {', '.join(names[:-1])} or {names[-1]} with merges.txt")
+        raise UserError(
+            f"tokenizer.path={path}: the folder has no {', '.join(names[:-1])} or {names[-1]} with merges.txt"
+        )
     if path.suffix in (".json", ".txt") or len(path.parts) > 2 or path.is_absolute():
         raise UserError(f"tokenizer.path={path}: there is no such file or folder")
     return _from_hub(str(path))
