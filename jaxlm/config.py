@@ -116,7 +116,7 @@ class Config:
 
 def _settings() -> dict[str, Any]:
     """Return {dotted name: type} of every setting."""
-    settings = {}
+    settings: dict[str, Any] = {}
     for name, kind in typing.get_type_hints(Config, include_extras=True).items():
         if dataclasses.is_dataclass(kind):
             hints = typing.get_type_hints(kind, include_extras=True)

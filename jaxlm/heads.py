@@ -23,20 +23,22 @@ class LanguageModelHead(nnx.Module):
     """Hidden states to vocabulary logits; LayerNorm first if `has_norm` (mlm)."""
 
     def __init__(self, config: ModelConfig, has_norm: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.dtype = dtype
-        self.layernorm = layernorm(config.d_model, rngs) if has_norm else None
-        self.linear = None if config.tied_embedding else head_linear(config.d_model, config.vocab_size, dtype, rngs)
-        self.bias = nnx.Param(jnp.zeros(config.vocab_size)) if config.tied_embedding else None
+        self.is_tied, self.has_norm, self.dtype = config.tied_embedding, has_norm, dtype
+        if has_norm:
+            self.layernorm = layernorm(config.d_model, rngs)
+        if self.is_tied:
+            self.bias = nnx.Param(jnp.zeros(config.vocab_size))
+        else:
+            self.linear = head_linear(config.d_model, config.vocab_size, dtype, rngs)
 
     def __call__(self, x_BTD: Array, table_VD: Array) -> Array:
-        if self.layernorm is not None:
+        if self.has_norm:
             x_BTD = self.layernorm(x_BTD)
-        if self.linear is not None:
+        if not self.is_tied:
             return self.linear(x_BTD)
         x_BTD, table_VD = x_BTD.astype(self.dtype), table_VD.astype(self.dtype)
-        return (
-            jnp.einsum("BTD,VD->BTV", x_BTD, table_VD, preferred_element_type=jnp.float32) + self.bias[...][None, None]
-        )
+        logits_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, table_VD, preferred_element_type=jnp.float32)
+        return logits_BTV + self.bias[...][None, None]
 
 
 class LanguageModel(nnx.Module):

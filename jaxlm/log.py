@@ -124,9 +124,10 @@ class RunLog:
             yield self._plain_line
             return
         columns = (TextColumn("{task.completed}/{task.total}"), BarColumn(), TextColumn("{task.description}"))
-        with Progress(*columns, TimeRemainingColumn(), TextColumn("left"), console=self.console) as self.bar:
-            task = self.bar.add_task("", total=n_steps)
-            yield lambda step, text: self.bar.update(task, completed=step, description=text)
+        with Progress(*columns, TimeRemainingColumn(), TextColumn("left"), console=self.console) as bar:
+            self.bar = bar
+            task = bar.add_task("", total=n_steps)
+            yield lambda step, text: bar.update(task, completed=step, description=text)
         self.bar = None
 
     def _plain_line(self, step: int, text: str) -> None:

@@ -204,8 +204,9 @@ def make_run_dir(config: Config) -> Path:
                 path.mkdir(parents=True)
                 return path
     except OSError as error:
+        folder = config.run.dir or path
         raise UserError(
-            f"run.dir={config.run.dir or path}: cannot be written ({error.strerror}); give another folder with --run.dir"
+            f"run.dir={folder}: cannot be written ({error.strerror}); give another with --run.dir"
         ) from error
     raise UserError(f"runs/{name}-*: there are too many runs; give a folder with --run.dir")
 
@@ -253,7 +254,7 @@ class _Meter:
                 f"the loss is {scores['loss']} at step {i} (rows are {train.log_interval} steps apart); "
                 f"the checkpoints in {self.run.dir} are kept: lower train.learning_rate"
             )
-        row = {name: scores[name] for name in ("loss", "accuracy") if name in scores}
+        row: dict[str, float] = {name: scores[name] for name in ("loss", "accuracy") if name in scores}
         row |= {"rate": float(metrics["rate"]), "grad_norm": float(metrics["grad_norm"])}
         if i == 1:
             seconds = time.monotonic() - self.run.started_s
@@ -369,9 +370,10 @@ def _summarize(
 ) -> None:
     seconds = int(time.monotonic() - run.started_s)
     n_parameters = sum(x.size for x in jax.tree.leaves(state.params))
+    ending = "interrupted" if is_interrupted else "finished"
     run.log.say("")
     run.log.say(
-        f"{run.config.task} {'interrupted' if is_interrupted else 'finished'} after {seconds // 60} min {seconds % 60} s: "
+        f"{run.config.task} {ending} after {seconds // 60} min {seconds % 60} s: "
         f"{n_parameters / 1e6:.1f} M parameters, on {run.data.source.description}"
     )
     if columns:

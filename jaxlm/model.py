@@ -172,10 +172,12 @@ class Transformer(nnx.Module):
 
     def __call__(self, tokens_BT: Array, key: Array | None = None) -> Array:
         is_pad_BT = tokens_BT == self.config.pad_id if self.config.pad_id >= 0 else None
-        embedding_key, blocks_key = split_key(key, 2)
-        block_keys = None if key is None else jax.random.split(blocks_key, self.config.n_layers)
-        x_BTD = self.embedding(tokens_BT, embedding_key)
-        x_BTD, _ = jax.lax.scan(
-            lambda x, layer: (layer[0](x, is_pad_BT, layer[1]), None), x_BTD, (self.blocks, block_keys)
-        )
+        keys = None if key is None else jax.random.split(key, 1 + self.config.n_layers)
+        x_BTD = self.embedding(tokens_BT, None if keys is None else keys[0])
+
+        def run_block(x_BTD: Array, layer: tuple[Block, Array | None]) -> tuple[Array, None]:
+            block, block_key = layer
+            return block(x_BTD, is_pad_BT, block_key), None
+
+        x_BTD, _ = jax.lax.scan(run_block, x_BTD, (self.blocks, None if keys is None else keys[1:]))
         return self.final_norm(x_BTD) if self.config.final_norm else x_BTD

@@ -1,4 +1,4 @@
-"""The command `python -m jaxlm.train`: settings first, then the run (loop.py). JAX is not imported for a mistyped setting."""
+"""The command `python -m jaxlm.train`: settings first, then the run (loop.py), so that a wrong one is told at once."""
 
 import sys
 import time

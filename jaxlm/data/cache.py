@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,7 +22,7 @@ from jaxlm.data.sources import SPLITS, Article, Source
 from jaxlm.errors import UserError
 
 FORMAT = 1  # raised when the files below change, so that older caches are not read
-FILES = {"offsets": np.int64, "labels": np.int32, "n_bytes": np.int64}
+FILES: dict[str, Any] = {"offsets": np.int64, "labels": np.int32, "n_bytes": np.int64}
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def _write(
     articles: Iterator[Article],
     tokenizer: Tokenizer,
     dtype: np.dtype,
-    files: dict[tuple[str, str], BinaryIO],
+    files: Mapping[tuple[str, str], BinaryIO],
     on_progress: Callable[[int], None],
 ) -> None:
     """Tokenize the articles, many at a time on all cores, and append them to the files of their splits."""
@@ -122,5 +122,5 @@ def _write(
             n_bytes_done += n_bytes
             files[article.split, "tokens"].write(ids.tobytes())
             for name, value in (("offsets", ends[article.split]), ("labels", article.label), ("n_bytes", n_bytes)):
-                files[article.split, name].write(FILES[name](value).tobytes())
+                files[article.split, name].write(np.asarray(value, FILES[name]).tobytes())
         on_progress(n_bytes_done)

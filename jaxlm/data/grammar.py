@@ -23,10 +23,10 @@ FIRST_NAMES = {
 }
 # Family names are a stem and an ending: many rare names, so that a subword vocabulary has to keep the pieces.
 NAME_STEMS = {
-    "train": """ash black brook bur clay cliff cook cor cran dale dun east fair far gold gos grim green hal har hart hazel
-        hill hin holm horn kings kirk lang led lin long lud mar mel mill new nor north oak or pem pen per pres prior
-        queens red rock rush rad sal sand shel sil stan stock stan sun sut thorn thur ting tre tun up wal wans war
-        wash west whit win wind wood wor wy""".split(),
+    "train": """ash black brook bur clay cliff cook cor cran dale dun east fair far gold gos grim green hal har hart
+        hazel hill hin holm horn kings kirk lang led lin long lud mar mel mill new nor north oak or pem pen per pres
+        prior queens red rock rush rad sal sand shel sil stan stock stan sun sut thorn thur ting tre tun up wal wans
+        war wash west whit win wind wood wor wy""".split(),
     "validation": "birch cold frost fern tam".split(),
     "test": "bram elder glen maple raven swan".split(),
 }

@@ -62,8 +62,8 @@ class CausalSamples:
 
     def __init__(self, split: Split, config: Config, specials: dict[str, int], vocab_size: int):
         self.seq_len, self.pad_id = config.model.seq_len, config.model.pad_id
-        article = specials["article"]
-        self.windows = Windows(split, self.seq_len + 1, self.seq_len, before=article, after=article)
+        self.article = specials["article"]
+        self.windows = Windows(split, self.seq_len + 1, self.seq_len, before=self.article, after=self.article)
         self.constants = {"bytes": int(np.sum(split.n_bytes))}
 
     def __len__(self) -> int:
@@ -84,7 +84,7 @@ class CausalSamples:
     def counted_tokens(self) -> np.ndarray:
         """Return how often each id is a label, for the baseline."""
         counts = np.bincount(self.windows.split.tokens).astype(np.int64)
-        article = self.windows.after
+        article = self.article
         counts = np.pad(counts, (0, max(0, article + 1 - len(counts))))
         counts[article] += np.count_nonzero(self.windows.sizes)
         if self.pad_id >= 0:

@@ -74,12 +74,12 @@ def train(config: TokenizerConfig, texts: Callable[[], Iterator[str]]) -> Tokeni
     """Return a tokenizer trained on texts(), which is read twice for WordPiece."""
     if config.kind == "bpe":
         tokenizer = _byte_level(models.BPE())
-        trainer = trainers.BpeTrainer(
+        bpe_trainer = trainers.BpeTrainer(
             vocab_size=config.vocab_size - 1,
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
-        tokenizer.train_from_iterator(chunks(texts(), len), trainer)
+        tokenizer.train_from_iterator(chunks(texts(), len), bpe_trainer)
         # Behind the learned tokens, as in GPT-2, so that id 0 is "!" there and here.
         tokenizer.add_special_tokens([NAMES["article"][0]])
         return tokenizer

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from jaxlm import metrics
 from jaxlm.config import Config
-from jaxlm.data.samples import Batch, Samples
+from jaxlm.data.samples import Batch
 from jaxlm.data.sources import Source
 from jaxlm.step import Totals
 
@@ -47,8 +47,8 @@ class Task(abc.ABC):
         """Return the scores of summed totals, the most telling first; `loss` is among them."""
 
     @abc.abstractmethod
-    def baseline(self, samples: Samples) -> metrics.Scores:
-        """Return the scores of the best guess that looks at no input."""
+    def baseline(self, samples: Any) -> metrics.Scores:
+        """Return the scores of the best guess that looks at no input, for samples of the class `samples`."""
 
     @abc.abstractmethod
     def show(self, batch: Batch, predictions: Any, tokenizer: Tokenizer) -> str:

@@ -1,6 +1,7 @@
 """Causal language modelling: guess the next word (GPT-2)."""
 
-import jax
+from typing import Any
+
 from flax import nnx
 from jax import Array
 from tokenizers import Tokenizer
@@ -34,12 +35,12 @@ class Gpt(Task):
         n_prompt, n_new = self._shown()
         return continue_greedily(model, batch["tokens"][:, :n_prompt], n_new)
 
-    def scores(self, totals: Totals) -> metrics.Scores:
+    def scores(self, totals: Any) -> metrics.Scores:
         scores = {"loss": metrics.loss(totals), "perplexity": metrics.perplexity(totals)}
         return scores | ({"bits_per_byte": metrics.bits_per_byte(totals)} if "bytes" in totals else {})
 
-    def baseline(self, samples: CausalSamples) -> metrics.Scores:
-        return self.scores(metrics.unigram(samples.counted_tokens()) | samples.constants)
+    def baseline(self, samples: Any) -> metrics.Scores:
+        return self.scores({**metrics.unigram(samples.counted_tokens()), **samples.constants})
 
     def show(self, batch: Batch, predictions: Array, tokenizer: Tokenizer) -> str:
         """Return each prompt with the model's continuation and the original one."""
@@ -59,5 +60,5 @@ class Gpt(Task):
         return min(self.config.model.seq_len // 2, 2 * N_SHOWN), n_new
 
 
-def _line(ids: jax.typing.ArrayLike, tokenizer: Tokenizer) -> str:
+def _line(ids: Any, tokenizer: Tokenizer) -> str:
     return " ".join(tokenizer.decode([int(token) for token in ids], skip_special_tokens=False).split())

@@ -1,5 +1,7 @@
 """Masked language modelling: guess the hidden words from both sides (BERT, arXiv 1810.04805)."""
 
+from typing import Any
+
 from flax import nnx
 from jax import Array
 from tokenizers import Tokenizer
@@ -31,23 +33,23 @@ class Mlm(Task):
     def predict(self, model: LanguageModel, batch: dict[str, Array]) -> Array:
         return model(batch["tokens"], None, batch["positions"]).argmax(axis=-1)
 
-    def scores(self, totals: Totals) -> metrics.Scores:
+    def scores(self, totals: Any) -> metrics.Scores:
         return {
             "loss": metrics.loss(totals),
             "accuracy": metrics.accuracy(totals),
             "perplexity": metrics.perplexity(totals),
         }
 
-    def baseline(self, samples: MaskedSamples) -> metrics.Scores:
+    def baseline(self, samples: Any) -> metrics.Scores:
         return self.scores(metrics.unigram(samples.counted_tokens()))
 
     def show(self, batch: Batch, predictions: Array, tokenizer: Tokenizer) -> str:
-        """Return each text as the model sees it, then [original] words and the predicted ones, wrong ones in *stars*."""
+        """Return each text as the model sees it, with the [original] words, and with the predicted, wrong ones *so*."""
         texts = []
         for tokens, positions, labels, guesses in zip(
             batch["tokens"], batch["positions"], batch["labels"], predictions, strict=True
         ):
-            pieces = [tokenizer.id_to_token(token) for token in tokens if token != self.config.model.pad_id]
+            pieces = [str(tokenizer.id_to_token(token)) for token in tokens if token != self.config.model.pad_id]
             original, predicted = list(pieces), list(pieces)
             for position, label, guess in sorted(zip(positions, labels, guesses, strict=True)):
                 if label >= 0:

@@ -47,7 +47,7 @@ class Sst2(Task):
             "loss": metrics.loss(totals),
         }
 
-    def baseline(self, samples: ClassifiedSamples) -> metrics.Scores:
+    def baseline(self, samples: Any) -> metrics.Scores:
         return self.scores(metrics.majority(np.asarray(samples.split.labels), self.config.data.n_labels))
 
     def show(self, batch: Batch, predictions: Array, tokenizer: Tokenizer) -> str:
