@@ -1,0 +1,176 @@
+"""The same weights under three sets of names: jaxlm's, torchlm's, and those of the original's checkpoint files.
+
+jaxlm     tree of dicts, `base/blocks/attention/query/kernel`; a kernel is [in, out], blocks have a leading axis L
+torchlm   state dict, `base.blocks.0.attention.query.weight`; a linear weight is [out, in], one tensor a block
+original  state dict, `bert.encoder_blocks.0.self_multihead.query.weight`; layouts as torchlm
+
+Arrays are NumPy; nothing here is rounded, so that every way and back is equal bit for bit. Moments of an optimizer,
+one array a parameter, go the same ways.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxlm.config import Config
+from jaxlm.errors import UserError
+
+Arrays = dict[str, np.ndarray]
+Shapes = dict[str, tuple[int, ...]]
+
+# The original's words for modules that torchlm calls otherwise.
+_WORDS = {"blocks": "encoder_blocks", "attention": "self_multihead", "layernorm": "normlayer"}
+_HEADS = {"mlm": "mask_lm", "gpt": "gen_lm", "sst2": "classifier_model", "cola": "classifier_model"}
+_BASES = {"mlm": "bert", "gpt": "gpt", "sst2": "bert", "cola": "bert"}
+_BUFFERS = ("embedding.position.pe", "self_multihead.bias")  # in the original's state dict, but no parameters
+_MOST_TOLD = 6  # differences in one error message
+
+
+def shapes(config: Config) -> Shapes:
+    """Return torchlm's name and shape of every parameter, in model order; of a classifier but for mlm and gpt."""
+    model, D = config.model, config.model.d_model
+    F, V = 4 * D, config.model.vocab_size
+
+    def layernorm(name: str) -> Shapes:
+        return {f"{name}.weight": (D,), f"{name}.bias": (D,)}
+
+    def linear(name: str, n_in: int, n_out: int) -> Shapes:
+        return {f"{name}.weight": (n_out, n_in), f"{name}.bias": (n_out,)}
+
+    result: Shapes = {"base.embedding.token.weight": (V, D)}
+    if model.positions == "learned":
+        result["base.embedding.position"] = (model.seq_len, D)
+    for i in range(model.n_layers):
+        block = f"base.blocks.{i}"
+        result |= layernorm(f"{block}.layernorm1")
+        for part in ("query", "key", "value", "output"):
+            result |= linear(f"{block}.attention.{part}", D, D)
+        result |= layernorm(f"{block}.layernorm2")
+        result |= linear(f"{block}.feed_forward.fc1", D, F) | linear(f"{block}.feed_forward.fc2", F, D)
+    if model.final_norm:
+        result |= layernorm("base.final_norm")
+    if config.task in ("mlm", "gpt"):
+        if config.task == "mlm":
+            result |= layernorm("head.layernorm")
+        return result | ({"head.bias": (V,)} if model.tied_embedding else linear("head.linear", D, V))
+    return result | linear("head.linear", D, V if model.head_outputs == "vocabulary" else config.data.n_labels)
+
+
+def decay_groups(wanted: Shapes) -> tuple[list[str], list[str]]:
+    """Return the names that decay and those that do not, each in model order: PyTorch's optimizer counts them so."""
+    decayed = [name for name, shape in wanted.items() if len(shape) > 1 and shape[0] > 1]
+    return decayed, [name for name in wanted if name not in decayed]
+
+
+def check(state: Mapping[str, np.ndarray], wanted: Shapes, source: str) -> Arrays:
+    """Return the arrays of `state` in the order of `wanted`.
+
+    Raises UserError, which begins with `source`, for names or shapes that differ from `wanted`.
+    """
+    found = {name: tuple(array.shape) for name, array in state.items()}
+    problems = [f"{name} {list(shape)} is missing" for name, shape in wanted.items() if name not in found]
+    problems += [f"{name} {list(shape)} is not in the model" for name, shape in found.items() if name not in wanted]
+    problems += [
+        f"{name} has the shape {list(found[name])}, but the model needs {list(shape)}"
+        for name, shape in wanted.items()
+        if found.get(name, shape) != shape
+    ]
+    if problems:
+        more = f"; and {len(problems) - _MOST_TOLD} more" if len(problems) > _MOST_TOLD else ""
+        raise UserError(f"{source}: weights of another model: {'; '.join(problems[:_MOST_TOLD])}{more}")
+    return {name: state[name] for name in wanted}
+
+
+def to_torch(params: Mapping[str, Any]) -> Arrays:
+    """Return jaxlm's tree of arrays as torchlm's state dict (in the tree's order; `check` puts it in the model's)."""
+    state: Arrays = {}
+    for path, array in _leaves(params):
+        if path[:2] == ["base", "blocks"]:
+            blocks = {f"base.blocks.{i}.": block for i, block in enumerate(array)}
+            rest = path[2:]
+        else:
+            blocks, rest = {"": array}, path
+        name = {"kernel": "weight", "scale": "weight", "embedding": "weight"}.get(rest[-1], rest[-1])
+        for start, block in blocks.items():
+            block = block.T if rest[-1] == "kernel" else block
+            state[start + ".".join([*rest[:-1], name])] = np.ascontiguousarray(block)
+    return state
+
+
+def to_jax(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Return torchlm's state dict, with all blocks, as jaxlm's tree of arrays."""
+    leaves: dict[str, dict[int, np.ndarray]] = {}
+    for name, array in state.items():
+        path = name.split(".")
+        block = 0
+        if path[:2] == ["base", "blocks"]:
+            block = int(path.pop(2))
+        if path[-1] == "weight":
+            path[-1] = "embedding" if path[-2] == "token" else "scale" if "norm" in path[-2] else "kernel"
+        leaves.setdefault("/".join(path), {})[block] = array.T if path[-1] == "kernel" else array
+    tree: dict[str, Any] = {}
+    for name, blocks in leaves.items():
+        *parents, last = name.split("/")
+        place = tree
+        for part in parents:
+            place = place.setdefault(part, {})
+        is_stacked = parents[:2] == ["base", "blocks"]
+        place[last] = (
+            np.stack([blocks[i] for i in range(len(blocks))]) if is_stacked else np.ascontiguousarray(blocks[0])
+        )
+    return tree
+
+
+def to_original(state: Mapping[str, np.ndarray], task: str) -> Arrays:
+    """Return torchlm's state dict under the original's names, without its two kinds of buffers."""
+    return {_original_name(name, task): array for name, array in state.items()}
+
+
+def from_original(state: Mapping[str, np.ndarray], task: str) -> Arrays:
+    """Return a state dict of the original under torchlm's names; what is no parameter is left out.
+
+    A name that the original has not stays as it is, for `check` to name it.
+    """
+    return {_torch_name(name, task): array for name, array in state.items() if not name.endswith(_BUFFERS)}
+
+
+def _leaves(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[list[str], np.ndarray]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, (*path, name))
+        else:
+            yield [*path, name], np.asarray(value)
+
+
+def _head(task: str) -> str:
+    return _HEADS.get(task, "head")
+
+
+def _base(task: str) -> str:
+    return _BASES.get(task, "base")
+
+
+def _words(task: str, is_head: bool) -> dict[str, str]:
+    """Return the original's words by torchlm's, for one part of a name."""
+    if is_head:
+        return _WORDS if task == "mlm" else _WORDS | {"linear": "classifier"}
+    return _WORDS | {"output": "output_linear"}
+
+
+def _original_name(name: str, task: str) -> str:
+    part, *path = name.split(".")
+    words = _words(task, part == "head")
+    if path == ["embedding", "position"]:  # `position.pe` is the original's table, which is fixed
+        path.append("weight")
+    return ".".join([_head(task) if part == "head" else _base(task), *(words.get(word, word) for word in path)])
+
+
+def _torch_name(name: str, task: str) -> str:
+    part, *path = name.split(".")
+    if part not in (_head(task), _base(task)):
+        return name
+    words = {theirs: ours for ours, theirs in _words(task, part == _head(task)).items()}
+    if path == ["embedding", "position", "weight"]:
+        path.pop()
+    return ".".join(["head" if part == _head(task) else "base", *(words.get(word, word) for word in path)])
