@@ -51,11 +51,12 @@ class Case:
             }
         )
         self.config, self.task = config, TASKS[settings["task"]](config)
-        self.graphdef = nnx.graphdef(nnx.eval_shape(lambda: self.task.build_model(nnx.Rngs(0))))
+        self.graphdef, shapes = nnx.split(nnx.eval_shape(lambda: self.task.build_model(nnx.Rngs(0))), nnx.Param)
+        self.shapes = nnx.to_pure_dict(shapes)
+        self.evaluate = jax.jit(self._evaluate)  # one compile for three tests
 
     def params(self, kind: str) -> dict:
         """Return the arrays `kind`/NAME as jaxlm's parameters: kernels transposed, blocks stacked."""
-        shapes = nnx.eval_shape(lambda: nnx.to_pure_dict(nnx.split(self.task.build_model(nnx.Rngs(0)), nnx.Param)[1]))
 
         def convert(path: tuple, shape: jax.ShapeDtypeStruct) -> np.ndarray:
             names = [part.key for part in path]
@@ -69,7 +70,7 @@ class Case:
             assert value.shape == shape.shape, names
             return value
 
-        return jax.tree_util.tree_map_with_path(convert, shapes)
+        return jax.tree_util.tree_map_with_path(convert, self.shapes)
 
     def _array(self, kind: str, names: list[str]) -> np.ndarray:
         prefix = {"head": HEADS[self.task_name]}.get(names[0], "gpt" if self.task_name == "gpt" else "bert")
@@ -94,6 +95,17 @@ class Case:
         totals.pop("confusion", None)
         return totals
 
+    def _evaluate(self, params, batch) -> tuple:
+        """Return the totals and logits of a batch, and the gradients of its mean loss."""
+
+        def mean_loss(params):
+            totals = self.loss(params, batch, None)
+            logits = nnx.merge(self.graphdef, params)(batch["tokens"])
+            return totals["loss"] / totals["count"], (totals, logits)
+
+        grads, (totals, logits) = jax.grad(mean_loss, has_aux=True)(params)
+        return totals, logits, grads
+
 
 @functools.cache
 def load(name: str) -> Case:
@@ -106,20 +118,16 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 
 def test_logits_and_loss_of_the_first_batch(case: Case) -> None:
-    model, batch = nnx.merge(case.graphdef, case.params("init")), case.batch(0)
-    logits, expected = np.asarray(model(batch["tokens"])), case.arrays["logits0"]
+    totals, logits, _ = case.evaluate(case.params("init"), case.batch(0))
+    expected = case.arrays["logits0"]
     np.testing.assert_allclose(logits, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
-    totals = case.loss(case.params("init"), batch, None)
-    np.testing.assert_allclose(totals["loss"] / totals["count"], case.arrays["loss0"], rtol=TOLERANCE)
+    assert totals["loss"] / totals["count"] == pytest.approx(float(case.arrays["loss0"]), rel=TOLERANCE)
 
 
 def test_every_gradient_of_the_first_batch(case: Case) -> None:
-    def mean_loss(params):
-        totals = case.loss(params, case.batch(0), None)
-        return totals["loss"] / totals["count"]
-
-    grads, expected = jax.grad(mean_loss)(case.params("init")), case.params("grad0")
-    # The gradient of a key's bias is zero but for rounding: it shifts all scores of a query alike.
+    _, _, grads = case.evaluate(case.params("init"), case.batch(0))
+    expected = case.params("grad0")
+    # Nothing but rounding is left of the gradient of a key's bias (see below).
     floor = 1e-6 * float(optax.tree.norm(expected))
 
     def check(path, grad, want):
@@ -140,16 +148,26 @@ def test_every_update_and_the_final_weights(case: Case) -> None:
         assert metrics["grad_norm"] == pytest.approx(case.recorded["grad_norm"][i], rel=TOLERANCE)
         # The recorded rates include the ramp of a cycle of 1e9 updates: a factor of up to 1 + 1e-9.
         assert metrics["rate"] == pytest.approx(case.recorded["lr"][i], rel=1e-6)
+    # The longest way that Adam can have moved a weight, about.
+    way = sum(case.recorded["lr"])
 
     def check(path, got, want):
-        # Adam turns a gradient that is only rounding into a whole step, hence the share of one learning rate.
-        np.testing.assert_allclose(got, want, rtol=1e-4, atol=0.05 * case.config.train.learning_rate, err_msg=str(path))
+        if [part.key for part in path[-2:]] == ["key", "bias"]:
+            # It shifts all scores of a query alike, which the softmax does not see: its gradient is zero but for
+            # rounding, and Adam makes whole steps of that, which may point in opposite directions.
+            rtol, atol = 0.0, 2 * way
+        else:
+            # Each update rounds a weight by up to 6e-8 of it, 12 updates by 7e-7. And gradients agree to TOLERANCE
+            # of their tensor's norm, so those that are a tenth of that agree to 1e-4, and so do their steps.
+            rtol, atol = 1e-6, 1e-4 * way
+        np.testing.assert_allclose(got, want, rtol=rtol, atol=atol, err_msg=jax.tree_util.keystr(path))
 
     jax.tree_util.tree_map_with_path(check, state.params, case.params("final"))
 
-    totals = case.loss(case.params("final"), case.batch(len(case.arrays["x"]) - 1), None)
+
+def test_evaluation_with_the_final_weights(case: Case) -> None:
+    totals, _, _ = case.evaluate(case.params("final"), case.batch(-1))
     assert totals["loss"] / totals["count"] == pytest.approx(float(case.arrays["eval_loss"]), rel=TOLERANCE)
-    assert (int(totals["count"]), int(totals["correct"])) == (
-        int(case.arrays["eval_total"]),
-        int(case.arrays["eval_correct"]),
-    )
+    if case.task_name != "gpt":  # for which the original counts nothing
+        counts = int(case.arrays["eval_total"]), int(case.arrays["eval_correct"])
+        assert (int(totals["count"]), int(totals["correct"])) == counts
