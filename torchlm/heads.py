@@ -1,0 +1,89 @@
+"""Output layers, and the two models that put them on a Transformer: LanguageModel and Classifier.
+
+Each model has the parts `base` and `head`, so that a base can be restored alone. `dtype` is what products compute in.
+Letters as in model.py; M masked positions per sample, C classes.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from jaxlm.config import ModelConfig
+from torchlm.model import Transformer, layernorm
+
+
+def head_linear(n_in: int, n_out: int, rngs: torch.Generator) -> nn.Linear:
+    """Return an output layer with the original's start values: normal(0, 0.02) weights, zero bias."""
+    layer = nn.utils.skip_init(nn.Linear, n_in, n_out)
+    nn.init.normal_(layer.weight, std=0.02, generator=rngs)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class LanguageModelHead(nn.Module):
+    """Hidden states to vocabulary logits; LayerNorm first if `has_norm` (mlm)."""
+
+    def __init__(self, config: ModelConfig, has_norm: bool, rngs: torch.Generator):
+        super().__init__()
+        self.is_tied, self.has_norm = config.tied_embedding, has_norm
+        if has_norm:
+            self.layernorm = layernorm(config.d_model)
+        if self.is_tied:
+            self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+        else:
+            self.linear = head_linear(config.d_model, config.vocab_size, rngs)
+
+    def forward(self, x_BTD: Tensor, table_VD: Tensor) -> Tensor:
+        if self.has_norm:
+            x_BTD = self.layernorm(x_BTD)
+        if not self.is_tied:
+            return self.linear(x_BTD)
+        return nn.functional.linear(x_BTD, table_VD, self.bias)
+
+
+class LanguageModel(nn.Module):
+    """Token ids to vocabulary logits: bidirectional with a LayerNorm before the output (mlm), or causal (gpt)."""
+
+    def __init__(self, config: ModelConfig, is_causal: bool, dtype: torch.dtype, rngs: torch.Generator):
+        super().__init__()
+        self.dtype = dtype
+        self.base = Transformer(config, is_causal, rngs)
+        self.head = LanguageModelHead(config, not is_causal, rngs)
+
+    def forward(self, tokens_BT: Tensor, key: None = None, positions_BM: Tensor | None = None) -> Tensor:
+        """Return logits [B, T, V], or with `positions_BM` only those at the given positions, [B, M, V]."""
+        with _autocast(tokens_BT.device, self.dtype):
+            x_BTD = self.base(tokens_BT)
+            if positions_BM is not None:
+                x_BTD = x_BTD.take_along_dim(positions_BM[:, :, None], dim=1)
+            return self.head(x_BTD, self.base.embedding.token.weight)
+
+
+class ClassifierHead(nn.Module):
+    """Hidden state of position 0 ([CLS]) to class logits [B, C]."""
+
+    def __init__(self, d_model: int, n_outputs: int, rngs: torch.Generator):
+        super().__init__()
+        self.linear = head_linear(d_model, n_outputs, rngs)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.linear(x_BTD[:, 0])
+
+
+class Classifier(nn.Module):
+    """Token ids, [CLS] first, to class logits [B, C]."""
+
+    def __init__(self, config: ModelConfig, n_labels: int, dtype: torch.dtype, rngs: torch.Generator):
+        super().__init__()
+        self.dtype = dtype
+        self.base = Transformer(config, False, rngs)
+        n_outputs = config.vocab_size if config.head_outputs == "vocabulary" else n_labels
+        self.head = ClassifierHead(config.d_model, n_outputs, rngs)
+
+    def forward(self, tokens_BT: Tensor, key: None = None) -> Tensor:
+        with _autocast(tokens_BT.device, self.dtype):
+            return self.head(self.base(tokens_BT))
+
+
+def _autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Return a context in which products compute in `dtype`, where that is bfloat16."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)

@@ -1,0 +1,170 @@
+"""The transformer of the original design, in build order: Embedding, Attention, FeedForward, Block, Transformer.
+
+Array names end in their shape: B batch, T positions, D d_model, H heads, K head size, V vocabulary.
+The mode of a module turns dropout on (`train()`) or off (`eval()`).
+Parameters are float32; products compute in bfloat16 inside `torch.autocast`, which the models of heads.py open.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from jaxlm.config import ModelConfig
+
+
+def linear(n_in: int, n_out: int, rngs: torch.Generator) -> nn.Linear:
+    """Return a linear layer with the original's start values: Xavier-uniform weights, PyTorch's default bias."""
+    bound = n_in**-0.5
+    layer = nn.utils.skip_init(nn.Linear, n_in, n_out)
+    nn.init.xavier_uniform_(layer.weight, generator=rngs)
+    nn.init.uniform_(layer.bias, -bound, bound, generator=rngs)
+    return layer
+
+
+def layernorm(d_model: int) -> nn.LayerNorm:
+    """Return LayerNorm with scale and bias, eps 1e-5, in float32."""
+    return nn.LayerNorm(d_model, eps=1e-5)
+
+
+def dropout(x: Tensor, rate: float, is_training: bool) -> Tensor:
+    """Zero a share `rate` of the elements and scale up the rest; outside training, return `x`."""
+    return nn.functional.dropout(x, rate, is_training)
+
+
+def fixed_positions(seq_len: int, d_model: int) -> np.ndarray:
+    """Return the original's position table, float32 [T, D].
+
+    The exponent uses the column number itself, so it runs twice as fast as in "Attention Is All You Need" (3.5).
+    """
+    column = np.arange(d_model)
+    angle_TD = np.arange(seq_len)[:, None] / 10000.0 ** (2 * column / d_model)
+    return np.where(column % 2 == 0, np.sin(angle_TD), np.cos(angle_TD)).astype(np.float32)
+
+
+def rotate(x_BTHK: Tensor) -> Tensor:
+    """Turn each pair (k, k + K/2) by position * 10000^(-2k/K). Source: RoFormer, arXiv 2104.09864, eq. 34."""
+    T, K = x_BTHK.shape[1], x_BTHK.shape[3]
+    angle_TK = np.arange(T)[:, None] * 10000.0 ** (-np.arange(0, K, 2) / K)
+    cos, sin = (torch.tensor(f(angle_TK)[None, :, None, :], dtype=torch.float32) for f in (np.cos, np.sin))
+    cos, sin = cos.to(x_BTHK.device), sin.to(x_BTHK.device)
+    first, second = x_BTHK.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+class Embedding(nn.Module):
+    """Token table plus positions, then dropout. The row of `pad_id` starts at zero and gets no gradient."""
+
+    table_TD: Tensor
+
+    def __init__(self, config: ModelConfig, rngs: torch.Generator):
+        super().__init__()
+        self.config = config
+        # A tied table is also the output layer, whose start values are small (GPT-2 does the same).
+        std = 0.02 if config.tied_embedding else 1.0
+        pad_id = config.pad_id if config.pad_id >= 0 else None
+        self.token = nn.utils.skip_init(nn.Embedding, config.vocab_size, config.d_model, padding_idx=pad_id)
+        nn.init.normal_(self.token.weight, std=std, generator=rngs)
+        if pad_id is not None:
+            nn.init.zeros_(self.token.weight[pad_id])
+        if config.positions == "learned":
+            self.position = nn.Parameter(0.02 * torch.randn(config.seq_len, config.d_model, generator=rngs))
+        elif config.positions == "fixed":
+            table_TD = torch.from_numpy(fixed_positions(config.seq_len, config.d_model))
+            self.register_buffer("table_TD", table_TD, persistent=False)
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        T = tokens_BT.shape[1]
+        x_BTD = self.token(tokens_BT)
+        if self.config.positions == "fixed":
+            x_BTD = x_BTD + self.table_TD[None, :T]
+        elif self.config.positions == "learned":
+            x_BTD = x_BTD + self.position[None, :T]
+        return dropout(x_BTD, self.config.dropout, self.training)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with biases; `is_causal` also masks the future."""
+
+    def __init__(self, config: ModelConfig, is_causal: bool, rngs: torch.Generator):
+        super().__init__()
+        self.config, self.is_causal = config, is_causal
+        self.query = linear(config.d_model, config.d_model, rngs)
+        self.key = linear(config.d_model, config.d_model, rngs)
+        self.value = linear(config.d_model, config.d_model, rngs)
+        self.output = linear(config.d_model, config.d_model, rngs)
+
+    def forward(self, x_BTD: Tensor, is_pad_BT: Tensor | None) -> Tensor:
+        B, T, D = x_BTD.shape
+        H = self.config.n_heads
+        q_BTHK, k_BTHK, v_BTHK = (f(x_BTD).reshape(B, T, H, D // H) for f in (self.query, self.key, self.value))
+        if self.config.positions == "rotary":
+            q_BTHK, k_BTHK = rotate(q_BTHK), rotate(k_BTHK)
+        scores_BHTT = self._product("BTHK,BSHK->BHTS", q_BTHK, k_BTHK) / (D // H) ** 0.5
+        # Pads mask keys only: a query at a pad position still attends, and a row of pads stays finite.
+        if is_pad_BT is not None:
+            scores_BHTT = torch.where(is_pad_BT[:, None, None, :], -1e9, scores_BHTT)
+        if self.is_causal:
+            is_future_TT = torch.ones(T, T, dtype=torch.bool, device=x_BTD.device).triu(diagonal=1)
+            scores_BHTT = torch.where(is_future_TT[None, None], -torch.inf, scores_BHTT)
+        weights_BHTT = dropout(scores_BHTT.softmax(dim=-1), self.config.dropout, self.training)
+        x_BTD = self._product("BHTS,BSHK->BTHK", weights_BHTT, v_BTHK).reshape(B, T, D)
+        return dropout(self.output(x_BTD), self.config.dropout, self.training)
+
+    def _product(self, subscripts: str, a: Tensor, b: Tensor) -> Tensor:
+        product = torch.einsum(subscripts, a, b)
+        return product.to(torch.promote_types(product.dtype, torch.float32))
+
+
+class FeedForward(nn.Module):
+    """d -> 4d, exact GELU, dropout, 4d -> d."""
+
+    def __init__(self, config: ModelConfig, rngs: torch.Generator):
+        super().__init__()
+        self.config = config
+        self.fc1 = linear(config.d_model, 4 * config.d_model, rngs)
+        self.fc2 = linear(4 * config.d_model, config.d_model, rngs)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        x_BTF = nn.functional.gelu(self.fc1(x_BTD), approximate="none")
+        return self.fc2(dropout(x_BTF, self.config.dropout, self.training))
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each on a residual; LayerNorm before each, or with `post_norm` after each sum."""
+
+    def __init__(self, config: ModelConfig, is_causal: bool, rngs: torch.Generator):
+        super().__init__()
+        self.config = config
+        self.layernorm1 = layernorm(config.d_model)
+        self.attention = Attention(config, is_causal, rngs)
+        self.layernorm2 = layernorm(config.d_model)
+        self.feed_forward = FeedForward(config, rngs)
+
+    def forward(self, x_BTD: Tensor, is_pad_BT: Tensor | None) -> Tensor:
+        if self.config.post_norm:
+            x_BTD = self.layernorm1(x_BTD + self.attention(x_BTD, is_pad_BT))
+            return self.layernorm2(x_BTD + self.feed_forward(x_BTD))
+        x_BTD = x_BTD + self.attention(self.layernorm1(x_BTD), is_pad_BT)
+        return x_BTD + self.feed_forward(self.layernorm2(x_BTD))
+
+
+class Transformer(nn.Module):
+    """Token ids [B, T] to hidden states float32 [B, T, D].
+
+    The blocks are n_layers modules in a list, run by a loop.
+    """
+
+    def __init__(self, config: ModelConfig, is_causal: bool, rngs: torch.Generator):
+        super().__init__()
+        self.config = config
+        self.embedding = Embedding(config, rngs)
+        self.blocks = nn.ModuleList([Block(config, is_causal, rngs) for _ in range(config.n_layers)])
+        if config.final_norm:
+            self.final_norm = layernorm(config.d_model)
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        is_pad_BT = tokens_BT == self.config.pad_id if self.config.pad_id >= 0 else None
+        x_BTD = self.embedding(tokens_BT)
+        for block in self.blocks:
+            x_BTD = block(x_BTD, is_pad_BT)
+        return self.final_norm(x_BTD) if self.config.final_norm else x_BTD

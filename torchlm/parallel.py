@@ -1,0 +1,80 @@
+"""The processes of a run under torchrun, and what each of them has: all of the parameters, a slice of each batch.
+
+Without torchrun there is one process, and every function here is the identity.
+"""
+
+import contextlib
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from jaxlm.errors import UserError
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The place of this process among all of them."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+
+def make_mesh(batch_size: int) -> Mesh:
+    """Join the processes that torchrun started. Raises UserError if they cannot share a batch evenly."""
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if batch_size % size:
+        lower = batch_size // size * size
+        fits = " or ".join(str(n) for n in (lower, lower + size) if n)
+        raise UserError(f"train.batch_size={batch_size} is not divisible by the {size} processes; use {fits}")
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if size > 1 and not dist.is_initialized():
+        # Flags of the host go over gloo also where gradients go over NCCL: no wait for the device.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return Mesh(int(os.environ.get("RANK", 0)), size, device)
+
+
+def replicated(mesh: Mesh, model: nn.Module) -> nn.Module:
+    """Return the model with the first process's parameters, on the device; its gradients will be means over all."""
+    model = model.to(mesh.device)
+    return DistributedDataParallel(model) if mesh.size > 1 else model
+
+
+def put_batch(mesh: Mesh, batch: dict[str, np.ndarray], axis: int = 0) -> dict[str, Any]:
+    """Return this process's slice of the batch along the `axis` of samples, on the device."""
+    slices = {name: np.split(x, mesh.size, axis)[mesh.rank] for name, x in batch.items()}
+    return {name: torch.as_tensor(x, dtype=torch.int64).to(mesh.device) for name, x in slices.items()}
+
+
+def n_processes() -> int:
+    """Return how many processes share a batch."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def single(model: nn.Module) -> nn.Module:
+    """Return the model inside a replicated one."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def gradients_exchanged(model: nn.Module, is_last: bool) -> contextlib.AbstractContextManager:
+    """Return a context for one accumulated batch; processes exchange the sums of gradients with the last one."""
+    if isinstance(model, DistributedDataParallel) and not is_last:
+        return model.no_sync()
+    return contextlib.nullcontext()
+
+
+def sum_over_processes(totals: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return each of the totals, summed over the processes."""
+    if dist.is_initialized():
+        for total in totals.values():
+            dist.all_reduce(total)
+    return totals

@@ -1,0 +1,81 @@
+"""One optimizer update, made in place on the training state, and the loss; read after model.py."""
+
+import dataclasses
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchlm import optim, parallel
+
+# Sums over samples or tokens: "loss" and "count", and what a task adds, such as "correct". Quotients are taken last.
+Totals = dict[str, Tensor]
+# loss(model, batch, key) -> Totals; gradients are of totals["loss"] / totals["count"]. The key is None: see model.py.
+LossFn = Callable[[Any, Any, None], Totals]
+
+
+@dataclasses.dataclass
+class TrainState:
+    """All that changes in training. The seeds of dropout come from `step`, so that a restored state goes on alike."""
+
+    step: int  # updates made so far
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+
+
+def init_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainState:
+    """Return the state before the first update."""
+    return TrainState(0, model, optimizer)
+
+
+def train_step(
+    loss_fn: LossFn,
+    schedule: Callable[[int], float],
+    clip_norm: float,
+    state: TrainState,
+    batches: dict[str, Tensor],
+    key: Hashable = None,
+) -> tuple[TrainState, Totals]:
+    """Make one update from `batches`, arrays [A, B, ...] of A accumulated batches.
+
+    The loss is the mean over all that the A batches count, as if they were one batch. Returns the state, changed in
+    place, and the totals, with the `rate` of this update and the `grad_norm` before clipping. `key` seeds dropout.
+    """
+    state.model.train()
+    if key is not None:
+        torch.manual_seed(hash((key, state.step)))
+    n_batches = len(next(iter(batches.values())))
+    totals: Totals = {}
+    for i in range(n_batches):
+        with parallel.gradients_exchanged(state.model, is_last=i == n_batches - 1):
+            batch_totals = loss_fn(state.model, {name: x[i] for name, x in batches.items()}, None)
+            batch_totals["loss"].backward()
+        totals = {name: totals.get(name, 0) + x.detach() for name, x in batch_totals.items()}
+    totals = parallel.sum_over_processes(totals)
+
+    for grad in (x.grad for x in state.model.parameters() if x.grad is not None):
+        grad.mul_(parallel.n_processes() / totals["count"].clamp(min=1))
+    grad_norm = optim.clip_by_global_norm(state.model.parameters(), clip_norm)
+    rate = schedule(state.step)
+    for group in state.optimizer.param_groups:
+        group["lr"] = rate
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+    state.step += 1
+    return state, {**totals, "rate": torch.tensor(rate, dtype=torch.float64), "grad_norm": grad_norm}
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Totals:
+    """Return the summed cross-entropy, the number of labels, and how often the largest logit is the label.
+
+    logits [..., V], labels [...]; a negative label counts nothing.
+    """
+    is_counted = labels >= 0
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    ignored = torch.where(is_counted, labels, -1).flatten()
+    return {
+        "loss": nn.functional.cross_entropy(logits.flatten(0, -2), ignored, ignore_index=-1, reduction="sum"),
+        "count": is_counted.sum(),
+        "correct": (is_counted & (logits.argmax(dim=-1) == labels)).sum(),
+    }

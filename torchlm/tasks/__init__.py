@@ -1,0 +1,14 @@
+"""The tasks by name. To add one: jaxlm/tasks/README.md, then a file beside this one that overrides what uses JAX."""
+
+from torchlm.tasks.base import Task
+from torchlm.tasks.cola import Cola
+from torchlm.tasks.gpt import Gpt
+from torchlm.tasks.mlm import Mlm
+from torchlm.tasks.sst2 import Sst2
+
+TASKS: dict[str, type[Task]] = {
+    "mlm": Mlm,
+    "gpt": Gpt,
+    "sst2": Sst2,
+    "cola": Cola,
+}

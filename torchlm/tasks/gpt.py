@@ -1,0 +1,22 @@
+"""Causal language modelling: guess the next word (GPT-2)."""
+
+import torch
+from torch import Tensor
+
+from jaxlm.tasks import gpt
+from torchlm.generate import continue_greedily
+from torchlm.heads import LanguageModel
+from torchlm.step import Totals, cross_entropy
+from torchlm.tasks.base import Task
+
+
+class Gpt(Task, gpt.Gpt):
+    def build_model(self, rngs: torch.Generator) -> LanguageModel:
+        return LanguageModel(self.config.model, is_causal=True, dtype=self.dtype, rngs=rngs)
+
+    def loss(self, model: LanguageModel, batch: dict[str, Tensor], key: None) -> Totals:
+        return cross_entropy(model(batch["tokens"], key), batch["labels"])
+
+    def predict(self, model: LanguageModel, batch: dict[str, Tensor]) -> Tensor:
+        n_prompt, n_new = self._shown()
+        return continue_greedily(model, batch["tokens"][:, :n_prompt], n_new)

@@ -1,0 +1,21 @@
+"""Masked language modelling: guess the hidden words from both sides (BERT, arXiv 1810.04805)."""
+
+import torch
+from torch import Tensor
+
+from jaxlm.tasks import mlm
+from torchlm.heads import LanguageModel
+from torchlm.step import Totals, cross_entropy
+from torchlm.tasks.base import Task
+
+
+class Mlm(Task, mlm.Mlm):
+    def build_model(self, rngs: torch.Generator) -> LanguageModel:
+        return LanguageModel(self.config.model, is_causal=False, dtype=self.dtype, rngs=rngs)
+
+    def loss(self, model: LanguageModel, batch: dict[str, Tensor], key: None) -> Totals:
+        # Logits only where something is masked: the same loss for a seventh of the work.
+        return cross_entropy(model(batch["tokens"], key, batch["positions"]), batch["labels"])
+
+    def predict(self, model: LanguageModel, batch: dict[str, Tensor]) -> Tensor:
+        return model(batch["tokens"], None, batch["positions"]).argmax(dim=-1)
