@@ -4,8 +4,8 @@ jaxlm     tree of dicts, `base/blocks/attention/query/kernel`; a kernel is [in, 
 torchlm   state dict, `base.blocks.0.attention.query.weight`; a linear weight is [out, in], one tensor a block
 original  state dict, `bert.encoder_blocks.0.self_multihead.query.weight`; layouts as torchlm
 
-Arrays are NumPy; nothing here is rounded, so that every way and back is equal bit for bit. Moments of an optimizer,
-one array a parameter, go the same ways.
+Arrays are NumPy; where only names change, tensors will do. Nothing here is rounded, so that every way and back is
+equal bit for bit. Moments of an optimizer, one array a parameter, go the same ways.
 """
 
 from collections.abc import Iterator, Mapping
@@ -63,8 +63,8 @@ def decay_groups(wanted: Shapes) -> tuple[list[str], list[str]]:
     return decayed, [name for name in wanted if name not in decayed]
 
 
-def check(state: Mapping[str, np.ndarray], wanted: Shapes, source: str) -> Arrays:
-    """Return the arrays of `state` in the order of `wanted`.
+def check(state: Mapping[str, Any], wanted: Shapes, source: str) -> dict[str, Any]:
+    """Return the arrays or tensors of `state` in the order of `wanted`.
 
     Raises UserError, which begins with `source`, for names or shapes that differ from `wanted`.
     """
@@ -122,12 +122,17 @@ def to_jax(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
     return tree
 
 
-def to_original(state: Mapping[str, np.ndarray], task: str) -> Arrays:
+def prefixes(task: str) -> tuple[str, str]:
+    """Return what the original's names of the base model and of the head begin with."""
+    return _BASES.get(task, "base"), _HEADS.get(task, "head")
+
+
+def to_original(state: Mapping[str, Any], task: str) -> dict[str, Any]:
     """Return torchlm's state dict under the original's names, without its two kinds of buffers."""
     return {_original_name(name, task): array for name, array in state.items()}
 
 
-def from_original(state: Mapping[str, np.ndarray], task: str) -> Arrays:
+def from_original(state: Mapping[str, Any], task: str) -> dict[str, Any]:
     """Return a state dict of the original under torchlm's names; what is no parameter is left out.
 
     A name that the original has not stays as it is, for `check` to name it.
@@ -143,14 +148,6 @@ def _leaves(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tup
             yield [*path, name], np.asarray(value)
 
 
-def _head(task: str) -> str:
-    return _HEADS.get(task, "head")
-
-
-def _base(task: str) -> str:
-    return _BASES.get(task, "base")
-
-
 def _words(task: str, is_head: bool) -> dict[str, str]:
     """Return the original's words by torchlm's, for one part of a name."""
     if is_head:
@@ -163,14 +160,15 @@ def _original_name(name: str, task: str) -> str:
     words = _words(task, part == "head")
     if path == ["embedding", "position"]:  # `position.pe` is the original's table, which is fixed
         path.append("weight")
-    return ".".join([_head(task) if part == "head" else _base(task), *(words.get(word, word) for word in path)])
+    return ".".join([prefixes(task)[part == "head"], *(words.get(word, word) for word in path)])
 
 
 def _torch_name(name: str, task: str) -> str:
     part, *path = name.split(".")
-    if part not in (_head(task), _base(task)):
+    if part not in prefixes(task):
         return name
-    words = {theirs: ours for ours, theirs in _words(task, part == _head(task)).items()}
+    is_head = part == prefixes(task)[1]
+    words = {theirs: ours for ours, theirs in _words(task, is_head).items()}
     if path == ["embedding", "position", "weight"]:
         path.pop()
-    return ".".join(["head" if part == _head(task) else "base", *(words.get(word, word) for word in path)])
+    return ".".join(["head" if is_head else "base", *(words.get(word, word) for word in path)])

@@ -38,11 +38,17 @@ class Run:
     dir: Path
     log: RunLog
     started_s: float
+    program: str  # the command that started it, without settings
 
 
 @contextlib.contextmanager
 def started(
-    config: Config, origins: dict[str, str], tasks: dict[str, Any], device: str, started_s: float
+    config: Config,
+    origins: dict[str, str],
+    tasks: dict[str, Any],
+    device: str,
+    started_s: float,
+    program: str = "python -m jaxlm.train",
 ) -> Iterator[Run]:
     """Make the run folder, prepare the data, and tell what is about to run; `tasks` are the task classes by name.
 
@@ -59,7 +65,7 @@ def started(
         used = task_class.settings
         unused = {name for task in tasks.values() for name in task.settings if name not in used}
         _announce(config, origins, data, run_dir, device, unused, run_log)
-        yield Run(config, task_class(config), data, run_dir, run_log, started_s)
+        yield Run(config, task_class(config), data, run_dir, run_log, started_s, program)
     except BaseException:
         remove_run_dir(run_dir)
         raise
@@ -281,6 +287,6 @@ def sum_up(run: Run, best: int | None, n_parameters: int, evaluate: Callable[[st
 
 def _next_command(run: Run) -> str:
     if run.config.data.path or run.config.data.hub:
-        return f"python -m jaxlm.train --config {run.dir / 'config.toml'} --run.dir NEW_FOLDER --train.max-steps 10000"
+        return f"{run.program} --config {run.dir / 'config.toml'} --run.dir NEW_FOLDER --train.max-steps 10000"
     own = "reviews.tsv" if run.task.samples.is_labelled else "your_text.txt"
-    return f"python -m jaxlm.train --task {run.config.task} --data.path {own}"
+    return f"{run.program} --task {run.config.task} --data.path {own}"
