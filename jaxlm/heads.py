@@ -10,13 +10,13 @@ from flax import nnx
 from jax import Array
 
 from jaxlm.config import ModelConfig
-from jaxlm.model import Transformer, layernorm
+from jaxlm.model import Linear, Transformer, layernorm
 
 
-def head_linear(n_in: int, n_out: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Linear:
+def head_linear(n_in: int, n_out: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> Linear:
     """Return an output layer with the original's start values: normal(0, 0.02) weights, zero bias."""
     init = jax.nn.initializers.normal(0.02)
-    return nnx.Linear(n_in, n_out, kernel_init=init, dtype=dtype, preferred_element_type=jnp.float32, rngs=rngs)
+    return Linear(n_in, n_out, kernel_init=init, dtype=dtype, preferred_element_type=jnp.float32, rngs=rngs)
 
 
 class LanguageModelHead(nnx.Module):

@@ -14,10 +14,17 @@ from jax import Array
 from jaxlm.config import ModelConfig
 
 
-def linear(n_in: int, n_out: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Linear:
+class Linear(nnx.Linear):
+    """nnx.Linear on [..., n_in], with all axes but the last as one: XLA's products on a CPU take half the time so."""
+
+    def __call__(self, x: Array) -> Array:  # type: ignore[override]
+        return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], self.out_features)
+
+
+def linear(n_in: int, n_out: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> Linear:
     """Return a linear layer with the original's start values: Xavier-uniform weights, PyTorch's default bias."""
     bound = n_in**-0.5
-    return nnx.Linear(
+    return Linear(
         n_in,
         n_out,
         kernel_init=jax.nn.initializers.xavier_uniform(),
