@@ -20,10 +20,11 @@ from msgspec import Meta
 
 from jaxlm.errors import UserError, nearest
 
-Count = Annotated[int, Meta(ge=0)]
-Positive = Annotated[int, Meta(ge=1)]
+MOST = 2**31 - 1  # what the integers of the libraries below hold
+Count = Annotated[int, Meta(ge=0, le=MOST)]
+Positive = Annotated[int, Meta(ge=1, le=MOST)]
 Share = Annotated[float, Meta(ge=0, lt=1)]
-Rate = Annotated[float, Meta(ge=0)]
+Rate = Annotated[float, Meta(ge=0, le=1000)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +43,7 @@ class DataConfig:
     header: Literal["auto", "yes", "no"] = "auto"  # first row of CSV and TSV files names the columns
     text_column: str = ""  # name, or number from 0, of the column with the text; "": by usual names
     label_column: str = ""  # name, or number from 0, of the column with the label; "": by usual names
-    n_labels: Annotated[int, Meta(ge=2)] = 2  # classes of a classification task; labels are 0 to n_labels - 1
+    n_labels: Annotated[int, Meta(ge=2, le=MOST)] = 2  # classes of a classification task; labels are 0 and on
     validation_fraction: Share = 0.1  # share of articles split off where the source has no validation part
     test_fraction: Share = 0.1  # share of articles split off where the source has no test part
     split_seed: Count = 0  # seed of the hash that splits articles
@@ -55,7 +56,7 @@ class DataConfig:
 class TokenizerConfig:
     path: str = ""  # tokenizer.json, vocab.txt, folder with vocab.json and merges.txt, or hub name; "": train one
     kind: Literal["wordpiece", "bpe"] = "wordpiece"  # what to train: WordPiece or byte-level BPE
-    vocab_size: Annotated[int, Meta(ge=300)] = 4096  # tokens in a trained vocabulary, at most
+    vocab_size: Annotated[int, Meta(ge=300, le=MOST)] = 4096  # tokens in a trained vocabulary, at most
     lowercase: bool = True  # a trained WordPiece ignores case and accents
 
 
@@ -64,14 +65,14 @@ class ModelConfig:
     d_model: Positive = 128  # width of the residual stream
     n_layers: Positive = 2  # blocks
     n_heads: Positive = 4  # attention heads; must divide d_model
-    seq_len: Annotated[int, Meta(ge=4)] = 64  # positions of one sample, tokens
+    seq_len: Annotated[int, Meta(ge=4, le=MOST)] = 64  # positions of one sample, tokens
     vocab_size: Count = 0  # rows of the token table; 0: as many as the tokenizer has
     dropout: Share = 0.1  # on embeddings, attention weights and outputs, and inside the feed-forward
     positions: Literal["fixed", "learned", "rotary"] = "fixed"  # fixed: the original's table of sines
     tied_embedding: bool = False  # the output layer shares the token table
     final_norm: bool = False  # LayerNorm after the last block
     post_norm: bool = False  # LayerNorm after each residual sum, as BERT has it, instead of before
-    pad_id: Annotated[int, Meta(ge=-1)] = 0  # token id that attention and loss leave out; -1: none
+    pad_id: Annotated[int, Meta(ge=-1, le=MOST)] = 0  # token id that attention and loss leave out; -1: none
     head_outputs: Literal["labels", "vocabulary"] = "labels"  # classifier outputs; vocabulary: the original's slip
 
 
@@ -87,7 +88,7 @@ class TrainConfig:
     weight_decay: Rate = 0.01  # decoupled, on matrices only
     beta1: Share = 0.9  # AdamW, first moment
     beta2: Share = 0.999  # AdamW, second moment
-    epsilon: Annotated[float, Meta(gt=0)] = 1e-8  # AdamW
+    epsilon: Annotated[float, Meta(gt=0, le=1)] = 1e-8  # AdamW
     clip_norm: Annotated[float, Meta(gt=0)] = 1.0  # global gradient norm is clipped to this
     eval_interval: Positive = 100  # updates between evaluations, each with a checkpoint and samples
     log_interval: Positive = 10  # updates between rows of metrics.jsonl
@@ -147,7 +148,7 @@ def load(argv: list[str], prog: str = "python -m jaxlm.train") -> tuple[Config, 
         _print_help(argv, Config(), prog)
     layers = list(_command_line([arg for arg in argv if arg not in wants_help]))
     task = next((value for name, value, _ in reversed(layers) if name == "task"), Config().task)
-    layers = [*_preset(task), *layers, ("task", task, COMMAND_LINE)]
+    layers = [*_preset(task), *layers]
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for name, value, origin in layers:
@@ -201,7 +202,7 @@ def _command_line(argv: list[str]) -> typing.Iterator[tuple[str, Any, str]]:
         if not equals:
             if SETTINGS.get(name) is bool and (not args or args[0].startswith("--")):
                 value = "true"
-            elif args:
+            elif args and not args[0].startswith("--"):
                 value = args.pop(0)
             else:
                 raise UserError(f"{flag}: value is missing; write {flag} VALUE")
@@ -246,6 +247,8 @@ def _preset(task: Any) -> list[tuple[str, Any, str]]:
 def _convert(name: str, value: Any, origin: str) -> Any:
     """Return `value` as the setting's type; text is parsed if it comes from the command line."""
     on_command_line = origin == COMMAND_LINE
+    if name.endswith("_column") and type(value) is int:  # the number of a column, as TOML has it
+        value = str(value)
     try:
         return msgspec.convert(value, SETTINGS[name], strict=not on_command_line)
     except msgspec.ValidationError as error:
@@ -287,10 +290,15 @@ def _check(config: Config) -> None:
 def warnings(config: Config, origins: dict[str, str], of_other_tasks: Iterable[str]) -> list[str]:
     """Return a line for each setting that the user gave and that cannot do in this run what it says."""
     data, given = config.data, config.data.path or config.data.hub
+    has_files = data.path or data.validation_path or data.test_path
+    tokenizer = Path(config.tokenizer.path)
+    reads_vocab_txt = tokenizer.suffix == ".txt" or (
+        (tokenizer / "vocab.txt").is_file() and not (tokenizer / "tokenizer.json").is_file()
+    )
     without_effect = {
         "data.hub_config": not data.hub and "there is no data.hub",
-        "data.format": not data.path and "there is no data.path",
-        "data.header": not data.path and "there is no data.path",
+        "data.format": not has_files and "no local file is read",
+        "data.header": not has_files and "no local file is read",
         "data.text_column": not given and "the data is the embedded default",
         "data.label_column": not given and "the data is the embedded default",
         "data.validation_path": not given and "the data is the embedded default (give data.path too)",
@@ -299,9 +307,10 @@ def warnings(config: Config, origins: dict[str, str], of_other_tasks: Iterable[s
         "data.test_fraction": data.test_path and "data.test_path is given",
         "tokenizer.kind": config.tokenizer.path and "tokenizer.path is given",
         "tokenizer.vocab_size": config.tokenizer.path and "tokenizer.path is given",
-        "tokenizer.lowercase": config.tokenizer.path
-        and not config.tokenizer.path.endswith(".txt")
-        and "tokenizer.path is given",
+        "tokenizer.lowercase": (
+            (config.tokenizer.path and not reads_vocab_txt and "tokenizer.path is given")
+            or (not config.tokenizer.path and config.tokenizer.kind == "bpe" and "tokenizer.kind=bpe keeps case")
+        ),
         **dict.fromkeys(of_other_tasks, f"task={config.task} does not use it"),
     }
     presets = str(presets_dir())
@@ -311,6 +320,11 @@ def warnings(config: Config, origins: dict[str, str], of_other_tasks: Iterable[s
         lines.append(
             f"train.warmup_steps={train.warmup_steps} is not below train.max_steps={train.max_steps}: "
             "the rate never reaches train.learning_rate"
+        )
+    if 0 < train.decay_steps <= train.warmup_steps:
+        lines.append(
+            f"train.decay_steps={train.decay_steps} is not above train.warmup_steps={train.warmup_steps}: "
+            "the rate drops to train.min_learning_rate at once after the warmup"
         )
     return lines + [
         f"{name}={get(config, name)} has no effect: {reason}"

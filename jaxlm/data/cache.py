@@ -8,6 +8,7 @@ import errno
 import hashlib
 import json
 import os
+import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -70,9 +71,10 @@ def _open_split(folder: Path, split: str, dtype: np.dtype) -> Split:
 
 
 def _build(source: Source, tokenizer: Tokenizer, folder: Path, on_progress: Callable[[int], None]) -> None:
-    dtype = np.dtype(np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32)
-    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    dtype = np.dtype(np.uint16 if tokenizers.n_ids(tokenizer) <= 2**16 else np.uint32)
+    temporary = folder.with_name(f"{folder.name}.{platform.node()}.{os.getpid()}.tmp")
     try:
+        shutil.rmtree(temporary, ignore_errors=True)  # of a process killed long ago, whose number is used again
         temporary.mkdir(parents=True)
         with contextlib.ExitStack() as stack:
             # Plain writes: a full disk under a memory map would kill the process instead of raising.

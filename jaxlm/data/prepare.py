@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from jaxlm.config import Config
+from jaxlm.config import Config, DataConfig
 from jaxlm.data import cache, sources
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data.cache import Split
@@ -20,9 +20,13 @@ from jaxlm.errors import UserError
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 
+TOKENIZER_BYTES = 200_000_000  # of text that a tokenizer is trained on, about; more text changes few of its tokens
+
+
 @dataclass(frozen=True)
 class Data:
-    """What training reads. `samples` by split; the one for test is empty where there can be no test score."""
+    """What training reads. `samples` by split; there is no test score if `source.test_refusal` says so, or if the
+    samples for test are none."""
 
     source: Source
     tokenizer: Tokenizer
@@ -36,33 +40,43 @@ def prepare(
     """Return the samples of every split, and the settings with `model.vocab_size` filled in.
 
     Raises UserError for a source, tokenizer or size that does not fit the settings.
+
+    A tokenizer is trained on at most about TOKENIZER_BYTES: of more text, on articles chosen by a hash of each, so
+    that they are spread evenly, the same in every process, and bounded in memory.
     """
     is_embedded = not (config.data.path or config.data.hub)
     source = embedded() if is_embedded else sources.open_source(config.data, samples_class.is_labelled)
     cache_dir = cache.user_cache_dir(config.data.cache_dir)
 
     def training_texts() -> Iterator[str]:
-        return (article.text for article in source.articles() if article.split == "train")
+        share = TOKENIZER_BYTES / max(source.n_bytes, 1)
+        texts = (article.text for article in source.articles() if article.split == "train")
+        # The seed is none of a split, so that the choice does not depend on which articles are for training.
+        return (text for text in texts if share >= 1 or sources.hash_of(text, seed=-1) < share)
 
     tokenizer = tokenizers.cached(config.tokenizer, training_texts, source.fingerprint, cache_dir)
     config = _with_vocab_size(config, tokenizer)
     specials = _specials(config, tokenizer, samples_class)
     with progress("tokenizing", source.n_bytes) as on_progress:
         splits = cache.open_cache(source, tokenizer, cache_dir, on_progress)
-    samples = {
-        name: samples_class(split, config, specials, tokenizer.get_vocab_size()) for name, split in splits.items()
-    }
+    n_ids = tokenizers.n_ids(tokenizer)
+    samples = {name: samples_class(split, config, specials, n_ids) for name, split in splits.items()}
     _check_sizes(config, splits, samples)
-    return config, Data(source, tokenizer, samples, (*source.notes, *_notes(config, samples, source)))
+    return config, Data(source, tokenizer, samples, (*source.notes, *_notes(config, samples, source, is_embedded)))
 
 
 def _with_vocab_size(config: Config, tokenizer: Tokenizer) -> Config:
     """Return the settings with the rows of the token table: those of the tokenizer, unless there are to be more."""
-    n_tokens, asked = tokenizer.get_vocab_size(), config.model.vocab_size
+    n_tokens, asked = tokenizers.n_ids(tokenizer), config.model.vocab_size
     if asked and asked < n_tokens:
         raise UserError(
             f"model.vocab_size={asked} is smaller than the vocabulary of the tokenizer, {n_tokens}; "
             "raise it, or set it to 0 to take the tokenizer's"
+        )
+    if config.model.pad_id >= (asked or n_tokens):
+        raise UserError(
+            f"model.pad_id={config.model.pad_id} is not below the size of the vocabulary, {asked or n_tokens}; "
+            "use the id of the tokenizer's pad, or -1 for none"
         )
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=asked or n_tokens))
 
@@ -106,7 +120,12 @@ def _check_sizes(config: Config, splits: dict[str, Split], samples: dict[str, Sa
             )
 
 
-def _notes(config: Config, samples: dict[str, Samples], source: Source) -> Iterator[str]:
+def _notes(config: Config, samples: dict[str, Samples], source: Source, is_embedded: bool) -> Iterator[str]:
+    if is_embedded and samples["train"].is_labelled:
+        for name in ("validation_fraction", "test_fraction", "split_seed"):
+            if getattr(config.data, name) != getattr(DataConfig(), name):
+                value = getattr(config.data, name)
+                yield f"data.{name}={value} has no effect: the embedded sentences have parts of their own"
     if not len(samples["test"]) and not source.test_refusal:
         yield "there is no test part, so there will be no test score"
     n_cut = sum(getattr(part, "n_cut", 0) for part in samples.values())

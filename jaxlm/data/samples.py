@@ -88,7 +88,7 @@ class CausalSamples:
         counts = np.pad(counts, (0, max(0, article + 1 - len(counts))))
         counts[article] += np.count_nonzero(self.windows.sizes)
         if self.pad_id >= 0:
-            counts[self.pad_id] = 0
+            counts[self.pad_id : self.pad_id + 1] = 0
         return counts
 
 
@@ -187,7 +187,9 @@ class ClassifiedSamples:
         first, last = self.split.offsets[indices][:, None], self.split.offsets[indices + 1][:, None]
         n_real = np.minimum(last - first, self.seq_len - 1 - self.n_end)
         place = np.arange(self.seq_len)
-        ids = self.split.tokens[np.clip(first + place - 1, 0, len(self.split.tokens) - 1)].astype(np.int32)
+        ids = np.zeros((len(indices), self.seq_len), np.int32)
+        if len(self.split.tokens):  # else every text is empty
+            ids[...] = self.split.tokens[np.clip(first + place - 1, 0, len(self.split.tokens) - 1)]
         tokens = np.where(place <= n_real, ids, self.specials["pad"])
         tokens[:, 0] = self.specials["start"]
         if self.n_end:

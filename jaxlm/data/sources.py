@@ -90,6 +90,11 @@ def open_source(config: DataConfig, is_labelled: bool) -> Source:
     shares = _shares(config, given)
     for split, share in shares.items():
         notes.append(f"no {split} part: {100 * share:g} % of articles split off by hash (data.{split}_fraction)")
+    own = [split for split in SPLITS[1:] if split in given and not getattr(config, f"{split}_path")]
+    unused = [f"{split}_fraction" for split in own] + ([] if shares else ["split_seed"])
+    for name in unused:
+        if getattr(config, name) != getattr(DataConfig(), name):
+            notes.append(f"data.{name}={getattr(config, name)} has no effect: the source has parts of its own")
     refusal = _check_rows(parts, config, is_labelled, shares, notes)
     contents = [(p.split, p.format, p.columns, p.content) for p in parts]
     settings = (config.hub, config.hub_config, is_labelled, config.split_seed if shares else 0, shares, contents)

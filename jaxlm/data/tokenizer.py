@@ -27,13 +27,18 @@ NAMES = {
 }
 WORDPIECE_SPECIALS = tuple(NAMES[role][0] for role in ("pad", "unknown", "start", "end", "mask"))
 T = TypeVar("T")
-ALPHABET_SIZE = 1000  # characters that get a token of their own; rarer ones become [UNK]
+ALPHABET_SIZE = 1000  # characters, at most, that get two tokens of their own; rarer ones become [UNK]
 
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
     """Return {role: token id} for the special tokens that the tokenizer has; roles are the keys of NAMES."""
     found = ((role, tokenizer.token_to_id(name)) for role, names in NAMES.items() for name in reversed(names))
     return {role: token for role, token in found if token is not None}
+
+
+def n_ids(tokenizer: Tokenizer) -> int:
+    """Return one more than the largest token id; a vocabulary may have gaps, as where a vocab.txt repeats a line."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:
@@ -87,10 +92,10 @@ def train(config: TokenizerConfig, texts: Callable[[], Iterator[str]]) -> Tokeni
     # The trainer numbers the characters that continue a word in the order of a hash table, and breaks ties between
     # merges by these numbers. Given to it in sorted order as special tokens, they cannot vary.
     draft = _wordpiece(models.WordPiece(unk_token="[UNK]"), config.lowercase)
-    letters = _alphabet(draft.normalizer, texts())
+    letters = _alphabet(draft.normalizer, texts(), min(ALPHABET_SIZE, config.vocab_size // 4))
     seed = [*WORDPIECE_SPECIALS, *letters, *(f"##{letter}" for letter in letters)]
     trainer = trainers.WordPieceTrainer(
-        vocab_size=max(config.vocab_size, len(seed)),
+        vocab_size=config.vocab_size,
         initial_alphabet=letters,
         limit_alphabet=len(letters),
         special_tokens=seed,
@@ -114,7 +119,8 @@ def read(config: TokenizerConfig) -> Tokenizer:
             tokenizer = _byte_level(models.BPE.from_file(str(path), str(merges)))
             tokenizer.add_special_tokens([name for names in NAMES.values() for name in names if _has(tokenizer, name)])
         elif path.suffix == ".txt":
-            vocab = {line: i for i, line in enumerate(path.read_text(encoding="utf-8").splitlines())}
+            with path.open(encoding="utf-8") as lines:  # splitlines() would split at U+2028 and others, too
+                vocab = {line.rstrip("\n"): i for i, line in enumerate(lines)}
             if "[UNK]" not in vocab:
                 raise UserError(
                     f"tokenizer.path={config.path}: no [UNK] among its {len(vocab)} lines; is it a vocab.txt?"
@@ -187,18 +193,18 @@ def _byte_level(model: models.BPE) -> Tokenizer:
     return tokenizer
 
 
-def _alphabet(normalizer: normalizers.Normalizer, texts: Iterable[str]) -> list[str]:
-    """Return the most frequent characters of the normalised texts, sorted."""
+def _alphabet(normalizer: normalizers.Normalizer, texts: Iterable[str], size: int) -> list[str]:
+    """Return the `size` most frequent characters of the normalised texts, sorted."""
     counts: collections.Counter[str] = collections.Counter()
     for text in texts:
         counts.update(text)
     normal: collections.Counter[str] = collections.Counter()
     for character, count in counts.items():
         normal.update({part: count for part in normalizer.normalize_str(character) if not part.isspace()})
-    return sorted(sorted(normal, key=lambda character: (-normal[character], character))[:ALPHABET_SIZE])
+    return sorted(sorted(normal, key=lambda character: (-normal[character], character))[:size])
 
 
-def chunks(items: Iterable[T], size_of: Callable[[T], int], most: int = 4_000_000) -> Iterator[list[T]]:
+def chunks(items: Iterable[T], size_of: Callable[[T], int], most: int = 1_000_000) -> Iterator[list[T]]:
     """Group items until their sizes sum to `most`: enough to tokenize in parallel, little enough for any memory."""
     chunk: list[T] = []
     size = 0
