@@ -1,6 +1,7 @@
 """What a run tells: lines and a progress bar on the terminal, files in the run folder, and optional loggers."""
 
 import contextlib
+import importlib.util
 import json
 import math
 import sys
@@ -15,6 +16,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from jaxlm.config import Config
 from jaxlm.errors import UserError
 
+# Text is printed as it is: no [markup], no :emoji:, no lines broken where a path would break.
+PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False, "soft_wrap": True}
 PLAIN_INTERVAL_S = 5  # between lines that stand in for the progress bar where there is no terminal
 
 
@@ -30,10 +33,8 @@ class TensorBoard:
     """Event files in the run folder."""
 
     def __init__(self, run_dir: Path):
-        try:
-            from tensorboardX import SummaryWriter
-        except ImportError as error:
-            raise UserError("log.tensorboard=true needs an extra: pip install 'jaxlm[tensorboard]'") from error
+        from tensorboardX import SummaryWriter
+
         self.writer = SummaryWriter(str(run_dir / "tensorboard"))
 
     def log(self, step: int, split: str, scores: dict[str, float]) -> None:
@@ -48,14 +49,15 @@ class WeightsAndBiases:
     """A run in a Weights & Biases project."""
 
     def __init__(self, project: str, run_dir: Path, settings: dict[str, Any]):
-        try:
-            import wandb
-        except ImportError as error:
-            raise UserError(f"log.wandb={project} needs an extra: pip install 'jaxlm[wandb]'") from error
+        import wandb
+
         self.run = wandb.init(project=project, name=run_dir.name, dir=str(run_dir), config=settings)
+        # An axis of our own, because wandb's drops the test scores, which come last and belong to an earlier step.
+        self.run.define_metric("step")
+        self.run.define_metric("*", step_metric="step")
 
     def log(self, step: int, split: str, scores: dict[str, float]) -> None:
-        self.run.log({f"{split}/{name}": value for name, value in scores.items()}, step=step)
+        self.run.log({f"{split}/{name}": value for name, value in scores.items()} | {"step": step})
 
     def close(self) -> None:
         self.run.finish()
@@ -65,7 +67,7 @@ class RunLog:
     """The terminal and the files of one run: log.txt, metrics.jsonl, samples.txt."""
 
     def __init__(self) -> None:
-        self.console = Console(highlight=False, markup=False, soft_wrap=True)
+        self.console = Console(**PLAIN)
         self.loggers: list[Logger] = []
         self.run_dir: Path | None = None
         self.bar: Progress | None = None
@@ -82,19 +84,16 @@ class RunLog:
     def say(self, *parts: Any) -> None:
         """Print to the terminal (rich renderables or text) and to log.txt."""
         self.console.print(*parts)
-        if self.run_dir is not None:
-            with open(self.run_dir / "log.txt", "a", encoding="utf-8") as file:
-                Console(file=file, width=120, highlight=False, markup=False, soft_wrap=True).print(*parts)
+        self._append_to_log(*parts)
 
     def warn(self, text: str) -> None:
         """Print a warning on stderr, and to log.txt."""
-        if self.run_dir is not None:
-            with open(self.run_dir / "log.txt", "a", encoding="utf-8") as file:
-                file.write(f"warning: {text}\n")
-        if self.bar is not None:
-            self.bar.console.print(f"warning: {text}", style="yellow")
+        text = f"warning: {text}"
+        self._append_to_log(text)
+        if self.bar is not None:  # which redraws itself below what its console prints
+            self.bar.console.print(text, style="yellow")
         else:
-            print(f"warning: {text}", file=sys.stderr, flush=True)
+            print(text, file=sys.stderr, flush=True)
 
     def row(self, step: int, split: str, scores: dict[str, float]) -> None:
         """Append one object to metrics.jsonl, and pass it to the loggers."""
@@ -117,36 +116,68 @@ class RunLog:
         assert self.run_dir is not None, "open() comes first"
         return self.run_dir
 
+    def _append_to_log(self, *parts: Any) -> None:
+        if self.run_dir is not None:
+            with open(self.run_dir / "log.txt", "a", encoding="utf-8") as file:
+                # No control codes in a file, whatever FORCE_COLOR says.
+                Console(file=file, width=120, force_terminal=False, **PLAIN).print(*parts)
+
     @contextlib.contextmanager
     def training_bar(self, n_steps: int) -> Iterator[Callable[[int, str], None]]:
-        """Show progress; the yielded function is told updates done and a text. Plain lines without a terminal."""
-        if not self.console.is_terminal:
-            yield self._plain_line
-            return
-        columns = (TextColumn("{task.completed}/{task.total}"), BarColumn(), TextColumn("{task.description}"))
-        with Progress(*columns, TimeRemainingColumn(), TextColumn("left"), console=self.console) as bar:
-            self.bar = bar
-            task = bar.add_task("", total=n_steps)
-            yield lambda step, text: bar.update(task, completed=step, description=text)
-        self.bar = None
+        """Show progress; the yielded function is told the updates made, and a text on them ("": the last one stays).
 
-    def _plain_line(self, step: int, text: str) -> None:
-        now = time.monotonic()
-        if step == 1 or now - self.last_plain_s >= PLAIN_INTERVAL_S:
-            self.last_plain_s = now
-            self.say(f"step {step}  {text}")
+        Without a terminal there are plain lines instead, one every PLAIN_INTERVAL_S at most.
+        """
+        if not self.console.is_interactive:
+            yield lambda step, text: self._plain_line(f"step {step}  {text}" if text else "", is_due=step == 1)
+            return
+        columns = (
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+        )
+        with Progress(*columns, console=self.console, expand=True) as bar:
+            task = bar.add_task("", total=n_steps)
+            self.bar = bar
+            try:
+                yield lambda step, text: bar.update(task, completed=step, description=text or None)
+            finally:
+                self.bar = None
 
     @contextlib.contextmanager
     def bytes_bar(self, title: str, n_bytes: int) -> Iterator[Callable[[int], None]]:
-        """Show progress through `n_bytes` of text."""
+        """Show progress through `n_bytes` of text, in plain lines without a terminal."""
+        if not self.console.is_interactive:
+            self.last_plain_s = time.monotonic()  # what is done sooner needs no line
+            yield lambda done: self._plain_line(f"{title}: {done / max(n_bytes, 1):.0%}")
+            return
         columns = (TextColumn(title), BarColumn(), TextColumn("{task.percentage:.0f}%"), TimeElapsedColumn())
-        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
+        with Progress(*columns, console=self.console, transient=True) as bar:
             task = bar.add_task(title, total=n_bytes)
             yield lambda done: bar.update(task, completed=done)
 
+    def _plain_line(self, text: str, is_due: bool = False) -> None:
+        now = time.monotonic()
+        if text and (is_due or now - self.last_plain_s >= PLAIN_INTERVAL_S):
+            self.last_plain_s = now
+            self.say(text)
+
+
+def check_loggers(config: Config) -> None:
+    """Raise UserError if a logger that the settings ask for is not installed."""
+    for setting, is_wanted, module in (
+        ("log.tensorboard=true", config.log.tensorboard, "tensorboardX"),
+        (f"log.wandb={config.log.wandb}", config.log.wandb, "wandb"),
+    ):
+        if is_wanted and importlib.util.find_spec(module) is None:
+            extra = setting.removeprefix("log.").partition("=")[0]
+            raise UserError(f"{setting}: {module} is not installed; pip install 'jaxlm[{extra}]', or leave it out")
+
 
 def open_loggers(config: Config, run_dir: Path, settings: dict[str, Any]) -> list[Logger]:
-    """Return the loggers that the settings ask for. Raises UserError if one is not installed."""
+    """Return the loggers that the settings ask for."""
     loggers: list[Logger] = []
     if config.log.tensorboard:
         loggers.append(TensorBoard(run_dir))

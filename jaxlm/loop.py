@@ -35,12 +35,16 @@ def run(config: Config, origins: dict[str, str], started_s: float) -> int:
     _configure_jax(config)
     mesh = parallel.make_mesh(config.train.batch_size)
     device = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
-    with runs.started(config, origins, TASKS, device, started_s) as this:
-        state, compiled = build(this.config, this.task, mesh)
-    with contextlib.closing(this.log), Checkpoints(this.dir / "checkpoints") as checkpoints:
-        state, is_interrupted = fit(this, compiled, state, checkpoints)
+    with contextlib.ExitStack() as stack:
+        with runs.started(config, origins, TASKS, device, started_s) as this:
+            state, compiled = build(this.config, this.task, mesh)
+            # From here on Ctrl-C does not raise, and the run folder stays.
+            is_interrupted = stack.enter_context(runs.interrupts(this.log))
+        stack.enter_context(contextlib.closing(this.log))
+        checkpoints = stack.enter_context(Checkpoints(this.dir / "checkpoints"))
+        state = fit(this, compiled, state, checkpoints, is_interrupted)
         finish(this, compiled, state, checkpoints, is_interrupted)
-    return 130 if is_interrupted else 0
+        return 130 if is_interrupted() else 0
 
 
 def build(config: Config, task: Task, mesh: Mesh) -> tuple[TrainState, Compiled]:
@@ -68,14 +72,16 @@ def build(config: Config, task: Task, mesh: Mesh) -> tuple[TrainState, Compiled]
     return jax.jit(start, out_shardings=parallel.replicated(mesh))(), compiled
 
 
-def fit(run: Run, compiled: Compiled, state: TrainState, checkpoints: Checkpoints) -> tuple[TrainState, bool]:
-    """Train until train.max_steps, the file `stop` or Ctrl-C; return the state, and whether it was Ctrl-C."""
+def fit(
+    run: Run, compiled: Compiled, state: TrainState, checkpoints: Checkpoints, is_interrupted: Callable[[], bool]
+) -> TrainState:
+    """Train until train.max_steps, the file `stop` or Ctrl-C; return the state."""
     train = run.config.train
     batches = loader.training_batches(run.data.samples["train"], train.batch_size, train.accumulate, train.seed)
     key = jax.random.key(train.seed)
     watch = runs.FileWatch(run.dir)
     run.log.say("compiling the first update ...")
-    with runs.interrupts() as is_interrupted, run.log.training_bar(train.max_steps) as show:
+    with run.log.training_bar(train.max_steps) as show:
         meter = runs.Meter(run, jax.device_get, show)
         for i in range(1, train.max_steps + 1):
             batch = next(batches)
@@ -88,15 +94,17 @@ def fit(run: Run, compiled: Compiled, state: TrainState, checkpoints: Checkpoint
             if is_evaluated or is_last or watch.take("save_checkpoint"):
                 meter.flush()
                 with meter.paused():
-                    loss = evaluate_and_show(run, compiled, state, i) if is_evaluated else None
+                    loss = evaluate_and_show(run, compiled, state, i, is_interrupted) if is_evaluated else None
                     checkpoints.save(state, _info(run, i), loss)
-            if is_last:
+            if is_last or is_interrupted():
                 break
-        return state, is_interrupted()
+        return state
 
 
-def evaluate(run: Run, compiled: Compiled, params: Any, split: str) -> dict[str, Any]:
-    """Return the totals over every sample of a split, once each, summed in float64 on the host."""
+def evaluate(
+    run: Run, compiled: Compiled, params: Any, split: str, is_interrupted: Callable[[], bool]
+) -> dict[str, Any] | None:
+    """Return the totals over every sample of a split, once each, summed in float64 on the host; None after Ctrl-C."""
     sums: dict[str, Any] = {}
     ahead: list[Any] = []
     samples = run.data.samples[split]
@@ -104,27 +112,38 @@ def evaluate(run: Run, compiled: Compiled, params: Any, split: str) -> dict[str,
         ahead.append(compiled.totals(params, parallel.put_batch(compiled.mesh, batch)))
         if len(ahead) > 1:
             _add(sums, ahead.pop(0))
+        if is_interrupted():
+            return None
     for totals in ahead:
         _add(sums, totals)
     return sums | samples.constants
 
 
-def evaluate_and_show(run: Run, compiled: Compiled, state: TrainState, i: int) -> float:
-    """Score the validation part after update `i`, log it, and dump samples; return the loss."""
-    scores = runs.tell_scores(run, i, evaluate(run, compiled, state.params, "validation"))
+def evaluate_and_show(
+    run: Run, compiled: Compiled, state: TrainState, i: int, is_interrupted: Callable[[], bool]
+) -> float | None:
+    """Score the validation part after update `i`, log it, and dump samples; return the loss, None after Ctrl-C."""
+    totals = evaluate(run, compiled, state.params, "validation", is_interrupted)
+    if totals is None:
+        return None
+    scores = runs.tell_scores(run, i, totals)
     batch = runs.shown_samples(run, compiled.mesh.size)
     predictions = np.asarray(compiled.predict(state.params, parallel.put_batch(compiled.mesh, batch)))
     run.log.samples(i, run.task.show(batch, predictions, run.data.tokenizer), run.config.log.samples)
     return scores["loss"]
 
 
-def finish(run: Run, compiled: Compiled, state: TrainState, checkpoints: Checkpoints, is_interrupted: bool) -> None:
-    """Score the best checkpoint and print the summary."""
-    best = checkpoints.best_step()
-    if best is not None and not is_interrupted:
-        state = checkpoints.restore(best, state)
+def finish(
+    run: Run, compiled: Compiled, state: TrainState, checkpoints: Checkpoints, is_interrupted: Callable[[], bool]
+) -> None:
+    """Score the test part with the best checkpoint, for the only time, and print the summary."""
+    last, best = int(state.step), checkpoints.best_step()
     n_parameters = sum(x.size for x in jax.tree.leaves(state.params))
-    runs.sum_up(run, best, n_parameters, lambda split: evaluate(run, compiled, state.params, split), is_interrupted)
+    totals = None
+    if best is not None and runs.has_test(run) and not is_interrupted():
+        state = checkpoints.restore(best, state)
+        totals = evaluate(run, compiled, state.params, "test", is_interrupted)
+    runs.sum_up(run, last, best, n_parameters, totals, is_interrupted())
 
 
 def _configure_jax(config: Config) -> None:

@@ -3,13 +3,17 @@
 import contextlib
 import datetime
 import math
+import os
+import shlex
 import shutil
 import signal
+import socket
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -24,6 +28,7 @@ from jaxlm.data.samples import Batch
 from jaxlm.errors import UserError
 from jaxlm.log import RunLog
 
+LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte")
 N_SHOWN = 4  # validation samples of the debug dump
 FILE_CHECK_S = 1.0  # between looks for the files `stop` and `save_checkpoint`
 
@@ -39,6 +44,7 @@ class Run:
     log: RunLog
     started_s: float
     program: str  # the command that started it, without settings
+    validation: dict[int, metrics.Scores] = field(default_factory=dict)  # scores so far, by step
 
 
 @contextlib.contextmanager
@@ -55,11 +61,13 @@ def started(
     Raises UserError for bad input. Then, or if anything inside the `with` block raises, the run folder is removed.
     """
     run_log = RunLog()
-    run_dir = make_run_dir(config)
+    log.check_loggers(config)
+    run_dir, made = make_run_dir(config)
     try:
         task_class = tasks[config.task]
         config, data = prepare.prepare(config, task_class.samples, task_class(config).embedded, run_log.bytes_bar)
-        (run_dir / "config.toml").write_text(configs.dump(config), encoding="utf-8")
+        # Without its folder, which --config with this file could not use again.
+        _write(run_dir / "config.toml", configs.dump(configs.replace(config, "run.dir", "")))
         tokenizers.save(data.tokenizer, run_dir / "tokenizer.json")
         run_log.open(run_dir, log.open_loggers(config, run_dir, settings(config)))
         used = task_class.settings
@@ -67,12 +75,15 @@ def started(
         _announce(config, origins, data, run_dir, device, unused, run_log)
         yield Run(config, task_class(config), data, run_dir, run_log, started_s, program)
     except BaseException:
-        remove_run_dir(run_dir)
+        remove_run_dir(run_dir, made)
         raise
 
 
-def make_run_dir(config: Config) -> Path:
-    """Make the run folder and return it. Raises UserError if it is in use or cannot be made."""
+def make_run_dir(config: Config) -> tuple[Path, list[Path]]:
+    """Make the run folder; return it, and the folders that were not there before, inner ones first.
+
+    Raises UserError if it is in use or cannot be made.
+    """
     try:
         if config.run.dir:
             path = Path(config.run.dir)
@@ -80,14 +91,13 @@ def make_run_dir(config: Config) -> Path:
                 raise UserError(
                     f"run.dir={path}: there is a run or another file already; give a new folder, or remove this one"
                 )
-            path.mkdir(parents=True, exist_ok=True)
-            return path
+            return path, _make(path)
         name = f"{config.task}-{datetime.date.today():%Y%m%d}"
         for n in range(1, 10_000):
             path = Path("runs") / f"{name}-{n}"
             with contextlib.suppress(FileExistsError):
-                path.mkdir(parents=True)
-                return path
+                if made := _make(path):
+                    return path, made
     except OSError as error:
         folder = config.run.dir or path
         raise UserError(
@@ -96,12 +106,33 @@ def make_run_dir(config: Config) -> Path:
     raise UserError(f"runs/{name}-*: there are too many runs; give a folder with --run.dir")
 
 
-def remove_run_dir(path: Path) -> None:
-    """Remove the folder of a run that did not start, and the folder `runs` if that leaves it empty."""
-    shutil.rmtree(path, ignore_errors=True)
-    if path.parent.name == "runs":
-        with contextlib.suppress(OSError):
-            path.parent.rmdir()
+def _make(path: Path) -> list[Path]:
+    """Make a folder unless it is there, and return those that were not there before, inner ones first."""
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    if made:
+        path.mkdir(parents=True)  # raises FileExistsError if another process has just made it
+    return made
+
+
+def remove_run_dir(path: Path, made: list[Path]) -> None:
+    """Empty the folder of a run that did not start, and remove the folders made for it."""
+    for child in path.iterdir():
+        if child.is_dir():
+            shutil.rmtree(child, ignore_errors=True)
+        else:
+            child.unlink(missing_ok=True)
+    for folder in made:
+        with contextlib.suppress(OSError):  # another run has begun beside it
+            folder.rmdir()
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror}); free some space, or give another folder with --run.dir"
+        ) from error
 
 
 def settings(config: Config) -> dict[str, Any]:
@@ -112,12 +143,13 @@ def settings(config: Config) -> dict[str, Any]:
 class Meter:
     """Reads the metrics of updates one update late, and makes rows of them every train.log_interval updates.
 
-    `read` copies metrics from the device and waits for them; `show` is told the update and a text about it.
+    `read` copies metrics from the device and waits for them; `show` is told each update, and a text where there is one.
     """
 
     def __init__(self, run: Run, read: Callable[[Any], dict[str, Any]], show: Callable[[int, str], None]):
         self.run, self.read, self.show = run, read, show
         self.pending: tuple[int, Any] | None = None
+        self.last_row = 0
         self.tokens = 0
         self.clock_s = time.monotonic()
 
@@ -131,6 +163,7 @@ class Meter:
             self.tokens, self.clock_s = 0, time.monotonic()
         else:
             self.tokens += self.run.data.samples["train"].n_tokens(batch)
+            self.show(i, "")
 
     def flush(self) -> None:
         """Read what is pending; log it if its turn has come."""
@@ -142,11 +175,8 @@ class Meter:
             return
         metrics = self.read(metrics)
         scores = self.run.task.scores(metrics)
-        if not math.isfinite(scores["loss"]):
-            raise UserError(
-                f"the loss is {scores['loss']} at step {i} (rows are {train.log_interval} steps apart); "
-                f"the checkpoints in {self.run.dir} are kept: lower train.learning_rate"
-            )
+        _check_finite(self.run, scores["loss"], i, self.last_row)
+        self.last_row = i
         row: dict[str, float] = {name: scores[name] for name in ("loss", "accuracy") if name in scores}
         row |= {"rate": float(metrics["rate"]), "grad_norm": float(metrics["grad_norm"])}
         if i == 1:
@@ -158,7 +188,7 @@ class Meter:
             speed = f"  {row['tokens_per_s']:,.0f} tokens/s"
             self.tokens, self.clock_s = 0, time.monotonic()
         self.run.log.row(i, "train", row)
-        self.show(i, f"loss {row['loss']:.3f}  rate {row['rate']:.2e}{speed}")
+        self.show(i, f"loss {_number('loss', row['loss'])}  rate {row['rate']:.2e}{speed}")
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -188,19 +218,35 @@ class FileWatch:
 
 
 @contextlib.contextmanager
-def interrupts() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C into a flag, which the yielded function returns; the second one ends at once."""
-    seen: list[int] = []
+def interrupts(run_log: RunLog) -> Iterator[Callable[[], bool]]:
+    """Turn the first Ctrl-C into a flag, which the yielded function returns; the second one ends the process at once.
 
-    def handle(number: int, frame: FrameType | None) -> None:
-        seen.append(number)
-        signal.signal(signal.SIGINT, before)
+    A thread looks out for them, because Python's own handlers have to wait while a step is compiled or computed.
+    """
+    seen = threading.Event()
+    receiver, sender = socket.socketpair()
+    sender.setblocking(False)
 
-    before = signal.signal(signal.SIGINT, handle)
+    def watch() -> None:
+        while number := receiver.recv(1):
+            if number[0] != signal.SIGINT:
+                continue
+            if seen.is_set():
+                run_log.console.show_cursor()  # which a progress bar hides
+                print("interrupted again: ended at once", file=sys.stderr, flush=True)
+                os._exit(130)
+            seen.set()
+            run_log.say("interrupted: saving a checkpoint after this update; Ctrl-C again ends at once")
+
+    threading.Thread(target=watch, daemon=True).start()
+    handler_before = signal.signal(signal.SIGINT, lambda number, frame: None)
+    receiver_before = signal.set_wakeup_fd(sender.fileno())
     try:
-        yield lambda: bool(seen)
+        yield seen.is_set
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.set_wakeup_fd(receiver_before)
+        signal.signal(signal.SIGINT, handler_before)
+        sender.close()
 
 
 def _announce(
@@ -220,6 +266,8 @@ def _announce(
     run_log.say(f"device  {device}")
     for name, origin in origins.items():
         if configs.get(config, name) != configs.get(Config(), name):
+            if Path(origin).parent == configs.presets_dir():
+                origin = f"preset {origin}"
             run_log.say(f"  {name} = {configs.get(config, name)!r}  ({origin})")
     for note in data.notes:
         run_log.say(f"note: {note}")
@@ -227,15 +275,25 @@ def _announce(
         run_log.warn(line)
 
 
-def _number(x: float) -> str:
-    return f"{x:.4f}" if abs(x) < 100 else f"{x:,.0f}"
+def _check_finite(run: Run, loss: float, step: int, last_finite: int) -> None:
+    if not math.isfinite(loss):
+        raise UserError(
+            f"train.learning_rate={run.config.train.learning_rate}: the loss is {loss} at step {step}, and was finite "
+            f"at step {last_finite}; lower the rate, or raise train.warmup_steps ({run.dir} is kept)"
+        )
+
+
+def _number(name: str, x: float) -> str:
+    return f"{x:,.1f}" if name == "perplexity" else f"{x:.4f}"
 
 
 def tell_scores(run: Run, i: int, totals: Any) -> metrics.Scores:
     """Log and print the scores of the validation part after update `i`, and return them."""
     scores = run.task.scores(totals)
+    _check_finite(run, scores["loss"], i, max(run.validation, default=0))
+    run.validation[i] = scores
     run.log.row(i, "validation", scores)
-    run.log.say(f"step {i}  validation: " + "  ".join(f"{name} {_number(x)}" for name, x in scores.items()))
+    run.log.say(f"step {i}  validation: " + "  ".join(f"{name} {_number(name, x)}" for name, x in scores.items()))
     if warning := run.task.warning(totals):
         run.log.warn(warning)
     return scores
@@ -249,44 +307,66 @@ def shown_samples(run: Run, multiple: int) -> Batch:
     return samples.batch(indices, np.zeros_like(indices))
 
 
-def sum_up(run: Run, best: int | None, n_parameters: int, evaluate: Callable[[str], Any], is_interrupted: bool) -> None:
-    """Score the best checkpoint, the test part for the only time, and print the summary.
+def has_test(run: Run) -> bool:
+    """Return whether there is a test part, with labels."""
+    return len(run.data.samples["test"]) > 0 and not run.data.source.test_refusal
 
-    `evaluate` returns the totals of a split; it is not called after an interrupt or if nothing was evaluated.
+
+def sum_up(run: Run, last: int, best: int | None, n_parameters: int, test_totals: Any, is_interrupted: bool) -> None:
+    """Print the summary of a run that ended after update `last`.
+
+    `test_totals` are those of the checkpoint of step `best`; None if it was not tested.
     """
-    columns: dict[str, metrics.Scores] = {}
-    for split in ("validation", "test") if best is not None and not is_interrupted else ():
-        samples = run.data.samples[split]
-        if len(samples) and not (split == "test" and run.data.source.test_refusal):
-            totals = evaluate(split)
-            columns[split] = run.task.scores(totals)
-            columns[f"{split} baseline"] = run.task.baseline(samples)
-            if warning := run.task.warning(totals):
-                run.log.warn(f"{split}: {warning}")
-    if best is not None and "test" in columns:
-        run.log.row(best, "test", columns["test"])
-
+    n_updates = run.config.train.max_steps
     seconds = int(time.monotonic() - run.started_s)
-    ending = "interrupted" if is_interrupted else "finished"
+    ending = "interrupted" if is_interrupted else "finished" if last == n_updates else "stopped"
     run.log.say("")
     run.log.say(
-        f"{run.config.task} {ending} after {seconds // 60} min {seconds % 60} s: "
-        f"{n_parameters / 1e6:.1f} M parameters, on {run.data.source.description}"
+        f"{run.config.task} {ending} after {seconds // 60} min {seconds % 60} s: {last:,} of {n_updates:,} updates of "
+        f"{n_parameters:,} parameters, on {run.data.source.description}"
     )
-    if columns:
-        table = Table("score", *columns, title=f"best checkpoint, step {best}; baseline: {run.task.baseline_name}")
-        for name in columns["validation"]:
-            table.add_row(name, *(_number(column[name]) for column in columns.values()))
-        run.log.say(table)
+    if best is None:
+        run.log.say("There are no scores: the run ended before its first evaluation.")
+    else:
+        _tell_result(run, best, test_totals)
+    run.log.say(f"\nEverything is in {run.dir}:")
+    kept = {None: f"step {last}", last: f"step {last}, the best and the last"}
+    for name, what in (
+        ("checkpoints", kept.get(best, f"step {best}, the best, and step {last}, the last")),
+        ("config.toml", "all settings; a new run of the same: --config with this file"),
+        ("metrics.jsonl", "scores by step, one JSON object a line"),
+        ("samples.txt", "what the model made of some validation samples, by step"),
+        ("log.txt", "what is printed here; tokenizer.json is the tokenizer"),
+    ):
+        run.log.say(f"  {name:<14} {what}")
+    run.log.say(f"Next, {_next_command(run)}")
+
+
+def _tell_result(run: Run, best: int, test_totals: Any) -> None:
+    """Print the scores of the best checkpoint beside the baseline, and log those of the test part."""
+    scores = {"validation": run.validation[best]}
+    if test_totals is not None:
+        scores["test"] = run.task.scores(test_totals)
+        run.log.row(best, "test", scores["test"])
+        if warning := run.task.warning(test_totals):
+            run.log.warn(f"test: {warning}")
+    baselines = {split: run.task.baseline(run.data.samples[split]) for split in scores}
+    title = f"scores of step {best}, the best by validation loss; baseline: {run.task.baseline_name}"
+    table = Table("", *(column for split in scores for column in (split, "baseline")), title=title, title_style="")
+    for name in scores["validation"]:
+        pairs = ((scores[split][name], baselines[split][name]) for split in scores)
+        better = "lower" if name in LOWER_IS_BETTER else "higher"
+        table.add_row(f"{name} ({better} is better)", *(_number(name, x) for pair in pairs for x in pair))
+    run.log.say(table)
+    if not scores["validation"]["loss"] < baselines["validation"]["loss"]:
+        run.log.say("The model is no better than the baseline yet: it needs more updates, or other settings.")
     if run.data.source.test_refusal:
         run.log.say(run.data.source.test_refusal)
-    run.log.say(f"run folder: {run.dir} (config.toml, tokenizer.json, metrics.jsonl, samples.txt, checkpoints)")
-    run.log.say(f"samples:    tail -n 20 {run.dir / 'samples.txt'}")
-    run.log.say(f"next:       {_next_command(run)}")
 
 
 def _next_command(run: Run) -> str:
+    again = f"{run.program} --config {shlex.quote(str(run.dir / 'config.toml'))}"
     if run.config.data.path or run.config.data.hub:
-        return f"{run.program} --config {run.dir / 'config.toml'} --run.dir NEW_FOLDER --train.max-steps 10000"
+        return f"train for longer: {again} --train.max-steps {2 * run.config.train.max_steps}"
     own = "reviews.tsv" if run.task.samples.is_labelled else "your_text.txt"
-    return f"{run.program} --task {run.config.task} --data.path {own}"
+    return f"train on a file of yours: {run.program} --task {run.config.task} --data.path {own}"

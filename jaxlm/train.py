@@ -8,19 +8,20 @@ from jaxlm.errors import reported
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train as the command line says; return the exit status: 0, 2 for bad input, 130 after Ctrl-C."""
+    """Train as the command line says; return the exit status, 130 after Ctrl-C. Bad input exits with 2."""
     started_s = time.monotonic()
     argv = sys.argv[1:] if argv is None else argv
-    with reported(debug="--debug" in argv):
-        config, origins = configs.load(argv)
+    try:
+        with reported(debug="--debug" in argv):
+            config, origins = configs.load(argv)
         print(f"jaxlm: task {config.task}; loading JAX", flush=True)
-        try:
+        with reported(config.debug):
             from jaxlm import loop
 
             return loop.run(config, origins, started_s)
-        except KeyboardInterrupt:
-            print("interrupted before the first update; nothing is kept", file=sys.stderr)
-            return 130
+    except KeyboardInterrupt:
+        print("interrupted before training; nothing is kept", file=sys.stderr)
+        return 130
     raise AssertionError("reported() exits on the errors it does not pass on")
 
 
