@@ -5,6 +5,9 @@ Without torchrun there is one process, and every function here is the identity.
 
 import contextlib
 import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +17,8 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from jaxlm import config as configs
+from jaxlm.config import Config, LogConfig
 from jaxlm.errors import UserError
 
 
@@ -24,6 +29,10 @@ class Mesh:
     rank: int
     size: int
     device: torch.device
+
+    def alone(self) -> "Mesh":
+        """Return the mesh of one process, for what each does on its own."""
+        return Mesh(0, 1, self.device)
 
 
 def make_mesh(batch_size: int) -> Mesh:
@@ -78,3 +87,52 @@ def sum_over_processes(totals: dict[str, Tensor]) -> dict[str, Tensor]:
         for total in totals.values():
             dist.all_reduce(total)
     return totals
+
+
+def any_process(mesh: Mesh, is_true: Callable[..., bool], *args: Any) -> bool:
+    """Return whether the function is true in any process."""
+    flag = torch.tensor(int(is_true(*args)))
+    if mesh.size > 1:
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
+
+
+def from_first(mesh: Mesh, value: Any) -> Any:
+    """Return the first process's value."""
+    values = [value]
+    if mesh.size > 1:
+        dist.broadcast_object_list(values, device=torch.device("cpu"))
+    return values[0]
+
+
+def copy_from_first(mesh: Mesh, model: nn.Module) -> None:
+    """Set all parameters to the first process's."""
+    if mesh.size > 1:
+        for x in model.parameters():
+            dist.broadcast(x.data, src=0)
+
+
+def wait(mesh: Mesh) -> None:
+    """Wait until every process is here. Ends this one if the first has ended, which has told why."""
+    try:
+        from_first(mesh, None)
+    except RuntimeError:
+        sys.exit(2)
+
+
+@contextlib.contextmanager
+def joined(mesh: Mesh, config: Config) -> Iterator[Config]:
+    """Let the processes work as one that prints and writes; they part at the end.
+
+    The first has the run folder; the others get settings with a folder that vanishes, and print nothing.
+    """
+    with contextlib.ExitStack() as stack:
+        if mesh.size > 1:
+            stack.callback(dist.destroy_process_group)
+        if mesh.rank:
+            config = configs.replace(config, "run.dir", stack.enter_context(tempfile.TemporaryDirectory()))
+            config = configs.replace(config, "log", LogConfig())
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+            stack.enter_context(contextlib.redirect_stderr(nowhere))
+        yield config
