@@ -388,6 +388,8 @@ def _datasets() -> Any:
 
     # Else each call for a local file reports its use to the hub, and waits seconds for the answer without a network.
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    # Else a stream imports torch where it is installed: seconds and 200 MB for nothing.
+    datasets.config.TORCH_AVAILABLE = False
     huggingface_hub.utils.disable_progress_bars()
     datasets.disable_progress_bars()
     datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
@@ -407,7 +409,7 @@ def _batches(builder: str, path: Path, **settings: Any) -> Iterator[dict[str, li
 
 def _text_rows(path: Path) -> Iterator[tuple[int, str, None]]:
     number = 0
-    for batch in _batches("text", path):
+    for batch in _batches("text", path, chunksize=1 << 20):  # characters; with the default, reading takes 0.5 GB
         for line in batch["text"]:
             number += 1
             yield number, line.removeprefix("\ufeff") if number == 1 else line, None

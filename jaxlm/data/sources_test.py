@@ -147,13 +147,14 @@ def test_local_file_needs_no_network_and_no_cache_folder(tmp_path):
     (tmp_path / "home").write_text("a file, where the library would make its cache folder")
     code = f"""
 import socket
+import sys
 socket.getaddrinfo = lambda *args, **settings: print("look-up of", args)
 from jaxlm.config import DataConfig
 from jaxlm.data.sources import open_source
 source = open_source(DataConfig(path={path!r}, validation_fraction=0, test_fraction=0), False)
-print([article.text for article in source.articles()])
+print([article.text for article in source.articles()], [name for name in ("jax", "torch") if name in sys.modules])
 """
-    assert run(code, HF_HOME=str(tmp_path / "home"), HF_HUB_OFFLINE="0") == "['one']\n"
+    assert run(code, HF_HOME=str(tmp_path / "home"), HF_HUB_OFFLINE="0") == "['one'] []\n"
 
 
 # Columns

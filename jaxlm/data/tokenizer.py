@@ -4,6 +4,7 @@ Trained vocabularies depend on nothing but the text and the settings: the same i
 """
 
 import collections
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -68,7 +69,8 @@ def save(tokenizer: Tokenizer, path: Path) -> None:
         temporary.write_text(tokenizer.to_str(), encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise UserError(
             f"{path}: the tokenizer cannot be written ({error.strerror}); "
             "free some space, or choose another folder with --data.cache-dir"

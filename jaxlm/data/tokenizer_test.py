@@ -1,0 +1,350 @@
+"""Tokenizers: the same ids in every process, every form of file, the ids of the public library, and bad files."""
+
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from jaxlm.config import TokenizerConfig
+from jaxlm.data import tokenizer as tokenizers
+from jaxlm.data.tokenizer import WORDPIECE_SPECIALS, cached, fingerprint, n_ids, read, special_ids, train
+from jaxlm.errors import UserError
+
+WORDS = "the cat sat on a mat and The Dogs ran, naïve café; it's (not) 12.5% of them! Σίσυφος 東京 — re-read".split()
+TEXTS = [" ".join(random.Random(i).choices(WORDS, k=40)) for i in range(60)]
+ODD_TEXTS = [
+    "",
+    " ",
+    "The cat sat on a mat.",
+    "unseen-words & símbolos: œuvre, 'quoted' \"double\" `tick`",
+    "  leading\tand\r\ntrailing \u00a0 spaces \u2028 \u3000 ",
+    "e\u0301 combining, full\uff57idth, ligature \ufb01, soft\u00adhyphen, zero\u200bwidth, \ufeffmark",
+    "東京 and 中文字 mixed123with4digits 1,234.50 $5 €6 50%",
+    "emoji 🙂👩‍👩‍👧 flags 🇩🇪 and control \x00\x07 \x7f \ufffd characters",
+    "ΣΊΣΥΦΟΣ İstanbul straße ĞÜŞ",
+    "a" * 99 + " " + "a" * 101 + " " + "the" * 80,
+    "don't you'll we've I'm he'd isn't 'tis rock'n'roll",
+    "don\u2019t  two  spaces\n\n\nthree newlines",
+]
+
+
+def texts() -> Iterator[str]:
+    return iter(TEXTS)
+
+
+def trained(**settings) -> Tokenizer:
+    return train(TokenizerConfig(**{"vocab_size": 400} | settings), texts)
+
+
+def ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def failure(**settings) -> str:
+    with pytest.raises(UserError) as caught:
+        read(TokenizerConfig(**settings))
+    return str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def bert_folder(tmp_path_factory) -> Path:
+    """A folder with a vocab.txt of special tokens, characters and some words."""
+    folder = tmp_path_factory.mktemp("bert")
+    characters = sorted({c for text in [*TEXTS, *ODD_TEXTS] for c in text.lower() if c.isprintable() and c != " "})
+    pieces = "the cat sat on mat ##s ##ing un ##se ##en word cafe naive".split()
+    vocab = [*WORDPIECE_SPECIALS, *characters, *(f"##{c}" for c in characters if c.isalnum()), *pieces]
+    (folder / "vocab.txt").write_text("".join(f"{token}\n" for token in dict.fromkeys(vocab)), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def gpt_folder(tmp_path_factory) -> Path:
+    """A folder with vocab.json and merges.txt, as GPT-2 has them, made by hand."""
+    folder = tmp_path_factory.mktemp("gpt")
+    merges = ["t h", "th e", "Ġ the", "Ġ c", "Ġc a", "a t", "Ġ t", "Ġ Ġ", "' t", "1 2", "e r", "Ã ©"]
+    vocab = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(merge.replace(" ", "") for merge in merges)]
+    vocab += ["<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocab)}), encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+    return folder
+
+
+# Training
+
+TRAIN = """
+import sys
+from pathlib import Path
+from jaxlm.config import TokenizerConfig
+from jaxlm.data import tokenizer
+texts = Path(sys.argv[1]).read_text(encoding="utf-8").split("\\n")
+for kind in ("wordpiece", "bpe"):
+    config = TokenizerConfig(kind=kind, vocab_size=600)
+    tokenizer.save(tokenizer.train(config, lambda: iter(texts)), Path(sys.argv[2], kind + ".json"))
+print([name for name in ("jax", "torch") if name in sys.modules])
+"""
+
+
+def test_training_gives_the_same_file_in_every_process(tmp_path):
+    words = ["".join(random.Random(i).choices("abcdefghijklmnopé東", k=2 + i % 6)) for i in range(3000)]
+    content = [" ".join(random.Random(i).choices(words, k=50)) for i in range(400)]  # with many ties between pairs
+    (tmp_path / "texts").write_text("\n".join(content), encoding="utf-8")
+    found: dict[str, set[str]] = {"wordpiece": set(), "bpe": set()}
+    for seed, threads in (("0", "1"), ("1", "3")):
+        folder = tmp_path / seed
+        folder.mkdir()
+        done = subprocess.run(
+            [sys.executable, "-c", TRAIN, str(tmp_path / "texts"), str(folder)],
+            env=os.environ | {"PYTHONHASHSEED": seed, "RAYON_NUM_THREADS": threads},
+            cwd=Path(tokenizers.__file__).parents[2],
+            capture_output=True,
+            text=True,
+        )
+        assert done.stdout == "[]\n", done.stderr
+        for kind, hashes in found.items():
+            hashes.add(hashlib.sha256((folder / f"{kind}.json").read_bytes()).hexdigest())
+    assert {kind: len(hashes) for kind, hashes in found.items()} == {"wordpiece": 1, "bpe": 1}
+
+
+def test_trained_wordpiece_has_the_special_tokens_first():
+    tokenizer = trained()
+    assert [tokenizer.id_to_token(i) for i in range(5)] == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    assert special_ids(tokenizer) == {"pad": 0, "unknown": 1, "start": 2, "end": 3, "mask": 4}
+
+
+def test_trained_bpe_has_a_real_token_at_0_and_the_end_of_text_last():
+    tokenizer = trained(kind="bpe")
+    assert tokenizer.id_to_token(0) == "!"
+    assert special_ids(tokenizer) == {"article": n_ids(tokenizer) - 1}
+    assert tokenizer.id_to_token(n_ids(tokenizer) - 1) == "<|endoftext|>"
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "bpe"])
+@pytest.mark.parametrize("size", [300, 350])
+def test_trained_vocabulary_is_at_most_as_large_as_asked(kind, size):
+    # More characters than there is room for.
+    content = ["".join(chr(0x4E00 + (7 * i + j) % 900) for j in range(60)) + " the cat sat" for i in range(300)]
+    tokenizer = train(TokenizerConfig(kind=kind, vocab_size=size), lambda: iter(content))
+    assert n_ids(tokenizer) == tokenizer.get_vocab_size() <= size
+    assert sorted(tokenizer.get_vocab().values()) == list(range(n_ids(tokenizer)))
+
+
+def test_training_learns_frequent_words():
+    assert trained().encode("The cat", add_special_tokens=False).tokens == ["the", "cat"]
+    assert trained(kind="bpe").encode("and the cat", add_special_tokens=False).tokens[1:] == ["Ġthe", "Ġcat"]
+
+
+def test_rare_characters_are_unknown_and_frequent_ones_are_not(monkeypatch):
+    monkeypatch.setattr(tokenizers, "ALPHABET_SIZE", 2)
+    tokenizer = train(TokenizerConfig(vocab_size=300), lambda: iter(["aaa bbb aaa c"]))
+    assert 1 not in ids(tokenizer, "a b aaa bbb ab") and ids(tokenizer, "c") == [1]
+
+
+def test_lowercase_setting():
+    small, large = trained(), trained(lowercase=False)
+    assert ids(small, "THE Café") == ids(small, "the cafe")
+    assert ids(large, "The") != ids(large, "the") and ids(large, "café") != ids(large, "cafe")
+
+
+@pytest.mark.parametrize("text", ODD_TEXTS)
+def test_byte_level_bpe_loses_nothing(text):
+    tokenizer = trained(kind="bpe")
+    assert tokenizer.decode(ids(tokenizer, text), skip_special_tokens=False) == text
+
+
+# The cache of trained tokenizers
+
+
+def test_trained_tokenizer_is_cached_by_corpus_and_settings(tmp_path):
+    calls = []
+
+    def counted() -> Iterator[str]:
+        calls.append(1)
+        return texts()
+
+    def open_cached(corpus: str = "corpus", **settings) -> str:
+        calls.clear()
+        return cached(TokenizerConfig(**{"vocab_size": 400} | settings), counted, corpus, tmp_path).to_str()
+
+    first = open_cached()
+    assert calls and open_cached() == first and not calls  # read, not trained
+    for change in ({"corpus": "other"}, {"vocab_size": 401}, {"lowercase": False}, {"kind": "bpe"}):
+        open_cached(**change)
+        assert calls, change
+    assert open_cached() == first and not calls
+    assert [path.suffix for path in tmp_path.rglob("*") if path.is_file()] == [".json"] * 5  # nothing temporary
+
+
+def test_trained_tokenizer_is_reused_by_its_path(tmp_path):
+    # A pre-training run stores it; a fine-tuning names it.
+    first = cached(TokenizerConfig(vocab_size=400), texts, "corpus", tmp_path / "cache")
+    tokenizers.save(first, tmp_path / "run" / "tokenizer.json")
+
+    def untouched() -> Iterator[str]:
+        raise AssertionError("a tokenizer from a file is not trained")
+
+    for path in (tmp_path / "run" / "tokenizer.json", tmp_path / "run"):
+        again = cached(TokenizerConfig(path=str(path)), untouched, "other corpus", tmp_path / "cache")
+        assert fingerprint(again) == fingerprint(first)
+        assert [ids(again, text) for text in ODD_TEXTS] == [ids(first, text) for text in ODD_TEXTS]
+
+
+def test_fingerprint_follows_the_vocabulary_and_the_normalisation():
+    first = fingerprint(trained())
+    assert fingerprint(trained()) == first
+    others = [trained(lowercase=False), trained(kind="bpe"), train(TokenizerConfig(vocab_size=400), lambda: iter("ab"))]
+    assert first not in {fingerprint(tokenizer) for tokenizer in others}
+    vocab = {token: i for token, i in trained().get_vocab().items()}
+    changed = tokenizers._wordpiece(models.WordPiece(vocab, unk_token="[UNK]"), lowercase=False)
+    assert fingerprint(changed) != first  # the same vocabulary, other ids
+
+
+def test_failed_save_leaves_nothing(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="cannot be written.*--data.cache-dir"):
+        tokenizers.save(trained(), tmp_path / "file" / "tokenizer.json")
+    (tmp_path / "tokenizer.json").mkdir()
+    with pytest.raises(UserError, match="cannot be written"):
+        tokenizers.save(trained(), tmp_path / "tokenizer.json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "tokenizer.json"]
+
+
+# Reading
+
+
+def test_a_vocab_txt_numbers_its_lines(bert_folder):
+    lines = (bert_folder / "vocab.txt").read_text(encoding="utf-8").split("\n")[:-1]
+    tokenizer = read(TokenizerConfig(path=str(bert_folder / "vocab.txt")))
+    assert [tokenizer.id_to_token(i) for i in range(n_ids(tokenizer))] == lines
+    assert special_ids(tokenizer) == {"pad": 0, "unknown": 1, "start": 2, "end": 3, "mask": 4}
+    assert tokenizer.encode("The cats", add_special_tokens=False).tokens == ["the", "cat", "##s"]
+    assert ids(read(TokenizerConfig(path=str(bert_folder))), "The cats") == ids(tokenizer, "The cats")
+    cased = read(TokenizerConfig(path=str(bert_folder), lowercase=False))
+    assert cased.encode("The cats", add_special_tokens=False).tokens == ["[UNK]", "cat", "##s"]
+
+
+def test_odd_lines_of_a_vocab_txt_keep_their_numbers(tmp_path):
+    path = tmp_path / "vocab.txt"
+    # A line separator and a form feed are tokens in public vocabularies, not ends of lines.
+    path.write_bytes("[PAD]\r\n[UNK]\r\n\u2028\r\n\x0c\r\na\r\nb\r\na\r\nc".encode())
+    tokenizer = read(TokenizerConfig(path=str(path)))
+    assert ids(tokenizer, "b c a") == [5, 7, 6]
+    assert n_ids(tokenizer) == 8 and tokenizer.get_vocab_size() == 7  # the repeated line leaves a gap
+
+
+def test_vocab_json_is_read_with_its_merges(gpt_folder):
+    tokenizer = read(TokenizerConfig(path=str(gpt_folder)))
+    assert tokenizer.encode(" the cat", add_special_tokens=False).tokens == ["Ġthe", "Ġca", "t"]
+    assert ids(read(TokenizerConfig(path=str(gpt_folder / "vocab.json"))), " the cat") == ids(tokenizer, " the cat")
+    assert special_ids(tokenizer) == {"article": n_ids(tokenizer) - 1}
+    for text in ODD_TEXTS:
+        assert tokenizer.decode(ids(tokenizer, text), skip_special_tokens=False) == text
+
+
+def test_prefixed_vocab_json_finds_its_own_merges(gpt_folder, tmp_path):
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / f"gpt2_{name}").write_bytes((gpt_folder / name).read_bytes())
+    tokenizer = read(TokenizerConfig(path=str(tmp_path / "gpt2_vocab.json")))
+    assert tokenizer.encode(" the", add_special_tokens=False).tokens == ["Ġthe"]
+
+
+def test_a_tokenizer_json_that_pads_and_cuts_does_so_no_more(tmp_path):
+    tokenizer = trained()
+    tokenizer.enable_padding(length=16)
+    tokenizer.enable_truncation(3)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    again = read(TokenizerConfig(path=str(tmp_path / "tokenizer.json")))
+    assert len(ids(again, "the cat sat on a mat")) == 6
+    assert [len(encoding.ids) for encoding in again.encode_batch(["the", "the cat"])] == [1, 2]
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "bpe"])
+def test_special_tokens_spelled_out_in_a_text_are_text(tmp_path, kind):
+    tokenizer = cached(TokenizerConfig(kind=kind, vocab_size=400), texts, "corpus", tmp_path)
+    specials = set(special_ids(tokenizer).values()) - {special_ids(tokenizer).get("unknown")}
+    text = "the [MASK] and [CLS] [PAD] <|endoftext|> </s>"
+    assert specials.isdisjoint(ids(tokenizer, text))
+
+
+def test_roles_of_other_names():
+    model = models.BPE({"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "<mask>": 4, "a": 5}, [])
+    tokenizer = Tokenizer(model)
+    tokenizer.decoder = decoders.ByteLevel()
+    found = special_ids(tokenizer)
+    assert found == {"pad": 1, "unknown": 3, "start": 0, "end": 2, "mask": 4, "article": 2}
+
+
+# The ids of the public library
+
+
+def test_ids_of_a_vocab_txt_are_those_of_transformers(bert_folder):
+    transformers = pytest.importorskip("transformers")
+    for lowercase in (True, False):
+        theirs = transformers.BertTokenizerFast.from_pretrained(str(bert_folder), do_lower_case=lowercase)
+        ours = read(TokenizerConfig(path=str(bert_folder), lowercase=lowercase))
+        assert len(theirs) == n_ids(ours)
+        for text in ODD_TEXTS + TEXTS[:5]:
+            assert ids(ours, text) == theirs(text, add_special_tokens=False)["input_ids"], text
+
+
+def test_ids_of_a_vocab_json_are_those_of_transformers(gpt_folder):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.GPT2TokenizerFast.from_pretrained(str(gpt_folder))
+    ours = read(TokenizerConfig(path=str(gpt_folder)))
+    assert len(theirs) == n_ids(ours)
+    for text in ODD_TEXTS + TEXTS[:5]:
+        assert ids(ours, text) == theirs(text)["input_ids"], text
+
+
+# Errors
+
+
+def test_paths_that_lead_nowhere(tmp_path):
+    for path in (tmp_path / "no.json", tmp_path / "no" / "vocab.txt", tmp_path / "nothing"):
+        assert failure(path=str(path)) == f"tokenizer.path={path}: there is no such file or folder"
+    assert failure(path="no-such.json") == "tokenizer.path=no-such.json: there is no such file or folder"
+    message = failure(path=str(tmp_path))
+    assert (
+        message.startswith(f"tokenizer.path={tmp_path}: the folder has no tokenizer.json") and "merges.txt" in message
+    )
+
+
+def test_files_that_are_no_tokenizer(tmp_path, gpt_folder):
+    def write(name: str, content: bytes) -> str:
+        (tmp_path / name).write_bytes(content)
+        return str(tmp_path / name)
+
+    assert "cannot be read as a tokenizer" in failure(path=write("a.json", b"{}"))
+    assert "cannot be read as a tokenizer" in failure(path=write("b.json", b"not json"))
+    assert "cannot be read as a tokenizer" in failure(path=write("c.json", b"\xff\xfe\0"))
+    message = failure(path=write("a.txt", b"some\nother\ntext\n"))
+    assert f"tokenizer.path={tmp_path}/a.txt: no [UNK] among its 3 lines" in message
+    assert "cannot be read as a tokenizer" in failure(path=write("b.txt", b"[UNK]\n\xff\n"))
+    write("vocab.json", (gpt_folder / "vocab.json").read_bytes())
+    assert "vocab.json cannot be read as a tokenizer" in failure(path=str(tmp_path / "vocab.json"))  # no merges.txt
+
+
+def test_unreachable_hub_names_the_setting(monkeypatch):
+    import huggingface_hub
+
+    # A port of this machine that nothing listens on.
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    message = failure(path="some-group/some-model")
+    assert message.startswith("tokenizer.path=some-group/some-model: ") and "give a local tokenizer.json" in message
+
+
+# Chunks
+
+
+def test_chunks_keep_every_item_in_order_and_stay_small():
+    items = ["a" * (i % 97) for i in range(5000)]
+    found = list(tokenizers.chunks(items, len, most=2000))
+    assert [item for chunk in found for item in chunk] == items
+    assert len(found) > 50 and all(sum(map(len, chunk)) < 2000 + 97 for chunk in found)
+    assert max(map(len, tokenizers.chunks([""] * 5000, len, most=2000))) < 50  # empty items cost, too
