@@ -1,7 +1,12 @@
 """Settings of the tests: no silent broadcasting between ranks, warnings are errors, and quick compiles."""
 
 import os
-from collections.abc import Iterator
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,3 +29,16 @@ def quick_compiles() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="session")
+def launch(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.Popen]:
+    """Return a function that starts `python -m jaxlm.train` as a process, with caches that all tests share."""
+    cache = tmp_path_factory.mktemp("cache_home")
+
+    def start(args: str, cwd: Path, env: dict[str, str] | None = None, **options: Any) -> subprocess.Popen:
+        command = [sys.executable, "-m", "jaxlm.train", *shlex.split(args)]
+        variables = {**os.environ, "XDG_CACHE_HOME": str(cache), "HF_HOME": str(cache / "hub"), **(env or {})}
+        return subprocess.Popen(command, cwd=cwd, env=variables, text=True, **options)
+
+    return start
