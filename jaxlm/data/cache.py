@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from jaxlm.data.sources import SPLITS, Article, Source
 from jaxlm.errors import UserError
 
 FORMAT = 1  # raised when the files below change, so that older caches are not read
+ABANDONED_S = 24 * 3600  # after this time, an unfinished cache is one that nobody writes any more
 FILES: dict[str, Any] = {"offsets": np.int64, "labels": np.int32, "n_bytes": np.int64}
 
 
@@ -74,7 +76,9 @@ def _build(source: Source, tokenizer: Tokenizer, folder: Path, on_progress: Call
     dtype = np.dtype(np.uint16 if tokenizers.n_ids(tokenizer) <= 2**16 else np.uint32)
     temporary = folder.with_name(f"{folder.name}.{platform.node()}.{os.getpid()}.tmp")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)  # of a process killed long ago, whose number is used again
+        for left in folder.parent.glob(f"{folder.name}.*.tmp"):  # by a process that was killed
+            if left == temporary or time.time() - left.stat().st_mtime > ABANDONED_S:
+                shutil.rmtree(left, ignore_errors=True)
         temporary.mkdir(parents=True)
         with contextlib.ExitStack() as stack:
             # Plain writes: a full disk under a memory map would kill the process instead of raising.

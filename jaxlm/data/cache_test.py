@@ -1,0 +1,302 @@
+"""The token cache: what it holds, when it is made anew, and that nothing half written stays."""
+
+import contextlib
+import dataclasses
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from jaxlm.config import DataConfig, TokenizerConfig
+from jaxlm.data import cache, sources
+from jaxlm.data import tokenizer as tokenizers
+from jaxlm.data.cache import Split, open_cache
+from jaxlm.data.sources import SPLITS, Article, Source
+from jaxlm.errors import UserError
+
+LINES = [f"article {i} has {i % 7} words of {'x' * (i % 5)} and é" for i in range(300)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return tokenizers.train(TokenizerConfig(vocab_size=300), lambda: iter(LINES))
+
+
+def word_tokenizer(n: int) -> Tokenizer:
+    """Return a tokenizer of the words w0, w1 and so on, with their numbers as ids."""
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(n)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return tokenizer
+
+
+class Counted:
+    """A source that counts its passes."""
+
+    def __init__(self, source: Source):
+        self.n_passes = 0
+        self.inner = source
+        self.source = dataclasses.replace(source, articles=self.articles)
+
+    def articles(self) -> Iterator[Article]:
+        self.n_passes += 1
+        return self.inner.articles()
+
+
+def source_of(path: Path, **settings) -> Counted:
+    return Counted(sources.open_source(DataConfig(path=str(path), **settings), False))
+
+
+def memory_source(articles: list[Article]) -> Source:
+    return Source("a source", "0" * 64, lambda: iter(articles), sum(len(a.text) for a in articles))
+
+
+def rows(split: Split) -> list[tuple[list[int], int, int]]:
+    """Return (ids, label, bytes) of each article."""
+    ends = zip(split.offsets[:-1], split.offsets[1:], strict=True)
+    ids = [split.tokens[first:last].tolist() for first, last in ends]
+    return list(zip(ids, split.labels.tolist(), split.n_bytes.tolist(), strict=True))
+
+
+def leftovers(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+# What it holds
+
+
+def test_every_article_is_there_in_its_split_with_its_boundaries(tmp_path, tokenizer):
+    path = tmp_path / "a.txt"
+    path.write_text("\n".join(LINES), encoding="utf-8")
+    counted = source_of(path)
+    splits = open_cache(counted.source, tokenizer, tmp_path / "cache")
+    expected: dict[str, list] = {split: [] for split in SPLITS}
+    for article in counted.inner.articles():
+        ids = tokenizer.encode(article.text, add_special_tokens=False).ids
+        expected[article.split].append((ids, -1, len(article.text.encode())))
+    assert {split: rows(splits[split]) for split in SPLITS} == expected
+    assert all(len(splits[split]) > 10 for split in SPLITS)
+    assert sum(int(part.n_bytes.sum()) for part in splits.values()) == sum(len(line.encode()) for line in LINES)
+
+
+def test_articles_with_no_tokens_and_labels_are_kept(tmp_path):
+    articles = [Article("train", "", 1), Article("test", "w3", 4), Article("train", "w1 w2", 0)]
+    articles += [Article("train", " ", 2), Article("train", "w5", 3)]
+    splits = open_cache(memory_source(articles), word_tokenizer(6), tmp_path)
+    assert rows(splits["train"]) == [([], 1, 0), ([1, 2], 0, 5), ([], 2, 1), ([5], 3, 2)]
+    assert rows(splits["test"]) == [([3], 4, 2)]
+    assert rows(splits["validation"]) == [] and len(splits["validation"]) == 0
+    assert splits["validation"].offsets.tolist() == [0]
+
+
+def test_many_chunks_join_without_a_seam(tmp_path, monkeypatch):
+    articles = [Article(SPLITS[i % 3], f"w{i} w{i + 1} " * (i % 4), -1) for i in range(500)]
+    small = tokenizers.chunks.__defaults__
+    monkeypatch.setattr(tokenizers.chunks, "__defaults__", (300,))
+    told: list[int] = []
+    splits = open_cache(memory_source(articles), word_tokenizer(600), tmp_path, told.append)
+    monkeypatch.setattr(tokenizers.chunks, "__defaults__", small)
+    for k, split in enumerate(SPLITS):
+        assert [ids for ids, _, _ in rows(splits[split])] == [[i, i + 1] * (i % 4) for i in range(k, 500, 3)]
+    assert len(told) > 50 and told == sorted(told) and told[-1] == sum(len(a.text.encode()) for a in articles)
+
+
+@pytest.mark.parametrize("n, dtype", [(2**16, np.uint16), (2**16 + 1, np.uint32)])
+def test_tokens_are_of_the_narrowest_type_on_disk_and_not_in_memory(tmp_path, n, dtype):
+    splits = open_cache(memory_source([Article("train", f"w{n - 1} w0", -1)]), word_tokenizer(n), tmp_path)
+    tokens = splits["train"].tokens
+    assert isinstance(tokens, np.memmap) and tokens.dtype == dtype and tokens.tolist() == [n - 1, 0]
+    assert Path(str(tokens.filename)).stat().st_size == 2 * np.dtype(dtype).itemsize
+    assert not tokens.flags.writeable
+
+
+def test_a_vocabulary_with_gaps_counts_by_its_largest_id(tmp_path):
+    tokenizer = Tokenizer(models.WordLevel({"w0": 0, "far": 70_000}, unk_token="w0"))
+    splits = open_cache(memory_source([Article("train", "far", -1)]), tokenizer, tmp_path)
+    assert splits["train"].tokens.tolist() == [70_000]
+
+
+# When it is made
+
+
+def test_second_opening_does_not_tokenize(tmp_path, tokenizer):
+    path = tmp_path / "a.txt"
+    path.write_text("\n".join(LINES), encoding="utf-8")
+    counted = source_of(path)
+    first = open_cache(counted.source, tokenizer, tmp_path / "cache")
+    assert counted.n_passes == 1
+    again = source_of(path)  # as a new process has it
+    second = open_cache(again.source, tokenizer, tmp_path / "cache")
+    assert again.n_passes == 0
+    assert {split: rows(part) for split, part in second.items()} == {s: rows(part) for s, part in first.items()}
+
+
+def test_a_changed_file_tokenizer_or_setting_makes_it_anew(tmp_path, tokenizer):
+    path = tmp_path / "a.txt"
+    path.write_text("\n".join(LINES), encoding="utf-8")
+
+    def made(tokenizer: Tokenizer = tokenizer, **settings) -> bool:
+        counted = source_of(path, **settings)
+        open_cache(counted.source, tokenizer, tmp_path / "cache")
+        return counted.n_passes > 0
+
+    assert made() and not made()
+    other = tokenizers.train(TokenizerConfig(vocab_size=300, lowercase=False), lambda: iter(LINES))
+    assert made(other) and not made(other)
+    for settings in ({"split_seed": 1}, {"validation_fraction": 0.2}, {"format": "wikitext"}):
+        assert made(**settings) and not made(**settings), settings
+    before = path.stat()
+    path.write_text("\n".join(["Article 0" + LINES[0][9:], *LINES[1:]]), encoding="utf-8")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # the same size and time, one other letter
+    assert path.stat().st_size == before.st_size and made() and not made()
+    path.write_text("\n".join(LINES), encoding="utf-8")
+    assert not made()  # the first cache is still there
+
+
+def test_user_cache_dir(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache.user_cache_dir("") == tmp_path / "jaxlm" and cache.user_cache_dir("here") == Path("here")
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert cache.user_cache_dir("") == Path("/home/someone/.cache/jaxlm")
+
+
+# What goes wrong
+
+
+def test_failing_source_leaves_nothing(tmp_path, tokenizer, monkeypatch):
+    def articles() -> Iterator[Article]:
+        yield from (Article("train", line, -1) for line in LINES)
+        raise UserError("line 301 is bad")
+
+    monkeypatch.setattr(tokenizers.chunks, "__defaults__", (300,))
+    with pytest.raises(UserError, match="line 301 is bad"):
+        open_cache(Source("s", "0", articles, 1), tokenizer, tmp_path)
+    assert leftovers(tmp_path) == []
+
+
+def test_cache_folder_that_cannot_be_made_is_one_line(tmp_path, tokenizer):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="the token cache cannot be written .*--data.cache-dir"):
+        open_cache(memory_source([Article("train", "x", -1)]), tokenizer, tmp_path / "file")
+    assert leftovers(tmp_path) == ["file"]
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[None]:
+    folder.mkdir()
+    mounted = shutil.which("mount") and subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True
+    )
+    if not mounted or mounted.returncode:
+        pytest.skip("a small disk cannot be mounted here")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_full_disk_is_one_line_and_leaves_nothing(tmp_path, tokenizer):
+    articles = [Article("train", "many words " * 100, -1)] * 400
+    with small_disk(tmp_path / "disk", "64k"):
+        with pytest.raises(UserError, match=r"the token cache cannot be written \(No space left on device\)"):
+            open_cache(memory_source(articles), tokenizer, tmp_path / "disk")
+        assert leftovers(tmp_path) == []
+        with pytest.raises(UserError, match=r"the tokenizer cannot be written \(No space left on device\)"):
+            large = tokenizers.train(TokenizerConfig(vocab_size=8000), lambda: (f"w{i} " for i in range(10_000)))
+            tokenizers.save(large, tmp_path / "disk" / "tokenizer.json")
+        assert leftovers(tmp_path) == []
+        open_cache(memory_source(articles[:5]), tokenizer, tmp_path / "disk")  # and a smaller one fits
+
+
+BUILD = """
+import sys
+import time
+from pathlib import Path
+from jaxlm.config import TokenizerConfig
+from jaxlm.data import cache, tokenizer
+from jaxlm.data.sources import Article, Source
+def articles():
+    for i in range(10**9):
+        yield Article("train", "some words " * 10_000, -1)
+
+words = tokenizer.train(TokenizerConfig(vocab_size=300), lambda: iter(["some words"]))
+cache.open_cache(Source("s", "0" * 64, articles, 1), words, Path(sys.argv[1]), lambda n: print(n, flush=True))
+"""
+
+
+@contextlib.contextmanager
+def building(folder: Path) -> Iterator[subprocess.Popen]:
+    """Start a process that builds an endless cache, and wait until it has written some of it."""
+    command = [sys.executable, "-c", BUILD, str(folder)]
+    root = Path(cache.__file__).parents[2]
+    process = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None and int(process.stdout.readline()) > 0
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_interrupt_leaves_nothing(tmp_path):
+    with building(tmp_path) as process:
+        assert any(name.endswith("train.tokens") for name in leftovers(tmp_path))
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0 and "KeyboardInterrupt" in errors
+    assert leftovers(tmp_path) == []
+
+
+def test_a_killed_build_is_never_read_and_is_cleared_away_later(tmp_path):
+    with building(tmp_path) as process:
+        process.kill()
+        process.communicate()
+    (left,) = (tmp_path / "tokens").iterdir()
+    assert left.name.endswith(".tmp") and f".{process.pid}." in left.name
+
+    words = tokenizers.train(TokenizerConfig(vocab_size=300), lambda: iter(["some words"]))
+    source = memory_source([Article("train", "some words", -1)])  # of the same fingerprint
+    splits = open_cache(source, words, tmp_path)
+    assert len(splits["train"]) == 1
+    assert left.exists()  # it may be of a process that still writes
+    key = next(path for path in (tmp_path / "tokens").iterdir() if path != left)
+    assert left.name.startswith(key.name)
+    shutil.rmtree(key)
+    os.utime(left, (time.time() - 2 * cache.ABANDONED_S,) * 2)
+    open_cache(source, words, tmp_path)
+    assert [path.name for path in (tmp_path / "tokens").iterdir()] == [key.name]
+
+
+def test_left_folder_of_the_same_process_number_is_no_obstacle(tmp_path, tokenizer):
+    source = memory_source([Article("train", "x", -1)])
+    open_cache(source, tokenizer, tmp_path)
+    (key,) = (tmp_path / "tokens").iterdir()
+    shutil.rmtree(key)
+    left = key.with_name(f"{key.name}.{cache.platform.node()}.{os.getpid()}.tmp")
+    left.mkdir()
+    (left / "train.tokens").write_bytes(b"half")
+    assert len(open_cache(source, tokenizer, tmp_path)["train"]) == 1
+    assert list((tmp_path / "tokens").iterdir()) == [key]
+
+
+def test_two_builders_at_once_agree(tmp_path, tokenizer):
+    # The other one finishes while this one reads its source.
+    source = memory_source([Article("train", line, -1) for line in LINES])
+
+    def articles() -> Iterator[Article]:
+        open_cache(source, tokenizer, tmp_path / "other")
+        (tmp_path / "mine").mkdir(exist_ok=True)
+        shutil.copytree(tmp_path / "other", tmp_path / "mine", dirs_exist_ok=True)
+        return source.articles()
+
+    splits = open_cache(dataclasses.replace(source, articles=articles), tokenizer, tmp_path / "mine")
+    assert len(splits["train"]) == len(LINES)
+    assert len(list((tmp_path / "mine" / "tokens").iterdir())) == 1
