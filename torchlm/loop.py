@@ -34,17 +34,22 @@ def run(config: Config, origins: dict[str, str], started_s: float) -> int:
     """Train as the settings say; return the exit status. Raises UserError, and then leaves no run folder."""
     mesh = parallel.make_mesh(config.train.batch_size)
     device = f"{mesh.size} x {_device_kind(mesh.device)}"
-    with parallel.joined(mesh, config) as config:
+    with contextlib.ExitStack() as stack:
+        config = stack.enter_context(parallel.joined(mesh, config))
         if mesh.rank:
             parallel.wait(mesh)  # for the caches, which the first process makes
         with runs.started(config, origins, TASKS, device, started_s, "python -m torchlm.train") as this:
             if not mesh.rank:
                 parallel.wait(mesh)
             state, compiled = build(this.config, this.task, mesh)
-        with contextlib.closing(this.log), Checkpoints(this.dir / "checkpoints") as checkpoints:
-            state, is_interrupted = fit(this, compiled, state, checkpoints)
-            finish(this, compiled, state, checkpoints, is_interrupted)
-    return 130 if is_interrupted else 0
+            # From here on Ctrl-C does not raise, and the run folder stays.
+            is_interrupted = stack.enter_context(runs.interrupts(this.log))
+        is_interrupted = functools.partial(parallel.any_process, mesh, is_interrupted)
+        stack.enter_context(contextlib.closing(this.log))
+        checkpoints = stack.enter_context(Checkpoints(this.dir / "checkpoints"))
+        state = fit(this, compiled, state, checkpoints, is_interrupted)
+        finish(this, compiled, state, checkpoints, is_interrupted)
+        return 130 if is_interrupted() else 0
 
 
 def build(config: Config, task: Task, mesh: Mesh) -> tuple[TrainState, Compiled]:
@@ -69,16 +74,15 @@ def build(config: Config, task: Task, mesh: Mesh) -> tuple[TrainState, Compiled]
     return step.init_state(model, optimizer), compiled
 
 
-def fit(run: Run, compiled: Compiled, state: TrainState, checkpoints: Checkpoints) -> tuple[TrainState, bool]:
-    """Train until train.max_steps, the file `stop` or Ctrl-C; return the state, and whether it was Ctrl-C."""
+def fit(
+    run: Run, compiled: Compiled, state: TrainState, checkpoints: Checkpoints, is_interrupted: Callable[[], bool]
+) -> TrainState:
+    """Train until train.max_steps, the file `stop` or Ctrl-C; return the state."""
     train, mesh = run.config.train, compiled.mesh
     batches = loader.training_batches(run.data.samples["train"], train.batch_size, train.accumulate, train.seed)
     key = (train.seed, mesh.rank)
-    watch = runs.FileWatch(run.dir)
-    with runs.interrupts() as is_interrupted_here, run.log.training_bar(train.max_steps) as show:
-        # What one process is told, all have to do.
-        is_interrupted = functools.partial(parallel.any_process, mesh, is_interrupted_here)
-        take = functools.partial(parallel.any_process, mesh, watch.take)
+    take = functools.partial(parallel.any_process, mesh, runs.FileWatch(run.dir).take)
+    with run.log.training_bar(train.max_steps) as show:
         meter = runs.Meter(run, _read, show)
         for i in range(1, train.max_steps + 1):
             batch = next(batches)
@@ -91,16 +95,18 @@ def fit(run: Run, compiled: Compiled, state: TrainState, checkpoints: Checkpoint
             if is_evaluated or is_last or take("save_checkpoint"):
                 meter.flush()
                 with meter.paused():
-                    loss = evaluate_and_show(run, compiled, state, i) if is_evaluated else None
+                    loss = evaluate_and_show(run, compiled, state, i, is_interrupted) if is_evaluated else None
                     if not mesh.rank:
                         checkpoints.save(state, _info(run, i), loss)
-            if is_last:
+            if is_last or is_interrupted():
                 break
-        return state, is_interrupted()
+        return state
 
 
-def evaluate(run: Run, compiled: Compiled, model: nn.Module, split: str) -> dict[str, Any]:
-    """Return the totals over every sample of a split, once each, summed in float64 on the host."""
+def evaluate(
+    run: Run, compiled: Compiled, model: nn.Module, split: str, is_interrupted: Callable[[], bool]
+) -> dict[str, Any] | None:
+    """Return the totals over every sample of a split, once each, summed in float64 on the host; None after Ctrl-C."""
     sums: dict[str, Any] = {}
     ahead: list[Any] = []
     samples = run.data.samples[split]
@@ -108,29 +114,40 @@ def evaluate(run: Run, compiled: Compiled, model: nn.Module, split: str) -> dict
         ahead.append(compiled.totals(model, parallel.put_batch(compiled.mesh, batch)))
         if len(ahead) > 1:
             _add(sums, ahead.pop(0))
+        if is_interrupted():
+            return None
     for totals in ahead:
         _add(sums, totals)
     return sums | samples.constants
 
 
-def evaluate_and_show(run: Run, compiled: Compiled, state: TrainState, i: int) -> float:
-    """Score the validation part after update `i`, log it, and dump samples; return the loss."""
-    scores = runs.tell_scores(run, i, evaluate(run, compiled, state.model, "validation"))
+def evaluate_and_show(
+    run: Run, compiled: Compiled, state: TrainState, i: int, is_interrupted: Callable[[], bool]
+) -> float | None:
+    """Score the validation part after update `i`, log it, and dump samples; return the loss, None after Ctrl-C."""
+    totals = evaluate(run, compiled, state.model, "validation", is_interrupted)
+    if totals is None:
+        return None
+    scores = runs.tell_scores(run, i, totals)
     batch = runs.shown_samples(run, 1)
     predictions = compiled.predict(state.model, parallel.put_batch(compiled.mesh.alone(), batch)).cpu().numpy()
     run.log.samples(i, run.task.show(batch, predictions, run.data.tokenizer), run.config.log.samples)
     return scores["loss"]
 
 
-def finish(run: Run, compiled: Compiled, state: TrainState, checkpoints: Checkpoints, is_interrupted: bool) -> None:
-    """Score the best checkpoint and print the summary."""
-    best = parallel.from_first(compiled.mesh, checkpoints.best_step())
-    if best is not None and not is_interrupted:
+def finish(
+    run: Run, compiled: Compiled, state: TrainState, checkpoints: Checkpoints, is_interrupted: Callable[[], bool]
+) -> None:
+    """Score the test part with the best checkpoint, for the only time, and print the summary."""
+    last, best = state.step, parallel.from_first(compiled.mesh, checkpoints.best_step())
+    n_parameters = sum(x.numel() for x in state.model.parameters())
+    totals = None
+    if best is not None and runs.has_test(run) and not is_interrupted():
         if not compiled.mesh.rank:
             state = checkpoints.restore(best, state)
         parallel.copy_from_first(compiled.mesh, state.model)
-    n_parameters = sum(x.numel() for x in state.model.parameters())
-    runs.sum_up(run, best, n_parameters, lambda split: evaluate(run, compiled, state.model, split), is_interrupted)
+        totals = evaluate(run, compiled, state.model, "test", is_interrupted)
+    runs.sum_up(run, last, best, n_parameters, totals, is_interrupted())
 
 
 def _device_kind(device: torch.device) -> str:

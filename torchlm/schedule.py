@@ -17,7 +17,46 @@ def learning_rate(config: TrainConfig) -> Callable[[int], float]:
     def rate(i: int) -> float:
         if i < warmup_steps:
             return i * peak / warmup_steps
-        progress = min((i - warmup_steps) / max(decay_steps, 1), 1.0)
+        if i >= warmup_steps + decay_steps:
+            return minimum
+        progress = (i - warmup_steps) / decay_steps
         return minimum + 0.5 * (1 + math.cos(math.pi * progress)) * (peak - minimum)
+
+    return rate
+
+
+def n_batches(i: int, cycle_steps: int) -> int:
+    """Return how many batches update i accumulates in the original's cycle: 1, 1, 2, each for `cycle_steps` updates."""
+    return 1 + (i // cycle_steps % 3 == 2)
+
+
+def cycled(schedule: Callable[[int], float], cycle_steps: int, amplitude: float) -> Callable[[int], float]:
+    """Return the schedule with the ramp of the original's cycle of accumulation.
+
+    The factor is 1 at both ends of each `cycle_steps` updates, and half-way through 1 + `amplitude` where one batch
+    is used, 1 - `amplitude` where two are.
+    """
+
+    def rate(i: int) -> float:
+        ramp = 1 - abs(2 * (i % cycle_steps) / cycle_steps - 1)
+        sign = 1 if n_batches(i, cycle_steps) == 1 else -1
+        return schedule(i) * (1 + sign * amplitude * ramp)
+
+    return rate
+
+
+def rewarmup(
+    schedule: Callable[[int], float], first_step: int, n_steps: int, stored_rate: float
+) -> Callable[[int], float]:
+    """Return the schedule of a run that resumes at update `first_step`, where the rate was `stored_rate`.
+
+    The first `n_steps` updates go from there to what the schedule asks for, linearly.
+    """
+
+    def rate(i: int) -> float:
+        if i >= first_step + n_steps:
+            return schedule(i)
+        asked = (i - first_step) / n_steps
+        return (1 - asked) * stored_rate + asked * schedule(i)
 
     return rate

@@ -50,12 +50,13 @@ def train_step(
     for i in range(n_batches):
         with parallel.gradients_exchanged(state.model, is_last=i == n_batches - 1):
             batch_totals = loss_fn(state.model, {name: x[i] for name, x in batches.items()}, None)
-            batch_totals["loss"].backward()
+            # Replicas exchange the mean of their gradients; what is wanted is the sum.
+            (batch_totals["loss"] * parallel.n_processes()).backward()
         totals = {name: totals.get(name, 0) + x.detach() for name, x in batch_totals.items()}
     totals = parallel.sum_over_processes(totals)
 
     for grad in (x.grad for x in state.model.parameters() if x.grad is not None):
-        grad.mul_(parallel.n_processes() / totals["count"].clamp(min=1))
+        grad.div_(totals["count"].clamp(min=1))
     grad_norm = optim.clip_by_global_norm(state.model.parameters(), clip_norm)
     rate = schedule(state.step)
     for group in state.optimizer.param_groups:

@@ -12,24 +12,25 @@ from jaxlm.errors import UserError, reported
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train as the command line says; return the exit status: 0, 2 for bad input, 130 after Ctrl-C."""
+    """Train as the command line says; return the exit status, 130 after Ctrl-C. Bad input exits with 2."""
     started_s = time.monotonic()
     argv = sys.argv[1:] if argv is None else argv
-    with reported(debug="--debug" in argv):
-        config, origins = configs.load(argv, "python -m torchlm.train")
+    try:
+        with reported(debug="--debug" in argv):
+            config, origins = configs.load(argv, "python -m torchlm.train")
         if os.environ.get("RANK", "0") == "0":
             print(f"torchlm: task {config.task}; loading PyTorch", flush=True)
-        try:
-            import torch  # noqa: F401
-        except ImportError as error:
-            raise UserError(f"PyTorch is not installed ({error}); add it with pip install -e '.[torch]'") from error
-        try:
+        with reported(config.debug):
+            try:
+                import torch  # noqa: F401
+            except ImportError as error:
+                raise UserError(f"PyTorch is not installed ({error}); add it with pip install -e '.[torch]'") from error
             from torchlm import loop
 
             return loop.run(config, origins, started_s)
-        except KeyboardInterrupt:
-            print("interrupted before the first update; nothing is kept", file=sys.stderr)
-            return 130
+    except KeyboardInterrupt:
+        print("interrupted before training; nothing is kept", file=sys.stderr)
+        return 130
     raise AssertionError("reported() exits on the errors it does not pass on")
 
 
