@@ -5,8 +5,10 @@ from collections.abc import Callable
 
 from jaxlm.config import TrainConfig
 
+Schedule = Callable[[int], float]
 
-def learning_rate(config: TrainConfig) -> Callable[[int], float]:
+
+def learning_rate(config: TrainConfig) -> Schedule:
     """Return the original's rate at update i, counted from 0: warmup, cosine to the minimum, then the minimum.
 
     i < warmup: i * peak / warmup, so that the first update of a warmup has rate 0.
@@ -17,10 +19,9 @@ def learning_rate(config: TrainConfig) -> Callable[[int], float]:
     def rate(i: int) -> float:
         if i < warmup_steps:
             return i * peak / warmup_steps
-        if i >= warmup_steps + decay_steps:
+        if i - warmup_steps >= decay_steps:
             return minimum
-        progress = (i - warmup_steps) / decay_steps
-        return minimum + 0.5 * (1 + math.cos(math.pi * progress)) * (peak - minimum)
+        return minimum + 0.5 * (1 + math.cos(math.pi * (i - warmup_steps) / decay_steps)) * (peak - minimum)
 
     return rate
 
@@ -30,7 +31,7 @@ def n_batches(i: int, cycle_steps: int) -> int:
     return 1 + (i // cycle_steps % 3 == 2)
 
 
-def cycled(schedule: Callable[[int], float], cycle_steps: int, amplitude: float) -> Callable[[int], float]:
+def cycled(schedule: Schedule, cycle_steps: int, amplitude: float) -> Schedule:
     """Return the schedule with the ramp of the original's cycle of accumulation.
 
     The factor is 1 at both ends of each `cycle_steps` updates, and half-way through 1 + `amplitude` where one batch
@@ -45,18 +46,16 @@ def cycled(schedule: Callable[[int], float], cycle_steps: int, amplitude: float)
     return rate
 
 
-def rewarmup(
-    schedule: Callable[[int], float], first_step: int, n_steps: int, stored_rate: float
-) -> Callable[[int], float]:
+def rewarmup(schedule: Schedule, first_step: int, n_steps: int, stored_rate: float) -> Schedule:
     """Return the schedule of a run that resumes at update `first_step`, where the rate was `stored_rate`.
 
     The first `n_steps` updates go from there to what the schedule asks for, linearly.
     """
+    if n_steps == 0:
+        return schedule
 
     def rate(i: int) -> float:
-        if i >= first_step + n_steps:
-            return schedule(i)
-        asked = (i - first_step) / n_steps
+        asked = min((i - first_step) / n_steps, 1.0)
         return (1 - asked) * stored_rate + asked * schedule(i)
 
     return rate
