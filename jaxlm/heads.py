@@ -10,13 +10,13 @@ from flax import nnx
 from jax import Array
 
 from jaxlm.config import ModelConfig
-from jaxlm.model import Linear, Transformer, layernorm
+from jaxlm.model import Linear, Transformer, layernorm, sum_dtype
 
 
 def head_linear(n_in: int, n_out: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> Linear:
     """Return an output layer with the original's start values: normal(0, 0.02) weights, zero bias."""
     init = jax.nn.initializers.normal(0.02)
-    return Linear(n_in, n_out, kernel_init=init, dtype=dtype, preferred_element_type=jnp.float32, rngs=rngs)
+    return Linear(n_in, n_out, kernel_init=init, dtype=dtype, preferred_element_type=sum_dtype(dtype), rngs=rngs)
 
 
 class LanguageModelHead(nnx.Module):
@@ -37,7 +37,7 @@ class LanguageModelHead(nnx.Module):
         if not self.is_tied:
             return self.linear(x_BTD)
         x_BTD, table_VD = x_BTD.astype(self.dtype), table_VD.astype(self.dtype)
-        logits_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, table_VD, preferred_element_type=jnp.float32)
+        logits_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, table_VD, preferred_element_type=sum_dtype(self.dtype))
         return logits_BTV + self.bias[...][None, None]
 
 

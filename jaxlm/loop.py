@@ -57,12 +57,11 @@ def build(config: Config, task: Task, mesh: Mesh) -> tuple[TrainState, Compiled]
     def with_model(function: Callable[..., Any]) -> Callable[..., Any]:
         return lambda params, *args: function(nnx.merge(graphdef, params), *args)
 
-    optimizer = optim.adamw(config.train)
+    rate = schedule.learning_rate(config.train)
+    optimizer = optim.adamw(config.train, rate)
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: task.build_model(nnx.Rngs(0))))
     loss = with_model(task.loss)
-    update = functools.partial(
-        step.train_step, loss, optimizer, schedule.learning_rate(config.train), config.train.clip_norm
-    )
+    update = functools.partial(step.train_step, loss, optimizer, rate, config.train.clip_norm)
     compiled = Compiled(
         mesh=mesh,
         update=jax.jit(update, donate_argnums=0),

@@ -2,7 +2,7 @@
 
 Array names end in their shape: B batch, T positions, D d_model, H heads, K head size, V vocabulary.
 Every module takes `key`: a PRNG key turns dropout on (training), None turns it off.
-Parameters are float32; `dtype` is what products compute in, always summed in float32.
+Parameters are float32; `dtype` is what products compute in, summed in float32 at least.
 """
 
 import jax
@@ -21,6 +21,11 @@ class Linear(nnx.Linear):
         return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], self.out_features)
 
 
+def sum_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """Return what products that compute in `dtype` are summed in: float32, or what is wider."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
 def linear(n_in: int, n_out: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> Linear:
     """Return a linear layer with the original's start values: Xavier-uniform weights, PyTorch's default bias."""
     bound = n_in**-0.5
@@ -30,7 +35,7 @@ def linear(n_in: int, n_out: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> Linear:
         kernel_init=jax.nn.initializers.xavier_uniform(),
         bias_init=lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound),
         dtype=dtype,
-        preferred_element_type=jnp.float32,
+        preferred_element_type=sum_dtype(dtype),
         rngs=rngs,
     )
 
@@ -129,7 +134,9 @@ class Attention(nnx.Module):
         return dropout(self.output(x_BTD), self.config.dropout, output_key)
 
     def _product(self, subscripts: str, a: Array, b: Array) -> Array:
-        return jnp.einsum(subscripts, a.astype(self.dtype), b.astype(self.dtype), preferred_element_type=jnp.float32)
+        return jnp.einsum(
+            subscripts, a.astype(self.dtype), b.astype(self.dtype), preferred_element_type=sum_dtype(self.dtype)
+        )
 
 
 class FeedForward(nnx.Module):

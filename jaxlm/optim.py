@@ -5,14 +5,13 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from jaxlm import schedule
 from jaxlm.config import TrainConfig
 
 
-def adamw(config: TrainConfig) -> optax.GradientTransformation:
+def adamw(config: TrainConfig, rate: optax.Schedule) -> optax.GradientTransformation:
     """Return AdamW with decoupled decay (arXiv 1711.05101, algorithm 2); its count of updates drives the rate."""
     return optax.adamw(
-        schedule.learning_rate(config),
+        rate,
         b1=config.beta1,
         b2=config.beta2,
         eps=config.epsilon,

@@ -137,8 +137,8 @@ def test_every_gradient_of_the_first_batch(case: Case) -> None:
 
 
 def test_every_update_and_the_final_weights(case: Case) -> None:
-    optimizer = optim.adamw(case.config.train)
     rate = schedule.learning_rate(case.config.train)
+    optimizer = optim.adamw(case.config.train, rate)
     update = jax.jit(functools.partial(step.train_step, case.loss, optimizer, rate, case.recorded["clip"]))
     state = step.init_state(jax.tree.map(jnp.asarray, case.params("init")), optimizer)
     for i in range(case.recorded["steps"]):

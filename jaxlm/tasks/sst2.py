@@ -33,8 +33,8 @@ class Sst2(Task):
         C = self.config.data.n_labels
         # The original's head has an output for each token of the vocabulary: those are no class.
         predictions_B = jnp.minimum(logits_BC.argmax(axis=-1), C)
-        rows_BC = (labels_B[:, None] == jnp.arange(C)).astype(jnp.int32)
-        columns_BC = (predictions_B[:, None] == jnp.arange(C + 1)).astype(jnp.int32)
+        rows_BC = (labels_B[:, None] == jnp.arange(C)[None]).astype(jnp.int32)
+        columns_BC = (predictions_B[:, None] == jnp.arange(C + 1)[None]).astype(jnp.int32)
         return {**cross_entropy(logits_BC, labels_B), "confusion": rows_BC.T @ columns_BC}
 
     def predict(self, model: Classifier, batch: dict[str, Array]) -> Array:
