@@ -54,7 +54,7 @@ class Checkpoints:
 
     def best_step(self) -> int | None:
         """Return the step with the lowest validation loss, None if nothing has been evaluated and saved."""
-        losses = {step: read(self._path(step))["val_loss"] for step in self._steps()}
+        losses = {step: read(self._path(step), is_mapped=True)["val_loss"] for step in self._steps()}
         evaluated = {step: loss for step, loss in losses.items() if math.isfinite(loss)}
         return min(evaluated, key=evaluated.__getitem__) if evaluated else None
 
@@ -104,10 +104,10 @@ def write(path: Path, checkpoint: dict[str, Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def read(path: Path) -> dict[str, Any]:
-    """Return a checkpoint file's content, the tensors mapped from the file. Raises UserError if it is none."""
+def read(path: Path, is_mapped: bool = False) -> dict[str, Any]:
+    """Return a checkpoint file's content; if `is_mapped`, tensors stay in the file. Raises UserError if it is none."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{path}: cannot be read as a checkpoint of torch.save: {reason}") from error
