@@ -1,0 +1,111 @@
+"""Decay groups by name, AdamW against the paper's equations in float64, clipping against PyTorch's."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from flax import nnx
+
+from jaxlm import config as configs
+from jaxlm import optim
+from jaxlm.config import TrainConfig
+from jaxlm.tasks import TASKS
+
+BASE = {
+    "base/embedding/token/embedding": True,
+    "base/blocks/layernorm1/scale": False,
+    "base/blocks/layernorm1/bias": False,
+    "base/blocks/attention/query/kernel": True,
+    "base/blocks/attention/query/bias": False,
+    "base/blocks/attention/key/kernel": True,
+    "base/blocks/attention/key/bias": False,
+    "base/blocks/attention/value/kernel": True,
+    "base/blocks/attention/value/bias": False,
+    "base/blocks/attention/output/kernel": True,
+    "base/blocks/attention/output/bias": False,
+    "base/blocks/layernorm2/scale": False,
+    "base/blocks/layernorm2/bias": False,
+    "base/blocks/feed_forward/fc1/kernel": True,
+    "base/blocks/feed_forward/fc1/bias": False,
+    "base/blocks/feed_forward/fc2/kernel": True,
+    "base/blocks/feed_forward/fc2/bias": False,
+}
+NORM = {"head/layernorm/scale": False, "head/layernorm/bias": False}
+LINEAR = {"head/linear/kernel": True, "head/linear/bias": False}
+FINAL_NORM = {"base/final_norm/scale": False, "base/final_norm/bias": False}
+
+
+@pytest.mark.parametrize(
+    ("task", "settings", "expected"),
+    [
+        ("mlm", {}, BASE | NORM | LINEAR),
+        ("gpt", {}, BASE | LINEAR),
+        ("sst2", {}, BASE | LINEAR),
+        ("cola", {"model.n_layers": 1}, BASE | LINEAR),
+        ("mlm", {"model.tied_embedding": True}, BASE | NORM | {"head/bias": False}),
+        (
+            "gpt",
+            {"model.positions": "learned", "model.final_norm": True, "model.tied_embedding": True},
+            BASE | FINAL_NORM | {"base/embedding/position": True, "head/bias": False},
+        ),
+        # PyTorch stores a linear layer with one output as a matrix of one row, which does not decay.
+        ("sst2", {"model.head_outputs": "vocabulary", "model.vocab_size": 1}, BASE | LINEAR | {
+            "base/embedding/token/embedding": False, "head/linear/kernel": False
+        }),
+    ],
+)  # fmt: skip
+def test_what_decays(task: str, settings: dict[str, Any], expected: dict[str, bool]) -> None:
+    sizes = {"model.vocab_size": 11, "model.d_model": 12, "model.n_heads": 3, "model.seq_len": 5}
+    config = configs.build({"task": task, **sizes, **settings})
+    model = nnx.eval_shape(lambda: TASKS[task](config).build_model(nnx.Rngs(0)))
+    mask = optim.is_decayed(nnx.to_pure_dict(nnx.split(model, nnx.Param)[1]))
+    found = {"/".join(part.key for part in path): value for path, value in jax.tree.leaves_with_path(mask)}
+    assert found == expected
+
+
+def test_five_updates_of_adamw_follow_the_paper() -> None:
+    config = TrainConfig(weight_decay=0.3, beta1=0.8, beta2=0.95, epsilon=1e-3)
+    random = np.random.default_rng(0)
+    params = {"kernel": random.normal(size=(3, 4)), "bias": random.normal(size=4)}
+    gradients = [{name: random.normal(size=x.shape) for name, x in params.items()} for _ in range(5)]
+    rates = [0.0, 0.05, 0.1, 0.07, 0.02]
+
+    optimizer = optim.adamw(config, lambda i: jnp.array(rates)[i])
+    state = optimizer.init(params)
+    got = params
+    for gradient in gradients:
+        updates, state = optimizer.update(gradient, state, got)
+        got = optax.apply_updates(got, updates)
+
+    for name, decay in (("kernel", 0.3), ("bias", 0.0)):
+        # Loshchilov and Hutter, arXiv 1711.05101, algorithm 2, with the decay scaled by the whole rate.
+        weight, m, v = params[name], np.zeros_like(params[name]), np.zeros_like(params[name])
+        for t in range(1, 6):
+            g = gradients[t - 1][name]
+            m = 0.8 * m + 0.2 * g
+            v = 0.95 * v + 0.05 * g**2
+            step = (m / (1 - 0.8**t)) / (np.sqrt(v / (1 - 0.95**t)) + 1e-3)
+            weight = weight - rates[t - 1] * (step + decay * weight)
+        np.testing.assert_allclose(got[name], weight, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("max_norm", [0.1, 1.0, 4.9, 5.1, 1e6])
+def test_clipping_is_that_of_pytorch(max_norm: float) -> None:
+    gradients = {"a": np.array([[1.0, 2.0, 2.0]], np.float32), "b": np.array([4.0, 0.0], np.float32)}  # norm 5
+    parameters = [torch.nn.Parameter(torch.zeros(x.shape)) for x in gradients.values()]
+    for parameter, gradient in zip(parameters, gradients.values(), strict=True):
+        parameter.grad = torch.tensor(gradient)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    clipped, got_norm = optim.clip_by_global_norm(jax.tree.map(jnp.asarray, gradients), max_norm)
+    assert got_norm == pytest.approx(float(norm), rel=1e-6)
+    for got, parameter in zip(clipped.values(), parameters, strict=True):
+        np.testing.assert_allclose(got, parameter.grad, rtol=1e-6)
+
+
+def test_a_gradient_of_zero_stays_zero() -> None:
+    clipped, norm = optim.clip_by_global_norm({"a": jnp.zeros(3)}, 1.0)
+    assert norm == 0 and np.all(clipped["a"] == 0)
