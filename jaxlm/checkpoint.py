@@ -5,6 +5,7 @@ A checkpoint folder has `state` (step, params, opt_state; blocks stacked along a
 """
 
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ class Checkpoints:
         """Return the step with the lowest validation loss, None if nothing has been evaluated and saved."""
         self.manager.wait_until_finished()
         losses = {step: self.manager.metrics(step) for step in self.manager.all_steps()}
-        evaluated = {step: scores["validation_loss"] for step, scores in losses.items() if scores}
+        evaluated = {step: _validation_loss(scores) for step, scores in losses.items() if scores}
         return min(evaluated, key=evaluated.__getitem__) if evaluated else None
 
     def restore(self, step: int, like: TrainState) -> TrainState:
@@ -74,7 +75,8 @@ class Checkpoints:
 
 
 def _validation_loss(scores: dict[str, float]) -> float:
-    return scores["validation_loss"]
+    loss = scores["validation_loss"]
+    return math.inf if math.isnan(loss) else loss  # compared with NaN, nothing is better or worse
 
 
 def _tree(state: TrainState) -> dict[str, Any]:
