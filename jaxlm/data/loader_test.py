@@ -1,0 +1,121 @@
+"""The order of samples: permutations that no batch size, accumulation or start changes, and exact evaluation."""
+
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from jaxlm import config as configs
+from jaxlm.data.cache import Split
+from jaxlm.data.loader import evaluation_batches, training_batches
+from jaxlm.data.samples import IGNORED, CausalSamples, ClassifiedSamples, MaskedSamples, Samples
+
+N = 23
+SPECIALS = {"pad": 0, "unknown": 1, "start": 2, "end": 3, "mask": 4}
+
+
+@pytest.fixture(scope="module")
+def split() -> Split:
+    """N articles; the one of number i is ten times the id 100 + i, and has the label i."""
+    tokens = np.repeat(np.arange(100, 100 + N), 10).astype(np.uint16)
+    labels = np.arange(N, dtype=np.int32)
+    return Split(tokens, np.arange(0, 10 * N + 1, 10), labels, np.full(N, 30, np.int64))
+
+
+def make(kind: type, split: Split) -> Samples:
+    config = configs.build({"model.seq_len": 12, "data.n_labels": N, "model.pad_id": 0})
+    return kind(split, config, SPECIALS | {"article": 200}, 300)
+
+
+@pytest.fixture(scope="module")
+def samples(split) -> Samples:
+    """N samples whose label is their number."""
+    return make(ClassifiedSamples, split)
+
+
+def order(samples: Samples, n_steps: int, batch_size: int, accumulate: int = 1, seed: int = 0, first: int = 0):
+    """Return the numbers of the samples of some updates, [updates, A, B]."""
+    batches = islice(training_batches(samples, batch_size, accumulate, seed, first), n_steps)
+    return np.array([batch["labels"] for batch in batches])
+
+
+def test_each_epoch_has_each_sample_once_in_a_new_order(samples):
+    epochs = order(samples, 5, batch_size=N).reshape(5, N)
+    assert all(sorted(epoch) == list(range(N)) for epoch in epochs.tolist())
+    assert len({tuple(epoch) for epoch in epochs.tolist()}) == 5
+    assert list(range(N)) not in epochs.tolist()
+
+
+def test_order_follows_the_seed_alone(samples):
+    first = order(samples, 6, batch_size=5, seed=3)
+    assert np.array_equal(order(samples, 6, batch_size=5, seed=3), first)
+    assert not np.array_equal(order(samples, 6, batch_size=5, seed=4), first)
+
+
+def test_order_does_not_depend_on_the_batch_size(samples):
+    stream = order(samples, 60, batch_size=1).ravel()
+    for batch_size in (4, 7, 30):  # none divides the samples, and the last is more than an epoch
+        assert np.array_equal(
+            order(samples, 60 // batch_size, batch_size).ravel(), stream[: 60 // batch_size * batch_size]
+        )
+
+
+def test_accumulation_reshapes_the_same_stream(samples):
+    flat = order(samples, 12, batch_size=4)
+    assert flat.shape == (12, 1, 4)
+    assert np.array_equal(order(samples, 4, batch_size=4, accumulate=3), flat.reshape(4, 3, 4))
+    assert np.array_equal(order(samples, 4, batch_size=12), flat.reshape(4, 1, 12))
+
+
+@pytest.mark.parametrize("first", [1, 5, 11])
+def test_a_later_start_goes_on_with_the_same_batches(split, first):
+    # Masking, too: an update in a later epoch has the masks of that epoch.
+    samples = make(MaskedSamples, split)
+    whole = list(islice(training_batches(samples, 4, 2, seed=0), 14))
+    part = list(islice(training_batches(samples, 4, 2, seed=0, first_step=first), 14 - first))
+    for one, other in zip(whole[first:], part, strict=True):
+        assert all(np.array_equal(one[name], other[name]) for name in one)
+
+
+def test_batches_carry_the_epoch_of_each_sample(split):
+    # The third batch lies in two epochs. Each row must be masked as its own epoch says.
+    samples = make(MaskedSamples, split)
+    places = np.arange(16, 24)
+    stream = np.concatenate([b["tokens"].reshape(-1, 12) for b in islice(training_batches(samples, 8, 1, seed=0), 3)])
+    numbers = np.array([row[row >= 100].max() - 100 for row in stream[16:24]])
+    assert (places // N).tolist() == [0] * 7 + [1]
+    assert np.array_equal(samples.batch(numbers, places // N)["tokens"], stream[16:24])
+    assert not np.array_equal(samples.batch(numbers, np.zeros(8, int))["tokens"][7], stream[23])
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, N, 40])
+def test_evaluation_covers_every_sample_once_and_in_order(samples, batch_size):
+    batches = list(evaluation_batches(samples, batch_size))
+    assert {batch["labels"].shape for batch in batches} == {(batch_size,)}
+    assert {batch["tokens"].shape for batch in batches} == {(batch_size, 12)}
+    labels = np.concatenate([batch["labels"] for batch in batches])
+    assert labels[:N].tolist() == list(range(N)) and set(labels[N:].tolist()) <= {IGNORED}
+    assert len(batches) == -(-N // batch_size)
+    tokens = np.concatenate([batch["tokens"] for batch in batches])
+    assert tokens[:N, 1].tolist() == list(range(100, 100 + N))
+    assert tokens.max() < 100 + N  # what fills the last batch are real tokens, so that nothing is out of range
+
+
+@pytest.mark.parametrize("kind", [CausalSamples, MaskedSamples])
+def test_evaluation_counts_every_label_once_on_an_uneven_split(split, kind):
+    samples = make(kind, split)
+    whole = samples.batch(np.arange(len(samples)), np.zeros(len(samples), int))
+    assert len(samples) % 4
+    batches = list(evaluation_batches(samples, 4))
+    for name in whole:
+        joined = np.concatenate([batch[name] for batch in batches])
+        assert np.array_equal(joined[: len(samples)], whole[name])
+    assert np.all(batches[-1]["labels"][len(samples) % 4 :] == IGNORED)
+    again = list(evaluation_batches(samples, 4))  # and each time the same masks
+    assert all(np.array_equal(a[name], b[name]) for a, b in zip(batches, again, strict=True) for name in a)
+
+
+def test_evaluation_of_nothing_is_no_batch(split):
+    empty = Split(split.tokens[:0], split.offsets[:1], split.labels[:0], split.n_bytes[:0])
+    assert list(evaluation_batches(make(ClassifiedSamples, empty), 4)) == []
+    assert list(evaluation_batches(make(CausalSamples, empty), 4)) == []
