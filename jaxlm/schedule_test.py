@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxlm.config import TrainConfig
-from jaxlm.schedule import learning_rate
+from jaxlm.schedule import cycled, learning_rate, n_batches, rewarmup
 
 PEAK, MINIMUM = 3e-3, 2e-4
 
@@ -40,3 +40,24 @@ def test_rate_at_every_update(warmup: int, decay: int, last: int) -> None:
 def test_a_peak_of_zero_is_a_rate_of_zero() -> None:
     rate = learning_rate(TrainConfig(max_steps=5, learning_rate=0.0, min_learning_rate=0.0, warmup_steps=2))
     assert np.all(rate(jnp.arange(7)) == 0)
+
+
+def test_the_cycle_accumulates_1_1_2_batches_and_ramps_the_rate() -> None:
+    schedule = cycled(lambda i: jnp.full(jnp.shape(i), PEAK), 4, 0.03)
+    counts, rates = [], []
+    for i in range(30):
+        ramp = 1 - abs(2 * (i % 4) / 4 - 1)
+        counts.append((1, 1, 2)[i // 4 % 3])
+        rates.append(PEAK * (1 + (0.03 if counts[-1] == 1 else -0.03) * ramp))
+    assert [n_batches(i, 4) for i in range(30)] == counts
+    np.testing.assert_allclose(schedule(jnp.arange(30)), rates, rtol=1e-6)
+
+
+def test_a_resumed_run_warms_up_from_the_stored_rate() -> None:
+    asked = learning_rate(TrainConfig(max_steps=20, learning_rate=PEAK, min_learning_rate=MINIMUM, warmup_steps=3))
+    rate = rewarmup(asked, 8, 5, 1e-4)
+    for i in range(8, 20):
+        share = min((i - 8) / 5, 1)
+        expected = (1 - share) * 1e-4 + share * original(i, 3, 20)
+        assert float(rate(i)) == pytest.approx(expected, rel=1e-6)
+    assert float(rewarmup(asked, 8, 0, 1e-4)(8)) == pytest.approx(original(8, 3, 20), rel=1e-6)
