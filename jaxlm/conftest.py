@@ -38,7 +38,13 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess
 
     def start(args: str, cwd: Path, env: dict[str, str] | None = None, **options: Any) -> subprocess.Popen:
         command = [sys.executable, "-m", "jaxlm.train", *shlex.split(args)]
-        variables = {**os.environ, "XDG_CACHE_HOME": str(cache), "HF_HOME": str(cache / "hub"), **(env or {})}
+        variables = {
+            **os.environ,
+            "XDG_CACHE_HOME": str(cache),
+            "HF_HOME": str(cache / "hub"),
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            **(env or {}),
+        }
         return subprocess.Popen(command, cwd=cwd, env=variables, text=True, **options)
 
     return start
