@@ -28,7 +28,10 @@ _MOST_TOLD = 6  # differences in one error message
 
 
 def shapes(config: Config) -> Shapes:
-    """Return torchlm's name and shape of every parameter, in model order; of a classifier but for mlm and gpt."""
+    """Return torchlm's name and shape of every parameter, in model order; of a classifier but for mlm and gpt.
+
+    The order is PyTorch's, where a module's own parameters come before those of its parts.
+    """
     model, D = config.model, config.model.d_model
     F, V = 4 * D, config.model.vocab_size
 
@@ -38,9 +41,8 @@ def shapes(config: Config) -> Shapes:
     def linear(name: str, n_in: int, n_out: int) -> Shapes:
         return {f"{name}.weight": (n_out, n_in), f"{name}.bias": (n_out,)}
 
-    result: Shapes = {"base.embedding.token.weight": (V, D)}
-    if model.positions == "learned":
-        result["base.embedding.position"] = (model.seq_len, D)
+    result: Shapes = {"base.embedding.position": (model.seq_len, D)} if model.positions == "learned" else {}
+    result["base.embedding.token.weight"] = (V, D)
     for i in range(model.n_layers):
         block = f"base.blocks.{i}"
         result |= layernorm(f"{block}.layernorm1")
@@ -50,11 +52,13 @@ def shapes(config: Config) -> Shapes:
         result |= linear(f"{block}.feed_forward.fc1", D, F) | linear(f"{block}.feed_forward.fc2", F, D)
     if model.final_norm:
         result |= layernorm("base.final_norm")
-    if config.task in ("mlm", "gpt"):
-        if config.task == "mlm":
-            result |= layernorm("head.layernorm")
-        return result | ({"head.bias": (V,)} if model.tied_embedding else linear("head.linear", D, V))
-    return result | linear("head.linear", D, V if model.head_outputs == "vocabulary" else config.data.n_labels)
+    if config.task not in ("mlm", "gpt"):
+        return result | linear("head.linear", D, V if model.head_outputs == "vocabulary" else config.data.n_labels)
+    if model.tied_embedding:
+        result["head.bias"] = (V,)
+    if config.task == "mlm":
+        result |= layernorm("head.layernorm")
+    return result if model.tied_embedding else result | linear("head.linear", D, V)
 
 
 def decay_groups(wanted: Shapes) -> tuple[list[str], list[str]]:

@@ -62,9 +62,10 @@ def build(config: Config, task: Task, mesh: Mesh) -> tuple[TrainState, Compiled]
 
         return call
 
+    rate = schedule.learning_rate(config.train)
     model = parallel.replicated(mesh, task.build_model(torch.Generator().manual_seed(config.train.seed)))
     optimizer = optim.adamw(config.train, model)
-    update = functools.partial(step.train_step, task.loss, schedule.learning_rate(config.train), config.train.clip_norm)
+    update = functools.partial(step.train_step, task.loss, rate, config.train.clip_norm)
     compiled = Compiled(
         mesh=mesh,
         update=update,

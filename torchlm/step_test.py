@@ -142,6 +142,7 @@ def test_decay_spares_biases_norms_and_tables_of_one_row() -> None:
 def test_dropout_differs_from_update_to_update_and_repeats_with_the_state() -> None:
     config = config_of(**{"model.dropout": 0.5, "train.learning_rate": 0.0, "train.min_learning_rate": 0.0})
     task, state = start(config)
+    state.model.eval()  # as an evaluation leaves it
     batches = {name: x[None] for name, x in batch_of().items()}
     losses = [float(update(config, task, state, batches, (0, 0))["loss"]) for _ in range(3)]
     assert len(set(losses)) == 3

@@ -1,0 +1,175 @@
+"""That torchlm mirrors jaxlm: files, definitions, arguments, parameters; and the lines that PORTING.md quotes."""
+
+import ast
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+from jaxlm import config as configs
+from jaxlm import names
+from jaxlm import tasks as jaxlm_tasks
+from torchlm import tasks as torchlm_tasks
+
+ROOT = Path(__file__).parent.parent
+MIRRORED = (
+    *("__init__", "model", "heads", "step", "optim", "schedule", "parallel", "generate", "checkpoint", "loop", "train"),
+    *("tasks/__init__", "tasks/base", "tasks/mlm", "tasks/gpt", "tasks/sst2", "tasks/cola"),
+)
+
+# What one framework needs and the other does not, with the reason. All else must be in both.
+ONLY_JAX = {
+    "model": {
+        "Linear": "a layout that XLA's products want",
+        "sum_dtype": "each product says what it sums in; autocast decides for itself",
+        "split_key": "explicit keys",
+    },
+    "step": {"TrainState.params": "an array tree beside the model", "TrainState.opt_state": "beside the optimizer"},
+}
+ONLY_TORCH = {
+    "model": {"Embedding.table_TD": "a constant on the device; JAX compiles it in"},
+    "schedule": {"Schedule": "Optax has the type"},
+    "step": {"TrainState.model": "holds the parameters", "TrainState.optimizer": "holds its state"},
+    "parallel": {
+        name: "processes that work as one have to say so"
+        for name in (
+            *("Mesh", "Mesh.rank", "Mesh.size", "Mesh.device", "Mesh.alone", "n_processes", "single"),
+            *("gradients_exchanged", "sum_over_processes", "any_process", "from_first", "copy_from_first"),
+            *("wait", "joined"),
+        )
+    },
+    "checkpoint": dict.fromkeys(("KEYS", "content", "write", "read", "weights", "load"), "the original's file format"),
+}
+# Arguments that only JAX has: what products compute in (autocast), explicit keys, and a source of keys for no values.
+JAX_ARGUMENTS = {"dtype", "key", "rngs"}
+ARGUMENTS = {  # (jaxlm's, torchlm's) where they differ otherwise
+    "model.dropout": (["x", "rate", "key"], ["x", "rate", "is_training"]),
+    "optim.adamw": (["config", "rate"], ["config", "model"]),
+    "optim.is_decayed": (["params"], ["parameter"]),
+    "optim.clip_by_global_norm": (["grads", "max_norm"], ["parameters", "max_norm"]),
+    "parallel.replicated": (["mesh"], ["mesh", "model"]),
+    "step.init_state": (["params", "optimizer"], ["model", "optimizer"]),
+    "step.train_step": (
+        ["loss_fn", "optimizer", "schedule", "clip_norm", "state", "batches", "key"],
+        ["loss_fn", "schedule", "clip_norm", "state", "batches", "key"],
+    ),
+    "loop.evaluate": (
+        ["run", "compiled", "params", "split", "is_interrupted"],
+        ["run", "compiled", "model", "split", "is_interrupted"],
+    ),
+}
+
+
+def definitions(path: Path) -> dict[str, list[str] | None]:
+    """Return the public names of a file and of its classes, in order, with the arguments of functions."""
+    found: dict[str, list[str] | None] = {}
+
+    def visit(body: list[ast.stmt], prefix: str) -> None:
+        for node in body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                name = prefix + {"__call__": "forward"}.get(node.name, node.name)
+                if node.name.startswith("_") and not node.name.startswith("__"):
+                    continue
+                found[name] = [a.arg for a in node.args.args] if isinstance(node, ast.FunctionDef) else None
+                if isinstance(node, ast.ClassDef):
+                    visit(node.body, f"{name}.")
+            elif isinstance(node, ast.Assign | ast.AnnAssign):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                found.update({f"{prefix}{target.id}": None for target in targets if not target.id.startswith("_")})
+
+    visit(ast.parse(path.read_text(encoding="utf-8")).body, "")
+    return found
+
+
+def test_torchlm_has_the_mirrored_files_and_no_other() -> None:
+    files = [path for path in (ROOT / "torchlm").rglob("*.py") if not path.stem.endswith(("_test", "conftest"))]
+    found = {path.relative_to(ROOT / "torchlm").with_suffix("").as_posix() for path in files}
+    assert found == set(MIRRORED)
+    assert all((ROOT / "jaxlm" / f"{name}.py").is_file() for name in MIRRORED)
+
+
+@pytest.mark.parametrize("name", MIRRORED)
+def test_public_names_their_order_and_arguments_are_the_same(name: str) -> None:
+    ours, theirs = (definitions(ROOT / package / f"{name}.py") for package in ("torchlm", "jaxlm"))
+    extra, missing = set(ours) - set(theirs), set(theirs) - set(ours)
+    if name.startswith("tasks/"):
+        # Inherited from jaxlm; a task of torchlm has its model, loss and prediction only.
+        assert {own for own in ours if "." in own} <= {
+            f"{kind}.{method}"
+            for kind in ("Task", "Mlm", "Gpt", "Sst2", "Cola")
+            for method in ("__init__", "build_model", "loss", "predict")
+        }
+        assert not extra
+    else:
+        assert extra == ONLY_TORCH.get(name, {}).keys()
+        only_jax = ONLY_JAX.get(name, {}).keys()
+        assert {one for one in missing if one.partition(".")[0] not in only_jax} <= only_jax
+    common = [one for one in theirs if one in ours]
+    assert [one for one in ours if one in theirs] == common
+    for one in common:
+        pair = (theirs[one], ours[one])
+        if f"{name}.{one}" in ARGUMENTS:
+            assert pair == ARGUMENTS[f"{name}.{one}"]
+        elif theirs[one] is not None:
+            without = [a for a in theirs[one] if a not in JAX_ARGUMENTS or a in ours[one]]
+            assert ours[one] == without, one
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"model.positions": "learned", "model.tied_embedding": True, "model.post_norm": True, "model.pad_id": -1},
+        {"model.positions": "rotary", "model.final_norm": True, "model.head_outputs": "vocabulary"},
+    ],
+)
+@pytest.mark.parametrize("task", ["mlm", "gpt", "sst2", "cola"])
+def test_parameters_are_the_same_up_to_the_naming_rules(task: str, options: dict[str, Any]) -> None:
+    sizes = {"vocab_size": 11, "d_model": 12, "n_heads": 3, "seq_len": 5, "n_layers": 3}
+    config = configs.build({"task": task, **{f"model.{name}": x for name, x in sizes.items()}, **options})
+    model = torchlm_tasks.TASKS[task](config).build_model(torch.Generator())
+    parameters = {name: tuple(x.shape) for name, x in model.named_parameters()}
+    assert list(parameters.items()) == list(names.shapes(config).items())
+    assert list(model.state_dict()) == list(parameters)
+
+    build = jaxlm_tasks.TASKS[task](config).build_model
+    shapes = nnx.eval_shape(lambda: nnx.to_pure_dict(nnx.split(build(nnx.Rngs(0)), nnx.Param)[1]))
+    state = names.to_torch(jax.tree.map(lambda x: np.zeros(x.shape), shapes))
+    assert {name: x.shape for name, x in state.items()} == parameters
+
+
+def test_tasks_share_all_but_model_loss_and_prediction() -> None:
+    assert list(torchlm_tasks.TASKS) == list(jaxlm_tasks.TASKS)
+    for name, task in torchlm_tasks.TASKS.items():
+        for method in ("embedded", "scores", "baseline", "show", "warning", "samples", "settings", "baseline_name"):
+            assert getattr(task, method) is getattr(jaxlm_tasks.TASKS[name], method), (name, method)
+        for method in ("build_model", "loss", "predict"):
+            assert getattr(task, method).__module__.startswith("torchlm."), (name, method)
+
+
+def test_each_line_that_the_porting_page_quotes_is_in_its_file() -> None:
+    text = (ROOT / "torchlm" / "PORTING.md").read_text(encoding="utf-8")
+    files: list[str] = []
+    n_quoted = 0
+    for line in text.splitlines():
+        if not line.startswith("|"):
+            files = []
+            continue
+        cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        if all(re.fullmatch(r"(jaxlm|torchlm)/\w+\.py", cell) for cell in cells):
+            files = cells
+        elif files and set(cells) != {"---"}:
+            assert len(cells) == len(files) == 2, line
+            for file, cell in zip(files, cells, strict=True):
+                if cell:
+                    quoted = re.fullmatch(r"`(.+)`", cell.replace(r"\|", "|"))
+                    assert quoted, line
+                    lines = {x.strip() for x in (ROOT / file).read_text(encoding="utf-8").splitlines()}
+                    assert quoted[1] in lines, f"{file}: {quoted[1]}"
+                    n_quoted += 1
+    assert n_quoted > 60
