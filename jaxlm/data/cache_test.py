@@ -217,12 +217,13 @@ def test_full_disk_is_one_line_and_leaves_nothing(tmp_path, tokenizer):
 
 
 BUILD = """
+import signal
 import sys
-import time
 from pathlib import Path
 from jaxlm.config import TokenizerConfig
 from jaxlm.data import cache, tokenizer
 from jaxlm.data.sources import Article, Source
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which is off in what a shell starts in the background
 def articles():
     for i in range(10**9):
         yield Article("train", "some words " * 10_000, -1)
