@@ -62,5 +62,5 @@ class Mlm(Task):
 
 
 def _joined(pieces: list[str]) -> str:
-    """Join word pieces into text; WordPiece marks those that continue a word with ##, byte-level BPE new words."""
+    """Join pieces of words without their marks: ## continues a word in WordPiece, Ġ starts one in byte-level BPE."""
     return " ".join(pieces).replace(" ##", "").replace("Ġ", "").replace("Ċ", "")

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -33,8 +34,9 @@ class Sst2(Task):
         C = self.config.data.n_labels
         # The original's head has an output for each token of the vocabulary: those are no class.
         predictions_B = jnp.minimum(logits_BC.argmax(axis=-1), C)
-        rows_BC = (labels_B[:, None] == jnp.arange(C)[None]).astype(jnp.int32)
-        columns_BC = (predictions_B[:, None] == jnp.arange(C + 1)[None]).astype(jnp.int32)
+        # The row of an ignored label, -1, is zero.
+        rows_BC = jax.nn.one_hot(labels_B, C, dtype=jnp.int32)
+        columns_BC = jax.nn.one_hot(predictions_B, C + 1, dtype=jnp.int32)
         return {**cross_entropy(logits_BC, labels_B), "confusion": rows_BC.T @ columns_BC}
 
     def predict(self, model: Classifier, batch: dict[str, Array]) -> Array:
@@ -62,4 +64,5 @@ class Sst2(Task):
         predicted = np.asarray(totals["confusion"]).sum(axis=0)
         if np.count_nonzero(predicted) != 1:
             return ""
-        return f"the model predicts class {predicted.argmax()} for every sample: it has learned nothing yet"
+        name = f"class {predicted.argmax()}" if predicted.argmax() < self.config.data.n_labels else "no class"
+        return f"the model predicts {name} for every sample: it has learned nothing yet"
