@@ -221,6 +221,7 @@ def test_ids_of_a_vocabulary_with_gaps_fit_the_model(folder, tmp_path):
     assert config.model.vocab_size == len(lines) > data.tokenizer.get_vocab_size()
     batch = data.samples["train"].batch(np.arange(20), np.zeros(20, int))
     assert batch["labels"].max() == len(lines) - 1
+    assert data.samples["train"].replacements.max() == len(lines) - 1  # random ids are of all the vocabulary
 
 
 @pytest.mark.parametrize("task", ["mlm", "sst2"])
