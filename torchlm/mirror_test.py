@@ -29,6 +29,7 @@ ONLY_JAX = {
         "sum_dtype": "each product says what it sums in; autocast decides for itself",
         "split_key": "explicit keys",
     },
+    "optim": {"scale_by_adam": "Optax's own rounds the bias correction"},
     "step": {"TrainState.params": "an array tree beside the model", "TrainState.opt_state": "beside the optimizer"},
 }
 ONLY_TORCH = {
