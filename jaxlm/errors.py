@@ -1,9 +1,14 @@
-"""Errors that the user can mend: one line on stderr, exit status 2, no traceback."""
+"""Errors that the user can mend: one line on stderr, exit status 2, no traceback. And Ctrl-C before training."""
 
 import contextlib
 import difflib
+import os
+import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
+
+CLEANUPS: list[Callable[[], None]] = []  # what removes that which Ctrl-C would leave half done
 
 
 class UserError(Exception):
@@ -31,3 +36,26 @@ def reported(debug: bool) -> Iterator[None]:
             raise
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Have Ctrl-C call CLEANUPS and end the process with one line on stderr and exit status 130.
+
+    It raises nothing, because an exception in the middle of anything can get lost, as in the callback that JAX has for
+    garbage collections, come out as another error, or crash an extension module that is being loaded.
+    """
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        try:
+            for clean in CLEANUPS:
+                clean()
+            print("interrupted before training; nothing is kept", file=sys.stderr, flush=True)
+        finally:
+            os._exit(130)
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -22,10 +22,10 @@ from rich.table import Table
 from jaxlm import config as configs
 from jaxlm import log, metrics
 from jaxlm.config import Config
-from jaxlm.data import prepare
+from jaxlm.data import cache, prepare
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data.samples import Batch
-from jaxlm.errors import UserError
+from jaxlm.errors import CLEANUPS, UserError
 from jaxlm.log import RunLog
 
 LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte")
@@ -60,9 +60,17 @@ def started(
 
     Raises UserError for bad input. Then, or if anything inside the `with` block raises, the run folder is removed.
     """
+
+    def clean() -> None:
+        remove_run_dir(run_dir, made)
+        for path in cache.user_cache_dir(config.data.cache_dir).glob(f"*/*.{os.getpid()}.tmp"):
+            _remove(path)
+        run_log.console.show_cursor()  # which a progress bar hides
+
     run_log = RunLog()
     log.check_loggers(config)
     run_dir, made = make_run_dir(config)
+    CLEANUPS.append(clean)
     try:
         task_class = tasks[config.task]
         config, data = prepare.prepare(config, task_class.samples, task_class(config).embedded, run_log.bytes_bar)
@@ -75,8 +83,10 @@ def started(
         _announce(config, origins, data, run_dir, device, unused, run_log)
         yield Run(config, task_class(config), data, run_dir, run_log, started_s, program)
     except BaseException:
-        remove_run_dir(run_dir, made)
+        clean()
         raise
+    finally:
+        CLEANUPS.remove(clean)
 
 
 def make_run_dir(config: Config) -> tuple[Path, list[Path]]:
@@ -117,13 +127,17 @@ def _make(path: Path) -> list[Path]:
 def remove_run_dir(path: Path, made: list[Path]) -> None:
     """Empty the folder of a run that did not start, and remove the folders made for it."""
     for child in path.iterdir():
-        if child.is_dir():
-            shutil.rmtree(child, ignore_errors=True)
-        else:
-            child.unlink(missing_ok=True)
+        _remove(child)
     for folder in made:
         with contextlib.suppress(OSError):  # another run has begun beside it
             folder.rmdir()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _write(path: Path, text: str) -> None:

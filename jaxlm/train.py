@@ -4,14 +4,14 @@ import sys
 import time
 
 from jaxlm import config as configs
-from jaxlm.errors import reported
+from jaxlm.errors import interruptible, reported
 
 
 def main(argv: list[str] | None = None) -> int:
     """Train as the command line says; return the exit status, 130 after Ctrl-C. Bad input exits with 2."""
     started_s = time.monotonic()
     argv = sys.argv[1:] if argv is None else argv
-    try:
+    with interruptible():
         with reported(debug="--debug" in argv):
             config, origins = configs.load(argv)
         print(f"jaxlm: task {config.task}; loading JAX", flush=True)
@@ -19,9 +19,6 @@ def main(argv: list[str] | None = None) -> int:
             from jaxlm import loop
 
             return loop.run(config, origins, started_s)
-    except KeyboardInterrupt:
-        print("interrupted before training; nothing is kept", file=sys.stderr)
-        return 130
     raise AssertionError("reported() exits on the errors it does not pass on")
 
 
