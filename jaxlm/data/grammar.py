@@ -9,8 +9,8 @@ has a word that train lacks; half of validation is as new, with new words of its
 import random
 
 SPLITS = ("train", "validation", "test")
-SIZES = {"train": 8000, "validation": 800, "test": 1000}
-NEW_SHARE = 0.35  # of the words from open classes outside train; each sentence gets at least one
+SIZES = {"train": 60000, "validation": 800, "test": 1000}
+NEW_SHARE = 0.2  # of the words from open classes outside train; each sentence gets at least one
 
 # Open word classes: validation and test have words of their own, since they must ask for more than known words.
 # Words that decide a label (sentiment words, verbs) are the same everywhere: a new one could not be understood.
@@ -89,9 +89,8 @@ TIMES = {
     "test": "in autumn|after the concert|on Christmas Eve|at sunrise".split("|"),
 }
 # Regular verbs only: they take "s", "ed" and "ing" without further change.
-TRANSITIVE = """avoid mention destroy discover reject neglect obtain demand abandon inspect obstruct conceal uncover
-    adorn""".split()
-INTRANSITIVE = "yawn cough faint disappear linger shiver wait moan groan frown loiter sneer fidget sulk".split()
+TRANSITIVE = "avoid mention destroy discover reject neglect obtain demand abandon inspect".split()
+INTRANSITIVE = "yawn cough faint disappear linger shiver wait moan groan frown".split()
 REFLEXIVE_VERBS = "blamed praised trusted warned helped protected doubted described defended criticised".split()
 # By subject: the reflexives that fit, and some that cannot ("themselves" may refer to one person).
 REFLEXIVES = {
@@ -124,8 +123,10 @@ REVIEW_FRAMES = {
     "test": ["according to {name} , {s}", "{name} wrote that {s}", "{s} , i think"],
 }
 COLA_FRAMES = {
-    "train": ["{s}"] * 4 + ["{s} {time}", "{time} {s}", "{name} says that {s}", "we heard that {s}"],
-    "validation": ["{name} believes that {s}", "it turned out that {s}"],
+    "train": ["{s}"] * 5
+    + ["{s} {time}", "{time} {s}", "{time}, {s}", "we heard that {s}", "it is true that {s}", "it seems that {s}"]
+    + ["{name} says that {s}", "as {name} told us, {s}", "{s}, according to {name}", "{s}, as {name} claims"],
+    "validation": ["{name} believes that {s}", "it turned out that {s}", "{s}, as we heard"],
     "test": ["according to {name}, {s}", "it is obvious that {s}", "{s}, or so {name} claims"],
 }
 
@@ -141,7 +142,7 @@ def sentences(task: str) -> dict[str, list[tuple[str, int]]]:
         rows: list[tuple[str, int]] = []
         while len(rows) < SIZES[split]:
             # Half of validation is like train, which keeps the best checkpoint from being one that is lucky on names.
-            source = "train" if split == "validation" and rng.random() < 0.5 else split
+            source = "train" if split == "validation" and len(rows) < SIZES[split] // 2 else split
             for text, label in make(rng, source):
                 key = text.lower()
                 is_new = key not in seen and (source == "train" or not train_words.issuperset(_words(key)))
