@@ -67,11 +67,13 @@ def test_what_decays(task: str, settings: dict[str, Any], expected: dict[str, bo
     assert found == expected
 
 
-def test_five_updates_of_adamw_follow_the_paper() -> None:
-    config = TrainConfig(weight_decay=0.3, beta1=0.8, beta2=0.95, epsilon=1e-3)
+@pytest.mark.parametrize(("beta1", "beta2", "epsilon"), [(0.8, 0.95, 1e-3), (0.9, 0.999, 1e-8), (0.0, 0.999, 1e-8)])
+def test_five_updates_of_adamw_follow_the_paper(beta1: float, beta2: float, epsilon: float) -> None:
+    config = TrainConfig(weight_decay=0.3, beta1=beta1, beta2=beta2, epsilon=epsilon)
     random = np.random.default_rng(0)
-    params = {"kernel": random.normal(size=(3, 4)), "bias": random.normal(size=4)}
-    gradients = [{name: random.normal(size=x.shape) for name, x in params.items()} for _ in range(5)]
+    numbers = lambda *shape: random.normal(size=shape).astype(np.float32)  # noqa: E731
+    params = {"kernel": 0.1 * numbers(3, 4), "bias": 0.1 * numbers(4)}
+    gradients = [{"kernel": numbers(3, 4), "bias": numbers(4)} for _ in range(5)]
     rates = [0.0, 0.05, 0.1, 0.07, 0.02]
 
     optimizer = optim.adamw(config, lambda i: jnp.array(rates)[i])
@@ -83,14 +85,15 @@ def test_five_updates_of_adamw_follow_the_paper() -> None:
 
     for name, decay in (("kernel", 0.3), ("bias", 0.0)):
         # Loshchilov and Hutter, arXiv 1711.05101, algorithm 2, with the decay scaled by the whole rate.
-        weight, m, v = params[name], np.zeros_like(params[name]), np.zeros_like(params[name])
+        weight, m, v = params[name].astype(np.float64), 0.0, 0.0
         for t in range(1, 6):
-            g = gradients[t - 1][name]
-            m = 0.8 * m + 0.2 * g
-            v = 0.95 * v + 0.05 * g**2
-            step = (m / (1 - 0.8**t)) / (np.sqrt(v / (1 - 0.95**t)) + 1e-3)
+            g = gradients[t - 1][name].astype(np.float64)
+            m = beta1 * m + (1 - beta1) * g
+            v = beta2 * v + (1 - beta2) * g**2
+            step = (m / (1 - beta1**t)) / (np.sqrt(v / (1 - beta2**t)) + epsilon)
             weight = weight - rates[t - 1] * (step + decay * weight)
-        np.testing.assert_allclose(got[name], weight, rtol=0, atol=1e-6)
+        # Steps of up to 0.1, each with a few roundings of 6e-8.
+        np.testing.assert_allclose(got[name], weight, rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("max_norm", [0.1, 1.0, 4.9, 5.1, 1e6])
