@@ -242,15 +242,16 @@ def interrupts(run_log: RunLog) -> Iterator[Callable[[], bool]]:
     sender.setblocking(False)
 
     def watch() -> None:
-        while number := receiver.recv(1):
-            if number[0] != signal.SIGINT:
-                continue
-            if seen.is_set():
-                run_log.console.show_cursor()  # which a progress bar hides
-                print("interrupted again: ended at once", file=sys.stderr, flush=True)
-                os._exit(130)
-            seen.set()
-            run_log.say("interrupted: saving a checkpoint after this update; Ctrl-C again ends at once")
+        with receiver:
+            while number := receiver.recv(1):
+                if number[0] != signal.SIGINT:
+                    continue
+                if seen.is_set():
+                    run_log.console.show_cursor()  # which a progress bar hides
+                    print("interrupted again: ended at once", file=sys.stderr, flush=True)
+                    os._exit(130)
+                seen.set()
+                run_log.say("interrupted: saving a checkpoint after this update; Ctrl-C again ends at once")
 
     threading.Thread(target=watch, daemon=True).start()
     handler_before = signal.signal(signal.SIGINT, lambda number, frame: None)

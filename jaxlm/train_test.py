@@ -181,7 +181,7 @@ def test_config_of_a_run_repeats_it_and_another_seed_does_not(runs: Any, launch:
 
 
 def test_the_best_checkpoint_is_tested_where_the_last_one_is_worse(launch: Any, tmp_path: Path) -> None:
-    args = f"{TINY} --train.learning-rate 10 --train.warmup-steps 6"
+    args = f"{TINY} --train.learning-rate 10 --train.warmup-steps 6 --train.decay-steps 12"
     longer = launch(f"{args} --train.max-steps 6 --run.dir longer", tmp_path, stdout=subprocess.PIPE, stderr=-1)
     stdout, _ = finished(longer)
     finished(launch(f"{args} --train.max-steps 3 --run.dir shorter", tmp_path, stdout=subprocess.PIPE, stderr=-1))
@@ -244,11 +244,12 @@ def test_ctrl_c_ends_an_evaluation_before_its_end(launch: Any, tmp_path: Path) -
 
 @pytest.mark.parametrize("begun", ["", "cwd/runs/*", "cache/tokens/*.tmp/*"], ids=["loading", "reading", "caching"])
 def test_ctrl_c_during_setup_leaves_nothing(begun: str, launch: Any, tmp_path: Path) -> None:
-    text = "\n".join(f"{i} birds sit on wire {i * 7919 % 1000}" for i in range(300_000))
+    text = "\n".join(f"{i} birds sit on wire {i * 7919 % 1000}" for i in range(100_000))
     (tmp_path / "birds.txt").write_text(text)
+    (tmp_path / "vocab.txt").write_text("\n".join(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "birds", "wire")))
     (tmp_path / "cwd").mkdir()
     process = launch(
-        f"{ENDLESS} --data.path ../birds.txt --data.cache-dir ../cache",
+        f"{ENDLESS} --data.path ../birds.txt --tokenizer.path ../vocab.txt --data.cache-dir ../cache",
         tmp_path / "cwd",
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -1,0 +1,173 @@
+"""The run folder, the clock of the speed, the files that a person puts there, and Ctrl-C in training."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from jaxlm import config as configs
+from jaxlm import run as runs
+from jaxlm.config import Config
+from jaxlm.errors import UserError
+from jaxlm.log import RunLog
+from jaxlm.tasks import TASKS
+
+
+def run_dir_config(path: Path | str) -> Config:
+    return configs.build({"run.dir": str(path)})
+
+
+def test_default_folders_count_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = [runs.make_run_dir(Config(task=task))[0] for task in ("mlm", "mlm", "gpt", "mlm")]
+    assert [path.name.rpartition("-")[2] for path in made] == ["1", "2", "1", "3"]
+    assert {path.parent for path in made} == {Path("runs")}
+    assert made[0].name.startswith("mlm-20") and made[2].name.startswith("gpt-20")
+    (tmp_path / made[1]).rmdir()
+    assert runs.make_run_dir(Config(task="mlm"))[0] == made[1]
+
+
+def test_what_was_made_for_a_run_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    path, made = runs.make_run_dir(run_dir_config(tmp_path / "a" / "b" / "c"))
+    (path / "config.toml").write_text("")
+    (path / "tensorboard").mkdir()
+    (path / "tensorboard" / "events").write_text("")
+    runs.remove_run_dir(path, made)
+    assert list(tmp_path.rglob("*")) == [tmp_path / "a"]
+
+
+def test_an_empty_folder_that_was_there_stays(tmp_path: Path) -> None:
+    path, made = runs.make_run_dir(run_dir_config(tmp_path))
+    (path / "config.toml").write_text("")
+    runs.remove_run_dir(path, made)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_with_another_run_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    first, second = runs.make_run_dir(Config()), runs.make_run_dir(Config())
+    runs.remove_run_dir(*first)
+    assert list(Path("runs").iterdir()) == [second[0]]
+    runs.remove_run_dir(*second)
+    assert Path("runs").is_dir()  # the second run did not make it
+
+
+@pytest.mark.parametrize("name", ["file", "file/run", "used"])
+def test_a_folder_that_cannot_be_had_is_a_user_error(name: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "log.txt").write_text("")
+    with pytest.raises(UserError, match=f"run.dir={tmp_path / name}: .* --run.dir|a new folder"):
+        runs.make_run_dir(run_dir_config(tmp_path / name))
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "log.txt", "used"]
+
+
+def a_run(tmp_path: Path, **train: Any) -> runs.Run:
+    """Return a run whose samples are told by number of tokens."""
+    config = configs.build({f"train.{name}": value for name, value in train.items()})
+    run_log = RunLog()
+    run_log.open(tmp_path, [])
+    data: Any = SimpleNamespace(samples={"train": SimpleNamespace(n_tokens=lambda batch: batch)})
+    return runs.Run(config, TASKS["gpt"](config), data, tmp_path, run_log, time.monotonic(), "train")
+
+
+def update(loss: float) -> dict[str, float]:
+    return {"loss": loss * 10, "count": 10, "rate": 0.5, "grad_norm": 2.0}
+
+
+def test_metrics_are_read_one_update_late_and_speed_leaves_out_pauses(tmp_path: Path) -> None:
+    run = a_run(tmp_path, log_interval=2, max_steps=4)
+    read: list[float] = []
+    shown: list[tuple[int, str]] = []
+
+    def device_get(metrics: dict[str, float]) -> dict[str, float]:
+        read.append(metrics["loss"] / 10)
+        return metrics
+
+    meter = runs.Meter(run, device_get, lambda step, text: shown.append((step, text)))
+    meter.add(1, update(7.0), 1000)
+    assert read == [7.0]  # the first is waited for
+    meter.add(2, update(6.0), 1000)
+    assert read == [7.0]
+    time.sleep(0.1)
+    with meter.paused():
+        time.sleep(0.5)
+    meter.add(3, update(5.0), 1000)
+    assert read == [7.0, 6.0]  # now that 3 is under way
+    meter.add(4, update(4.0), 1000)
+    meter.flush()
+    assert read == [7.0, 6.0, 4.0]
+    rows = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [row.partition(', "tokens')[0] for row in rows] == [
+        f'{{"step": {step}, "split": "train", "loss": {loss}, "rate": 0.5, "grad_norm": 2.0' + "}" * (step == 1)
+        for step, loss in ((1, 7.0), (2, 6.0), (4, 4.0))
+    ]
+    speed = float(rows[1].rpartition(" ")[2].rstrip("}"))
+    assert 1000 / 0.5 < speed <= 1000 / 0.1  # 1,000 tokens in a little over 0.1 s; 0.6 s with the pause
+    assert [step for step, _ in shown] == [1, 2, 2, 3, 4, 4]
+    assert [text.partition(" tokens")[0].split("  ")[:2] for _, text in shown if text] == [
+        [f"loss {loss:.4f}", "rate 5.00e-01"] for loss in (7, 6, 4)
+    ]
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_its_steps(tmp_path: Path) -> None:
+    run = a_run(tmp_path, log_interval=5)
+    meter = runs.Meter(run, lambda metrics: metrics, lambda step, text: None)
+    meter.add(1, update(7.0), 1)
+    for i in range(2, 6):
+        meter.add(i, update(float("nan")), 1)
+    with pytest.raises(UserError, match="train.learning_rate=0.001: the loss is nan at step 5, .* finite at step 1;"):
+        meter.flush()
+
+
+def test_files_are_looked_for_once_a_second_and_taken(tmp_path: Path) -> None:
+    watch = runs.FileWatch(tmp_path)
+    assert not watch.take("stop")
+    (tmp_path / "stop").touch()
+    assert not watch.take("stop")
+    time.sleep(runs.FILE_CHECK_S)
+    assert watch.take("stop")
+    assert not (tmp_path / "stop").exists()
+
+
+def test_first_ctrl_c_is_a_flag_and_later_ones_are_as_before(capsys: pytest.CaptureFixture[str]) -> None:
+    with runs.interrupts(RunLog()) as is_interrupted:
+        assert not is_interrupted()
+        os.kill(os.getpid(), signal.SIGINT)
+        deadline_s = time.monotonic() + 10
+        while not is_interrupted() and time.monotonic() < deadline_s:
+            time.sleep(0.01)
+        assert is_interrupted()
+    assert "Ctrl-C again ends at once" in capsys.readouterr().out
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(10)
+
+
+def test_second_ctrl_c_ends_the_process_in_the_middle_of_c_code(tmp_path: Path) -> None:
+    script = """
+import hashlib
+from jaxlm.log import RunLog
+from jaxlm.run import interrupts
+with interrupts(RunLog()):
+    print("begun", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # minutes, in one call
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "begun\n"
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    assert "Ctrl-C again ends at once" in process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert stderr == "interrupted again: ended at once\n"
