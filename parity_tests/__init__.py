@@ -1,6 +1,15 @@
-"""Proof that jaxlm computes what the original design computes. `cases/` holds what the original recorded.
+"""Proof that jaxlm, torchlm and the original design compute the same numbers.
 
-A case has `case.json` (settings; per update lr, loss, grad_norm before clipping) and `arrays.npz`: `init/NAME` and
-`final/NAME` weights under the original's names, `x`, `y` batches in order, `logits0`, `loss0` and `grad0/NAME` of
-batch 0 at the start values, and `eval_*` of the final weights on the last batch. Float32, dropout 0, on a CPU.
+    replay.py        `python -m parity_tests.replay CASE_DIR...`: recorded cases in both packages; start reading here
+    case.py          a recorded case: a folder of `cases/`, or another one of that form
+    plan.py          what both packages are to do: settings, start weights, batches
+    packages.py      jaxlm and torchlm behind one interface: NumPy in, NumPy out, torchlm's names
+    trajectory.py    all that a package computes of a plan, and rows of how far two of these are apart
+    tolerances.py    how far apart they may be, and why; rounding.py measures it
+    drift.py         float64, dropout and bfloat16 over many updates
+    inputs.py        long, padded and extreme inputs, and every optional setting of the model
+    references.py    PyTorch's own attention, layers and optimizer, NumPy, transformers, finite differences
+    original.py      the original once more, to record further cases
+
+Every check is a function that returns rows; tests assert that each row passes.
 """

@@ -1,0 +1,44 @@
+"""`python -m parity_tests.replay CASE_DIR...`: do in both packages what a case has recorded of the original.
+
+Prints a row for each quantity: how far it is from what was recorded where that is worst, and how far it may be.
+Exit status 1 if any is farther, 2 if a folder is no case. Without a folder, all of `parity_tests/cases`.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from jaxlm.errors import reported
+from parity_tests import case as cases
+from parity_tests import trajectory
+from parity_tests.case import Case
+from parity_tests.packages import PACKAGES
+from parity_tests.tolerances import FLOAT32
+from parity_tests.trajectory import Row
+
+
+def check(case: Case) -> list[Row]:
+    """Return how far both packages are from what was recorded."""
+    plan, recorded = case.plan(), case.trajectory()
+    rows = []
+    for package in PACKAGES:
+        rows += trajectory.compare(case.name, package.name, trajectory.run(package, plan), recorded, FLOAT32)
+    return rows
+
+
+def main(argv: list[str]) -> int:
+    """Replay the cases of a command line; return the exit status."""
+    parser = argparse.ArgumentParser("python -m parity_tests.replay", description="Replay recorded cases.")
+    parser.add_argument("case_dir", nargs="*", type=Path, help="folder of a case; default: all of parity_tests/cases")
+    args = parser.parse_args(argv)
+    with reported(debug=False):
+        loaded = [cases.load(folder) for folder in args.case_dir or sorted(cases.CASES.iterdir())]
+    rows = trajectory.worst(row for case in loaded for row in check(case))
+    print(trajectory.table(rows))
+    failed = sum(not row.passes for row in rows)
+    print(f"\n{failed} of {len(rows)} quantities FAIL" if failed else f"\nall {len(rows)} quantities pass")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
