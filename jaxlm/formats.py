@@ -1,0 +1,397 @@
+"""The four forms in which a training state lies in files, each with what reads and what writes it.
+
+    jaxlm run          folder with checkpoints/STEP by Orbax, and config.toml
+    checkpoint 1.2     file of torch.save, by torchlm or the original
+    state dict         file of torch.save, torchlm's weights and nothing else
+    safetensors        weights under torchlm's names; moments, where there are any, as optimizer.first_moment.NAME and
+                       optimizer.second_moment.NAME, with optimizer.step; all else as JSON in the metadata `jaxlm`
+
+Between two forms, arrays are NumPy's under torchlm's names (names.py). There are two counts: `step`, that of the run,
+drives the rate; `n_updates`, that of the moments, is what AdamW corrects their bias by.
+torch, jax and safetensors are imported where they are needed.
+"""
+
+import dataclasses
+import json
+import logging
+import math
+import pickle
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxlm import config as configs
+from jaxlm import names
+from jaxlm.config import Config
+from jaxlm.errors import UserError
+from jaxlm.names import Arrays, Shapes
+
+RUN, CHECKPOINT_1_2, STATE_DICT, SAFETENSORS = "jaxlm run", "checkpoint 1.2", "state dict", "safetensors"
+FIRST, SECOND, N_UPDATES = "optimizer.first_moment.", "optimizer.second_moment.", "optimizer.step"
+Moments = tuple[Arrays, Arrays]  # first and second
+
+# Settings by their names in the original's files, which have all of these.
+ORIGINAL_SETTINGS = {
+    "model": {"seq_len": "seq_len", "d_model": "d_model", "n_layers": "n_layers", "heads": "n_heads"},
+    "train": {
+        "max_iters": "max_steps",
+        "learning_rate": "learning_rate",
+        "min_learning_rate": "min_learning_rate",
+        "warmup_iters": "warmup_steps",
+        "lr_decay_iters": "decay_steps",
+        "weight_decay": "weight_decay",
+        "batch_size": "batch_size",
+    },
+}
+
+
+class Stored(NamedTuple):
+    """A file or folder as it is."""
+
+    form: str
+    path: Path
+    tree: Any  # all in it, under its own names: dicts and lists of arrays or tensors, and other values
+    weights: Arrays  # under torchlm's names; whether they fit a model is not checked
+    info: dict[str, Any]  # what it tells of itself, with the keys of `info` in jaxlm's checkpoints; {} for bare weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """A training state of no framework; arrays are float32, and in model order."""
+
+    config: Config
+    info: dict[
+        str, Any
+    ]  # step, task, rate, tokenizer, sample_iter, val_loss; original_config where it comes from there
+    weights: Arrays
+    moments: Moments | None  # None: zero, as before the first update
+    n_updates: int
+
+
+def moments(stored: Stored, shapes: Shapes) -> tuple[Moments | None, int]:
+    """Return the moments of AdamW, not checked, and how many updates they are of; None if there are none."""
+    if stored.form == RUN:
+        return _moments_of_run(stored.tree, stored.path)
+    if stored.form == CHECKPOINT_1_2:
+        return _moments_of_1_2(stored.tree["optimizer"], shapes, stored.path)
+    if N_UPDATES not in stored.tree:
+        return None, 0
+    return (_with_prefix(stored.tree, FIRST), _with_prefix(stored.tree, SECOND)), stored.tree[N_UPDATES].item()
+
+
+def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the name and the array of each array or tensor in a tree of dicts and lists."""
+    if isinstance(tree, np.ndarray | np.generic):
+        yield path, np.asarray(tree)
+    elif hasattr(tree, "detach"):  # a tensor, told without torch
+        yield path, _array(tree)
+    elif isinstance(tree, Mapping | list):
+        for name, value in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
+            yield from leaves(value, f"{path}/{name}" if path else str(name))
+
+
+def reason(error: BaseException) -> str:
+    """Return the first line of what an error says."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def load_run(path: Path) -> Stored:
+    """Return what is in a jaxlm run's last checkpoint, or in the folder of one checkpoint."""
+    folder = _step_folder(path)
+    import jax
+    import orbax.checkpoint as ocp
+
+    from jaxlm.checkpoint import FORMAT
+
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells each of its steps otherwise
+    metrics = folder / "metrics" / "metrics"
+    state = folder.absolute() / "state"
+    try:
+        info = json.loads((folder / "info" / "metadata").read_text(encoding="utf-8"))
+        scores = json.loads(metrics.read_text(encoding="utf-8")) if metrics.exists() else None
+        _read_every_byte(state)
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            # As NumPy's arrays, whatever devices they were saved from.
+            kinds = jax.tree.map(
+                lambda _: ocp.RestoreArgs(restore_type=np.ndarray), checkpointer.metadata(state).item_metadata.tree
+            )
+            tree = checkpointer.restore(state, args=ocp.args.PyTreeRestore(restore_args=kinds))
+        weights = names.to_torch(tree["params"])
+    except Exception as error:  # Orbax raises whatever its parts do
+        raise UserError(f"{folder}: cannot be read as a checkpoint of jaxlm: {reason(error)}") from error
+    if info.get("format") != FORMAT:
+        raise UserError(f"{folder}: checkpoint of format {info.get('format')}, but only {FORMAT} can be read")
+    # A validation loss that a run's own checkpoint has is among its metrics.
+    return Stored(RUN, folder, tree, weights, {"val_loss": (scores or {}).get("validation_loss")} | info)
+
+
+def _read_every_byte(state: Path) -> None:
+    """Raise an error if Orbax's store cannot be read: Orbax, which reads in threads, prints tracebacks as well."""
+    import tensorstore
+
+    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": {"driver": "file", "path": f"{state}/"}}).result()
+    for key in store.list().result():
+        store.read(key).result()
+
+
+def _step_folder(path: Path) -> Path:
+    """Return the folder of one checkpoint: `path`, or the last one in it."""
+    if (path / "state").is_dir() and (path / "info").is_dir():
+        return path
+    for folder in (path / "checkpoints", path):
+        steps = [int(child.name) for child in folder.glob("*") if child.is_dir() and child.name.isdecimal()]
+        if steps:
+            return folder / str(max(steps))
+    files = sorted([*path.glob("*.pt"), *path.glob("checkpoints/*.pt")])
+    mend = f"; give a file of it, such as {files[0]}" if files else ""
+    raise UserError(f"{path}: a folder without a checkpoint of jaxlm{mend}")
+
+
+def _moments_of_run(tree: Any, path: Path) -> tuple[Moments, int]:
+    """Return the moments in Optax's state, which is a chain; all that it counts beside them must be the run's steps."""
+    adam, counts, parts = None, [], [tree["opt_state"]]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, list):
+            parts += part
+        elif isinstance(part, dict) and {"mu", "nu"} <= part.keys():
+            adam = part
+        elif isinstance(part, dict):
+            counts += [int(value) for name, value in part.items() if name == "count"]
+            parts += part.values()
+    step = int(tree["step"])
+    if adam is None:
+        raise UserError(f"{path}: its optimizer state has no moments of AdamW")
+    if any(count != step for count in counts):
+        raise UserError(f"{path}: its schedule has counted {counts[0]} updates, but its step is {step}")
+    return (names.to_torch(adam["mu"]), names.to_torch(adam["nu"])), int(adam["count"])
+
+
+def _write_run(path: Path, snapshot: Snapshot) -> None:
+    import jax
+    import optax
+
+    from jaxlm import optim, schedule
+    from jaxlm.checkpoint import Checkpoints
+    from jaxlm.step import TrainState
+
+    def fill(part: Any) -> Any:
+        if isinstance(part, optax.ScaleByAdamState):
+            return part._replace(count=np.int32(snapshot.n_updates), mu=first, nu=second)
+        return part._replace(count=step) if isinstance(part, optax.ScaleByScheduleState) else part
+
+    zeros = {name: np.zeros_like(array) for name, array in snapshot.weights.items()}
+    params, first, second = (names.to_jax(x) for x in (snapshot.weights, *(snapshot.moments or (zeros, zeros))))
+    step: Any = np.int32(snapshot.info["step"])  # Orbax takes NumPy's arrays as well as JAX's
+    train = snapshot.config.train
+    empty = jax.eval_shape(optim.adamw(train, schedule.learning_rate(train)).init, params)
+    counted = (optax.ScaleByAdamState, optax.ScaleByScheduleState)
+    opt_state = jax.tree.map(fill, empty, is_leaf=lambda part: isinstance(part, counted))
+    info = {name: value for name, value in snapshot.info.items() if name != "val_loss"}
+    path.mkdir()
+    with Checkpoints(path / "checkpoints") as checkpoints:
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what fails, and then raises it, too
+        checkpoints.save(
+            TrainState(step, params, opt_state),
+            {**info, "config": _settings(snapshot.config)},
+            snapshot.info["val_loss"],
+        )
+    (path / "config.toml").write_text(configs.dump(configs.replace(snapshot.config, "run.dir", "")), encoding="utf-8")
+
+
+def load_torch(path: Path) -> Stored:
+    """Return what is in a file of torch.save: a checkpoint 1.2 or a state dict."""
+    _need_torch(path)
+    import torch
+
+    damaged = None
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()  # torch.load does not look
+        with warnings.catch_warnings(action="ignore"):  # of pickles that others made
+            tree = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path}: refused: its pickle is damaged, or has more than tensors and plain values, which could run code"
+        ) from error
+    except Exception as error:  # a damaged file can fail anywhere
+        raise UserError(
+            f"{path}: cannot be read as a file of torch.save: {reason(error).partition('. ')[0]}"
+        ) from error
+    if damaged:
+        raise UserError(f"{path}: damaged: its part {damaged.partition('/')[2]} is not as it was written")
+    if not isinstance(tree, dict) or not tree:
+        raise UserError(f"{path}: neither a checkpoint 1.2 nor a state dict: it holds a {type(tree).__name__}")
+    if all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in tree.items()):
+        return Stored(STATE_DICT, path, tree, {name: _array(tensor) for name, tensor in tree.items()}, {})
+
+    from torchlm import checkpoint
+
+    tree = checkpoint.read(path)
+    try:
+        weights = {name: _array(tensor) for name, tensor in checkpoint.weights(tree).items()}
+        return Stored(CHECKPOINT_1_2, path, tree, weights, _info_of_1_2(tree, weights))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: not as a checkpoint 1.2 is: {type(error).__name__}: {reason(error)}") from error
+
+
+def _info_of_1_2(tree: dict[str, Any], weights: Arrays) -> dict[str, Any]:
+    config, task = tree["config"], tree["task_type"]
+    info = {
+        "format": tree["version"],
+        "step": int(tree["iter"]),
+        "task": task,
+        "rate": float(tree["lr"]),
+        "sample_iter": int(tree["sample_iter"]),
+        "val_loss": float(tree["val_loss"]) if math.isfinite(tree["val_loss"]) else None,
+    }
+    if "torchlm" in config:
+        settings = dict(config["torchlm"])
+        return info | {"tokenizer": settings.pop("tokenizer"), "config": settings}
+    settings = {
+        f"{section}.{ours}": config[section][theirs]
+        for section, words in ORIGINAL_SETTINGS.items()
+        for theirs, ours in words.items()
+    }
+    # The rest of what jaxlm has as settings is seen in the optimizer and the weights.
+    group = tree["optimizer"]["param_groups"][0]
+    settings |= {"train.beta1": group["betas"][0], "train.beta2": group["betas"][1], "train.epsilon": group["eps"]}
+    settings |= {"task": task, "model.vocab_size": len(weights["base.embedding.token.weight"])}
+    if task not in ("mlm", "gpt") and "head.linear.bias" in weights:
+        n_outputs = len(weights["head.linear.bias"])
+        is_slip = n_outputs == settings["model.vocab_size"]
+        settings |= {"model.head_outputs": "vocabulary"} if is_slip else {"data.n_labels": n_outputs}
+    return info | {"tokenizer": None, "config": settings, "original_config": config}
+
+
+def _moments_of_1_2(optimizer: dict[str, Any], shapes: Shapes, path: Path) -> tuple[Moments | None, int]:
+    """Return the moments in the state dict of torch.optim.AdamW, which numbers tensors group by group."""
+    state, groups = optimizer["state"], names.decay_groups(shapes)
+    if not state:
+        return None, 0
+    numbers = [group["params"] for group in optimizer["param_groups"]]
+    sizes, wanted = [len(group) for group in numbers], [len(group) for group in groups]
+    if sizes != wanted:
+        raise UserError(f"{path}: its optimizer has groups of {sizes} tensors, but the model {wanted}, decayed first")
+    entries = {name: state.get(i, {}) for name, i in zip(sum(groups, []), sum(numbers, []), strict=True)}
+    keys = ["exp_avg", "exp_avg_sq", "step"]
+    for name, entry in entries.items():
+        if sorted(entry) != keys:
+            raise UserError(f"{path}: its optimizer has {sorted(entry)} for {name}, but AdamW has {keys}")
+    counts = {int(entry["step"]) for entry in entries.values()}
+    if len(counts) > 1:
+        raise UserError(f"{path}: its optimizer has counted {sorted(counts)} updates; only one count can be kept")
+    first, second = ({name: _array(entry[key]) for name, entry in entries.items()} for key in keys[:2])
+    return (first, second), counts.pop()
+
+
+def _write_1_2(path: Path, snapshot: Snapshot) -> None:
+    _need_torch(path)
+    import torch
+
+    from torchlm import checkpoint, optim
+    from torchlm.step import TrainState
+    from torchlm.tasks import TASKS
+
+    config, info = snapshot.config, snapshot.info
+    if config.task not in TASKS:
+        raise UserError(f"task={config.task}: torchlm does not have it; it has {', '.join(TASKS)}")
+    model = TASKS[config.task](config).build_model(torch.Generator())
+    model.load_state_dict(_tensors(snapshot.weights))
+    optimizer = optim.adamw(config.train, model)
+    state = optimizer.state_dict()
+    for group in state["param_groups"]:
+        group["lr"] = info["rate"]
+    if snapshot.moments is not None:
+        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        first, second = (_tensors(moments) for moments in snapshot.moments)
+        state["state"] = {
+            i: {"step": torch.tensor(float(snapshot.n_updates)), "exp_avg": first[name], "exp_avg_sq": second[name]}
+            for i, name in enumerate(sum(names.decay_groups(shapes), []))
+        }
+    optimizer.load_state_dict(state)
+    loss = math.inf if info["val_loss"] is None else info["val_loss"]
+    content = checkpoint.content(
+        TrainState(info["step"], model, optimizer), {**info, "config": _settings(config)}, loss
+    )
+    content["sample_iter"] = info["sample_iter"]
+    content["config"] = info.get("original_config", content["config"])
+    checkpoint.write(path, content)
+
+
+def _write_state_dict(path: Path, snapshot: Snapshot) -> None:
+    _need_torch(path)
+    import torch
+
+    torch.save(_tensors(snapshot.weights), path)
+
+
+def load_safetensors(path: Path) -> Stored:
+    """Return what is in a file of safetensors; without the metadata `jaxlm`, it is one of bare weights."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as file:
+            tree = {name: file.get_tensor(name) for name in file.keys()}
+            info = json.loads((file.metadata() or {}).get("jaxlm", "{}"))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read as safetensors: {reason(error)}") from error
+    weights = {name: array for name, array in tree.items() if not name.startswith("optimizer.")}
+    return Stored(SAFETENSORS, path, tree, weights, info)
+
+
+def _write_safetensors(path: Path, snapshot: Snapshot) -> None:
+    from safetensors.numpy import save
+
+    tensors = dict(snapshot.weights)
+    if snapshot.moments is not None:
+        for prefix, arrays in zip((FIRST, SECOND), snapshot.moments, strict=True):
+            tensors |= {prefix + name: array for name, array in arrays.items()}
+        tensors[N_UPDATES] = np.array(snapshot.n_updates)
+    info = {"format": 1, **snapshot.info, "config": _settings(snapshot.config)}
+    path.write_bytes(save(tensors, {"jaxlm": json.dumps(info, sort_keys=True)}))
+
+
+WRITERS: dict[str, Callable[[Path, Snapshot], None]] = {
+    RUN: _write_run,
+    CHECKPOINT_1_2: _write_1_2,
+    STATE_DICT: _write_state_dict,
+    SAFETENSORS: _write_safetensors,
+}
+
+
+def _need_torch(path: Path) -> None:
+    try:
+        import torch  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"{path}: needs PyTorch, which is not installed: pip install 'jaxlm[torch]'") from error
+
+
+def _array(tensor: Any) -> np.ndarray:
+    import torch
+
+    tensor = tensor.detach().contiguous()
+    if tensor.dtype == torch.bfloat16:  # which NumPy has only from JAX's types
+        import ml_dtypes
+
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def _tensors(arrays: Arrays) -> dict[str, Any]:
+    import torch
+
+    return {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
+
+
+def _with_prefix(tree: Mapping[str, np.ndarray], prefix: str) -> Arrays:
+    return {name.removeprefix(prefix): array for name, array in tree.items() if name.startswith(prefix)}
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    return {name: configs.get(config, name) for name in configs.SETTINGS}
