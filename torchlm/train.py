@@ -21,6 +21,8 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"torchlm: task {config.task}; loading PyTorch", flush=True)
         with reported(config.debug):
+            # Threads that spin while they wait starve each other beside other programs: a fifth of the speed or less.
+            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
             try:
                 import torch  # noqa: F401
             except ImportError as error:
