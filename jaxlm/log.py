@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import io
 import json
 import math
 import sys
@@ -51,7 +52,10 @@ class WeightsAndBiases:
     def __init__(self, project: str, run_dir: Path, settings: dict[str, Any]):
         import wandb
 
-        self.run = wandb.init(project=project, name=run_dir.name, dir=str(run_dir), config=settings)
+        try:
+            self.run = wandb.init(project=project, name=run_dir.name, dir=str(run_dir), config=settings)
+        except wandb.errors.Error as error:  # no account, no network
+            raise UserError(f"log.wandb={project}: {error}; or set WANDB_MODE=offline") from error
         # An axis of our own, because wandb's drops the test scores, which come last and belong to an earlier step.
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
@@ -67,6 +71,8 @@ class RunLog:
     """The terminal and the files of one run: log.txt, metrics.jsonl, samples.txt."""
 
     def __init__(self) -> None:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # a sample may have what the terminal cannot show
         self.console = Console(**PLAIN)
         self.loggers: list[Logger] = []
         self.run_dir: Path | None = None

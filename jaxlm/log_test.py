@@ -28,6 +28,7 @@ from jaxlm.log import RunLog
 log = RunLog()
 log.open(Path(sys.argv[1]), [])
 log.say("text with [bold]brackets[/bold] and :smile:")
+log.say("caf\\u00e9")
 with log.training_bar(100) as show:
     for step in (1, 50, 100):
         show(step, f"loss {1 / step:.4f}  rate 1.00e-03  12,345 tokens/s")
@@ -74,6 +75,11 @@ def test_a_pipe_gets_plain_lines(tmp_path: Path) -> None:
     assert not any(line.startswith("step 50") for line in lines)  # sooner than a line is due
 
 
+def test_what_the_encoding_lacks_is_printed_as_an_escape(tmp_path: Path) -> None:
+    assert r"caf\xe9" in printed(tmp_path, is_terminal=False, PYTHONIOENCODING="ascii").splitlines()
+    assert "café" in (tmp_path / "log.txt").read_text(encoding="utf-8")
+
+
 def test_a_terminal_gets_a_bar_with_colors(tmp_path: Path) -> None:
     output = printed(tmp_path, is_terminal=True)
     assert re.search(r"\x1b\[[0-9;]*3[0-9][0-9;]*m", output)
@@ -100,7 +106,7 @@ def test_a_dumb_terminal_gets_plain_lines(tmp_path: Path) -> None:
 def test_the_log_file_has_what_is_printed_without_control_codes(tmp_path: Path) -> None:
     printed(tmp_path, is_terminal=True, FORCE_COLOR="1")
     lines = (tmp_path / "log.txt").read_text().splitlines()
-    assert lines == ["text with [bold]brackets[/bold] and :smile:", "warning: something is odd", "the end"]
+    assert lines == ["text with [bold]brackets[/bold] and :smile:", "café", "warning: something is odd", "the end"]
 
 
 class Kept:
