@@ -55,6 +55,8 @@ def write(path: Path, snapshot: Snapshot, form: str) -> None:
         raise UserError(f"{path}: is there already; give a new name, or remove it")
     if not path.absolute().parent.is_dir():
         raise UserError(f"{path}: the folder {path.absolute().parent} does not exist; make it first")
+    if form in (CHECKPOINT_1_2, STATE_DICT):
+        formats.need_torch(path)
     n_bytes = sum(array.nbytes for array in snapshot.weights.values()) * (1 if snapshot.moments is None else 3)
     n_free = shutil.disk_usage(path.absolute().parent).free
     if n_free < n_bytes:

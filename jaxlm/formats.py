@@ -99,6 +99,14 @@ def reason(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def need_torch(path: Path) -> None:
+    """Raise UserError if PyTorch, without which `path` cannot be read or written, is not installed."""
+    try:
+        import torch  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"{path}: needs PyTorch, which is not installed: pip install 'jaxlm[torch]'") from error
+
+
 def load_run(path: Path) -> Stored:
     """Return what is in a jaxlm run's last checkpoint, or in the folder of one checkpoint."""
     folder = _step_folder(path)
@@ -205,7 +213,7 @@ def _write_run(path: Path, snapshot: Snapshot) -> None:
 
 def load_torch(path: Path) -> Stored:
     """Return what is in a file of torch.save: a checkpoint 1.2 or a state dict."""
-    _need_torch(path)
+    need_torch(path)
     import torch
 
     damaged = None
@@ -291,7 +299,6 @@ def _moments_of_1_2(optimizer: dict[str, Any], shapes: Shapes, path: Path) -> tu
 
 
 def _write_1_2(path: Path, snapshot: Snapshot) -> None:
-    _need_torch(path)
     import torch
 
     from torchlm import checkpoint, optim
@@ -325,7 +332,6 @@ def _write_1_2(path: Path, snapshot: Snapshot) -> None:
 
 
 def _write_state_dict(path: Path, snapshot: Snapshot) -> None:
-    _need_torch(path)
     import torch
 
     torch.save(_tensors(snapshot.weights), path)
@@ -363,13 +369,6 @@ WRITERS: dict[str, Callable[[Path, Snapshot], None]] = {
     STATE_DICT: _write_state_dict,
     SAFETENSORS: _write_safetensors,
 }
-
-
-def _need_torch(path: Path) -> None:
-    try:
-        import torch  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"{path}: needs PyTorch, which is not installed: pip install 'jaxlm[torch]'") from error
 
 
 def _array(tensor: Any) -> np.ndarray:
