@@ -14,17 +14,19 @@ def python_reference(config: DataConfig) -> Source:
     from pydoc_data.topics import topics
 
     texts = [text for _, text in sorted(topics.items())]
-    sizes = {text: len(text.encode()) for text in texts}
-    total = sum(sizes.values())
-    # A few articles are a tenth of all: each part takes, in the order of the hash, those that fit into its share.
-    order = sorted(sizes, key=lambda text: hash_of(text, config.split_seed))
-    splits = dict.fromkeys(order, "train")
+    total = sum(_n_bytes(text) for text in texts)
+    # Some articles quote whole paragraphs of others: they go to the same part. And a few are a tenth of all: each part
+    # takes, in the order of a hash, groups that fit into its share, none above a quarter of it, so that no single one
+    # makes the score.
+    groups = sorted(_groups(texts), key=lambda group: hash_of(group[0], config.split_seed))
+    splits = dict.fromkeys(texts, "train")
     for split, share in (("test", config.test_fraction), ("validation", config.validation_fraction)):
         room = share * total
-        for text in order:
-            if splits[text] == "train" and sizes[text] <= room:
-                splits[text] = split
-                room -= sizes[text]
+        for group in groups:
+            size = sum(_n_bytes(text) for text in group)
+            if splits[group[0]] == "train" and size <= min(room, share * total / 4):
+                splits |= dict.fromkeys(group, split)
+                room -= size
 
     def articles() -> Iterator[Article]:
         for text in texts:
@@ -33,6 +35,23 @@ def python_reference(config: DataConfig) -> Source:
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     description = f"the language reference inside Python {version} ({len(topics)} articles, {total / 1e6:.1f} MB)"
     return _source(description, articles, total)
+
+
+def _n_bytes(text: str) -> int:
+    return len(text.encode())
+
+
+def _groups(texts: list[str]) -> list[list[str]]:
+    """Return the texts in groups: those that share a paragraph of more than 100 characters, or are equal, together."""
+    group_of: dict[str, list[str]] = {}  # by paragraph
+    for text in dict.fromkeys(texts):
+        paragraphs = [part for part in (text, *text.split("\n\n")) if part == text or len(part) > 100]
+        group = [text]
+        for other in {id(group_of[part]): group_of[part] for part in paragraphs if part in group_of}.values():
+            group += other
+        group_of |= dict.fromkeys((part for part in group_of if group_of[part][0] in group), group)
+        group_of |= dict.fromkeys(paragraphs, group)
+    return list({id(group): group for group in group_of.values()}.values())
 
 
 def sentences(task: str) -> Source:

@@ -1,5 +1,6 @@
 """The embedded data: article boundaries, parts of the asked size that share nothing, the same in every process."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -80,3 +81,13 @@ def test_embedded_data_is_the_same_in_every_process():
     out = run("1")
     assert len(out.splitlines()) == 3 and out.endswith("[]\n")
     assert run("2") == out
+
+
+def test_parts_of_the_reference_share_no_paragraph():
+    parts = by_split(embedded.python_reference(DataConfig()))
+    paragraphs = [
+        {part for text in texts for part in (text, *text.split("\n\n")) if len(part) > 100} for texts in parts.values()
+    ]
+    assert all(paragraphs)
+    for one, other in itertools.combinations(paragraphs, 2):
+        assert not one & other
