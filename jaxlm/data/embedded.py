@@ -16,17 +16,18 @@ def python_reference(config: DataConfig) -> Source:
     texts = [text for _, text in sorted(topics.items())]
     total = sum(_n_bytes(text) for text in texts)
     # Some articles quote whole paragraphs of others: they go to the same part. And a few are a tenth of all: each part
-    # takes, in the order of a hash, groups that fit into its share, none above a quarter of it, so that no single one
-    # makes the score.
+    # takes, in the order of a hash, groups that fit into its share; those above a quarter of it only if the others do
+    # not fill it, so that no single one makes the score.
     groups = sorted(_groups(texts), key=lambda group: hash_of(group[0], config.split_seed))
     splits = dict.fromkeys(texts, "train")
     for split, share in (("test", config.test_fraction), ("validation", config.validation_fraction)):
         room = share * total
-        for group in groups:
-            size = sum(_n_bytes(text) for text in group)
-            if splits[group[0]] == "train" and size <= min(room, share * total / 4):
-                splits |= dict.fromkeys(group, split)
-                room -= size
+        for most in (room / 4, room):
+            for group in groups:
+                size = sum(_n_bytes(text) for text in group)
+                if splits[group[0]] == "train" and size <= min(room, most):
+                    splits |= dict.fromkeys(group, split)
+                    room -= size
 
     def articles() -> Iterator[Article]:
         for text in texts:
