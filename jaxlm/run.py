@@ -67,6 +67,8 @@ def started(
             _remove(path)
         run_log.console.show_cursor()  # which a progress bar hides
 
+    if config.task not in tasks:
+        raise UserError(f"task={config.task}: {program} has no such task; it has {', '.join(tasks)}")
     run_log = RunLog()
     log.check_loggers(config)
     run_dir, made = make_run_dir(config)

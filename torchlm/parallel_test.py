@@ -57,7 +57,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     variables = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
     run = subprocess.run(
-        [*torchrun, "program.py", "."], cwd=folder, env=variables, capture_output=True, text=True, timeout=120
+        [*torchrun, "program.py", "."], cwd=folder, env=variables, capture_output=True, text=True, timeout=300
     )
     assert run.returncode == 0, run.stderr
     assert [line for line in run.stdout.splitlines() if "printed" in line] == ["printed by 0"]

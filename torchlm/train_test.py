@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from jaxlm.data import grammar
-from torchlm import checkpoint, train
+from torchlm import checkpoint, tasks, train
 
 Launch = Callable[..., subprocess.Popen]
 TINY = (
@@ -85,7 +85,7 @@ def test_two_processes_train_as_one(launch: Launch, texts: Path, labelled: Path,
     settings = f"{TINY} {data_of('mlm', texts, labelled)} --model.dropout 0 --train.accumulate 2 --train.max-steps 12"
     assert train.main(f"{settings} --run.dir {tmp_path}/run1".split()) == 0
     process = launch(f"{settings} --run.dir run2", tmp_path, 2, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     assert output.count("loading PyTorch") == output.count("run     ") == output.count("Everything is in") == 1
     assert f"device  2 x {'cuda' if torch.cuda.is_available() else 'cpu'}" in output
@@ -99,7 +99,7 @@ def test_two_processes_train_as_one(launch: Launch, texts: Path, labelled: Path,
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
-    until = time.monotonic() + 60
+    until = time.monotonic() + 300
     while not condition():
         assert process.poll() is None and time.monotonic() < until
         time.sleep(0.05)
@@ -113,7 +113,7 @@ def test_files_and_ctrl_c_save_and_end_a_run(launch: Launch, texts: Path, labell
     (run_dir / "save_checkpoint").touch()
     wait_for(lambda: (run_dir / "checkpoints").exists() and any((run_dir / "checkpoints").glob("*.pt")), process)
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 130
     assert "gpt interrupted after" in output
     (path,) = (run_dir / "checkpoints").iterdir()
@@ -156,6 +156,18 @@ def test_bad_input_is_one_line_and_status_2(
     assert end.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_task_that_only_jaxlm_has_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(tasks.TASKS, "cola")
+    with pytest.raises(SystemExit) as end:
+        train.main(["--task", "cola"])
+    assert end.value.code == 2
+    assert "task=cola: python -m torchlm.train has no such task; it has mlm, gpt, sst2" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
