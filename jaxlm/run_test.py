@@ -83,7 +83,7 @@ def update(loss: float) -> dict[str, float]:
 
 
 def test_metrics_are_read_one_update_late_and_speed_leaves_out_pauses(tmp_path: Path) -> None:
-    run = a_run(tmp_path, log_interval=2, max_steps=4)
+    run = a_run(tmp_path, log_interval=2, max_steps=5)
     read: list[float] = []
     shown: list[tuple[int, str]] = []
 
@@ -102,18 +102,19 @@ def test_metrics_are_read_one_update_late_and_speed_leaves_out_pauses(tmp_path: 
     meter.add(3, update(5.0), 1000)
     assert read == [7.0, 6.0]  # now that 3 is under way
     meter.add(4, update(4.0), 1000)
+    meter.add(5, update(3.0), 1000)
     meter.flush()
-    assert read == [7.0, 6.0, 4.0]
+    assert read == [7.0, 6.0, 4.0, 3.0]  # every second, and the last
     rows = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [row.partition(', "tokens')[0] for row in rows] == [
         f'{{"step": {step}, "split": "train", "loss": {loss}, "rate": 0.5, "grad_norm": 2.0' + "}" * (step == 1)
-        for step, loss in ((1, 7.0), (2, 6.0), (4, 4.0))
+        for step, loss in ((1, 7.0), (2, 6.0), (4, 4.0), (5, 3.0))
     ]
     speed = float(rows[1].rpartition(" ")[2].rstrip("}"))
     assert 1000 / 0.5 < speed <= 1000 / 0.1  # 1,000 tokens in a little over 0.1 s; 0.6 s with the pause
-    assert [step for step, _ in shown] == [1, 2, 2, 3, 4, 4]
+    assert [step for step, _ in shown] == [1, 2, 2, 3, 4, 4, 5, 5]
     assert [text.partition(" tokens")[0].split("  ")[:2] for _, text in shown if text] == [
-        [f"loss {loss:.4f}", "rate 5.00e-01"] for loss in (7, 6, 4)
+        [f"loss {loss:.4f}", "rate 5.00e-01"] for loss in (7, 6, 4, 3)
     ]
 
 
