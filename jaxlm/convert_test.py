@@ -1,5 +1,6 @@
 """Conversion against the recorded original, both trainers' own checkpoints, and every way and back bit for bit."""
 
+import dataclasses
 import json
 import os
 import pickle
@@ -25,6 +26,7 @@ from jaxlm import run as runs
 from jaxlm import tasks as jax_tasks
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.config import Config
+from jaxlm.errors import UserError
 from jaxlm.formats import CHECKPOINT_1_2, RUN, SAFETENSORS, STATE_DICT, Snapshot
 from torchlm import checkpoint as torch_checkpoint
 from torchlm import loop as torch_loop
@@ -393,6 +395,16 @@ def test_the_last_checkpoint_of_a_run_is_taken_unless_another_is_named(tmp_path:
     (tmp_path / "9" / "checkpoints" / "9").rename(run / "9")
     taken = [convert.read(path).info["step"] for path in (tmp_path / "10", run, run / "9")]
     assert taken == [10, 10, 9]
+
+
+def test_a_schedule_that_counts_otherwise_than_the_run_is_refused(tmp_path: Path) -> None:
+    snapshot = snapshot_of(config_of("gpt"))
+    convert.write(tmp_path / "run", snapshot, RUN)
+    state = dataclasses.replace(restored(tmp_path / "run", snapshot.config), step=jax.numpy.int32(9))
+    with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
+        checkpoints.save(state, {**snapshot.info, "config": runs.settings(snapshot.config)})
+    with pytest.raises(UserError, match="run/checkpoints/9: its schedule has counted 7 updates, but its step is 9"):
+        convert.read(tmp_path / "run")
 
 
 def test_safetensors_have_weights_moments_and_settings_where_they_should_be(folder: Path) -> None:
