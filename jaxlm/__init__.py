@@ -8,6 +8,8 @@
     config.py       every setting, with its default, range and unit
     schedule.py, optim.py, parallel.py, checkpoint.py, generate.py
     train.py, run.py, log.py, metrics.py, errors.py (no framework in them)
+    convert.py      the command that turns checkpoints into those of torchlm, the original, or safetensors, and back;
+                    formats.py reads and writes them, names.py has the rules for names and layouts
 
 Array names end in their shape, in these letters:
     B batch, T positions, D d_model, H heads, K head size, F feed-forward, V vocabulary, L layers,
