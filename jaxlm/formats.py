@@ -34,20 +34,6 @@ RUN, CHECKPOINT_1_2, STATE_DICT, SAFETENSORS = "jaxlm run", "checkpoint 1.2", "s
 FIRST, SECOND, N_UPDATES = "optimizer.first_moment.", "optimizer.second_moment.", "optimizer.step"
 Moments = tuple[Arrays, Arrays]  # first and second
 
-# Settings by their names in the original's files, which have all of these.
-ORIGINAL_SETTINGS = {
-    "model": {"seq_len": "seq_len", "d_model": "d_model", "n_layers": "n_layers", "heads": "n_heads"},
-    "train": {
-        "max_iters": "max_steps",
-        "learning_rate": "learning_rate",
-        "min_learning_rate": "min_learning_rate",
-        "warmup_iters": "warmup_steps",
-        "lr_decay_iters": "decay_steps",
-        "weight_decay": "weight_decay",
-        "batch_size": "batch_size",
-    },
-}
-
 
 class Stored(NamedTuple):
     """A file or folder as it is."""
@@ -263,7 +249,7 @@ def _info_of_1_2(tree: dict[str, Any], weights: Arrays) -> dict[str, Any]:
         return info | {"tokenizer": settings.pop("tokenizer"), "config": settings}
     settings = {
         f"{section}.{ours}": config[section][theirs]
-        for section, words in ORIGINAL_SETTINGS.items()
+        for section, words in names.ORIGINAL_SETTINGS.items()
         for theirs, ours in words.items()
     }
     # The rest of what jaxlm has as settings is seen in the optimizer and the weights.

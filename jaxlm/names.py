@@ -19,6 +19,20 @@ from jaxlm.errors import UserError
 Arrays = dict[str, np.ndarray]
 Shapes = dict[str, tuple[int, ...]]
 
+# Settings by their names in the original's files, which have all of these.
+ORIGINAL_SETTINGS = {
+    "model": {"seq_len": "seq_len", "d_model": "d_model", "n_layers": "n_layers", "heads": "n_heads"},
+    "train": {
+        "max_iters": "max_steps",
+        "learning_rate": "learning_rate",
+        "min_learning_rate": "min_learning_rate",
+        "warmup_iters": "warmup_steps",
+        "lr_decay_iters": "decay_steps",
+        "weight_decay": "weight_decay",
+        "batch_size": "batch_size",
+    },
+}
+
 # The original's words for modules that torchlm calls otherwise.
 _WORDS = {"blocks": "encoder_blocks", "attention": "self_multihead", "layernorm": "normlayer"}
 _HEADS = {"mlm": "mask_lm", "gpt": "gen_lm", "sst2": "classifier_model", "cola": "classifier_model"}

@@ -153,18 +153,10 @@ def _buffers(model: Any) -> dict[str, Tensor]:
 
 def _original_settings(task: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Return the settings that the original knows, under its names."""
-    model = {"seq_len": "seq_len", "d_model": "d_model", "n_layers": "n_layers", "heads": "n_heads"}
-    train = {
-        "max_iters": "max_steps",
-        "learning_rate": "learning_rate",
-        "min_learning_rate": "min_learning_rate",
-        "warmup_iters": "warmup_steps",
-        "lr_decay_iters": "decay_steps",
-        "weight_decay": "weight_decay",
-        "batch_size": "batch_size",
-    }
+    words = names.ORIGINAL_SETTINGS
     decay_steps = settings["train.decay_steps"] or settings["train.max_steps"]
     return {
-        "model": {"task_type": task} | {name: settings[f"model.{ours}"] for name, ours in model.items()},
-        "train": {name: settings[f"train.{ours}"] for name, ours in train.items()} | {"lr_decay_iters": decay_steps},
+        "model": {"task_type": task} | {name: settings[f"model.{ours}"] for name, ours in words["model"].items()},
+        "train": {name: settings[f"train.{ours}"] for name, ours in words["train"].items()}
+        | {"lr_decay_iters": decay_steps},
     }
