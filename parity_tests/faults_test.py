@@ -1,0 +1,80 @@
+"""Planted faults are caught, by checks that pass without them; and what is planted is gone afterwards."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxlm import model as jax_model
+from parity_tests import faults
+from parity_tests.faults import CHECKS, FAULTS, Fault
+from parity_tests.packages import PACKAGES
+from torchlm import model as torch_model
+
+SAMPLE = [
+    ("mask on queries", "jaxlm"),
+    ("mean over all positions", "jaxlm"),
+    ("epsilon inside the root", "jaxlm"),
+    ("future off by one", "torchlm"),
+    ("gradients kept", "torchlm"),
+    ("re-warmup from zero", "torchlm"),
+    ("head of Xavier", "torchlm"),
+    ("masks shared between layers", "torchlm"),
+]
+
+
+def of_sample() -> list[Fault]:
+    return [fault for fault in FAULTS if (fault.name, fault.package) in SAMPLE]
+
+
+def test_a_sample_of_faults_is_caught() -> None:
+    found = of_sample()
+    assert len(found) == len(SAMPLE)
+    assert {fault.name: faults.catch(fault).caught_by for fault in found} == {f.name: f.check for f in found}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_the_checks_of_the_sample_pass_without_a_fault(package: faults.Package) -> None:
+    assert not faults.sound(package, sorted({fault.check for fault in of_sample() if fault.package == package.name}))
+
+
+def test_there_are_forty_faults_in_each_package() -> None:
+    names = [(fault.name, fault.package) for fault in FAULTS]
+    assert len(set(names)) == len(names)
+    for package in PACKAGES:
+        assert sum(name == package.name for _, name in names) >= 40
+
+
+@pytest.mark.parametrize("module", [jax_model, torch_model])
+def test_a_fault_is_gone_when_its_context_ends(module: object) -> None:
+    table = module.fixed_positions
+    before = table(5, 12)
+    with faults.edited(table, ("2 * column /", "column /")):
+        assert np.abs(table(5, 12) - before).max() > 0.01
+    np.testing.assert_array_equal(table(5, 12), before)
+
+
+def test_a_fault_that_changes_nothing_is_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    harmless = Fault("harmless", "nothing", "torchlm", "batch 0 of gpt", faults.replace(faults, "FAULTS", []))
+    caught = next(fault for fault in FAULTS if fault.name == "no scale" and fault.package == "torchlm")
+    monkeypatch.setattr(faults, "FAULTS", [harmless, caught])
+    monkeypatch.setattr(faults, "CHECKS", {name: CHECKS[name] for name in ("batch 0 of gpt", "batch 0 of mlm")})
+    file = tmp_path / "faults.json"
+    assert faults.main(["--json", str(file)]) == 1
+    assert [row["caught_by"] for row in json.loads(file.read_text())] == ["", "batch 0 of mlm"]
+    assert faults.main(["--only", "scale"]) == 0
+
+
+@pytest.mark.slow
+def test_every_fault_is_caught() -> None:
+    with faults.operation_by_operation():
+        results = [faults.catch(fault) for fault in FAULTS]
+    assert not [result for result in results if not result.caught_by]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_check_passes_without_a_fault(package: faults.Package) -> None:
+    with faults.operation_by_operation():
+        assert not faults.sound(package, list(CHECKS))

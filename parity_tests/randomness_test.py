@@ -1,0 +1,21 @@
+"""Start values and dropout's seeds, in each package's own random numbers."""
+
+import pytest
+
+from parity_tests import randomness
+from parity_tests.trajectory import Row
+
+
+def failures(rows: list[Row]) -> list[Row]:
+    return [row for row in rows if not row.passes]
+
+
+@pytest.mark.parametrize(("task", "is_tied"), [("mlm", False), ("gpt", True), ("cola", False)])
+def test_start_values_have_the_original_distributions(task: str, is_tied: bool) -> None:
+    rows = randomness.start_values(task, is_tied)
+    assert {row.package for row in rows} == {"jaxlm", "torchlm"}
+    assert not failures(rows)
+
+
+def test_each_update_drops_others_and_a_run_anew_the_same() -> None:
+    assert not failures(randomness.masks_of_updates())
