@@ -25,7 +25,7 @@ from jaxlm.config import Config, Count, Positive, Rate, Share
 from jaxlm.errors import UserError
 from jaxlm.names import Arrays
 from parity_tests.plan import Batch, Plan, Resume
-from parity_tests.trajectory import Saved, Trajectory
+from parity_tests.trajectory import First, Saved, Trajectory
 from torchlm import checkpoint as checkpoints
 
 CASES = Path(__file__).parent / "cases"
@@ -120,9 +120,7 @@ class Case:
         return Trajectory(
             config=self.config,
             start=self.weights("init"),
-            logits=self.arrays["logits0"],
-            loss=float(self.arrays["loss0"]),
-            gradients=self.weights("grad0"),
+            first=First(self.arrays["logits0"], float(self.arrays["loss0"]), self.weights("grad0")),
             rates=np.array(self.recorded.lr),
             used_rates=np.array(self.recorded.lr),
             n_batches=np.array(self.recorded.micro),

@@ -55,7 +55,8 @@ def compare(a: Arrays, b: Arrays, names: Names | None = None) -> list[Row]:
             row = Row("A, B", "A", kind, math.inf, 0, f"{tensor or kind} has the shapes {shapes}")
         else:
             start = b.get(f"start/{tensor}", np.zeros(())) if kind == "weights" else np.zeros(())
-            difference, where = _difference(kind, tensor, np.float64(a[key]), np.float64(b[key]), start)
+            x, y = (z[key].astype(np.float64) for z in (a, b))
+            difference, where = _difference(kind, tensor, x, y, start)
             row = Row("A, B", "A", kind, difference, _bound(kind, tensor, a[key].ndim, start.ndim > 0, bounds), where)
         rows.append(row)
     return rows

@@ -149,13 +149,15 @@ def adamw_step(is_inside: bool = False, is_corrected: bool = True, is_swapped: b
             for x in group["params"]:
                 state = self.state[x]
                 first, second = (state.get(name, torch.zeros_like(x)) for name in _MOMENTS[:: -1 if is_swapped else 1])
-                n = state.get("step", torch.tensor(0.0)) + 1
+                n = int(state.get("step", 0)) + 1
                 first, second = beta1 * first + (1 - beta1) * x.grad, beta2 * second + (1 - beta2) * x.grad**2
                 size = second / (1 - beta2**n) if is_corrected else second
                 root = (size + epsilon).sqrt() if is_inside else size.sqrt() + epsilon
                 x.mul_(1 - rate * group["weight_decay"])
                 x.sub_(rate * (first / (1 - beta1**n) if is_corrected else first) / root)
-                state.update(zip(_MOMENTS[:: -1 if is_swapped else 1], (first, second), strict=True), step=n)
+                state.update(
+                    zip(_MOMENTS[:: -1 if is_swapped else 1], (first, second), strict=True), step=torch.tensor(float(n))
+                )
 
     return step
 
@@ -179,6 +181,11 @@ def all_of(name: str, package: type[Package]) -> list[Row]:
     with jax.disable_jit(False):  # many updates: compiling them pays
         run = trajectory.run(package, recorded(name).plan())
     return trajectory.compare(name, package.name, run, recorded(name).trajectory(), FLOAT32)
+
+
+def float64(task: str, n_updates: int) -> list[Row]:
+    """Return how far the packages are apart in float64; of so few updates, all may be clipped."""
+    return [row for row in drift.float64(task, n_updates) if row.quantity != "clipping on and off"]
 
 
 @functools.cache
@@ -216,7 +223,7 @@ CHECKS: dict[str, Callable[[type[Package]], list[Row]]] = {
     "masks of updates": of_one(randomness, randomness.masks_of_updates),
     "statistics of dropout": of_one(drift, drift.dropout_statistics),
     "dropout with the same masks": of_two(lambda: drift.dropout("gpt", n_updates=2)),
-    "gpt in float64": of_two(lambda: drift.float64("gpt", n_updates=3)),
+    "gpt in float64": of_two(lambda: float64("gpt", n_updates=3)),
     "rotary positions": of_two(lambda: inputs.option("gpt", "rotary positions", n_updates=1)),
     **{f"replay of {name}": functools.partial(all_of, name) for name in ("mlm_cycle", "gpt_resume", "cola")},
 }
@@ -611,11 +618,18 @@ def _optimizer() -> list[Fault]:
             edit(jax_optim.scale_by_adam, ("if beta else 1.0", "if False else 1.0")),
             replace(torch.optim.AdamW, "step", adamw_step(is_corrected=False)),
         ),
-        *both(
+        Fault(
             "moments swapped",
             "first and second moment are stored in each other's place",
+            "jaxlm",
             adamw,
             edit(jax_optim.scale_by_adam, ("(count, first, second)", "(count, second, first)")),
+        ),
+        Fault(
+            "moments swapped",
+            "first and second moment have each other's names",
+            "torchlm",
+            "replay of cola",
             replace(torch.optim.AdamW, "step", adamw_step(is_swapped=True)),
         ),
         *mirrored("beta2 of 0.99", "another beta2", adamw, "optim.adamw", ("config.beta2", "0.99")),

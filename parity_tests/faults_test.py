@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from jaxlm import model as jax_model
 from parity_tests import faults
@@ -53,6 +54,12 @@ def test_a_fault_is_gone_when_its_context_ends(module: object) -> None:
     with faults.edited(table, ("2 * column /", "column /")):
         assert np.abs(table(5, 12) - before).max() > 0.01
     np.testing.assert_array_equal(table(5, 12), before)
+
+
+def test_the_optimizer_that_carries_faults_has_none_of_its_own() -> None:
+    own = Fault("own step", "", "torchlm", "", faults.replace(torch.optim.AdamW, "step", faults.adamw_step()))
+    with own.plant():
+        assert not faults.sound(PACKAGES[1], ["AdamW of NumPy and PyTorch", "replay of cola"])
 
 
 def test_a_fault_that_changes_nothing_is_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,11 @@
-"""How far apart two computations of the same numbers may be, each bound once, with its reason."""
+"""How far apart two computations of the same numbers may be: each bound once, with its reason.
+
+The measure is what rounding does to one package: its float32 against its own float64, from the same weights
+(`python -m parity_tests.rounding`; the tests check that it still holds). Two packages round differently, so that they
+may be twice that far apart. Another size rounds otherwise: a sum of n products is off by about the root of n roundings
+of 6e-8, and the sums here have 24 to 128 of them (4,096 in the long inputs). Each bound is therefore 4 to 30 times the
+measure.
+"""
 
 from dataclasses import dataclass
 
@@ -13,42 +20,76 @@ class Tolerances:
     gradients_of_key_biases: float  # over the norm of all gradients
     rates: float  # relative
     used_rates: float  # over the highest rate
-    losses: float  # relative
-    grad_norms: float  # relative
+    losses: float  # of all updates, relative
+    grad_norms: float  # of all updates, relative
     moments: float  # norm of the difference over the norm of the tensor
     moments_of_key_biases: float  # over the norm of all
     weights: float  # norm of the difference over that of the tensor's whole movement
     key_biases: float  # largest difference over the sum of the rates
 
 
+# The worst of both packages and all recorded cases, 24 November 2026, jax 0.10.2, torch 2.13.0, on a CPU.
+ROUNDING = Tolerances(
+    logits=3.3e-7,
+    loss=1.3e-7,
+    gradients=7.5e-7,
+    gradients_of_key_biases=8.5e-10,
+    rates=0.0,
+    used_rates=1.2e-7,
+    losses=3.0e-7,
+    grad_norms=5.9e-7,
+    moments=7.4e-7,
+    moments_of_key_biases=1.1e-9,
+    weights=5.2e-5,
+    key_biases=2.1e-2,
+)
+
 FLOAT32 = Tolerances(
-    logits=1e-5,
-    loss=1e-5,
-    gradients=1e-5,
+    logits=1e-5,  # long inputs: 2.2e-6, since a softmax sums 4,096 weights
+    loss=2e-6,
+    gradients=1e-5,  # long inputs: 1.5e-6
+    # Without rounding it is zero, since a bias of the keys shifts all scores of a query alike. What is left is the
+    # rounding of a sum over all queries; long inputs: 8.9e-9.
     gradients_of_key_biases=1e-7,
+    # Both packages say what a rate is in float64, and differ from the record in the order of a few operations.
     rates=1e-9,
-    used_rates=3e-7,
-    losses=1e-5,
+    # jaxlm's update has it in float32: a cosine and three operations, each off by 6e-8 of the highest rate.
+    used_rates=4e-7,
+    losses=5e-6,
     grad_norms=1e-5,
     moments=1e-5,
     moments_of_key_biases=1e-7,
-    weights=1e-4,
+    # Adam divides a gradient by its own size, so that an element whose gradient is as small as the rounding of its
+    # tensor's, a share d of that norm, makes steps that are all noise. A share of about d of all elements is as small:
+    # the norm is off by up to the root of d = 7.5e-7, which is 9e-4.
+    weights=1e-3,
+    # All noise. A step is about the rate at most, and two may have opposite directions.
     key_biases=2.0,
 )
 
+# Nothing but the mathematics is left: two packages are 1e-14 apart over 200 updates (weights; losses 5e-16).
 FLOAT64 = Tolerances(
-    logits=1e-10,
-    loss=1e-10,
-    gradients=1e-10,
+    logits=1e-12,
+    loss=1e-12,
+    gradients=1e-12,
     gradients_of_key_biases=1e-15,
-    rates=1e-14,
-    used_rates=1e-14,
-    losses=1e-10,
-    grad_norms=1e-10,
-    moments=1e-10,
+    rates=1e-13,
+    used_rates=1e-13,
+    losses=1e-12,
+    grad_norms=1e-12,
+    moments=1e-11,
     moments_of_key_biases=1e-15,
+    # As above, but Adam's epsilon of 1e-8 holds the steps of elements below it: 1e-16 over 1e-8, of a small share.
     weights=1e-10,
-    key_biases=1e-6,
+    # A gradient of 1e-16 over that epsilon makes steps of 1e-8 of the rate.
+    key_biases=1e-8,
 )
 
+# jaxlm's drift in bfloat16 over that of torch.autocast.
 BFLOAT16_FACTOR = 1.25
+
+# A slope by finite differences over the norm of the gradient: the loss, off by 2e-16 of itself, over a way of 1e-3.
+SLOPE = 1e-11
+
+# A share of dropout, in standard deviations of its binomial distribution: by chance 1 in 2 million is farther off.
+DEVIATIONS = 5.0

@@ -10,7 +10,7 @@ import numpy as np
 from jaxlm.config import Config
 from jaxlm.names import Arrays
 from parity_tests.packages import Package, Precision, Rate
-from parity_tests.plan import CYCLE_AMPLITUDE, Plan
+from parity_tests.plan import CYCLE_AMPLITUDE, Batch, Plan
 from parity_tests.tolerances import Tolerances
 
 
@@ -31,6 +31,15 @@ class Row(NamedTuple):
 
 
 @dataclass(frozen=True)
+class First:
+    """What a model makes of one batch without dropout: logits, the mean loss, its gradients."""
+
+    logits: np.ndarray
+    loss: float
+    gradients: Arrays
+
+
+@dataclass(frozen=True)
 class Saved:
     """What a checkpoint holds."""
 
@@ -48,9 +57,7 @@ class Trajectory:
 
     config: Config
     start: Arrays
-    logits: np.ndarray  # of batch 0 at the start, as are loss and gradients
-    loss: float
-    gradients: Arrays
+    first: First  # of batch 0 at the start
     rates: np.ndarray  # in float64, one an update, as are the four below
     used_rates: np.ndarray  # in the precision of the update
     n_batches: np.ndarray
@@ -66,7 +73,7 @@ def run(package: type[Package], plan: Plan, precision: Precision = "float32") ->
     """Return what a package computes of a plan, with its real update step."""
     train, resume, saved = plan.config.train, plan.resume, None
     state = package(plan.config, plan.start, precision)
-    totals, logits, gradients = state.forward({name: x[0] for name, x in plan.batches[0].items()})
+    start = first(state, {name: x[0] for name, x in plan.batches[0].items()})
     n_batches = [len(batches["tokens"]) for batches in plan.batches]
     cycle_steps = plan.cycle_steps
     state.start(_with_cycle(package, package.schedule.learning_rate(train), cycle_steps), plan.is_mean_of_means)
@@ -90,9 +97,7 @@ def run(package: type[Package], plan: Plan, precision: Precision = "float32") ->
     return Trajectory(
         config=plan.config,
         start=plan.start,
-        logits=logits,
-        loss=_mean_loss(totals),
-        gradients=gradients,
+        first=start,
         rates=np.array(rates),
         used_rates=np.array([x["rate"] for x in metrics]),
         n_batches=np.array(n_batches),
@@ -103,6 +108,12 @@ def run(package: type[Package], plan: Plan, precision: Precision = "float32") ->
         eval_loss=_mean_loss(evaluated),
         eval_counts=np.array([int(evaluated["count"]), int(evaluated["correct"])]),
     )
+
+
+def first(state: Package, batch: Batch) -> First:
+    """Return what a package makes of a batch with its present weights."""
+    totals, logits, gradients = state.forward(batch)
+    return First(logits, _mean_loss(totals), gradients)
 
 
 def _with_cycle(package: type[Package], rate: Rate, cycle_steps: int) -> Rate:
@@ -118,15 +129,24 @@ def _mean_loss(totals: dict[str, np.ndarray]) -> float:
     return float(totals["loss"]) / float(totals["count"])
 
 
+def compare_first(
+    case: str, package: str, config: Config, got: First, want: First, bounds: Tolerances, where: str = "batch 0"
+) -> list[Row]:
+    """Return how far apart logits, loss and the gradient of each tensor are."""
+    rows = _Rows(case, package, config)
+    rows.add(f"logits of {where}", np.abs(got.logits - want.logits).max(), np.abs(want.logits).max(), bounds.logits)
+    rows.add(f"loss of {where}", abs(got.loss - want.loss), want.loss, bounds.loss)
+    rows.add_tensors(
+        f"gradients of {where}", got.gradients, want.gradients, bounds.gradients, bounds.gradients_of_key_biases
+    )
+    return rows.rows
+
+
 def compare(case: str, package: str, got: Trajectory, want: Trajectory, bounds: Tolerances) -> list[Row]:
     """Return how far `got` is from `want`: a row for each tensor, and for the worst update of what each update has."""
     rows = _Rows(case, package, want.config)
+    rows.rows += compare_first(case, package, want.config, got.first, want.first, bounds)
     peak = np.abs(want.rates).max()
-    rows.add("logits of batch 0", np.abs(got.logits - want.logits).max(), np.abs(want.logits).max(), bounds.logits)
-    rows.add("loss of batch 0", abs(got.loss - want.loss), want.loss, bounds.loss)
-    rows.add_tensors(
-        "gradients of batch 0", got.gradients, want.gradients, bounds.gradients, bounds.gradients_of_key_biases
-    )
     rows.add_updates("batches accumulated", got.n_batches, want.n_batches, 1, 0)
     rows.add_updates("rates", got.rates, want.rates, want.rates, bounds.rates)
     rows.add_updates("rates as used", got.used_rates, want.rates, peak, bounds.used_rates)

@@ -1,0 +1,144 @@
+"""Every check by its name: a function without arguments that returns rows. The tests assert that all of them pass."""
+
+import functools
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from jaxlm.tasks import TASKS
+from parity_tests import case as cases
+from parity_tests import drift, inputs, original, references, replay, trajectory
+from parity_tests.tolerances import FLOAT32
+from parity_tests.trajectory import Row
+
+# Cases of the form of the recorded ones, of other sizes, seeds and settings.
+FURTHER: dict[str, dict[str, Any]] = {
+    "gpt, three layers, resume in its cycle": {
+        "task": "gpt",
+        "vocab_size": 101,
+        "d_model": 40,
+        "n_layers": 3,
+        "heads": 5,
+        "seq_len": 11,
+        "batch_size": 5,
+        "steps": 9,
+        "cycle_len": 2,
+        "warmup_iters": 3,
+        "resume_at": 5,
+        "resume_warmup_iters": 3,
+        "after_resume": {"learning_rate": 5e-3, "min_learning_rate": 1e-3, "lr_decay_iters": 12},
+    },
+    "mlm, other settings of the optimizer": {
+        "task": "mlm",
+        "weight_decay": 0.3,
+        "betas": [0.8, 0.95],
+        "eps": 1e-5,
+        "clip": 0.4,
+        "warmup_iters": 0,
+        "cycle_len": 2,
+        "lr_decay_iters": 5,
+    },
+    "sst2, one head, one layer": {
+        "task": "sst2",
+        "heads": 1,
+        "n_layers": 1,
+        "d_model": 18,
+        "batch_size": 2,
+        "steps": 5,
+    },
+    "cola, a resume that ends the decay": {
+        "task": "cola",
+        "heads": 2,
+        "resume_at": 3,
+        "resume_warmup_iters": 9,
+        "after_resume": {"lr_decay_iters": 4},
+    },
+}
+
+
+def recorded(name: str) -> list[Row]:
+    """Return how far both packages are from a recorded case."""
+    return replay.check(cases.load(cases.CASES / name))
+
+
+def further(name: str) -> list[Row]:
+    """Return how far both packages are from a case recorded on the spot."""
+    with tempfile.TemporaryDirectory() as folder:
+        seed = list(FURTHER).index(name)
+        case = cases.load(original.record_random(Path(folder) / "case", seed, **FURTHER[name]))
+        return replay.check(case)
+
+
+def recorder(name: str) -> list[Row]:
+    """Return how far the recorder of further cases is from a recorded one."""
+    known = cases.load(cases.CASES / name)
+    settings = json.loads((cases.CASES / name / "case.json").read_text())
+    model = original.Original(settings)
+    start = {key.removeprefix("init/"): x for key, x in known.arrays.items() if key.startswith("init/")}
+    model.load_state_dict({key: torch.from_numpy(x) for key, x in start.items()})
+    x, y = (torch.from_numpy(known.arrays[key]) for key in "xy")
+    with tempfile.TemporaryDirectory() as folder:
+        anew = cases.load(original.record(Path(folder) / name, settings, model, x, y))
+        return trajectory.compare(name, "original.py", anew.trajectory(), known.trajectory(), FLOAT32)
+
+
+def bfloat16(task: str) -> list[Row]:
+    """Return jaxlm's drift in bfloat16 over that of PyTorch's autocast."""
+    return drift.bfloat16_rows(task, drift.bfloat16(task))
+
+
+RECORDED = sorted(folder.name for folder in cases.CASES.iterdir())
+_BLOCKS = {
+    "attention of PyTorch": (references.scaled_dot_product_attention, {}),
+    "layers of PyTorch": (references.transformer_encoder_layer, {}),
+    "post-norm layers of PyTorch": (references.transformer_encoder_layer, {"model.post_norm": True}),
+}
+
+
+def _checks() -> dict[str, Callable[[], list[Row]]]:
+    found: dict[str, Callable[[], list[Row]]] = {}
+
+    def add(name: str, function: Callable[..., list[Row]], *args: Any, **options: Any) -> None:
+        found[name] = functools.partial(function, *args, **options)
+
+    for name in RECORDED:
+        add(f"replay: {name}", recorded, name)
+        add(f"recorder: {name}", recorder, name)
+    for name in FURTHER:
+        add(f"further case: {name}", further, name)
+    add("AdamW", references.adamw)
+    add("transformers: GPT-2", references.gpt2)
+    add("transformers: BERT", references.bert)
+    add("dropout statistics", drift.dropout_statistics)
+    for task in TASKS:
+        for name, (layers, changes) in _BLOCKS.items():
+            add(f"{name}: {task}", references.blocks, task, layers, **changes)
+        add(f"finite differences: {task}", references.finite_differences, task)
+        add(f"edges: {task}", inputs.edges, task)
+        add(f"float64: {task}", drift.float64, task)
+        add(f"dropout: {task}", drift.dropout, task)
+        add(f"bfloat16: {task}", bfloat16, task)
+        for length in (1024, 4096):
+            add(f"{length} positions: {task}", inputs.long, task, length)
+        for name in inputs.OPTIONS:
+            add(f"{name}: {task}", inputs.option, task, name)
+    return found
+
+
+CHECKS = _checks()
+
+# The others are left to the slow tests: sst2 and cola differ in their scores only, and each option of the model is in
+# one of the sets here.
+FAST = {
+    *(f"{kind}: {name}" for kind in ("replay", "recorder") for name in RECORDED),
+    *(f"further case: {name}" for name in list(FURTHER)[:2]),
+    *("AdamW", "transformers: GPT-2", "transformers: BERT", "dropout statistics"),
+    *("attention of PyTorch: mlm", "layers of PyTorch: gpt", "post-norm layers of PyTorch: sst2"),
+    *("finite differences: gpt", "edges: mlm", "edges: sst2", "1024 positions: gpt", "4096 positions: mlm"),
+    *("float64: mlm", "float64: gpt", "float64: sst2", "dropout: gpt"),
+    *("as GPT-2: gpt", "as BERT: mlm", "rotary, no pad: gpt", "three labels: sst2"),
+}

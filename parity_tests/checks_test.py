@@ -1,0 +1,80 @@
+"""All checks, the fast ones by default; that tolerances go by what was measured, and that checks notice a mistake."""
+
+import dataclasses
+from unittest import mock
+
+import numpy as np
+import pytest
+
+import torchlm.model
+from parity_tests import case as cases
+from parity_tests import checks, rounding, trajectory
+from parity_tests.checks import CHECKS, FAST
+from parity_tests.tolerances import FLOAT32, ROUNDING
+from parity_tests.trajectory import Row
+
+
+@pytest.mark.parametrize("name", [pytest.param(x, marks=[] if x in FAST else pytest.mark.slow) for x in CHECKS])
+def test_check(name: str) -> None:
+    if name.startswith("transformers"):
+        pytest.importorskip("transformers")
+    rows = CHECKS[name]()
+    assert {row.package for row in rows} <= {"jaxlm", "torchlm", "jaxlm, torchlm", "original.py"} and rows
+    failed = [row for row in rows if not row.passes]
+    assert not failed, trajectory.table(failed)
+
+
+def test_fast_checks_are_among_all_and_have_each_kind() -> None:
+    assert FAST <= CHECKS.keys()
+    options = {
+        key for name in ("as GPT-2", "as BERT", "rotary, no pad", "three labels") for key in checks.inputs.OPTIONS[name]
+    }
+    assert {key for option in checks.inputs.OPTIONS.values() for key in option} - options == {"model.head_outputs"}
+
+
+def test_bounds_are_four_to_thirty_times_what_rounding_does() -> None:
+    for field in dataclasses.fields(FLOAT32):
+        measured, bound = getattr(ROUNDING, field.name), getattr(FLOAT32, field.name)
+        if field.name == "rates":  # exact in both precisions
+            continue
+        if field.name in ("used_rates", "key_biases", "gradients_of_key_biases", "moments_of_key_biases"):
+            assert 3 * measured <= bound <= 120 * measured  # by another reason, which is told there
+        else:
+            assert 4 * measured <= bound <= 30 * measured, field.name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", checks.RECORDED)
+def test_rounding_is_still_what_was_measured(name: str) -> None:
+    found: dict[str, float] = {}
+    for row in rounding.measure(cases.load(cases.CASES / name).plan()):
+        found[row.quantity] = max(found.get(row.quantity, 0), row.difference)
+    for quantity, field in {
+        "logits of batch 0": "logits",
+        "loss of batch 0": "loss",
+        "gradients of batch 0": "gradients",
+        "gradients of batch 0 (key biases)": "gradients_of_key_biases",
+        "rates as used": "used_rates",
+        "losses": "losses",
+        "norms of gradients": "grad_norms",
+        "first moments": "moments",
+        "roots of second moments": "moments",
+        "final weights": "weights",
+        "final weights (key biases)": "key_biases",
+    }.items():
+        # Other versions and processors add up in another order.
+        assert found[quantity] <= 2 * getattr(ROUNDING, field), quantity
+
+
+def test_a_mistake_in_one_package_is_noticed() -> None:
+    exact = torchlm.model.layernorm(12)
+    with mock.patch.object(torchlm.model, "layernorm", lambda d_model: type(exact)(d_model, eps=1e-6)):
+        rows = CHECKS["edges: mlm"]()
+    assert not all(row.passes for row in rows)
+
+
+def test_nan_fails_and_the_worst_row_is_kept() -> None:
+    rows = [Row("case", "jaxlm", "losses", x, 1e-5, str(x)) for x in (1e-6, float("nan"), 2e-5)]
+    assert [row.passes for row in rows] == [True, False, False]
+    assert np.isnan(trajectory.worst(rows)[0].difference)
+    assert "FAIL" in trajectory.table(rows[1:2]) and "pass" in trajectory.table(rows[:1])

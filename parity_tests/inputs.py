@@ -1,0 +1,100 @@
+"""Inputs and models at their edges: long, all but entirely pad, ids at both ends, and every setting of the model."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from jaxlm import names
+from jaxlm.config import Config
+from parity_tests import original, trajectory
+from parity_tests.drift import config_of
+from parity_tests.packages import PACKAGES, Precision
+from parity_tests.plan import Batch, random_batch, random_plan, random_weights
+from parity_tests.tolerances import FLOAT32, FLOAT64
+from parity_tests.trajectory import First, Row
+
+
+def long(task: str, seq_len: int) -> list[Row]:
+    """Return how far both packages are from the recorder of cases on inputs of `seq_len` positions."""
+    sizes = {"model.d_model": 8, "model.n_heads": 2, "model.n_layers": 1, "model.vocab_size": 23}
+    changes = {"model.seq_len": seq_len, "model.head_outputs": "vocabulary"}
+    config = config_of(task, **sizes, **changes)
+    batch = random_batch(config, np.random.default_rng(0), batch_size=1)
+    if task == "mlm":  # the recorder has logits at all positions
+        labels = np.full_like(batch["tokens"], -1)
+        np.put_along_axis(labels, batch["positions"], batch["labels"], axis=1)
+        batch |= {"labels": labels, "positions": np.arange(seq_len, dtype=np.int32)[None]}
+    name = f"{task}, {seq_len} positions"
+    want = of_original(config, random_weights(config, 0), batch)
+    rows = []
+    for package in PACKAGES:
+        got = trajectory.first(package(config, random_weights(config, 0), "float32"), batch)
+        rows += trajectory.compare_first(name, package.name, config, got, want, FLOAT32, "the batch")
+    return rows
+
+
+def of_original(config: Config, weights: names.Arrays, batch: Batch) -> First:
+    """Return what the recorder's model makes of a batch, in float64."""
+    model, task = config.model, config.task
+    sizes = {"vocab_size": model.vocab_size, "d_model": model.d_model, "n_layers": model.n_layers}
+    reference = original.Original(
+        {"task": task, "heads": model.n_heads, "seq_len": model.seq_len, **sizes}  # the settings that a model has
+    )
+    state = {name: torch.from_numpy(x) for name, x in names.to_original(weights, task).items()}
+    reference.load_state_dict(state, strict=False)  # buffers are not among the weights
+    reference = reference.double()
+    tokens, labels = (torch.from_numpy(np.int64(batch[key])) for key in ("tokens", "labels"))
+    logits = reference(tokens)
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=-1)
+    loss.backward()
+    gradients = {name: x.grad.numpy() for name, x in reference.named_parameters() if x.grad is not None}
+    return First(logits.detach().numpy(), float(loss.detach()), names.from_original(gradients, task))
+
+
+def edges(task: str, precision: Precision = "float64") -> list[Row]:
+    """Return how far the packages are apart where rows are all but entirely pad, and ids the first and the last."""
+    config = config_of(task)
+    T, V = config.model.seq_len, config.model.vocab_size
+    tokens = np.zeros((4, T), np.int32)
+    tokens[0, 0] = V - 1  # one token, then pads
+    tokens[1] = [1, V - 1] * (T // 2) + [1] * (T % 2)
+    tokens[2, -1] = 1  # pads, then one token; row 3 has only pads
+    batch: Batch = {"tokens": tokens, "labels": np.array([0, 1, 1, 0], np.int32)}
+    if task in ("mlm", "gpt"):
+        labels = np.full((4, T), -1, np.int32)
+        labels[0, 0], labels[1], labels[2, -1] = V - 1, [0, V - 1] * (T // 2) + [0] * (T % 2), 0
+        batch["labels"] = labels
+    if task == "mlm":
+        batch["positions"] = np.broadcast_to(np.arange(T, dtype=np.int32), (4, T))
+    weights, bounds = random_weights(config, 5), FLOAT64 if precision == "float64" else FLOAT32
+    jaxlm, torchlm = (trajectory.first(package(config, weights, precision), batch) for package in PACKAGES)
+    return trajectory.compare_first(
+        f"{task} at the edges", "jaxlm, torchlm", config, jaxlm, torchlm, bounds, "the batch"
+    )
+
+
+# Each optional setting of the model, and sets of them that go together.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "learned positions": {"model.positions": "learned"},
+    "rotary positions": {"model.positions": "rotary"},
+    "tied embedding": {"model.tied_embedding": True},
+    "final norm": {"model.final_norm": True},
+    "post norm": {"model.post_norm": True},
+    "no pad": {"model.pad_id": -1},
+    "another pad": {"model.pad_id": 3},
+    "outputs of the vocabulary": {"model.head_outputs": "vocabulary"},
+    "three labels": {"data.n_labels": 3},
+    "as GPT-2": {"model.positions": "learned", "model.tied_embedding": True, "model.final_norm": True},
+    "as BERT": {"model.positions": "learned", "model.tied_embedding": True, "model.post_norm": True},
+    "rotary, no pad": {"model.positions": "rotary", "model.final_norm": True, "model.pad_id": -1},
+}
+
+
+def option(task: str, name: str, n_updates: int = 5) -> list[Row]:
+    """Return how far the packages are apart in float64 with an optional setting."""
+    sizes = {"train.max_steps": n_updates, "train.warmup_steps": 1, "model.n_heads": 2, "train.accumulate": 1}
+    config = config_of(task, **sizes, **OPTIONS[name])
+    plan = random_plan(f"{task}, {name}", config, seed=6)
+    jaxlm, torchlm = (trajectory.run(package, plan, "float64") for package in PACKAGES)
+    return trajectory.compare(plan.name, "jaxlm, torchlm", jaxlm, torchlm, FLOAT64)

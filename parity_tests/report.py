@@ -1,0 +1,379 @@
+"""`python -m parity_tests.report`: one page that shows how near the two packages are, readable anywhere.
+
+Curves of both frameworks on top of each other, their difference against the update number with the tolerance, each
+tensor, the recorded cases, the planted faults (`--faults FILE`, which `python -m parity_tests.faults --json FILE`
+writes), and versions. The page is one file without scripts; `--png FILE` writes its first picture for the README.
+"""
+
+import argparse
+import dataclasses
+import html
+import importlib.metadata
+import io
+import json
+import platform
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from jaxlm.errors import UserError, reported
+from jaxlm.names import Arrays
+from parity_tests.trajectory import Row, Trajectory, worst
+
+TASKS = ("mlm", "gpt", "sst2", "cola")
+N_UPDATES, N_BATCHES = 200, 4  # the same few batches again and again, so that there is something to learn
+# Colours of a picture; in a page they are those of its light or dark style.
+INK, GRID, FIRST, SECOND, BOUND = "#1c1f24", "#d5d8de", "#0b63ce", "#e07b00", "#c2263a"
+VARIABLES = {
+    INK: "var(--ink)",
+    GRID: "var(--grid)",
+    FIRST: "var(--first)",
+    SECOND: "var(--second)",
+    BOUND: "var(--bound)",
+}
+PACKAGES_SHOWN = ("jax", "jaxlib", "flax", "optax", "torch", "numpy")
+
+STYLE = """
+:root { color-scheme: light dark; --paper: #fff; --ink: #1c1f24; --soft: #5b6270; --grid: #d5d8de; --band: #f4f5f7;
+  --first: #0b63ce; --second: #e07b00; --bound: #c2263a; --good: #14713d; }
+@media (prefers-color-scheme: dark) { :root { --paper: #14161a; --ink: #e8eaee; --soft: #a2a9b6; --grid: #3a3f49;
+  --band: #1e2127; --first: #6db1ff; --second: #ffad4d; --bound: #ff7183; --good: #6fd69a; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1rem; max-width: 75rem; background: var(--paper); color: var(--ink);
+  font: 1rem/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.6rem; line-height: 1.2; } h2 { font-size: 1.2rem; margin: 2.2rem 0 .4rem; }
+p { max-width: 46rem; margin: .4rem 0; } .soft { color: var(--soft); font-size: .9rem; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: 1rem; }
+figure { margin: 0; } figure svg { width: 100%; height: auto; display: block; }
+.scroll { overflow-x: auto; margin: .6rem 0; }
+table { border-collapse: collapse; font-size: .875rem; width: 100%; }
+th, td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid var(--grid); vertical-align: top; }
+th { white-space: nowrap; } td.number { white-space: nowrap; font-variant-numeric: tabular-nums; }
+tbody tr:nth-child(even) { background: var(--band); }
+.pass { color: var(--good); } .fail { color: var(--bound); font-weight: 700; }
+summary { cursor: pointer; padding: .4rem 0; }
+code { font-size: .85em; overflow-wrap: anywhere; }
+.totals { display: flex; flex-wrap: wrap; gap: .6rem; margin: 1rem 0; }
+.totals div { background: var(--band); padding: .6rem .9rem; border-radius: .5rem; flex: 1 1 9rem; }
+.totals b { display: block; font-size: 1.35rem; }
+"""
+
+
+# Pictures
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """Values by update number, and what they are."""
+
+    label: str
+    values: np.ndarray
+    colour: str
+    style: str = "-"
+    width: float = 1.5
+
+
+def draw(axes: Any, title: str, curves: Sequence[Curve], bounds: Sequence[Curve] = (), is_log: bool = False) -> None:
+    """Draw curves, and bounds as dashed lines; on a log scale, differences of exactly zero are gaps."""
+    for curve in [*curves, *bounds]:
+        values = np.where(curve.values > 0, curve.values, np.nan) if is_log else curve.values
+        axes.plot(values, curve.style, color=curve.colour, linewidth=curve.width, label=curve.label)
+    if is_log:
+        axes.set_yscale("log")
+    axes.set_title(title, loc="left", fontsize=11, color=INK)
+    axes.set_xlabel("update", color=INK, fontsize=10)
+    axes.grid(color=GRID, linewidth=0.6)
+    axes.tick_params(colors=INK, labelsize=9, which="both")
+    for spine in axes.spines.values():
+        spine.set_color(GRID)
+    axes.legend(fontsize=9, labelcolor=INK, frameon=False, loc="best")
+
+
+def svg(title: str, curves: Sequence[Curve], bounds: Sequence[Curve] = (), is_log: bool = False) -> str:
+    """Return a picture for a page: its letters are text, its colours those of the page."""
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif"}):
+        figure = Figure(figsize=(4.4, 3.1), layout="constrained")
+        figure.patch.set_alpha(0)
+        axes = figure.add_subplot()
+        axes.patch.set_alpha(0)
+        draw(axes, title, curves, bounds, is_log)
+        file = io.StringIO()
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+    text = file.getvalue()
+    text = text[text.index("<svg") :]
+    for colour, variable in VARIABLES.items():
+        text = text.replace(colour, variable)
+    # The size is the page's to say; ids must not be those of other pictures.
+    text = re.sub(
+        r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1), count=1
+    )
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    return f"<figure>{text}</figure>"
+
+
+def table(head: Sequence[str], lines: Iterable[Sequence[str]], label: str) -> str:
+    """Return a table; cells that begin with a digit are numbers."""
+
+    def cell(text: str) -> str:
+        kind = {"pass": ' class="pass"', "FAIL": ' class="fail"', "MISSED": ' class="fail"'}.get(text, "")
+        if re.match(r"\d", text) and " " not in text:
+            kind = ' class="number"'
+        return f"<td{kind}>{html.escape(text)}</td>"
+
+    heads = "".join(f'<th scope="col">{html.escape(x)}</th>' for x in head)
+    body = "\n".join(f"<tr>{''.join(map(cell, line))}</tr>" for line in lines)
+    return (
+        f'<div class="scroll" role="region" tabindex="0" aria-label="{html.escape(label)}">'
+        f"<table><thead><tr>{heads}</tr></thead><tbody>\n{body}</tbody></table></div>"
+    )
+
+
+def of_rows(rows: Iterable[Row], label: str) -> str:
+    """Return rows of a comparison as a table."""
+    head = ["quantity", "package", "worst difference", "tolerance", "", "where"]
+    return table(head, [[row.quantity, row.package, *_numbers(row), row.where] for row in rows], label)
+
+
+def _numbers(row: Row) -> tuple[str, str, str]:
+    return (
+        number(row.difference),
+        f"{row.tolerance:.0e}" if row.tolerance else "exact",
+        "pass" if row.passes else "FAIL",
+    )
+
+
+def number(value: float) -> str:
+    """Return a difference in two digits, zero as 0."""
+    return f"{value:.1e}" if value else "0"
+
+
+def page(title: str, parts: Sequence[str]) -> str:
+    """Return a page."""
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body><main>\n"
+        f"<h1>{html.escape(title)}</h1>\n" + "\n".join(parts) + "\n</main></body></html>\n"
+    )
+
+
+def versions() -> str:
+    """Return the versions of what computed."""
+    found = [f"{name} {importlib.metadata.version(name)}" for name in PACKAGES_SHOWN]
+    system = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}"
+    return f'<h2>Versions</h2><p class="soft">{html.escape(", ".join([*found, system]))}</p>'
+
+
+# The page of both packages
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """Runs of both packages in one precision, and how far they are apart."""
+
+    jaxlm: Trajectory
+    torchlm: Trajectory
+    rows: list[Row]
+
+    def differences(self) -> np.ndarray:
+        """Return the relative difference of the losses at each update."""
+        return np.abs(self.jaxlm.losses - self.torchlm.losses) / np.abs(self.torchlm.losses)
+
+
+def pair(task: str, precision: Any) -> Pair:
+    """Return runs of a task in both packages."""
+    from parity_tests import drift, trajectory
+    from parity_tests.packages import PACKAGES
+    from parity_tests.plan import random_plan
+    from parity_tests.tolerances import FLOAT32, FLOAT64
+
+    config = drift.config_of(task, **{"train.max_steps": N_UPDATES, "train.learning_rate": 1e-2})
+    plan = random_plan(f"{task} in {precision}", config, drift.SEEDS[task])
+    plan = dataclasses.replace(plan, batches=[plan.batches[i % N_BATCHES] for i in range(N_UPDATES)])
+    jaxlm, torchlm = (trajectory.run(package, plan, precision) for package in PACKAGES)
+    bounds = FLOAT64 if precision == "float64" else FLOAT32
+    return Pair(jaxlm, torchlm, trajectory.compare(plan.name, "jaxlm, torchlm", jaxlm, torchlm, bounds))
+
+
+def losses(task: str, single: Pair) -> tuple[str, list[Curve]]:
+    """Return title and curves of the losses."""
+    jaxlm = Curve("jaxlm", single.jaxlm.losses, FIRST, width=3.5)
+    return f"{task}: loss", [jaxlm, Curve("torchlm", single.torchlm.losses, SECOND, "--", 1.3)]
+
+
+def differences(task: str, single: Pair, double: Pair) -> tuple[str, list[Curve], list[Curve]]:
+    """Return title, curves and bounds of the differences of losses."""
+    from parity_tests.tolerances import FLOAT32, FLOAT64
+
+    curves = [Curve("float32", single.differences(), FIRST), Curve("float64", double.differences(), SECOND)]
+    bounds = [
+        Curve("tolerance" if i == 0 else "_", np.full(N_UPDATES, bound), BOUND, ":")
+        for i, bound in enumerate((FLOAT32.losses, FLOAT64.losses))
+    ]
+    return f"{task}: difference of losses, relative", curves, bounds
+
+
+def tensors(rows: Iterable[Row]) -> str:
+    """Return a table with a line for each tensor."""
+    kinds = {"gradients of batch 0": "gradient", "first moments": "first moment", "final weights": "final weights"}
+    kinds |= {"roots of second moments": "root of second moment"}
+    found: dict[str, dict[str, str]] = {}
+    for row in rows:
+        kind = kinds.get(row.quantity.removesuffix(" (key biases)"))
+        if kind:
+            mark = "" if row.passes else " FAIL"
+            note = "*" if row.quantity.endswith("(key biases)") else ""
+            found.setdefault(row.where, {})[kind] = number(row.difference) + note + mark
+    columns = list(kinds.values())
+    return table(
+        ["tensor", *columns], [[name, *(x.get(c, "") for c in columns)] for name, x in found.items()], "each tensor"
+    )
+
+
+def faults(path: Path) -> str:
+    """Return the table of planted faults. Raises UserError if the file has none."""
+    try:
+        results = json.loads(path.read_text())
+        lines: dict[str, dict[str, str]] = {}
+        for result in results:
+            line = lines.setdefault(result["name"], {"description": result["description"]})
+            by = f"{result['caught_by']}: {result['quantity']}" if result["caught_by"] else "MISSED"
+            line[result["package"]] = by
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: no table of python -m parity_tests.faults --json: {error}") from error
+    caught = {
+        package: [bool(x["caught_by"]) for x in results if x["package"] == package] for package in ("jaxlm", "torchlm")
+    }
+    totals = " and ".join(f"{sum(x)} of {len(x)} in {package}" for package, x in caught.items())
+    body = [[name, x["description"], x.get("jaxlm", ""), x.get("torchlm", "")] for name, x in lines.items()]
+    head = ["fault", "what is wrong", "caught in jaxlm by", "caught in torchlm by"]
+    return (
+        f"<h2>Planted faults</h2><p>Realistic mistakes of ports, planted one at a time: the checks caught {totals}.</p>"
+        f"<details><summary>All faults, and what caught each</summary>{table(head, body, 'planted faults')}</details>"
+    )
+
+
+def both_packages(pairs: dict[str, tuple[Pair, Pair]], replayed: list[Row], fault_table: Path | None) -> str:
+    """Return the page; `pairs` has float32 and float64 of each task."""
+    singles = [row for single, _ in pairs.values() for row in single.rows]
+    doubles = [row for _, double in pairs.values() for row in double.rows]
+    rows = [*singles, *doubles, *replayed]
+    n_failed = sum(not row.passes for row in rows)
+
+    def largest(rows: Iterable[Row], quantity: str) -> str:
+        return number(max(row.difference for row in rows if row.quantity == quantity))
+
+    totals = {
+        f"of {len(rows)} numbers and tensors within tolerance": str(len(rows) - n_failed),
+        f"losses of {N_UPDATES} updates in float32": largest(singles, "losses"),
+        "the same in float64": largest(doubles, "losses"),
+        f"weights after {N_UPDATES} updates in float64": largest(doubles, "final weights"),
+    }
+    figures = []
+    for task, (single, double) in pairs.items():
+        figures += [svg(*losses(task, single)), svg(*differences(task, single, double), is_log=True)]
+    first = next(iter(pairs))
+    parts = [
+        "<p>Two implementations of one trainer, from the same weights, on the same batches: every number that one "
+        "computes is compared with the other's, and with what the original recorded.</p>",
+        '<div class="totals">'
+        + "".join(f"<div><b>{x}</b>{html.escape(name)}</div>" for name, x in totals.items())
+        + "</div>",
+        f"<h2>{N_UPDATES} updates</h2><p>For each task the losses of both on top of each other, and "
+        "how far they are apart. In float64 only the mathematics is left: what is seen in float32 is rounding.</p>",
+        f'<div class="figures">{"".join(figures)}</div>',
+        f"<h2>Each tensor</h2><p>Of {first} in float32 and float64: norm of the difference over the norm; of weights, "
+        "over how far the tensor has moved.</p>",
+        *(
+            f"<details{' open' if i == 0 else ''}><summary>{name}</summary>{tensors(x.rows)}</details>"
+            for i, (name, x) in enumerate(zip(("float32", "float64"), pairs[first], strict=True))
+        ),
+        '<p class="soft">* Of the bias of the keys only rounding is left, since it shifts all scores of a query alike: '
+        "over the norm of all tensors, and of weights over the sum of the rates.</p>",
+    ]
+    if replayed:
+        shown = of_rows(
+            worst(row._replace(case="all", where=f"{row.case} {row.where}") for row in replayed), "recorded cases"
+        )
+        parts.append(f"<h2>Recorded cases of the original</h2><p>The worst of all cases.</p>{shown}")
+    parts += [
+        "<h2>Every quantity</h2><p>The worst tensor or update.</p>",
+        *(
+            f"<details><summary>{task}</summary>{of_rows(worst([*a.rows, *b.rows]), task)}</details>"
+            for task, (a, b) in pairs.items()
+        ),
+    ]
+    if fault_table:
+        parts.append(faults(fault_table))
+    return page("jaxlm and torchlm, number for number", [*parts, versions()])
+
+
+def picture(path: Path, pairs: dict[str, tuple[Pair, Pair]]) -> None:
+    """Write the first picture of the page as a file."""
+    figure = Figure(figsize=(9, 3.2), layout="constrained", facecolor="white")
+    left, right = figure.subplots(1, 2)
+    task, (single, double) = next(iter(pairs.items()))
+    draw(left, *losses(task, single))
+    draw(right, *differences(task, single, double), is_log=True)
+    figure.savefig(path, dpi=160)
+
+
+# The page of any two runs
+
+
+def page_of_two(name_a: str, name_b: str, a: Arrays, b: Arrays, rows: list[Row]) -> str:
+    """Return the page of parity_tests.compare: curves of what has a number an update, and all rows."""
+    figures = []
+    for key in a:
+        if "/" not in key and a[key].ndim == 1 and key in b and a[key].shape == b[key].shape:
+            bound = next(row.tolerance for row in rows if row.quantity == key)
+            x, y = (z[key].astype(np.float64) for z in (a, b))
+            scale = np.abs(y).max() if key.startswith("rate") else np.abs(y)
+            apart = np.divide(np.abs(x - y), scale, out=np.zeros_like(x), where=np.broadcast_to(scale > 0, x.shape))
+            figures.append(svg(key, [Curve(name_a, x, FIRST, width=3.5), Curve(name_b, y, SECOND, "--", 1.3)]))
+            bounds = [Curve("tolerance", np.full(len(x), bound), BOUND, ":")]
+            figures.append(
+                svg(f"{key}: difference, relative", [Curve("difference", apart, FIRST)], bounds, is_log=True)
+            )
+    parts = [
+        f'<div class="figures">{"".join(figures)}</div>',
+        "<h2>Every quantity</h2><p>The worst tensor or update.</p>",
+        of_rows(worst(rows), "every quantity"),
+        f"<h2>All</h2><details><summary>{len(rows)} numbers and tensors</summary>",
+        of_rows(rows, "all"),
+        "</details>",
+    ]
+    return page(f"{name_a} and {name_b}", [*parts, versions()])
+
+
+def main(argv: list[str]) -> int:
+    """Write the page of a command line; return the exit status."""
+    parser = argparse.ArgumentParser("python -m parity_tests.report", description="Write the page of parity.")
+    parser.add_argument("--out", type=Path, default=Path("parity.html"), help="file of the page (default: parity.html)")
+    parser.add_argument("--png", type=Path, help="file for the first picture")
+    parser.add_argument("--faults", type=Path, help="table of python -m parity_tests.faults --json FILE")
+    args = parser.parse_args(argv)
+    with reported(debug=False):
+        if args.faults:
+            faults(args.faults)  # before minutes of work
+        from parity_tests import case as cases
+        from parity_tests import replay
+
+        pairs = {task: (pair(task, "float32"), pair(task, "float64")) for task in TASKS}
+        replayed = [row for folder in sorted(cases.CASES.iterdir()) for row in replay.check(cases.load(folder))]
+        args.out.write_text(both_packages(pairs, replayed, args.faults))
+        if args.png:
+            picture(args.png, pairs)
+    n_failed = sum(not row.passes for single, double in pairs.values() for row in [*single.rows, *double.rows])
+    print(f"{args.out}: {n_failed} numbers are beyond their tolerance")
+    return 1 if n_failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
