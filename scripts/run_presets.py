@@ -40,14 +40,14 @@ def measure(task: str, run_dir: Path) -> str:
     best = min((row for row in rows if row["split"] == "validation"), key=lambda row: row["loss"])
     test = next(row for row in rows if row["split"] == "test")
     table = {  # score: validation, its baseline, test, its baseline
-        match[1]: re.findall(r"[\d.,]+", match[2])
+        match[1]: [float(number.replace(",", "")) for number in re.findall(r"[\d.,]+", match[2])]
         for line in lines
         if (match := re.match(r"\W*(\w+) \((?:lower|higher) is better\)\W+(.*)", line))
     }
     score = SHOWN[task]
     return (
-        f"| `{task}` | {best['step']} | {best['loss']:.2f} ({table['loss'][1][:4]}) | {test['loss']:.2f} "
-        f"({table['loss'][3][:4]}) | {score.replace('_', ' ')} {test[score]:.3f} ({table[score][3][:5]}) | "
+        f"| `{task}` | {best['step']} | {best['loss']:.2f} ({table['loss'][1]:.2f}) | {test['loss']:.2f} "
+        f"({table['loss'][3]:.2f}) | {score.replace('_', ' ')} {test[score]:.3f} ({table[score][3]:.3f}) | "
         f"{first_line_s:.1f} s, {first_update_s:.1f} s, {total_s / 60:.1f} min |"
     )
 
