@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -61,3 +62,10 @@ def test_a_resumed_run_warms_up_from_the_stored_rate() -> None:
         expected = (1 - share) * 1e-4 + share * original(i, 3, 20)
         assert float(rate(i)) == pytest.approx(expected, rel=1e-6)
     assert float(rewarmup(asked, 8, 0, 1e-4)(8)) == pytest.approx(original(8, 3, 20), rel=1e-6)
+
+
+def test_rates_have_64_bits_where_floats_have() -> None:
+    with jax.enable_x64(True):
+        rate = learning_rate(TrainConfig(max_steps=13, learning_rate=PEAK, min_learning_rate=MINIMUM, warmup_steps=4))
+        found = [float(jax.jit(rate)(jnp.int32(i))) for i in range(13)]
+    np.testing.assert_allclose(found, [original(i, 4, 13) for i in range(13)], rtol=1e-13)
