@@ -427,7 +427,7 @@ def _model() -> list[Fault]:
         *both(
             "pad row trained",
             "the row of the pad gets a gradient",
-            gpt,
+            "blocks of PyTorch's attention",
             edit(jax_model.Embedding.__call__, ("jax.lax.stop_gradient(x_BTD)", "x_BTD")),
             edit(torch_model.Embedding.__init__, ("padding_idx=pad_id", "padding_idx=None")),
         ),
