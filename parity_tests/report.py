@@ -21,9 +21,11 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from jaxlm.errors import UserError, reported
 from jaxlm.names import Arrays
+from parity_tests.tolerances import FLOAT32, FLOAT64
 from parity_tests.trajectory import Row, Trajectory, worst
 
 TASKS = ("mlm", "gpt", "sst2", "cola")
@@ -68,7 +70,7 @@ code { font-size: .85em; overflow-wrap: anywhere; }
 # Pictures
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Curve:
     """Values by update number, and what they are."""
 
@@ -80,13 +82,16 @@ class Curve:
 
 
 def draw(axes: Any, title: str, curves: Sequence[Curve], bounds: Sequence[Curve] = (), is_log: bool = False) -> None:
-    """Draw curves, and bounds as dashed lines; on a log scale, differences of exactly zero are gaps."""
+    """Draw curves and bounds; on a log scale, where differences of exactly zero have no place, with a dot for each."""
     for curve in [*curves, *bounds]:
-        values = np.where(curve.values > 0, curve.values, np.nan) if is_log else curve.values
-        axes.plot(values, curve.style, color=curve.colour, linewidth=curve.width, label=curve.label)
+        (updates,) = np.nonzero(curve.values > 0) if is_log else (np.arange(len(curve.values)),)
+        dots = {"marker": "o", "markersize": 2} if is_log and curve in curves else {}
+        style = {"color": curve.colour, "linewidth": 0.6 if dots else curve.width, **dots}
+        axes.plot(updates, curve.values[updates], curve.style, label=curve.label, **style)
     if is_log:
         axes.set_yscale("log")
     axes.set_title(title, loc="left", fontsize=11, color=INK)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.set_xlabel("update", color=INK, fontsize=10)
     axes.grid(color=GRID, linewidth=0.6)
     axes.tick_params(colors=INK, labelsize=9, which="both")
@@ -136,16 +141,12 @@ def table(head: Sequence[str], lines: Iterable[Sequence[str]], label: str) -> st
 
 def of_rows(rows: Iterable[Row], label: str) -> str:
     """Return rows of a comparison as a table."""
-    head = ["quantity", "package", "worst difference", "tolerance", "", "where"]
-    return table(head, [[row.quantity, row.package, *_numbers(row), row.where] for row in rows], label)
+    head = ["quantity", "", "difference", "tolerance", "where", "package"]
+    return table(head, [[row.quantity, *_numbers(row), row.where, row.package] for row in rows], label)
 
 
 def _numbers(row: Row) -> tuple[str, str, str]:
-    return (
-        number(row.difference),
-        f"{row.tolerance:.0e}" if row.tolerance else "exact",
-        "pass" if row.passes else "FAIL",
-    )
+    return "pass" if row.passes else "FAIL", number(row.difference), number(row.tolerance) if row.tolerance else "exact"
 
 
 def number(value: float) -> str:
@@ -191,7 +192,6 @@ def pair(task: str, precision: Any) -> Pair:
     from parity_tests import drift, trajectory
     from parity_tests.packages import PACKAGES
     from parity_tests.plan import random_plan
-    from parity_tests.tolerances import FLOAT32, FLOAT64
 
     config = drift.config_of(task, **{"train.max_steps": N_UPDATES, "train.learning_rate": 1e-2})
     plan = random_plan(f"{task} in {precision}", config, drift.SEEDS[task])
@@ -209,11 +209,9 @@ def losses(task: str, single: Pair) -> tuple[str, list[Curve]]:
 
 def differences(task: str, single: Pair, double: Pair) -> tuple[str, list[Curve], list[Curve]]:
     """Return title, curves and bounds of the differences of losses."""
-    from parity_tests.tolerances import FLOAT32, FLOAT64
-
     curves = [Curve("float32", single.differences(), FIRST), Curve("float64", double.differences(), SECOND)]
     bounds = [
-        Curve("tolerance" if i == 0 else "_", np.full(N_UPDATES, bound), BOUND, ":")
+        Curve("tolerance" if i == 0 else "_", np.full(len(single.jaxlm.losses), bound), BOUND, ":")
         for i, bound in enumerate((FLOAT32.losses, FLOAT64.losses))
     ]
     return f"{task}: difference of losses, relative", curves, bounds

@@ -1,0 +1,137 @@
+"""The page: complete, in one file, honest about what fails; and the page of any two runs."""
+
+import dataclasses
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxlm.errors import UserError
+from parity_tests import compare, packages, report
+from parity_tests.report import Pair
+from parity_tests.trajectory import Row
+
+FAULTS = [
+    {"name": "no scale", "description": "not divided", "package": "jaxlm", "caught_by": "batch 0", "quantity": "loss"},
+    {"name": "no scale", "description": "not divided", "package": "torchlm", "caught_by": "", "quantity": ""},
+]
+
+
+class Page(HTMLParser):
+    """The tags with their attributes, and the cells of tables row by row."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.rows: list[list[str]] = []
+        self.is_cell = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+        self.is_cell = tag in ("td", "th") or self.is_cell
+
+    def handle_endtag(self, tag: str) -> None:
+        self.is_cell = self.is_cell and tag not in ("td", "th")
+
+    def handle_data(self, data: str) -> None:
+        if self.is_cell:
+            self.rows[-1][-1] += data
+
+
+@pytest.fixture(scope="module")
+def pairs() -> dict[str, tuple[Pair, Pair]]:
+    """Short runs of one package against itself, of which a loss and a gradient are changed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "N_UPDATES", 6)
+        patch.setattr(packages, "PACKAGES", (packages.Torchlm, packages.Torchlm))
+        single, double = (report.pair("gpt", precision) for precision in ("float32", "float64"))
+    assert all(row.passes and row.difference == 0 for row in [*single.rows, *double.rows])
+    losses = single.jaxlm.losses * (1 + np.array([0, 1e-7, 0, 3e-7, 2e-7, 0]))
+    changed = dataclasses.replace(single.jaxlm, losses=losses)
+    rows = [
+        row._replace(difference=0.5) if row.quantity == "gradients of batch 0" and "fc1.weight" in row.where else row
+        for row in single.rows
+    ]
+    return {"gpt": (Pair(changed, single.torchlm, rows), double)}
+
+
+def external(text: str) -> list[str]:
+    """Return what a page would load from elsewhere."""
+    tags = Page(text).tags
+    links = [value for _, attrs in tags for name, value in attrs.items() if name in ("src", "href", "xlink:href")]
+    return [link for link in links if link and not link.startswith("#")] + re.findall(
+        r"@import|url\((?!#)[^)]*\)", text
+    )
+
+
+def test_the_page_has_all_parts_and_needs_nothing_else(pairs: dict, tmp_path: Path) -> None:
+    (tmp_path / "faults.json").write_text(json.dumps(FAULTS))
+    replayed = [
+        Row("cola", "torchlm", "losses", 1e-7, 5e-6, "update 3"),
+        Row("mlm", "torchlm", "losses", 2e-7, 5e-6, "u"),
+    ]
+    text = report.both_packages(pairs, replayed, tmp_path / "faults.json")
+    found = Page(text)
+    assert not external(text)
+    assert not [tag for tag, _ in found.tags if tag in ("script", "link", "img", "iframe")]
+    assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in found.tags
+    assert sum(tag == "svg" for tag, _ in found.tags) == 2
+    assert (
+        "prefers-color-scheme: dark" in text
+        and "var(--first)" in text
+        and report.FIRST not in text.split("</style>")[1]
+    )
+    assert ["losses", "pass", "2.0e-07", "5.0e-06", "mlm u", "torchlm"] in found.rows
+    gradient = next(row for row in found.rows if row[0] == "base.blocks.0.feed_forward.fc1.weight")
+    assert gradient[1] == "5.0e-01 FAIL" and gradient[2] == "0"
+    assert ["no scale", "not divided", "batch 0: loss", "MISSED"] in found.rows
+    assert "caught 1 of 1 in jaxlm and 0 of 1 in torchlm" in text
+    n_rows = len(pairs["gpt"][0].rows) + len(pairs["gpt"][1].rows) + 2
+    assert f"<b>{n_rows - 2}</b>of {n_rows} numbers" in text
+    assert "torch 2." in text and "flax 0." in text
+
+
+def test_a_name_from_a_file_is_text(tmp_path: Path, pairs: dict) -> None:
+    (tmp_path / "faults.json").write_text(json.dumps([FAULTS[0] | {"name": "<script>"}]))
+    assert "<script>" not in report.both_packages(pairs, [], tmp_path / "faults.json")
+
+
+def test_the_difference_is_drawn_where_it_is_not_zero(pairs: dict) -> None:
+    title, curves, bounds = report.differences("gpt", *pairs["gpt"])
+    text = report.svg(title, curves[:1], bounds, is_log=True)
+    assert text.count("<use ") > 3  # dots, beside the ticks
+    np.testing.assert_allclose(curves[0].values, [0, 1e-7, 0, 3e-7, 2e-7, 0], rtol=1e-6, atol=1e-16)
+    assert [bound.values[0] for bound in bounds] == [report.FLOAT32.losses, report.FLOAT64.losses]
+
+
+def test_the_picture_is_a_png(pairs: dict, tmp_path: Path) -> None:
+    report.picture(tmp_path / "parity.png", pairs)
+    content = (tmp_path / "parity.png").read_bytes()
+    assert content.startswith(b"\x89PNG") and len(content) > 20_000
+
+
+def test_a_file_without_faults_is_told(tmp_path: Path) -> None:
+    (tmp_path / "faults.json").write_text('{"a": 1}')
+    with pytest.raises(UserError, match="no table of python -m parity_tests.faults"):
+        report.faults(tmp_path / "faults.json")
+
+
+def test_the_page_of_any_two_runs(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    loss, weights = np.linspace(2, 1, 5, dtype=np.float32), np.ones((2, 3), np.float32)
+    np.savez(tmp_path / "a.npz", loss=loss * np.float32(1 + 1e-3), **{"weights/w": weights})
+    np.savez(tmp_path / "b.npz", loss=loss, **{"weights/w": weights})
+    file = tmp_path / "page.html"
+    assert compare.main([*(str(tmp_path / x) for x in ("a.npz", "b.npz")), "--html", str(file)]) == 1
+    found = Page(file.read_text())
+    assert not external(file.read_text())
+    assert sum(tag == "svg" for tag, _ in found.tags) == 2
+    (row,) = {tuple(row[:4]) for row in found.rows if row[0] == "loss"}
+    assert row[1] == "FAIL" and row[2].startswith("1.0e-03")
