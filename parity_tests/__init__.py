@@ -10,6 +10,10 @@
     inputs.py        long, padded and extreme inputs, and every optional setting of the model
     references.py    PyTorch's own attention, layers and optimizer, NumPy, transformers, finite differences
     original.py      the original once more, to record further cases
+    randomness.py    start values, and the seeds of dropout
+    faults.py        `python -m parity_tests.faults`: planted mistakes, and which check catches each
+    compare.py       `python -m parity_tests.compare A.npz B.npz`: any two training runs, of any model
+    report.py        `python -m parity_tests.report`: a page of all this
 
 Every check is a function that returns rows; tests assert that each row passes.
 """
