@@ -272,7 +272,10 @@ def _check(config: Config) -> None:
         raise UserError(f"model.d_model={model.d_model} is odd, but model.positions=fixed needs pairs of columns")
     if model.positions == "rotary" and model.d_model // model.n_heads % 2:
         size = model.d_model // model.n_heads
-        raise UserError(f"model.positions=rotary needs an even head size, not d_model / n_heads = {size}")
+        raise UserError(
+            f"model.positions=rotary needs an even head size, not model.d_model / model.n_heads = {size}; "
+            "change one of these, or use --model.positions fixed"
+        )
     if train.min_learning_rate > train.learning_rate:
         raise UserError(
             f"train.min_learning_rate={train.min_learning_rate} is above train.learning_rate={train.learning_rate}; "

@@ -129,9 +129,9 @@ def test_numbers_of_columns_may_be_numbers_in_a_file(tmp_path):
 def test_names_that_scripts_use_exist():
     names = "run.dir train.max-steps train.eval-interval train.batch-size train.seed data.path".split()
     names += "model.d-model model.n-layers model.n-heads model.seq-len".split()
-    values = dict.fromkeys(names, "8") | {"train.seed": "8", "model.n-heads": "8"}
+    values = dict.fromkeys(names, "8") | {"model.d-model": "16"}
     config, _ = configs.load([part for name in names for part in (f"--{name}", values[name])])
-    assert {str(configs.get(config, name.replace("-", "_"))) for name in names} == {"8"}
+    assert {name: str(configs.get(config, name.replace("-", "_"))) for name in names} == values
 
 
 # Errors
@@ -218,10 +218,13 @@ def test_files_that_cannot_be_read(tmp_path):
     [
         (["--model.d-model", "130"], ["model.d_model=130 is not divisible by model.n_heads=4; use 128 or 132"]),
         (["--model.d-model", "3"], ["model.d_model=3", "use 4"]),
-        (["--model.d-model", "15", "--model.n-heads", "5"], ["model.d_model=15 is odd", "model.positions=fixed"]),
+        (
+            ["--model.d-model", "15", "--model.n-heads", "5", "--model.positions", "fixed"],
+            ["model.d_model=15 is odd", "model.positions=fixed"],
+        ),
         (
             ["--model.d-model", "12", "--model.n-heads", "4", "--model.positions", "rotary"],
-            ["model.positions=rotary needs an even head size, not d_model / n_heads = 3"],
+            ["model.positions=rotary needs an even head size, not model.d_model / model.n_heads = 3"],
         ),
         (["--train.learning-rate", "1e-5"], ["train.min_learning_rate=0.0001 is above train.learning_rate=1e-05"]),
         (["--data.path", "a.txt", "--data.hub", "b"], ["data.path=a.txt and data.hub=b"]),
