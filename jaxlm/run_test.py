@@ -139,6 +139,7 @@ def test_files_are_looked_for_once_a_second_and_taken(tmp_path: Path) -> None:
 
 
 def test_first_ctrl_c_is_a_flag_and_later_ones_are_as_before(capsys: pytest.CaptureFixture[str]) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background has it ignored
     with runs.interrupts(RunLog()) as is_interrupted:
         assert not is_interrupted()
         os.kill(os.getpid(), signal.SIGINT)
