@@ -18,7 +18,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def quick_settings() -> Iterator[None]:
     """Compile with few optimizations and run in one thread: tiny models take longer to compile than to run.
 
-    The slow tests and the command `parity_tests.replay` have them all.
+    The command `parity_tests.replay`, which a slow test runs on all cases, has all optimizations.
     """
     import jax
     import torch

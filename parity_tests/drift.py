@@ -119,7 +119,7 @@ def injected(masks: Iterator[np.ndarray]) -> Iterator[None]:
     def drop(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
         if not training:
             return x
-        return torch.where(torch.from_numpy(next(masks)), x / (1 - p), 0)
+        return torch.where(torch.tensor(next(masks)), x / (1 - p), 0)
 
     with mock.patch.object(torch.nn.functional, "dropout", drop):
         yield

@@ -185,6 +185,8 @@ class Torchlm:
         self.model.zero_grad()
         with torch.no_grad():
             logits = self.model(tensors["tokens"])
+        if logits.dtype == torch.bfloat16:  # which NumPy has not
+            logits = logits.float()
         return {name: x.detach().numpy() for name, x in totals.items()}, logits.numpy(), gradients
 
     def dropped(self, tokens: np.ndarray, seed: int) -> np.ndarray:

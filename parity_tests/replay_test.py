@@ -34,6 +34,13 @@ def test_the_command_tells_what_is_apart_and_exits_1(tmp_path: Path) -> None:
     assert done.stdout.endswith("2 of 44 quantities FAIL\n")
 
 
+@pytest.mark.slow
+def test_the_command_passes_on_all_recorded_cases_with_all_optimizations() -> None:
+    done = run_replay()
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.endswith("\nall 260 quantities pass\n")
+
+
 def test_the_command_exits_2_with_one_line_for_a_folder_that_is_no_case(tmp_path: Path) -> None:
     done = run_replay(tmp_path / "nowhere")
     assert (done.returncode, done.stdout) == (2, "")
@@ -64,6 +71,7 @@ def spoil_checkpoint(key: str, value: Any) -> Any:
     return spoil
 
 
+BIAS = "classifier_model.classifier.bias"
 SPOILED = [
     (lambda folder: (folder / "checkpoint.pt").unlink(), "checkpoint.pt is missing"),
     (lambda folder: (folder / "case.json").write_text("{"), "case.json: cannot be read as JSON"),
@@ -75,7 +83,9 @@ SPOILED = [
     (spoil_json(lr=[0.0]), "lr has 1 entries, but there are steps=12"),
     (spoil_json(resume_at=12), "resume_at=12 is not below steps=12"),
     (spoil_json(resume_at=3, after_resume={"eps": 1e-3}), "after_resume.eps: only learning_rate, "),
-    (spoil_json(n_layers=2), r"init/: weights of another model: base.blocks.1.layernorm1.weight \[32\] is missing"),
+    (spoil_json(n_layers=2), r"checkpoint.pt: weights of another model: base.blocks.1.layernorm1.weight \[32\] is m"),
+    (spoil_arrays(**{f"grad0/{BIAS}": None}), r"grad0/: weights of another model: head.linear.bias \[61\] is missing"),
+    (spoil_arrays(**{f"init/{BIAS}": np.zeros(2)}), r"init/: .*: head.linear.bias has the shape \[2\], but the model"),
     (spoil_arrays(x=None), "x is missing"),
     (spoil_arrays(y=np.zeros((26, 5), int)), r"y has the shape \[26, 5\], but the case needs \[26, 6\]"),
     (spoil_arrays(y=np.full((26, 6), 61)), "y has values that are no ids of vocab_size=61"),

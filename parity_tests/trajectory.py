@@ -240,7 +240,7 @@ def table(rows: Iterable[Row]) -> str:
     lines = [("case", "package", "quantity", "worst difference", "tolerance", "", "where")]
     for row in rows:
         verdict = "pass" if row.passes else "FAIL"
-        numbers = f"{row.difference:.1e}", f"{row.tolerance:.0e}" if row.tolerance else "exact"
+        numbers = f"{row.difference:.1e}", f"{row.tolerance:.3g}" if row.tolerance else "exact"
         lines.append((row.case, row.package, row.quantity, *numbers, verdict, row.where))
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join("  ".join(x.ljust(n) for x, n in zip(line, widths, strict=True)).rstrip() for line in lines)
