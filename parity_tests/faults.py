@@ -808,14 +808,14 @@ def _schedule() -> list[Fault]:
         *mirrored(
             "decay to the last update",
             "cosine over max_steps, not over its own length",
-            cycle,
+            adamw,
             rate,
             ("(config.decay_steps or config.max_steps)", "config.max_steps"),
         ),
         *mirrored(
             "decay as long as told",
             "cosine over decay_steps after the warmup",
-            cycle,
+            adamw,
             rate,
             ("(config.decay_steps or config.max_steps) - warmup_steps", "(config.decay_steps or config.max_steps)"),
         ),
