@@ -187,8 +187,9 @@ def test_config_of_a_run_repeats_it_and_another_seed_does_not(runs: Any, launch:
 def test_the_best_checkpoint_is_tested_where_the_last_one_is_worse(launch: Any, tmp_path: Path) -> None:
     args = f"{TINY} --train.learning-rate 10 --train.warmup-steps 6 --train.decay-steps 12"
     longer = launch(f"{args} --train.max-steps 6 --run.dir longer", tmp_path, stdout=subprocess.PIPE, stderr=-1)
+    shorter = launch(f"{args} --train.max-steps 3 --run.dir shorter", tmp_path, stdout=subprocess.PIPE, stderr=-1)
     stdout, _ = finished(longer)
-    finished(launch(f"{args} --train.max-steps 3 --run.dir shorter", tmp_path, stdout=subprocess.PIPE, stderr=-1))
+    finished(shorter)
     validation = {row["step"]: row["loss"] for row in rows(tmp_path / "longer", "validation")}
     assert validation[3] < validation[6]
     assert rows(tmp_path / "longer", "test") == rows(tmp_path / "shorter", "test")
@@ -197,7 +198,7 @@ def test_the_best_checkpoint_is_tested_where_the_last_one_is_worse(launch: Any, 
     assert {path.name for path in (tmp_path / "longer" / "checkpoints").iterdir()} == {"3", "6"}
 
 
-def interrupt(process: subprocess.Popen, limit_s: float = 60) -> tuple[str, str]:
+def interrupt(process: subprocess.Popen, limit_s: float = 300) -> tuple[str, str]:
     process.send_signal(signal.SIGINT)
     return process.communicate(timeout=limit_s)
 
@@ -289,7 +290,7 @@ def test_files_in_the_run_folder_ask_for_a_checkpoint_and_for_the_end(launch: An
     process = launch(args, tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     wait_for_line(process, "step 1 ")
     (tmp_path / "run" / "save_checkpoint").touch()
-    deadline_s = time.monotonic() + 60
+    deadline_s = time.monotonic() + 300
     while not (saved := [path.name for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdecimal()]):
         assert time.monotonic() < deadline_s
         time.sleep(0.1)
@@ -319,7 +320,7 @@ def test_a_terminal_gets_a_progress_bar(launch: Any, tmp_path: Path) -> None:
     process = launch(f"{SHORT} --run.dir run", tmp_path, env, stdout=terminal, stderr=terminal, stdin=terminal)
     os.close(terminal)
     output = b""
-    while select.select([screen], [], [], 120)[0]:
+    while select.select([screen], [], [], 300)[0]:
         try:
             output += os.read(screen, 4096)
         except OSError:  # Linux reports the closed other end so
@@ -361,5 +362,8 @@ def test_tables_of_files_train_without_torch(tmp_path: Path) -> None:
     (tmp_path / "reviews.csv").write_text(rows)
     args = f"--task sst2 --data.path reviews.csv --data.cache-dir cache {TINY} --train.max-steps 1"
     code = f"import sys; from jaxlm.train import main; main({args.split()}); print('torch' in sys.modules)"
-    output = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    env = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    output = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=True
+    )
     assert output.stdout.splitlines()[-1] == "False"
