@@ -2,7 +2,7 @@
 
 Curves of both frameworks on top of each other, their difference against the update number with the tolerance, each
 tensor, the recorded cases, the planted faults (`--faults FILE`, which `python -m parity_tests.faults --json FILE`
-writes), and versions. The page is one file without scripts; `--png FILE` writes its first picture for the README.
+writes), and versions. The page is one file without scripts; `--png FILE` writes one of its pictures for the README.
 """
 
 import argparse
@@ -100,7 +100,8 @@ def draw(axes: Any, title: str, curves: Sequence[Curve], bounds: Sequence[Curve]
     axes.tick_params(colors=INK, labelsize=9, which="both")
     for spine in axes.spines.values():
         spine.set_color(GRID)
-    axes.legend(fontsize=9, labelcolor=INK, frameon=False, loc="best")
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "ncols": 3}  # where no curve is
+    axes.legend(fontsize=9, labelcolor=INK, frameon=False, **below)
 
 
 def svg(title: str, curves: Sequence[Curve], bounds: Sequence[Curve] = (), is_log: bool = False) -> str:
@@ -274,9 +275,9 @@ def both_packages(
 
     totals = {
         f"of {len(rows)} numbers and tensors within tolerance": str(len(rows) - n_failed),
-        f"losses of {N_UPDATES} updates in float32": largest(singles, "losses"),
+        f"largest relative difference of losses in {N_UPDATES} updates, float32": largest(singles, "losses"),
         "the same in float64": largest(doubles, "losses"),
-        f"weights after {N_UPDATES} updates in float64": largest(doubles, "final weights"),
+        f"of weights after {N_UPDATES} updates, float64": largest(doubles, "final weights"),
     }
     figures = []
     for task, (single, double) in pairs.items():
@@ -316,12 +317,12 @@ def both_packages(
 
 
 def picture(path: Path, pairs: dict[str, tuple[Pair, Pair]]) -> None:
-    """Write the first picture of the page as a file."""
+    """Write the pictures of gpt as a file."""
     figure = Figure(figsize=(9, 3.2), layout="constrained", facecolor="white")
     left, right = figure.subplots(1, 2)
-    task, (single, double) = next(iter(pairs.items()))
-    draw(left, *losses(task, single))
-    draw(right, *differences(task, single, double), is_log=True)
+    single, double = pairs["gpt"]
+    draw(left, *losses("gpt", single))
+    draw(right, *differences("gpt", single, double), is_log=True)
     figure.savefig(path, dpi=160)
 
 
@@ -357,7 +358,7 @@ def main(argv: list[str]) -> int:
     """Write the page of a command line; return the exit status."""
     parser = argparse.ArgumentParser("python -m parity_tests.report", description="Write the page of parity.")
     parser.add_argument("--out", type=Path, default=Path("parity.html"), help="file of the page (default: parity.html)")
-    parser.add_argument("--png", type=Path, help="file for the first picture")
+    parser.add_argument("--png", type=Path, help="file for a picture")
     parser.add_argument("--faults", type=Path, help="table of python -m parity_tests.faults --json FILE")
     args = parser.parse_args(argv)
     with reported(debug=False):
