@@ -9,6 +9,7 @@
     drift.py         float64, dropout and bfloat16 over many updates
     inputs.py        long, padded and extreme inputs, and every optional setting of the model
     references.py    PyTorch's own attention, layers and optimizer, NumPy, transformers, finite differences
+    checks.py        all checks by name; checks_test.py asserts that they pass
     original.py      the original once more, to record further cases
     randomness.py    start values, and the seeds of dropout
     faults.py        `python -m parity_tests.faults`: planted mistakes, and which check catches each

@@ -178,16 +178,17 @@ def bfloat16(task: str, n_updates: int = 200) -> Drift:
     sizes = {"model.d_model": 48, "model.n_heads": 4, "model.vocab_size": 61, "model.seq_len": 16}
     config = config_of(task, **sizes, **{"train.max_steps": n_updates, "train.accumulate": 1})
     plan = random_plan(f"{task} in bfloat16", config, SEEDS[task])
-    runs = {p: [trajectory.run(package, plan, p) for package in PACKAGES] for p in ("float32", "bfloat16")}
-    losses = {p: {k.name: run.losses for k, run in zip(PACKAGES, pair, strict=True)} for p, pair in runs.items()}
+    exact, rounded = {}, {}
     weights = {}
-    for package, exact, rounded in zip(PACKAGES, *runs.values(), strict=True):
+    for package in PACKAGES:
+        single, half = trajectory.run(package, plan, "float32"), trajectory.run(package, plan, "bfloat16")
         apart, moved = (
-            trajectory.norm({name: np.float64(x) - other[name] for name, x in exact.final.items()})
-            for other in (rounded.final, plan.start)
+            trajectory.norm({name: np.asarray(x, np.float64) - other[name] for name, x in single.final.items()})
+            for other in (half.final, plan.start)
         )
+        exact[package.name], rounded[package.name] = single.losses, half.losses
         weights[package.name] = apart / moved
-    return Drift(losses["float32"], losses["bfloat16"], weights)
+    return Drift(exact, rounded, weights)
 
 
 def bfloat16_rows(task: str, drift: Drift) -> list[Row]:

@@ -84,13 +84,13 @@ class Block(nn.Module):
         self.layernorm1 = nn.LayerNorm(d_model)
         self.self_multihead = SelfAttention(d_model, heads, seq_len, is_causal)
         self.layernorm2 = nn.LayerNorm(d_model)
-        self.feed_forward = nn.Module()
-        self.feed_forward.fc1 = nn.Linear(d_model, 4 * d_model)
-        self.feed_forward.fc2 = nn.Linear(4 * d_model, d_model)
+        self.feed_forward = nn.ModuleDict(
+            {"fc1": nn.Linear(d_model, 4 * d_model), "fc2": nn.Linear(4 * d_model, d_model)}
+        )
 
     def forward(self, x: Tensor, is_pad: Tensor) -> Tensor:
         x = x + self.self_multihead(self.layernorm1(x), is_pad)
-        return x + self.feed_forward.fc2(F.gelu(self.feed_forward.fc1(self.layernorm2(x))))
+        return x + self.feed_forward["fc2"](F.gelu(self.feed_forward["fc1"](self.layernorm2(x))))
 
 
 class Original(nn.Module):
@@ -156,10 +156,10 @@ def record(folder: Path, settings: dict[str, Any], model: Original, x: Tensor, y
     loss = model.loss(x[0], y[0])
     loss.backward()
     arrays |= {"loss0": np.float32(loss.item())}
-    arrays |= {f"grad0/{name}": parameter.grad.numpy().copy() for name, parameter in model.named_parameters()}
+    arrays |= {f"grad0/{name}": p.grad.numpy().copy() for name, p in model.named_parameters() if p.grad is not None}
     decayed = [p for p in model.parameters() if p.dim() > 1 and p.shape[0] != 1]
     undecayed = [p for p in model.parameters() if not (p.dim() > 1 and p.shape[0] != 1)]
-    groups = [{"params": decayed}, {"params": undecayed, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": undecayed, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(
         groups,
         lr=1.0,

@@ -123,10 +123,10 @@ class Jaxlm:
     def _precision(self) -> Any:
         return jax.enable_x64(self.is_double)
 
-    def _loss(self, params: Any, batch: Batch, key: Any) -> Any:
+    def _loss(self, params: Any, batch: Any, key: Any) -> Any:
         return self.task.loss(nnx.merge(self.graphdef, params), batch, key)
 
-    def _evaluate(self, params: Any, batch: Batch) -> tuple[Any, Any, Any]:
+    def _evaluate(self, params: Any, batch: Any) -> tuple[Any, Any, Any]:
         def mean_loss(params: Any) -> tuple[Any, tuple[Any, Any]]:
             totals = self._loss(params, batch, None)
             logits = nnx.merge(self.graphdef, params)(batch["tokens"])
@@ -193,7 +193,7 @@ class Torchlm:
         """Return the hidden states of the base model with dropout."""
         torch.manual_seed(seed)
         with torch.no_grad():
-            return self.model.train().base(torch.from_numpy(tokens)).numpy()
+            return self.model.train().get_submodule("base")(torch.from_numpy(tokens)).numpy()
 
     def weights(self) -> Arrays:
         """Return the weights."""

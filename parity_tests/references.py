@@ -162,7 +162,6 @@ def gpt2() -> list[Row]:
             activation_function="gelu",
             bos_token_id=None,
             eos_token_id=None,
-            attn_implementation="eager",
         )
     )
     renamed = {
@@ -226,7 +225,6 @@ def bert() -> list[Row]:
             hidden_act="gelu",
             layer_norm_eps=1e-5,
             pad_token_id=0,
-            attn_implementation="eager",
         )
     )
     theirs.bert.embeddings.LayerNorm = nn.Identity()
@@ -285,7 +283,7 @@ def adamw(n_updates: int = 30) -> list[Row]:
     changes = {"train.max_steps": n_updates, "train.warmup_steps": 5, "train.decay_steps": 20, "train.accumulate": 1}
     config = config_of("mlm", **changes, **{"train.weight_decay": 0.3, "train.learning_rate": 0.02})
     random, shapes = np.random.default_rng(10), names.shapes(config)
-    start = {name: np.float64(x) for name, x in random_weights(config, 10).items()}
+    start = {name: np.asarray(x, np.float64) for name, x in random_weights(config, 10).items()}
     gradients = [
         {name: scale * random.normal(size=shape) for name, shape in shapes.items()}
         for scale in np.geomspace(0.005, 0.5, n_updates)
@@ -392,7 +390,7 @@ def finite_differences(task: str, **changes: Any) -> list[Row]:
     """
     config = config_of(task, **changes)
     batch, random = random_batch(config, np.random.default_rng(11), batch_size=3), np.random.default_rng(12)
-    weights = {name: np.float64(x) for name, x in random_weights(config, 11).items()}
+    weights = {name: np.asarray(x, np.float64) for name, x in random_weights(config, 11).items()}
     pad_id = config.model.pad_id
     rows = []
     for package in PACKAGES:

@@ -28,7 +28,7 @@ def measure(plan: Plan) -> list[Row]:
 def main(argv: list[str]) -> int:
     """Print the table for the cases of a command line, or for all recorded ones; return the exit status."""
     with reported(debug=False):
-        loaded = [cases.load(Path(folder)) for folder in argv or sorted(cases.CASES.iterdir())]
+        loaded = [cases.load(Path(folder)) for folder in argv or map(str, sorted(cases.CASES.iterdir()))]
     rows = [row for case in loaded for row in measure(case.plan())]
     print(trajectory.table(trajectory.worst(row._replace(where=f"{row.case} {row.where}", case="all") for row in rows)))
     return 0

@@ -77,7 +77,8 @@ def run(package: type[Package], plan: Plan, precision: Precision = "float32") ->
     n_batches = [len(batches["tokens"]) for batches in plan.batches]
     cycle_steps = plan.cycle_steps
     state.start(_with_cycle(package, package.schedule.learning_rate(train), cycle_steps), plan.is_mean_of_means)
-    rates, metrics = [], []
+    rates: list[float] = []
+    metrics = []
     for i, batches in enumerate(plan.batches):
         if resume and i == resume.step:
             saved = _save(state, rates[-1], n_batches[:i])
