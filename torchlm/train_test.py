@@ -81,6 +81,7 @@ def test_each_task_trains_and_leaves_a_run_folder(
     assert "python -m torchlm.train --config" in output
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(launch: Launch, texts: Path, labelled: Path, tmp_path: Path) -> None:
     settings = f"{TINY} {data_of('mlm', texts, labelled)} --model.dropout 0 --train.accumulate 2 --train.max-steps 12"
     assert train.main(f"{settings} --run.dir {tmp_path}/run1".split()) == 0
