@@ -231,13 +231,16 @@ CHECKS: dict[str, Callable[[type[Package]], list[Row]]] = {
 
 @contextlib.contextmanager
 def once(package: type[Package]) -> Iterator[None]:
-    """Compute what checks ask of the other package, and of references, only once: no fault is in it."""
+    """Compute what checks ask of the other package, and of references, only once: no fault is in it.
+
+    Runs with dropout are done anew, since masks may come from outside, which have to be used up.
+    """
     (other,) = (x for x in PACKAGES if x is not package)
     run, numpy = trajectory.run, references._adamw_of_numpy
     update = getattr(references, f"_adamw_of_{other.name}")
 
     def remembered(asked: type[Package], plan: Any, precision: Any = "float32") -> trajectory.Trajectory:
-        if asked is package:
+        if asked is package or plan.config.model.dropout:
             return run(asked, plan, precision)
         key = asked, plan.name, precision, len(plan.batches)
         if key not in _RUNS:

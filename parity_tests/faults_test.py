@@ -40,6 +40,11 @@ def test_the_checks_of_the_sample_pass_without_a_fault(package: faults.Package) 
     assert not faults.sound(package, sorted({fault.check for fault in of_sample() if fault.package == package.name}))
 
 
+def test_a_check_passes_again_with_what_is_remembered_of_the_first_time() -> None:
+    for _ in range(2):
+        assert not faults.sound(PACKAGES[0], ["dropout with the same masks"])
+
+
 def test_there_are_forty_faults_in_each_package() -> None:
     names = [(fault.name, fault.package) for fault in FAULTS]
     assert len(set(names)) == len(names)
