@@ -153,7 +153,8 @@ def test_debug_shows_the_traceback(files: Path, launch: Any, tmp_path: Path) -> 
     process = launch(f"--debug --data.path {files}/empty.txt", tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
     _, stderr = process.communicate()
     assert "Traceback" in stderr and "in open_source" in stderr
-    assert stderr.rstrip().splitlines()[-1].startswith("jaxlm.errors.UserError: ")
+    assert stderr.rstrip().splitlines()[-1].startswith(f"error: {files}/empty.txt: ")
+    assert process.returncode == 2
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,38 +1,50 @@
-"""Checkpoints of a run, written by Orbax while training goes on: the last one and the best one are kept.
+"""Checkpoints, written by Orbax while training goes on: the last ones and the best one are kept.
 
-A checkpoint folder has `state` (step, params, opt_state; blocks stacked along a leading axis of layers) and `info`
-(format, settings, tokenizer, and how far the run was).
+A checkpoint is a folder STEP with the parts `base`, `head` and `optimizer`, each readable alone, `info` (JSON: format,
+versions, settings, tokenizer, data, and how far the run was), and checksums.json, which is written last: a folder
+without it was never finished. Blocks are stacked along a leading axis of layers. CHECKPOINTS.md has examples.
 """
 
+import contextlib
+import functools
 import logging
 import math
+import operator
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+from flax import nnx
 
+from jaxlm import checksums, convert, formats, names, optim, start
+from jaxlm.config import Config
+from jaxlm.errors import UserError
+from jaxlm.run import Run
 from jaxlm.step import TrainState
 
-FORMAT = 1
+FORMAT = formats.RUN_FORMAT
+PARTS = start.PARTS
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what it does, and what it raises, too
 
 
 class Checkpoints:
-    """The checkpoints in one folder, by step. Call `close` (or leave the `with` block) to wait for the last save."""
+    """The checkpoints in one folder, by step. Call `close` (or leave the `with` block) to wait for the last save.
 
-    def __init__(self, folder: Path):
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells each of its steps otherwise
-        policy = AnyPreservationPolicy(
-            [
-                LatestN(n=1),
-                BestN(get_metric_fn=_validation_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False),
-            ]
-        )
-        self.manager = ocp.CheckpointManager(
-            folder.absolute(),
-            # best_fn decides nothing here, but without it Orbax does not write the metrics.
-            options=ocp.CheckpointManagerOptions(preservation_policy=policy, best_fn=_validation_loss, best_mode="min"),
-        )
+    `keep` of the last are kept, and the best. A save that fails tells `warn` why, and leaves the others as they are.
+    """
+
+    def __init__(self, folder: Path, keep: int = 1, warn: Callable[[str], None] = print):
+        self.folder, self.keep, self.warn = folder.absolute(), keep, warn
+        self.checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self.finishing: threading.Thread | None = None
+        self.n_saved, self.stalled_s = 0, 0.0  # saves that are whole, and how long training stood still for all
+        remove_unfinished(self.folder)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -40,44 +52,233 @@ class Checkpoints:
     def __exit__(self, *exception: Any) -> None:
         self.close()
 
-    def save(self, state: TrainState, info: dict[str, Any], validation_loss: float | None = None) -> None:
+    def save(self, state: TrainState, info: dict[str, Any], losses: Mapping[int, float]) -> None:
         """Start to save; returns when the arrays are copied from the device.
 
-        Without a validation loss, the checkpoint is kept only until the next one.
+        `losses` are the validation losses by step: the checkpoint with the lowest is the best.
         """
+        started_s = time.monotonic()
+        self.wait()
         step = int(state.step)
-        if step in self.manager.all_steps():
-            return
-        self.manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_tree(state)), info=ocp.args.JsonSave({"format": FORMAT, **info})
-            ),
-            metrics=None if validation_loss is None else {"validation_loss": validation_loss},
-            force=True,
-        )
+        if step not in self.steps():
+            try:
+                self._start(step, state, info | {"val_loss": losses.get(step)})
+                self.finishing = threading.Thread(target=self._finish, args=(step, dict(losses)))
+                self.finishing.start()
+            except Exception as error:  # whatever Orbax and the system raise: a run outlives it
+                self._failed(step, error)
+        self.stalled_s += time.monotonic() - started_s
 
-    def best_step(self) -> int | None:
-        """Return the step with the lowest validation loss, None if nothing has been evaluated and saved."""
-        self.manager.wait_until_finished()
-        losses = {step: self.manager.metrics(step) for step in self.manager.all_steps()}
-        evaluated = {step: _validation_loss(scores) for step, scores in losses.items() if scores}
-        return min(evaluated, key=evaluated.__getitem__) if evaluated else None
+    def steps(self) -> list[int]:
+        """Return the steps of all that is whole."""
+        return [step for step, path in start.checkpoints_in(self.folder) if checksums.is_finished(path)]
+
+    def best_step(self, losses: Mapping[int, float]) -> int | None:
+        """Return the step with the lowest of the losses among the checkpoints, None if there is none."""
+        self.wait()
+        return self._best(losses)
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """Return the state saved at `step`, with the shapes, types and placement of `like`."""
-        self.manager.wait_until_finished()
-        tree = self.manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(_tree(like))))["state"]
-        return TrainState(**tree)
+        self.wait()
+        return restore(self.folder / str(step), like)
+
+    def wait(self) -> None:
+        """Wait until what is being saved is whole."""
+        if self.finishing is not None:
+            self.finishing.join()
+            self.finishing = None
+
+    def summary(self) -> str:
+        """Return a line on the saves so far."""
+        self.wait()
+        n, stalled_s = self.n_saved, self.stalled_s / max(self.n_saved, 1)
+        return f"{n} checkpoint{'s' * (n != 1)} saved; training stood still {stalled_s:.3f} s for each"
 
     def close(self) -> None:
-        self.manager.close()
+        """Wait for the last save, and end."""
+        self.wait()
+        with contextlib.suppress(Exception):  # of a save that failed, which was told then
+            self.checkpointer.close()
+
+    def _start(self, step: int, state: TrainState, info: dict[str, Any]) -> None:
+        items = parts_of(state)
+        n_bytes = sum(x.nbytes for x in jax.tree.leaves(items))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        n_free = shutil.disk_usage(self.folder).free
+        if n_free < 1.05 * n_bytes + 1e5:  # and a little for the small files
+            raise OSError(f"it needs {n_bytes / 1e6:,.1f} MB, and {n_free / 1e6:,.1f} MB are free")
+        saved: dict[str, Any] = {name: ocp.args.PyTreeSave(tree) for name, tree in items.items()}
+        self.checkpointer.save(
+            self.folder / str(step), args=ocp.args.Composite(**saved, info=ocp.args.JsonSave(info)), force=True
+        )
+
+    def _finish(self, step: int, losses: Mapping[int, float]) -> None:
+        """Make the checkpoint whole, and only then remove those that it replaces."""
+        try:
+            self.checkpointer.wait_until_finished()
+            checksums.write(self.folder / str(step))
+            self.n_saved += 1
+            steps = sorted(self.steps())
+            for old in set(steps[: -self.keep]) - {self._best(losses)}:
+                _remove(self.folder / str(old))
+        except Exception as error:
+            self._failed(step, error)
+
+    def _best(self, losses: Mapping[int, float]) -> int | None:
+        # Compared with NaN, nothing is better or worse.
+        found = {step: losses[step] for step in self.steps() if not math.isnan(losses.get(step, math.nan))}
+        return min(found, key=found.__getitem__) if found else None
+
+    def _failed(self, step: int, error: Exception) -> None:
+        with contextlib.suppress(OSError):
+            remove_unfinished(self.folder)
+        why = formats.reason(error)
+        self.warn(f"the checkpoint of step {step} could not be saved ({why}); training goes on without it")
 
 
-def _validation_loss(scores: dict[str, float]) -> float:
-    loss = scores["validation_loss"]
-    return math.inf if math.isnan(loss) else loss  # compared with NaN, nothing is better or worse
+def begin(run: Run, fresh: Callable[[], TrainState], sharding: jax.sharding.Sharding) -> TrainState:
+    """Return the state that a run starts with, and print where each part of it is from.
+
+    `fresh` makes the start values, with `sharding`; it is called only if something starts afresh.
+    """
+    begun = run.start
+    if begun.path is None:
+        return fresh()
+    state: Any = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), jax.eval_shape(fresh)
+    )
+    if begun.parts != PARTS:
+        state = fresh()
+    step = begun.position().step
+    if begun.form == formats.RUN:
+        state = restore(begun.path, state, begun.parts, step)
+    else:
+        parts = jax.device_put(_parts_of_file(begun.path, run.config, begun.parts), sharding)
+        state = with_parts(state, parts, step)
+    sizes = {name: [x.size for x in jax.tree.leaves(tree)] for name, tree in parts_of(state).items()}
+    run.log.say(start.table(begun, sizes))
+    return state
 
 
-def _tree(state: TrainState) -> dict[str, Any]:
-    return {"step": state.step, "params": state.params, "opt_state": state.opt_state}
+def parts_of(state: TrainState) -> dict[str, Any]:
+    """Return what a checkpoint has of a state, by part."""
+    first, second, count = optim.moments(state.opt_state)
+    return {
+        "base": state.params["base"],
+        "head": state.params["head"],
+        "optimizer": {"first_moment": first, "second_moment": second, "count": count},
+    }
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a save that never came to its end has left."""
+    for path in folder.glob("*"):
+        if path.is_dir() and path.name.split(".")[0].isdecimal() and not path.name.endswith(start.DAMAGED):
+            if not checksums.is_finished(path):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def restore(path: Path, like: TrainState, parts: Sequence[str] = PARTS, step: int | None = None) -> TrainState:
+    """Return `like` with the given parts of a checkpoint of jaxlm, and no other byte of it read.
+
+    `like` has arrays, or jax.ShapeDtypeStruct with shardings where the part is restored. The update number is that of
+    the checkpoint, or `step`. Raises UserError if a part is damaged or has other shapes or types.
+    """
+    if what := checksums.damage(path, (*parts, "info")):
+        raise UserError(f"{path}: damaged: {what}")
+    wanted = {name: tree for name, tree in parts_of(like).items() if name in parts}
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        found = {}
+        for name, tree in wanted.items():
+            stored = checkpointer.metadata(path.absolute() / name).item_metadata.tree
+            n_stored, n_rows = (_n_positions(x) for x in (stored, tree))
+            is_cut = n_stored > n_rows > 0  # learned positions: the first of them are used
+            if is_cut:
+                tree = _with_positions(tree, functools.partial(_abstract, n_rows=n_stored))
+            _check(f"{path}/{name}", _shapes(stored), _shapes(tree))
+            kinds = ocp.checkpoint_utils.construct_restore_args(tree)
+            found[name] = checkpointer.restore(
+                path.absolute() / name, args=ocp.args.PyTreeRestore(item=tree, restore_args=kinds)
+            )
+            if is_cut:
+                found[name] = _with_positions(found[name], operator.itemgetter(slice(n_rows)))
+    if step is None:
+        step = int(checksums.read_json(path / "info" / "metadata")["step"])
+    return with_parts(like, found, step)
+
+
+def with_parts(state: TrainState, parts: Mapping[str, Any], step: int) -> TrainState:
+    """Return a state with some parts replaced, in the form that `parts_of` gives them, at an update number."""
+    params = {name: parts.get(name, state.params[name]) for name in ("base", "head")}
+    opt_state = state.opt_state
+    if "optimizer" in parts:
+        part = parts["optimizer"]
+        opt_state = optim.with_moments(opt_state, part["first_moment"], part["second_moment"], part["count"])
+    # Two arrays, since an update is given both of them to use again.
+    counts = [jax.device_put(np.int32(step), state.step.sharding) for _ in range(2)]
+    return TrainState(counts[0], params, optim.at_step(opt_state, counts[1]))
+
+
+def load_model(path: str | Path) -> tuple[nnx.Module, Config]:
+    """Return the model of a run or checkpoint, of any form that jaxlm.convert reads, and its settings."""
+    from jaxlm.tasks import TASKS
+
+    snapshot = convert.read(Path(path))
+    task = TASKS[snapshot.config.task](snapshot.config)
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: task.build_model(nnx.Rngs(0))))
+    return nnx.merge(graphdef, jax.tree.map(jax.numpy.asarray, names.to_jax(snapshot.weights))), snapshot.config
+
+
+def _parts_of_file(path: Path, config: Config, parts: Sequence[str]) -> dict[str, Any]:
+    """Return the given parts of a checkpoint of another form, as `parts_of` has them, in NumPy's arrays."""
+    snapshot = convert.read(path)
+    weights = names.check(*start.fitting(snapshot.weights, names.shapes(config), parts), str(path))
+    found = names.to_jax(weights)
+    if "optimizer" in parts:
+        first, second = snapshot.moments or [{name: np.zeros_like(x) for name, x in weights.items()}] * 2
+        found["optimizer"] = {
+            "first_moment": names.to_jax(first),
+            "second_moment": names.to_jax(second),
+            "count": np.int32(snapshot.n_updates),
+        }
+    return found
+
+
+def _n_positions(tree: Any) -> int:
+    """Return the rows of a part's table of learned positions, 0 if it has none."""
+    table = tree.get("embedding", {}).get("position")
+    return 0 if table is None else table.shape[0]
+
+
+def _with_positions(tree: Any, change: Callable[[Any], Any]) -> Any:
+    embedding = tree["embedding"]
+    return {**tree, "embedding": {**embedding, "position": change(embedding["position"])}}
+
+
+def _abstract(x: Any, n_rows: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((n_rows, *x.shape[1:]), x.dtype, sharding=x.sharding)
+
+
+def _shapes(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Return shape and type of each array in a tree, by its path."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
+    return {
+        "/".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path): (tuple(x.shape), str(x.dtype))
+        for path, x in leaves
+    }
+
+
+def _check(source: str, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raise UserError unless two trees are alike, since Orbax restores what is not without a word."""
+    found, needed = ({name: shape for name, (shape, _) in tree.items()} for tree in (stored, wanted))
+    names.check_shapes(found, needed, source)
+    for name, (_, dtype) in wanted.items():
+        if stored[name][1] != dtype:
+            raise UserError(f"{source}: {name} is {stored[name][1]}, but has to be {dtype} here; cast it first")
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint; cut short, it leaves none that looks whole."""
+    (folder / checksums.FILE).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)

@@ -16,13 +16,20 @@ from jaxlm import optim, step
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.config import TrainConfig
 
-INFO = {"step": 7, "task": "mlm", "rate": 0.1, "config": {"model.d_model": 12, "data.path": ""}, "tokenizer": "abc"}
+INFO = {
+    "format": 2,
+    "step": 7,
+    "task": "mlm",
+    "rate": 0.1,
+    "config": {"model.d_model": 12, "data.path": ""},
+    "tokenizer": "abc",
+}
 
 
 def state_at(i: int, n: int = 7) -> step.TrainState:
     """Return a state with random numbers everywhere, a function of i; the kernel has n rows."""
     optimizer = optim.adamw(TrainConfig(), lambda i: 0.1)
-    state = step.init_state({"layer": {"kernel": jnp.zeros((n, 50)), "bias": jnp.zeros(50)}}, optimizer)
+    state = step.init_state({"base": {"kernel": jnp.zeros((n, 50))}, "head": {"bias": jnp.zeros(50)}}, optimizer)
     random = np.random.default_rng(i)
     floats = lambda x: jnp.asarray(random.normal(size=x.shape), x.dtype) if x.ndim else jnp.full_like(x, i)  # noqa: E731
     return jax.tree.map(floats, state)
@@ -54,9 +61,11 @@ def test_the_best_and_the_last_are_kept(
     losses: list[float | None], kept: list[int], best: int | None, tmp_path: Path
 ) -> None:
     with Checkpoints(tmp_path) as checkpoints:
+        so_far: dict[int, float] = {}
         for i, loss in enumerate(losses, start=1):
-            checkpoints.save(state_at(i), INFO, loss)
-        assert checkpoints.best_step() == best
+            so_far |= {} if loss is None else {i: loss}
+            checkpoints.save(state_at(i), INFO | {"step": i}, so_far)
+        assert checkpoints.best_step(so_far) == best
         for i in kept:
             assert_bitwise_equal(checkpoints.restore(i, state_at(0)), state_at(i))
     assert steps_on_disk(tmp_path) == kept
@@ -64,16 +73,16 @@ def test_the_best_and_the_last_are_kept(
 
 def test_a_state_saved_twice_is_kept_once(tmp_path: Path) -> None:
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(state_at(1), INFO, 2.0)
-        checkpoints.save(state_at(1), INFO)
-        assert checkpoints.best_step() == 1
+        checkpoints.save(state_at(1), INFO, {1: 2.0})
+        checkpoints.save(state_at(1), INFO, {})
+        assert checkpoints.best_step({1: 2.0}) == 1
     assert steps_on_disk(tmp_path) == [1]
 
 
 def test_donated_arrays_can_be_saved(tmp_path: Path) -> None:
     state = state_at(3)
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(state, INFO, 2.0)
+        checkpoints.save(state, INFO | {"step": 3}, {})
         jax.tree.map(lambda x: x.delete(), state)  # as the next update does, while the files are being written
         assert_bitwise_equal(checkpoints.restore(3, state_at(0)), state_at(3))
 
@@ -84,20 +93,21 @@ import resource, signal
 from pathlib import Path
 from jaxlm.checkpoint_test import INFO, Checkpoints, state_at
 with Checkpoints(Path({str(tmp_path)!r})) as checkpoints:
-    checkpoints.save(state_at(1, n=1000), INFO, 2.0)
-    assert checkpoints.best_step() == 1
+    checkpoints.save(state_at(1, n=1000), INFO | {{"step": 1}}, {{1: 2.0}})
+    assert checkpoints.best_step({{1: 2.0}}) == 1
     # The kernel ends this process as soon as a file grows beyond this: in the midst of the second save.
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-    checkpoints.save(state_at(2, n=1000), INFO, 1.0)
+    checkpoints.save(state_at(2, n=1000), INFO | {{"step": 2}}, {{1: 2.0, 2: 1.0}})
 """
     process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert process.returncode == -signal.SIGXFSZ, process.stderr
     assert len(list(tmp_path.iterdir())) > 1  # something of the second is there
 
     with Checkpoints(tmp_path) as checkpoints:
-        assert checkpoints.best_step() == 1
+        assert checkpoints.best_step({1: 2.0}) == 1
         assert_bitwise_equal(checkpoints.restore(1, state_at(0, n=1000)), state_at(1, n=1000))
-        checkpoints.save(state_at(2, n=1000), INFO, 1.0)  # and the run can go on
-        assert checkpoints.best_step() == 2
-    assert json.loads((tmp_path / "2" / "info" / "metadata").read_text()) == {"format": 1, **INFO}
+        checkpoints.save(state_at(2, n=1000), INFO | {"step": 2}, {1: 2.0, 2: 1.0})  # and the run can go on
+        assert checkpoints.best_step({1: 2.0, 2: 1.0}) == 2
+    info = json.loads((tmp_path / "2" / "info" / "metadata").read_text())
+    assert info == INFO | {"step": 2, "val_loss": 1.0}

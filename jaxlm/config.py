@@ -9,7 +9,7 @@ import difflib
 import sys
 import tomllib
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,7 +29,8 @@ Rate = Annotated[float, Meta(ge=0, le=1000)]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
-    dir: str = ""  # folder of this run, made anew; "": runs/<task>-<date>-<n>
+    dir: str = ""  # folder of this run, made anew unless the run in it goes on; "": runs/<task>-<date>-<n>
+    keep_checkpoints: Positive = 1  # of the last, besides the best
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,8 +84,13 @@ class TrainConfig:
     accumulate: Positive = 1  # batches summed into one update
     learning_rate: Rate = 1e-3  # peak rate
     min_learning_rate: Rate = 1e-4  # rate after the decay
+    schedule: Literal["cosine", "linear", "constant", "inverse_sqrt", "wsd"] = "cosine"  # of the rate, after the warmup
     warmup_steps: Count = 100  # updates of linear warmup from 0
-    decay_steps: Count = 0  # update at which the cosine decay reaches its minimum; 0: max_steps
+    stable_steps: Count = 0  # wsd: updates at the peak rate, between the warmup and a linear decay
+    decay_steps: Count = 0  # update at which the decay reaches its minimum; 0: max_steps
+    rewarmup_steps: Count = 0  # updates from the rate of a checkpoint to another schedule, linearly
+    cycle_steps: Count = 0  # length of each of the original's cycles of 1, 1 and 2 batches an update; 0: none
+    cycle_amplitude: Share = 0.03  # share by which the rate rises, or falls where batches are two, within a cycle
     weight_decay: Rate = 0.01  # decoupled, on matrices only
     beta1: Share = 0.9  # AdamW, first moment
     beta2: Share = 0.999  # AdamW, second moment
@@ -94,6 +100,9 @@ class TrainConfig:
     log_interval: Positive = 10  # updates between rows of metrics.jsonl
     seed: Count = 0  # of start values, order of samples, masking and dropout
     precision: Literal["float32", "bfloat16"] = "float32"  # of products; weights, moments and norms stay float32
+    on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"  # a loss or gradient that is no number; skip: its update
+    reset_optimizer: bool = False  # with --resume PATH: zero moments instead of those of the checkpoint
+    switch_training: bool = False  # with --resume PATH: the base model only, as with --init-from
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,6 +115,8 @@ class LogConfig:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
     task: str = "mlm"  # mlm, gpt, sst2, cola, or your own (jaxlm/tasks/README.md)
+    resume: str = ""  # run, or one of its checkpoints, that goes on; auto: that in run.dir, a new run if there is none
+    init_from: str = ""  # run or checkpoint whose base model a new run starts with
     debug: bool = False  # show the traceback of an error in the input
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -128,7 +139,11 @@ def _settings() -> dict[str, Any]:
 
 
 SETTINGS = _settings()
+# What a command is asked to do, which is not what a run is: a run's config.toml and its checkpoints have it not.
+TRANSIENT = ("resume", "debug", "run.dir", "train.reset_optimizer", "train.switch_training")
 COMMAND_LINE = "command line"
+HELP = ("-h", "--help")
+Layer = tuple[str, Any, str]  # dotted name, value, and where it came from
 
 
 def presets_dir() -> Path:
@@ -137,18 +152,28 @@ def presets_dir() -> Path:
     return next((path for path in (here / "configs", here.parent / "configs") if path.is_dir()), here / "configs")
 
 
-def load(argv: list[str], prog: str = "python -m jaxlm.train") -> tuple[Config, dict[str, str]]:
+def given(argv: list[str]) -> dict[str, Any]:
+    """Return the settings of a command line and the files that it names, without presets. Raises UserError."""
+    layers = _command_line([arg for arg in argv if arg not in HELP])
+    return {name: _convert(name, value, origin) for name, value, origin in layers}
+
+
+def load(
+    argv: list[str], prog: str = "python -m jaxlm.train", stored: Sequence[Layer] = (), has_preset: bool = True
+) -> tuple[Config, dict[str, str]]:
     """Return the settings of a command line, and where each one that was set came from.
+
+    `stored` are settings of a checkpoint, which go before those of the command line and after the preset of the task.
 
     Prints the help (or a shell completion) and exits if `argv` asks for it.
     Raises UserError for an unknown setting, a wrong type, a value out of range, or values that do not go together.
     """
-    wants_help = [arg for arg in argv if arg in ("-h", "--help")]
+    wants_help = [arg for arg in argv if arg in HELP]
     if "--tyro-print-completion" in argv:
         _print_help(argv, Config(), prog)
     layers = list(_command_line([arg for arg in argv if arg not in wants_help]))
-    task = next((value for name, value, _ in reversed(layers) if name == "task"), Config().task)
-    layers = [*_preset(task), *layers]
+    task = next((value for name, value, _ in reversed([*stored, *layers]) if name == "task"), Config().task)
+    layers = [*(_preset(task) if has_preset else ()), *stored, *layers]
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for name, value, origin in layers:
@@ -185,11 +210,20 @@ def get(config: Config, name: str) -> Any:
 
 
 def dump(config: Config) -> str:
-    """Return all settings as TOML, which `--config` reads back."""
-    return tomli_w.dumps(dataclasses.asdict(config))
+    """Return the lasting settings as TOML, which `--config` reads back."""
+    nested: dict[str, Any] = {}
+    for name, value in flat(config).items():
+        section, _, key = name.rpartition(".")
+        (nested.setdefault(section, {}) if section else nested)[key] = value
+    return tomli_w.dumps(nested)
 
 
-def _command_line(argv: list[str]) -> typing.Iterator[tuple[str, Any, str]]:
+def flat(config: Config) -> dict[str, Any]:
+    """Return {dotted name: value} of the lasting settings, as checkpoints have them."""
+    return {name: get(config, name) for name in SETTINGS if name not in TRANSIENT}
+
+
+def _command_line(argv: list[str]) -> typing.Iterator[Layer]:
     """Yield (name, value, origin) for each setting of the command line and of the files it names, in order."""
     args = list(argv)
     while args:
@@ -216,7 +250,7 @@ def _nearest_flag(name: str) -> str:
     return nearest(name, ["config", *SETTINGS]).replace("mean ", "mean --").replace("_", "-")
 
 
-def _file(path: Path) -> list[tuple[str, Any, str]]:
+def _file(path: Path) -> list[Layer]:
     """Return (name, value, origin) for each setting in a TOML file."""
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -234,7 +268,7 @@ def _file(path: Path) -> list[tuple[str, Any, str]]:
     return layers
 
 
-def _preset(task: Any) -> list[tuple[str, Any, str]]:
+def _preset(task: Any) -> list[Layer]:
     """Return the settings of the task's preset, the TOML file of its name whose `task` it is."""
     tasks = [p.stem for p in sorted(presets_dir().glob("*.toml")) if ("task", p.stem, str(p)) in _file(p)]
     if task not in tasks:
@@ -281,6 +315,12 @@ def _check(config: Config) -> None:
             f"train.min_learning_rate={train.min_learning_rate} is above train.learning_rate={train.learning_rate}; "
             "lower it"
         )
+    end = train.decay_steps or train.max_steps
+    if train.schedule == "wsd" and train.warmup_steps + train.stable_steps > end:
+        raise UserError(
+            f"train.stable_steps={train.stable_steps} and train.warmup_steps={train.warmup_steps} end after the decay, "
+            f"at update {end}; lower one of them, or raise train.max_steps"
+        )
     if data.path and data.hub:
         raise UserError(f"data.path={data.path} and data.hub={data.hub} name two sources; give one of them")
     if data.validation_fraction + data.test_fraction >= 1:
@@ -314,6 +354,10 @@ def warnings(config: Config, origins: dict[str, str], of_other_tasks: Iterable[s
             (config.tokenizer.path and not reads_vocab_txt and "tokenizer.path is given")
             or (not config.tokenizer.path and config.tokenizer.kind == "bpe" and "tokenizer.kind=bpe keeps case")
         ),
+        "train.stable_steps": config.train.schedule != "wsd" and f"train.schedule={config.train.schedule}",
+        "train.cycle_amplitude": not config.train.cycle_steps and "train.cycle_steps=0",
+        "train.reset_optimizer": config.resume in ("", "auto") and "it goes with --resume PATH",
+        "train.switch_training": config.resume in ("", "auto") and "it goes with --resume PATH",
         **dict.fromkeys(of_other_tasks, f"task={config.task} does not use it"),
     }
     presets = str(presets_dir())

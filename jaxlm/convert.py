@@ -187,7 +187,7 @@ def _snapshot(stored: Stored, config: Config | None) -> Snapshot:
     if config is None:
         if missing := [key for key in ("step", "task", "rate", "config", "tokenizer") if key not in info]:
             raise UserError(f"{path}: it does not tell its {', '.join(missing)}")
-        config = _config(info["config"], path)
+        config = config_of(info["config"], path)
         if info["task"] != config.task:
             raise UserError(f"{path}: it is of task {info['task']}, but its settings are of task {config.task}")
     else:
@@ -206,7 +206,7 @@ def _snapshot(stored: Stored, config: Config | None) -> Snapshot:
     return Snapshot(config, info, weights, moments if n_updates else None, n_updates)
 
 
-def _config(settings: Mapping[str, Any], path: Path) -> Config:
+def config_of(settings: Mapping[str, Any], path: Path) -> Config:
     """Return stored settings, {dotted name: value}, as Config; those that did not exist then have their defaults."""
     nested: dict[str, Any] = {}
     for name, value in settings.items():

@@ -1,6 +1,5 @@
 """Conversion against the recorded original, both trainers' own checkpoints, and every way and back bit for bit."""
 
-import dataclasses
 import json
 import os
 import pickle
@@ -22,11 +21,9 @@ from safetensors import safe_open
 from jaxlm import config as configs
 from jaxlm import convert, names, optim, schedule, step
 from jaxlm import loop as jax_loop
-from jaxlm import run as runs
 from jaxlm import tasks as jax_tasks
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.config import Config
-from jaxlm.errors import UserError
 from jaxlm.formats import CHECKPOINT_1_2, RUN, SAFETENSORS, STATE_DICT, Snapshot
 from torchlm import checkpoint as torch_checkpoint
 from torchlm import loop as torch_loop
@@ -160,7 +157,8 @@ def test_a_recorded_checkpoint_of_the_original_converts_to_jaxlm_and_back(case: 
 def fresh(config: Config) -> tuple[step.TrainState, jax_loop.Compiled]:
     """Return jaxlm's state before the first update, and its compiled functions."""
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
-    return jax_loop.build(config, jax_tasks.TASKS[config.task](config), mesh)
+    build, compiled = jax_loop.build(config, jax_tasks.TASKS[config.task](config), mesh)
+    return build(), compiled
 
 
 def restored(run: Path, config: Config) -> step.TrainState:
@@ -170,7 +168,7 @@ def restored(run: Path, config: Config) -> step.TrainState:
     params = jax.tree.map(lambda x: jax.numpy.asarray(np.zeros(x.shape, x.dtype)), shapes)
     like = step.init_state(params, optim.adamw(config.train, schedule.learning_rate(config.train)))
     with Checkpoints(run / "checkpoints") as checkpoints:
-        return checkpoints.restore(checkpoints.manager.latest_step(), like)
+        return checkpoints.restore(checkpoints.steps()[-1], like)
 
 
 def batches_of(config: Config) -> list[dict[str, np.ndarray]]:
@@ -195,7 +193,8 @@ def jax_updates(state: step.TrainState, compiled: jax_loop.Compiled, batches: li
 
 def torch_fresh(config: Config) -> tuple[Any, Any]:
     mesh = torch_parallel.Mesh(0, 1, torch.device("cpu"))
-    return torch_loop.build(config, torch_tasks.TASKS[config.task](config), mesh)
+    build, compiled = torch_loop.build(config, torch_tasks.TASKS[config.task](config), mesh)
+    return build(), compiled
 
 
 def torch_updates(state: Any, compiled: Any, batches: list) -> tuple[Any, Any]:
@@ -222,15 +221,22 @@ def test_a_run_of_jaxlm_goes_on_in_torchlm(tmp_path: Path) -> None:
     batches = batches_of(config)
     state, compiled = fresh(config)
     state, metrics = jax_updates(state, compiled, batches[:3])
-    info = {"step": 3, "task": "mlm", "rate": float(metrics["rate"]), "tokenizer": "a hash"}
+    info = {
+        "format": 2,
+        "step": 3,
+        "sample_iter": 6,
+        "task": "mlm",
+        "rate": float(metrics["rate"]),
+        "tokenizer": "a hash",
+    }
     with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
-        checkpoints.save(state, {**info, "config": runs.settings(config)}, 2.5)
+        checkpoints.save(state, {"format": 2, **info, "config": configs.flat(config)}, {3: 2.5})
     convert.main([str(tmp_path / "run"), str(tmp_path / "3.pt")])
 
     written = torch_checkpoint.read(tmp_path / "3.pt")
     assert (written["iter"], written["sample_iter"], written["lr"], written["val_loss"]) == (3, 6, info["rate"], 2.5)
     torch_state, torch_compiled = torch_fresh(config)
-    torch_state = torch_checkpoint.load(tmp_path / "3.pt", torch_state)
+    torch_state = torch_checkpoint.restore(tmp_path / "3.pt", torch_state)
     assert torch_state.optimizer.param_groups[1]["lr"] == info["rate"]
     results = jax_updates(state, compiled, batches[3:]), torch_updates(torch_state, torch_compiled, batches[3:])
     assert_same_update(config, *results)
@@ -241,9 +247,9 @@ def test_a_run_of_torchlm_goes_on_in_jaxlm(tmp_path: Path) -> None:
     batches = batches_of(config)
     torch_state, torch_compiled = torch_fresh(config)
     torch_state, metrics = torch_updates(torch_state, torch_compiled, batches[:3])
-    info = {"step": 3, "task": "gpt", "rate": float(metrics["rate"]), "tokenizer": "a hash"}
+    info = {"step": 3, "sample_iter": 6, "task": "gpt", "rate": float(metrics["rate"]), "tokenizer": "a hash"}
     with torch_checkpoint.Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(torch_state, {**info, "config": runs.settings(config)}, None)
+        checkpoints.save(torch_state, {**info, "config": configs.flat(config)}, {})
     convert.main([str(tmp_path / "3.pt"), str(tmp_path / "run")])
 
     _, compiled = fresh(config)
@@ -283,14 +289,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     changed("version.pt", lambda x: x.update(version="1.1"))
     changed("headless.pt", lambda x: x["lm_head"].pop("linear.bias"))
     changed("misshaped.pt", lambda x: x["base_model"].update({"encoder_blocks.1.feed_forward.fc2.bias": torch.ones(7)}))
-    changed("gpt.pt", lambda x: (x.update(task_type="gpt"), x["config"]["torchlm"].update(task="gpt")))
+    changed("gpt.pt", lambda x: (x.update(task_type="gpt"), x["config"]["torchlm"]["settings"].update(task="gpt")))
     changed("momentless.pt", lambda x: x["optimizer"]["state"].pop(3))
     changed("sgd.pt", lambda x: [x.pop("exp_avg_sq") for x in x["optimizer"]["state"].values()])
     changed("moments.pt", lambda x: x["optimizer"]["state"][1].update(exp_avg=torch.ones(3, 4)))
     changed("counts.pt", lambda x: x["optimizer"]["state"][1].update(step=torch.tensor(4.0)))
     changed("groups.pt", lambda x: x["optimizer"]["param_groups"].reverse())
-    changed("setting.pt", lambda x: x["config"]["torchlm"].update({"model.d_modle": 3}))
-    changed("value.pt", lambda x: x["config"]["torchlm"].update({"model.d_model": "wide"}))
+    changed("setting.pt", lambda x: x["config"]["torchlm"]["settings"].update({"model.d_modle": 3}))
+    changed("value.pt", lambda x: x["config"]["torchlm"]["settings"].update({"model.d_model": "wide"}))
     changed("words.pt", lambda x: x.update(config={"model": {}}))
     for name, n in (("all.pt", 9_000), ("all.safetensors", 9_000), ("weights.pt", 3_000)):
         (folder / f"short_{name}").write_bytes((folder / name).read_bytes()[:-n])
@@ -302,7 +308,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "torchlm" / "checkpoints").mkdir(parents=True)
     (folder / "torchlm" / "checkpoints" / "9.pt").write_bytes(b"")
     convert.write(folder / "broken", snapshot, RUN)
-    data = max((folder / "broken" / "checkpoints" / "7" / "state").rglob("*"), key=lambda path: path.stat().st_size)
+    data = max((folder / "broken" / "checkpoints" / "7" / "base").rglob("*"), key=lambda path: path.stat().st_size)
     data.write_bytes(data.read_bytes()[:100])
     return folder
 
@@ -318,7 +324,7 @@ BAD = {
     "truncated 1.2": ("short_all.pt x", "short_all.pt: cannot be read as a file of torch.save"),
     "truncated state dict": ("short_weights.pt x", "short_weights.pt: cannot be read as a file of torch.save"),
     "truncated safetensors": ("short_all.safetensors x", "short_all.safetensors: cannot be read as safetensors"),
-    "truncated run": ("broken x", "broken/checkpoints/7: cannot be read as a checkpoint of jaxlm"),
+    "truncated run": ("broken x", "broken/checkpoints/7: damaged: base/"),
     "flipped bit": ("flipped.pt x", "flipped.pt: damaged: its part data/"),
     "version": ("version.pt x", "checkpoint of version 1.1, but only 1.2 can be read"),
     "missing": ("headless.pt x", "headless.pt: weights of another model: head.linear.bias [11] is missing"),
@@ -397,16 +403,6 @@ def test_the_last_checkpoint_of_a_run_is_taken_unless_another_is_named(tmp_path:
     assert taken == [10, 10, 9]
 
 
-def test_a_schedule_that_counts_otherwise_than_the_run_is_refused(tmp_path: Path) -> None:
-    snapshot = snapshot_of(config_of("gpt"))
-    convert.write(tmp_path / "run", snapshot, RUN)
-    state = dataclasses.replace(restored(tmp_path / "run", snapshot.config), step=jax.numpy.int32(9))
-    with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
-        checkpoints.save(state, {**snapshot.info, "config": runs.settings(snapshot.config)})
-    with pytest.raises(UserError, match="run/checkpoints/9: its schedule has counted 7 updates, but its step is 9"):
-        convert.read(tmp_path / "run")
-
-
 def test_safetensors_have_weights_moments_and_settings_where_they_should_be(folder: Path) -> None:
     snapshot = snapshot_of(config_of("mlm"))
     assert snapshot.moments is not None
@@ -422,7 +418,7 @@ def test_safetensors_have_weights_moments_and_settings_where_they_should_be(fold
             assert file.get_tensor(key).tobytes() == array.tobytes(), key
         info = json.loads(file.metadata()["jaxlm"])
     assert (info["step"], info["rate"], info["val_loss"]) == (7, 0.1 + 0.2, 1 / 3)
-    assert info["config"] == runs.settings(snapshot.config)
+    assert info["config"] == configs.flat(snapshot.config)
 
 
 def test_bare_safetensors_need_settings_and_then_are_a_start(folder: Path, tmp_path: Path) -> None:
@@ -441,7 +437,7 @@ def test_bare_safetensors_need_settings_and_then_are_a_start(folder: Path, tmp_p
 @pytest.mark.parametrize(
     "name, form, step_, row",
     [
-        ("run", "jaxlm run", "7", "params/base/blocks/feed_forward/fc1/kernel [2, 12, 48]"),
+        ("run", "jaxlm run", "7", "base/blocks/feed_forward/fc1/kernel [2, 12, 48]"),
         ("all.pt", "checkpoint 1.2", "7", "base_model/encoder_blocks.1.feed_forward.fc2.bias [12]"),
         ("weights.pt", "state dict", "not told", "base.blocks.1.feed_forward.fc2.bias [12]"),
         ("all.safetensors", "safetensors", "7", "optimizer.second_moment.head.linear.weight [11, 12]"),
@@ -467,7 +463,7 @@ def test_inspect_tells_names_shapes_types_norms_and_counts(
     assert f"step  {step_}" in lines
     assert f"task  {'not told' if form == STATE_DICT else 'mlm'}" in lines
     assert f"rate  {'not told' if form == STATE_DICT else 0.1 + 0.2}" in lines
-    assert f"format  {dict(zip(SUFFIXES, ('1', '1.2', 'not told', '1'), strict=True))[form]}" in lines
+    assert f"format  {dict(zip(SUFFIXES, ('2', '1.2', 'not told', '1'), strict=True))[form]}" in lines
     n_block = 2 * (4 * (12 * 12 + 12) + 2 * 24 + 12 * 48 + 48 + 48 * 12 + 12)
     counts = {"base.embedding": 132, "base.blocks": n_block, "head": 24 + 11 * 12 + 11}
     told = next(line for line in lines if line.startswith("parameters"))
@@ -481,7 +477,7 @@ def test_inspect_tells_names_shapes_types_norms_and_counts(
     }.get(name, arrays[0]["base.blocks.1.feed_forward.fc2.bias"])
     norm = np.sqrt(np.sum(array.astype(np.float64) ** 2))
     assert f"{key}  {shape}  float32  {norm:.6g}" in lines
-    n_tensors = {RUN: 3 * 21 + 3, CHECKPOINT_1_2: 37 + 1 + 3 * 37, STATE_DICT: 37, SAFETENSORS: 3 * 37 + 1}
+    n_tensors = {RUN: 3 * 21 + 1, CHECKPOINT_1_2: 37 + 1 + 3 * 37, STATE_DICT: 37, SAFETENSORS: 3 * 37 + 1}
     assert len(lines) == 7 + n_tensors[form]
 
 

@@ -1,14 +1,17 @@
-"""Errors that the user can mend: one line on stderr, exit status 2, no traceback. And Ctrl-C before training."""
+"""Errors that the user can mend: one line on stderr, exit status 2, no traceback. And signals that end a run."""
 
 import contextlib
 import difflib
 import os
 import signal
+import socket
 import sys
+import threading
+import traceback
 from collections.abc import Callable, Iterable, Iterator
-from types import FrameType
 
-CLEANUPS: list[Callable[[], None]] = []  # what removes that which Ctrl-C would leave half done
+CLEANUPS: list[Callable[[], None]] = []  # what removes that which an interrupt would leave half done
+ENDINGS = (signal.SIGINT, signal.SIGTERM)  # the exit status of a run that they end is 128 and their number
 
 
 class UserError(Exception):
@@ -28,34 +31,56 @@ def nearest(name: str, choices: Iterable[str]) -> str:
 
 @contextlib.contextmanager
 def reported(debug: bool) -> Iterator[None]:
-    """Turn a UserError into one line on stderr and exit status 2; with `debug`, let its traceback through."""
+    """Turn a UserError into one line on stderr and exit status 2; with `debug`, print its traceback before."""
     try:
         yield
     except UserError as error:
         if debug:
-            raise
+            traceback.print_exc()
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
 
 
 @contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """Have Ctrl-C call CLEANUPS and end the process with one line on stderr and exit status 130.
+def signals(tell: Callable[[int], None]) -> Iterator[None]:
+    """Have `tell` called with the number of each SIGINT (Ctrl-C) and SIGTERM, in a thread of its own.
 
-    It raises nothing, because an exception in the middle of anything can get lost, as in the callback that JAX has for
-    garbage collections, come out as another error, or crash an extension module that is being loaded.
+    A thread, because Python's own handlers have to wait while a step is compiled or a tokenizer trained. Nothing is
+    raised, because an exception in the middle of anything can get lost, as in the callback that JAX has for garbage
+    collections, come out as another error, or crash an extension module that is being loaded.
     """
+    receiver, sender = socket.socketpair()
+    sender.setblocking(False)
 
-    def handle(number: int, frame: FrameType | None) -> None:
-        try:
-            for clean in CLEANUPS:
-                clean()
-            print("interrupted before training; nothing is kept", file=sys.stderr, flush=True)
-        finally:
-            os._exit(130)
+    def watch() -> None:
+        with receiver:
+            while number := receiver.recv(1):
+                if number[0] in ENDINGS:
+                    tell(number[0])
 
-    before = signal.signal(signal.SIGINT, handle)
+    threading.Thread(target=watch, daemon=True).start()
+    handlers = {number: signal.signal(number, lambda number, frame: None) for number in ENDINGS}
+    receiver_before = signal.set_wakeup_fd(sender.fileno())
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.set_wakeup_fd(receiver_before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        sender.close()
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Have SIGINT and SIGTERM call CLEANUPS, and end the process with one line on stderr and exit status 130 or 143."""
+
+    def end(number: int) -> None:
+        try:
+            for clean in list(CLEANUPS):
+                clean()
+            print("interrupted before training; nothing is kept", file=sys.stderr, flush=True)
+        finally:
+            os._exit(128 + number)
+
+    with signals(end):
+        yield

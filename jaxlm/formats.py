@@ -24,13 +24,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxlm import checksums, names
 from jaxlm import config as configs
-from jaxlm import names
 from jaxlm.config import Config
 from jaxlm.errors import UserError
 from jaxlm.names import Arrays, Shapes
 
 RUN, CHECKPOINT_1_2, STATE_DICT, SAFETENSORS = "jaxlm run", "checkpoint 1.2", "state dict", "safetensors"
+RUN_FORMAT = 2  # of the checkpoints in a jaxlm run
 FIRST, SECOND, N_UPDATES = "optimizer.first_moment.", "optimizer.second_moment.", "optimizer.step"
 Moments = tuple[Arrays, Arrays]  # first and second
 
@@ -61,7 +62,8 @@ class Snapshot:
 def moments(stored: Stored, shapes: Shapes) -> tuple[Moments | None, int]:
     """Return the moments of AdamW, not checked, and how many updates they are of; None if there are none."""
     if stored.form == RUN:
-        return _moments_of_run(stored.tree, stored.path)
+        part = stored.tree["optimizer"]
+        return (names.to_torch(part["first_moment"]), names.to_torch(part["second_moment"])), int(part["count"])
     if stored.form == CHECKPOINT_1_2:
         return _moments_of_1_2(stored.tree["optimizer"], shapes, stored.path)
     if N_UPDATES not in stored.tree:
@@ -96,45 +98,43 @@ def need_torch(path: Path) -> None:
 def load_run(path: Path) -> Stored:
     """Return what is in a jaxlm run's last checkpoint, or in the folder of one checkpoint."""
     folder = _step_folder(path)
+    if what := checksums.damage(folder):
+        raise UserError(f"{folder}: damaged: {what}")
+    info = info_of_run(folder)
     import jax
     import orbax.checkpoint as ocp
 
-    from jaxlm.checkpoint import FORMAT
-
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells each of its steps otherwise
-    metrics = folder / "metrics" / "metrics"
-    state = folder.absolute() / "state"
     try:
-        info = json.loads((folder / "info" / "metadata").read_text(encoding="utf-8"))
-        scores = json.loads(metrics.read_text(encoding="utf-8")) if metrics.exists() else None
-        _read_every_byte(state)
+        tree = {}
         with ocp.PyTreeCheckpointer() as checkpointer:
-            # As NumPy's arrays, whatever devices they were saved from.
-            kinds = jax.tree.map(
-                lambda _: ocp.RestoreArgs(restore_type=np.ndarray), checkpointer.metadata(state).item_metadata.tree
-            )
-            tree = checkpointer.restore(state, args=ocp.args.PyTreeRestore(restore_args=kinds))
-        weights = names.to_torch(tree["params"])
+            for part in ("base", "head", "optimizer"):
+                item = folder.absolute() / part
+                # As NumPy's arrays, whatever devices they were saved from.
+                kinds = jax.tree.map(
+                    lambda _: ocp.RestoreArgs(restore_type=np.ndarray), checkpointer.metadata(item).item_metadata.tree
+                )
+                tree[part] = checkpointer.restore(item, args=ocp.args.PyTreeRestore(restore_args=kinds))
+        weights = names.to_torch({"base": tree["base"], "head": tree["head"]})
     except Exception as error:  # Orbax raises whatever its parts do
         raise UserError(f"{folder}: cannot be read as a checkpoint of jaxlm: {reason(error)}") from error
-    if info.get("format") != FORMAT:
-        raise UserError(f"{folder}: checkpoint of format {info.get('format')}, but only {FORMAT} can be read")
-    # A validation loss that a run's own checkpoint has is among its metrics.
-    return Stored(RUN, folder, tree, weights, {"val_loss": (scores or {}).get("validation_loss")} | info)
+    return Stored(RUN, folder, tree, weights, info)
 
 
-def _read_every_byte(state: Path) -> None:
-    """Raise an error if Orbax's store cannot be read: Orbax, which reads in threads, prints tracebacks as well."""
-    import tensorstore
-
-    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": {"driver": "file", "path": f"{state}/"}}).result()
-    for key in store.list().result():
-        store.read(key).result()
+def info_of_run(folder: Path) -> dict[str, Any]:
+    """Return what the folder of a checkpoint tells of itself. Raises UserError if it cannot be read."""
+    try:
+        info = checksums.read_json(folder / "info" / "metadata")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: cannot be read as a checkpoint of jaxlm: {reason(error)}") from error
+    if info.get("format") != RUN_FORMAT:
+        raise UserError(f"{folder}: checkpoint of format {info.get('format')}, but only {RUN_FORMAT} can be read")
+    return info
 
 
 def _step_folder(path: Path) -> Path:
     """Return the folder of one checkpoint: `path`, or the last one in it."""
-    if (path / "state").is_dir() and (path / "info").is_dir():
+    if (path / "base").is_dir() and (path / "info").is_dir():
         return path
     for folder in (path / "checkpoints", path):
         steps = [int(child.name) for child in folder.glob("*") if child.is_dir() and child.name.isdecimal()]
@@ -145,56 +145,29 @@ def _step_folder(path: Path) -> Path:
     raise UserError(f"{path}: a folder without a checkpoint of jaxlm{mend}")
 
 
-def _moments_of_run(tree: Any, path: Path) -> tuple[Moments, int]:
-    """Return the moments in Optax's state, which is a chain; all that it counts beside them must be the run's steps."""
-    adam, counts, parts = None, [], [tree["opt_state"]]
-    while parts:
-        part = parts.pop()
-        if isinstance(part, list):
-            parts += part
-        elif isinstance(part, dict) and {"mu", "nu"} <= part.keys():
-            adam = part
-        elif isinstance(part, dict):
-            counts += [int(value) for name, value in part.items() if name == "count"]
-            parts += part.values()
-    step = int(tree["step"])
-    if adam is None:
-        raise UserError(f"{path}: its optimizer state has no moments of AdamW")
-    if any(count != step for count in counts):
-        raise UserError(f"{path}: its schedule has counted {counts[0]} updates, but its step is {step}")
-    return (names.to_torch(adam["mu"]), names.to_torch(adam["nu"])), int(adam["count"])
-
-
 def _write_run(path: Path, snapshot: Snapshot) -> None:
     import jax
-    import optax
 
     from jaxlm import optim, schedule
     from jaxlm.checkpoint import Checkpoints
     from jaxlm.step import TrainState
 
-    def fill(part: Any) -> Any:
-        if isinstance(part, optax.ScaleByAdamState):
-            return part._replace(count=np.int32(snapshot.n_updates), mu=first, nu=second)
-        return part._replace(count=step) if isinstance(part, optax.ScaleByScheduleState) else part
-
     zeros = {name: np.zeros_like(array) for name, array in snapshot.weights.items()}
     params, first, second = (names.to_jax(x) for x in (snapshot.weights, *(snapshot.moments or (zeros, zeros))))
     step: Any = np.int32(snapshot.info["step"])  # Orbax takes NumPy's arrays as well as JAX's
     train = snapshot.config.train
-    empty = jax.eval_shape(optim.adamw(train, schedule.learning_rate(train)).init, params)
-    counted = (optax.ScaleByAdamState, optax.ScaleByScheduleState)
-    opt_state = jax.tree.map(fill, empty, is_leaf=lambda part: isinstance(part, counted))
-    info = {name: value for name, value in snapshot.info.items() if name != "val_loss"}
+    opt_state = jax.eval_shape(optim.adamw(train, schedule.learning_rate(train)).init, params)
+    opt_state = optim.with_moments(opt_state, first, second, np.int32(snapshot.n_updates))
     path.mkdir()
-    with Checkpoints(path / "checkpoints") as checkpoints:
-        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what fails, and then raises it, too
-        checkpoints.save(
-            TrainState(step, params, opt_state),
-            {**info, "config": _settings(snapshot.config)},
-            snapshot.info["val_loss"],
-        )
-    (path / "config.toml").write_text(configs.dump(configs.replace(snapshot.config, "run.dir", "")), encoding="utf-8")
+    info = {"format": RUN_FORMAT, **snapshot.info, "config": configs.flat(snapshot.config)}
+    losses = {} if info["val_loss"] is None else {info["step"]: info["val_loss"]}
+
+    failures: list[str] = []
+    with Checkpoints(path / "checkpoints", warn=failures.append) as checkpoints:
+        checkpoints.save(TrainState(step, params, opt_state), info, losses)
+    if failures:
+        raise OSError(failures[0])
+    (path / "config.toml").write_text(configs.dump(snapshot.config), encoding="utf-8")
 
 
 def load_torch(path: Path) -> Stored:
@@ -245,8 +218,7 @@ def _info_of_1_2(tree: dict[str, Any], weights: Arrays) -> dict[str, Any]:
         "val_loss": float(tree["val_loss"]) if math.isfinite(tree["val_loss"]) else None,
     }
     if "torchlm" in config:
-        settings = dict(config["torchlm"])
-        return info | {"tokenizer": settings.pop("tokenizer"), "config": settings}
+        return info | {"config": config["torchlm"]["settings"], **config["torchlm"]["info"]}
     settings = {
         f"{section}.{ours}": config[section][theirs]
         for section, words in names.ORIGINAL_SETTINGS.items()
@@ -310,7 +282,7 @@ def _write_1_2(path: Path, snapshot: Snapshot) -> None:
     optimizer.load_state_dict(state)
     loss = math.inf if info["val_loss"] is None else info["val_loss"]
     content = checkpoint.content(
-        TrainState(info["step"], model, optimizer), {**info, "config": _settings(config)}, loss
+        TrainState(info["step"], model, optimizer), {**info, "config": configs.flat(config)}, loss
     )
     content["sample_iter"] = info["sample_iter"]
     content["config"] = info.get("original_config", content["config"])
@@ -345,7 +317,7 @@ def _write_safetensors(path: Path, snapshot: Snapshot) -> None:
         for prefix, arrays in zip((FIRST, SECOND), snapshot.moments, strict=True):
             tensors |= {prefix + name: array for name, array in arrays.items()}
         tensors[N_UPDATES] = np.array(snapshot.n_updates)
-    info = {"format": 1, **snapshot.info, "config": _settings(snapshot.config)}
+    info = {"format": 1, **snapshot.info, "config": configs.flat(snapshot.config)}
     path.write_bytes(save(tensors, {"jaxlm": json.dumps(info, sort_keys=True)}))
 
 
@@ -376,7 +348,3 @@ def _tensors(arrays: Arrays) -> dict[str, Any]:
 
 def _with_prefix(tree: Mapping[str, np.ndarray], prefix: str) -> Arrays:
     return {name.removeprefix(prefix): array for name, array in tree.items() if name.startswith(prefix)}
-
-
-def _settings(config: Config) -> dict[str, Any]:
-    return {name: configs.get(config, name) for name in configs.SETTINGS}

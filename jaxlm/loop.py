@@ -10,13 +10,14 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxlm import optim, parallel, schedule, step
+from jaxlm import checkpoint, optim, parallel, schedule, step
 from jaxlm import run as runs
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.config import Config
 from jaxlm.data import cache, loader
-from jaxlm.data import tokenizer as tokenizers
+from jaxlm.data.position import Position
 from jaxlm.run import Run
+from jaxlm.start import Start
 from jaxlm.step import TrainState
 from jaxlm.tasks import TASKS, Task
 
@@ -30,80 +31,107 @@ class Compiled(NamedTuple):
     predict: Callable[..., Any]  # (params, batch) -> what the task shows
 
 
-def run(config: Config, origins: dict[str, str], started_s: float) -> int:
+def run(config: Config, origins: dict[str, str], start: Start, started_s: float) -> int:
     """Train as the settings say; return the exit status. Raises UserError, and then leaves no run folder."""
     _configure_jax(config)
     mesh = parallel.make_mesh(config.train.batch_size)
     device = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
     with contextlib.ExitStack() as stack:
-        with runs.started(config, origins, TASKS, device, started_s) as this:
-            state, compiled = build(this.config, this.task, mesh)
-            # From here on Ctrl-C does not raise, and the run folder stays.
-            is_interrupted = stack.enter_context(runs.interrupts(this.log))
-        stack.enter_context(contextlib.closing(this.log))
-        checkpoints = stack.enter_context(Checkpoints(this.dir / "checkpoints"))
-        state = fit(this, compiled, state, checkpoints, is_interrupted)
-        finish(this, compiled, state, checkpoints, is_interrupted)
-        return 130 if is_interrupted() else 0
+        with runs.started(config, origins, start, TASKS, device, started_s) as this:
+            fresh, compiled = build(this.config, this.task, mesh, this.rewarmed)
+            state = checkpoint.begin(this, fresh, parallel.replicated(mesh))
+            # From here on a signal does not end the process, and the run folder stays.
+            status = stack.enter_context(runs.interrupts(this.log))
+        stack.enter_context(contextlib.closing(this))
+        folder, keep = this.dir / "checkpoints", this.config.run.keep_checkpoints
+        checkpoints = stack.enter_context(Checkpoints(folder, keep, this.log.warn))
+        state = fit(this, compiled, state, checkpoints, status)
+        finish(this, compiled, state, checkpoints, status)
+        return status()
 
 
-def build(config: Config, task: Task, mesh: Mesh) -> tuple[TrainState, Compiled]:
-    """Return the state before the first update, on the mesh, and the compiled functions of a task."""
+def build(
+    config: Config, task: Task, mesh: Mesh, rewarmed: tuple[int, float] | None = None
+) -> tuple[Callable[[], TrainState], Compiled]:
+    """Return what makes the state of a new run, on the mesh, and the compiled functions of a task.
 
-    def start() -> TrainState:
-        model = task.build_model(nnx.Rngs(config.train.seed))
+    `rewarmed` is as in schedule.learning_rate.
+    """
+    train = config.train
+
+    def fresh() -> TrainState:
+        model = task.build_model(nnx.Rngs(train.seed))
         return step.init_state(nnx.to_pure_dict(nnx.split(model, nnx.Param)[1]), optimizer)
 
     def with_model(function: Callable[..., Any]) -> Callable[..., Any]:
         return lambda params, *args: function(nnx.merge(graphdef, params), *args)
 
-    rate = schedule.learning_rate(config.train)
-    optimizer = optim.adamw(config.train, rate)
+    rate = schedule.learning_rate(train, rewarmed)
+    optimizer = optim.adamw(train, rate)
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: task.build_model(nnx.Rngs(0))))
     loss = with_model(task.loss)
-    update = functools.partial(step.train_step, loss, optimizer, rate, config.train.clip_norm)
+    update = functools.partial(
+        step.train_step, loss, optimizer, rate, train.clip_norm, skips_nonfinite=train.on_nonfinite == "skip"
+    )
     compiled = Compiled(
         mesh=mesh,
         update=jax.jit(update, donate_argnums=0),
         totals=jax.jit(lambda params, batch: loss(params, batch, None)),
         predict=jax.jit(with_model(task.predict)),
     )
-    return jax.jit(start, out_shardings=parallel.replicated(mesh))(), compiled
+    return jax.jit(fresh, out_shardings=parallel.replicated(mesh)), compiled
 
 
 def fit(
-    run: Run, compiled: Compiled, state: TrainState, checkpoints: Checkpoints, is_interrupted: Callable[[], bool]
+    run: Run, compiled: Compiled, state: TrainState, checkpoints: Checkpoints, status: Callable[[], int]
 ) -> TrainState:
-    """Train until train.max_steps, the file `stop` or Ctrl-C; return the state."""
-    train = run.config.train
-    batches = loader.training_batches(run.data.samples["train"], train.batch_size, train.accumulate, train.seed)
+    """Train until train.max_steps, the file `stop` or a signal; return the state. `status` is not 0 after a signal."""
+    train, samples = run.config.train, run.data.samples["train"]
+    position = run.start.position()
+    batches = loader.training_batches(samples, train, position)
     key = jax.random.key(train.seed)
     watch = runs.FileWatch(run.dir)
+    i = position.step
+    if i and (i % train.eval_interval == 0 or i == train.max_steps) and i not in run.validation:
+        evaluate_and_show(run, compiled, state, i, status)  # which an interrupt has cut short
     run.log.say("compiling the first update ...")
     with run.log.training_bar(train.max_steps) as show:
         meter = runs.Meter(run, jax.device_get, show)
-        for i in range(1, train.max_steps + 1):
-            batch = next(batches)
+        while i < train.max_steps:
+            batch, i = next(batches), i + 1
             state, metrics = compiled.update(state, parallel.put_batch(compiled.mesh, batch, axis=1), key)
             # Metrics of the update before are read only now that this one is under way: the device never waits.
-            meter.add(i, metrics, batch)
+            bad = meter.add(i, metrics, batch)
 
-            is_last = is_interrupted() or watch.take("stop") or i == train.max_steps
-            is_evaluated = (is_last or i % train.eval_interval == 0) and not is_interrupted()
-            if is_evaluated or is_last or watch.take("save_checkpoint"):
-                meter.flush()
+            is_last = bool(status()) or watch.take("stop") or i == train.max_steps
+            is_evaluated = (is_last or i % train.eval_interval == 0) and not status()
+            is_saved = is_evaluated or is_last or watch.take("save_checkpoint")
+            bad = bad or (meter.flush() if is_saved else 0)
+            if bad:
+                meter.forget()
+                state, position = roll_back(run, state, checkpoints, position, bad)
+                i = position.step
+                batches = loader.training_batches(samples, train, position)
+            elif is_saved:
                 with meter.paused():
-                    loss = evaluate_and_show(run, compiled, state, i, is_interrupted) if is_evaluated else None
-                    checkpoints.save(state, _info(run, i), loss)
-            if is_last or is_interrupted():
-                break
+                    if is_evaluated:
+                        evaluate_and_show(run, compiled, state, i, status)
+                    checkpoints.save(state, _info(run, i, position), run.losses())
+                if is_last or status():
+                    break
         return state
 
 
-def evaluate(
-    run: Run, compiled: Compiled, params: Any, split: str, is_interrupted: Callable[[], bool]
-) -> dict[str, Any] | None:
-    """Return the totals over every sample of a split, once each, summed in float64 on the host; None after Ctrl-C."""
+def roll_back(
+    run: Run, state: TrainState, checkpoints: Checkpoints, position: Position, bad: int
+) -> tuple[TrainState, Position]:
+    """Return the state of the last checkpoint, and its place in data that go on without the samples of update `bad`."""
+    step = runs.step_to_roll_back_to(run, checkpoints.steps(), position, bad)
+    return checkpoints.restore(step, state), runs.without(run, position, step, bad)
+
+
+def evaluate(run: Run, compiled: Compiled, params: Any, split: str, status: Callable[[], int]) -> dict[str, Any] | None:
+    """Return the totals over every sample of a split, once each, summed in float64 on the host; None after a signal."""
     sums: dict[str, Any] = {}
     ahead: list[Any] = []
     samples = run.data.samples[split]
@@ -111,38 +139,35 @@ def evaluate(
         ahead.append(compiled.totals(params, parallel.put_batch(compiled.mesh, batch)))
         if len(ahead) > 1:
             _add(sums, ahead.pop(0))
-        if is_interrupted():
+        if status():
             return None
     for totals in ahead:
         _add(sums, totals)
     return sums | samples.constants
 
 
-def evaluate_and_show(
-    run: Run, compiled: Compiled, state: TrainState, i: int, is_interrupted: Callable[[], bool]
-) -> float | None:
-    """Score the validation part after update `i`, log it, and dump samples; return the loss, None after Ctrl-C."""
-    totals = evaluate(run, compiled, state.params, "validation", is_interrupted)
+def evaluate_and_show(run: Run, compiled: Compiled, state: TrainState, i: int, status: Callable[[], int]) -> None:
+    """Score the validation part after update `i`, log it, and dump samples; after a signal, do nothing of it."""
+    totals = evaluate(run, compiled, state.params, "validation", status)
     if totals is None:
-        return None
-    scores = runs.tell_scores(run, i, totals)
+        return
     batch = runs.shown_samples(run, compiled.mesh.size)
     predictions = np.asarray(compiled.predict(state.params, parallel.put_batch(compiled.mesh, batch)))
+    runs.tell_scores(run, i, totals)
     run.log.samples(i, run.task.show(batch, predictions, run.data.tokenizer), run.config.log.samples)
-    return scores["loss"]
 
 
 def finish(
-    run: Run, compiled: Compiled, state: TrainState, checkpoints: Checkpoints, is_interrupted: Callable[[], bool]
+    run: Run, compiled: Compiled, state: TrainState, checkpoints: Checkpoints, status: Callable[[], int]
 ) -> None:
     """Score the test part with the best checkpoint, for the only time, and print the summary."""
-    last, best = int(state.step), checkpoints.best_step()
+    last, best = int(state.step), checkpoints.best_step(run.losses())
     n_parameters = sum(x.size for x in jax.tree.leaves(state.params))
     totals = None
-    if best is not None and runs.has_test(run) and not is_interrupted():
+    if best is not None and runs.has_test(run) and not status():
         state = checkpoints.restore(best, state)
-        totals = evaluate(run, compiled, state.params, "test", is_interrupted)
-    runs.sum_up(run, last, best, n_parameters, totals, is_interrupted())
+        totals = evaluate(run, compiled, state.params, "test", status)
+    runs.sum_up(run, last, best, n_parameters, totals, checkpoints.summary(), bool(status()))
 
 
 def _configure_jax(config: Config) -> None:
@@ -156,14 +181,9 @@ def _configure_jax(config: Config) -> None:
         jax.config.update("jax_default_matmul_precision", "highest")
 
 
-def _info(run: Run, i: int) -> dict[str, Any]:
-    return {
-        "step": i,
-        "task": run.config.task,
-        "rate": float(schedule.learning_rate(run.config.train)(i - 1)),
-        "config": runs.settings(run.config),
-        "tokenizer": tokenizers.fingerprint(run.data.tokenizer),
-    }
+def _info(run: Run, i: int, position: Position) -> dict[str, Any]:
+    rate = float(schedule.learning_rate(run.config.train, run.rewarmed)(i - 1))
+    return {"format": checkpoint.FORMAT, **runs.info(run, i, position, rate)}
 
 
 def _add(sums: dict[str, Any], totals: Any) -> None:

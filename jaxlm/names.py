@@ -86,7 +86,12 @@ def check(state: Mapping[str, Any], wanted: Shapes, source: str) -> dict[str, An
 
     Raises UserError, which begins with `source`, for names or shapes that differ from `wanted`.
     """
-    found = {name: tuple(array.shape) for name, array in state.items()}
+    check_shapes({name: tuple(array.shape) for name, array in state.items()}, wanted, source)
+    return {name: state[name] for name in wanted}
+
+
+def check_shapes(found: Shapes, wanted: Shapes, source: str) -> None:
+    """Raise UserError, which begins with `source`, for names or shapes that differ from `wanted`."""
     problems = [f"{name} {list(shape)} is missing" for name, shape in wanted.items() if name not in found]
     problems += [f"{name} {list(shape)} is not in the model" for name, shape in found.items() if name not in wanted]
     problems += [
@@ -97,7 +102,6 @@ def check(state: Mapping[str, Any], wanted: Shapes, source: str) -> dict[str, An
     if problems:
         more = f"; and {len(problems) - _MOST_TOLD} more" if len(problems) > _MOST_TOLD else ""
         raise UserError(f"{source}: weights of another model: {'; '.join(problems[:_MOST_TOLD])}{more}")
-    return {name: state[name] for name in wanted}
 
 
 def to_torch(params: Mapping[str, Any]) -> Arrays:

@@ -1,6 +1,7 @@
 """AdamW with the original's decay groups, and its clipping."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -52,6 +53,34 @@ def is_decayed(params: optax.Params) -> optax.Params:
         return name in rows and value.shape[rows[name]] > 1
 
     return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def moments(opt_state: optax.OptState) -> tuple[Any, Any, Any]:
+    """Return the first and the second moments, and the number of updates that they are of."""
+    (adam,) = _parts(opt_state, optax.ScaleByAdamState)
+    return adam.mu, adam.nu, adam.count
+
+
+def with_moments(opt_state: optax.OptState, first: Any, second: Any, count: Any) -> optax.OptState:
+    """Return the state with other moments."""
+    return _changed(opt_state, optax.ScaleByAdamState, lambda part: part._replace(count=count, mu=first, nu=second))
+
+
+def at_step(opt_state: optax.OptState, step: Any) -> optax.OptState:
+    """Return the state with another number of updates made, which drives the rate."""
+    return _changed(opt_state, optax.ScaleByScheduleState, lambda part: part._replace(count=step))
+
+
+def _parts(opt_state: optax.OptState, kind: type[Any]) -> list[Any]:
+    leaves = jax.tree.leaves(opt_state, is_leaf=lambda part: isinstance(part, kind))
+    return [part for part in leaves if isinstance(part, kind)]
+
+
+def _changed(opt_state: optax.OptState, kind: type[Any], change: Callable[[Any], Any]) -> optax.OptState:
+    def fill(part: Any) -> Any:
+        return change(part) if isinstance(part, kind) else part
+
+    return jax.tree.map(fill, opt_state, is_leaf=lambda part: isinstance(part, kind))
 
 
 def clip_by_global_norm(grads: optax.Updates, max_norm: float) -> tuple[optax.Updates, Array]:

@@ -35,7 +35,8 @@ def train_a_little() -> dict:
         }
     )
     mesh = parallel.make_mesh(BATCH)
-    state, compiled = loop.build(config, TASKS["gpt"](config), mesh)
+    fresh, compiled = loop.build(config, TASKS["gpt"](config), mesh)
+    state = fresh()
     random = np.random.default_rng(0)
     result: dict = {"devices": mesh.size, "loss": [], "grad_norm": []}
     for _ in range(3):

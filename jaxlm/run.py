@@ -2,34 +2,40 @@
 
 import contextlib
 import datetime
+import fcntl
+import importlib.metadata
 import math
 import os
 import shlex
 import shutil
-import signal
 import socket
+import statistics
 import sys
-import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from rich.table import Table
 
 from jaxlm import config as configs
-from jaxlm import log, metrics
+from jaxlm import history, log, metrics
 from jaxlm.config import Config
 from jaxlm.data import cache, prepare
 from jaxlm.data import tokenizer as tokenizers
+from jaxlm.data.position import Position
 from jaxlm.data.samples import Batch
-from jaxlm.errors import CLEANUPS, UserError
+from jaxlm.errors import CLEANUPS, UserError, signals
 from jaxlm.log import RunLog
+from jaxlm.start import DAMAGED, LOCK, Start
 
 LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte")
 N_SHOWN = 4  # validation samples of the debug dump
+MOST_ROLLBACKS = 10  # to one checkpoint
+SPIKE, SPIKE_WINDOW = 10, 50  # a gradient norm so many times the median of so many updates is told
 FILE_CHECK_S = 1.0  # between looks for the files `stop` and `save_checkpoint`
 
 
@@ -44,13 +50,28 @@ class Run:
     log: RunLog
     started_s: float
     program: str  # the command that started it, without settings
+    start: Start = Start()
+    rewarmed: tuple[int, float] | None = None  # the update at which a re-warmup begins, and the rate before it
+    lock: TextIO | None = None  # of the run folder, held for as long as this is there
     validation: dict[int, metrics.Scores] = field(default_factory=dict)  # scores so far, by step
+    skipped: list[int] = field(default_factory=list)  # updates that were no numbers and were not made
+
+    def close(self) -> None:
+        """Close the loggers, and let go of the run folder."""
+        self.log.close()
+        if self.lock is not None:
+            self.lock.close()
+
+    def losses(self) -> dict[int, float]:
+        """Return the validation losses so far, by step."""
+        return {step: scores["loss"] for step, scores in self.validation.items()}
 
 
 @contextlib.contextmanager
 def started(
     config: Config,
     origins: dict[str, str],
+    start: Start,
     tasks: dict[str, Any],
     device: str,
     started_s: float,
@@ -58,11 +79,15 @@ def started(
 ) -> Iterator[Run]:
     """Make the run folder, prepare the data, and tell what is about to run; `tasks` are the task classes by name.
 
-    Raises UserError for bad input. Then, or if anything inside the `with` block raises, the run folder is removed.
+    Raises UserError for bad input. Then, or if anything inside the `with` block raises, the run folder is removed; one
+    in which a run goes on stays as it was, but for rows past its checkpoint.
     """
 
     def clean() -> None:
-        remove_run_dir(run_dir, made)
+        if start.is_retry and not made:
+            empty_run_dir(run_dir)
+        elif not start.run_dir:
+            remove_run_dir(run_dir, made)
         for path in cache.user_cache_dir(config.data.cache_dir).glob(f"*/*.{os.getpid()}.tmp"):
             _remove(path)
         run_log.console.show_cursor()  # which a progress bar hides
@@ -71,27 +96,37 @@ def started(
         raise UserError(f"task={config.task}: {program} has no such task; it has {', '.join(tasks)}")
     run_log = RunLog()
     log.check_loggers(config)
-    run_dir, made = make_run_dir(config)
+    run_dir, made = make_run_dir(config, start)
     CLEANUPS.append(clean)
+    held = None
     try:
+        held = lock(run_dir)
+        if start.is_retry:
+            empty_run_dir(run_dir)
         task_class = tasks[config.task]
         config, data = prepare.prepare(config, task_class.samples, task_class(config).embedded, run_log.bytes_bar)
-        # Without its folder, which --config with this file could not use again.
-        _write(run_dir / "config.toml", configs.dump(configs.replace(config, "run.dir", "")))
+        start.check(data)
+        _set_aside(start, run_dir, run_log)
+        _write(run_dir / "config.toml", configs.dump(config))
         tokenizers.save(data.tokenizer, run_dir / "tokenizer.json")
-        run_log.open(run_dir, log.open_loggers(config, run_dir, settings(config)))
+        validation = history.restore(start, run_dir)
+        run_log.open(run_dir, log.open_loggers(config, run_dir, configs.flat(config)))
         used = task_class.settings
         unused = {name for task in tasks.values() for name in task.settings if name not in used}
-        _announce(config, origins, data, run_dir, device, unused, run_log)
-        yield Run(config, task_class(config), data, run_dir, run_log, started_s, program)
+        rewarmed = start.rewarmed(config.train)
+        _announce(config, origins, start, rewarmed, data, run_dir, device, unused, run_log)
+        task = task_class(config)
+        yield Run(config, task, data, run_dir, run_log, started_s, program, start, rewarmed, held, validation)
     except BaseException:
-        clean()
+        if held is not None:  # else another process works in the folder
+            clean()
+            held.close()
         raise
     finally:
         CLEANUPS.remove(clean)
 
 
-def make_run_dir(config: Config) -> tuple[Path, list[Path]]:
+def make_run_dir(config: Config, start: Start) -> tuple[Path, list[Path]]:
     """Make the run folder; return it, and the folders that were not there before, inner ones first.
 
     Raises UserError if it is in use or cannot be made.
@@ -99,10 +134,12 @@ def make_run_dir(config: Config) -> tuple[Path, list[Path]]:
     try:
         if config.run.dir:
             path = Path(config.run.dir)
+            if start.run_dir or (start.is_retry and path.is_dir() and _is_of_a_run(path)):
+                return path, []
             if path.exists() and (not path.is_dir() or any(path.iterdir())):
-                raise UserError(
-                    f"run.dir={path}: there is a run or another file already; give a new folder, or remove this one"
-                )
+                is_run = path.is_dir() and _is_of_a_run(path)
+                mend = "go on with it by --resume auto, or give a new folder" if is_run else "give a new folder"
+                raise UserError(f"run.dir={path}: there is a run or another file already; {mend}, or remove this one")
             return path, _make(path)
         name = f"{config.task}-{datetime.date.today():%Y%m%d}"
         for n in range(1, 10_000):
@@ -116,6 +153,54 @@ def make_run_dir(config: Config) -> tuple[Path, list[Path]]:
             f"run.dir={folder}: cannot be written ({error.strerror}); give another with --run.dir"
         ) from error
     raise UserError(f"runs/{name}-*: there are too many runs; give a folder with --run.dir")
+
+
+def _is_of_a_run(path: Path) -> bool:
+    return (path / LOCK).exists()
+
+
+def lock(run_dir: Path) -> TextIO:
+    """Return the lock of a run folder; the system lets go of it when it is closed or the process ends, however it does.
+
+    Raises UserError, with the host and the process that has it, if it is taken.
+    """
+    try:
+        file = open(run_dir / LOCK, "a+", encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"run.dir={run_dir}: cannot be written ({error.strerror}); give another with --run.dir"
+        ) from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        with file:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+        raise UserError(
+            f"run.dir={run_dir}: {owner} works in it; wait for it or stop it, or give another folder"
+        ) from error
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
+
+
+def empty_run_dir(path: Path) -> None:
+    """Remove what a run without a checkpoint has left; checkpoints that were set aside stay."""
+    for child in path.iterdir():
+        if child.name not in (LOCK, "checkpoints"):
+            _remove(child)
+
+
+def _set_aside(start: Start, run_dir: Path, run_log: RunLog) -> None:
+    """Give damaged checkpoints of the run that goes on another name."""
+    for path, what in start.damaged:
+        if path.parent.parent.absolute() == run_dir.absolute():
+            aside = path.with_name(path.name + DAMAGED)
+            _remove(aside)
+            path.rename(aside)
+            what += f"; it is set aside as {aside.name}"
+        run_log.warn(f"{path}: damaged: {what}")
 
 
 def _make(path: Path) -> list[Path]:
@@ -151,11 +236,6 @@ def _write(path: Path, text: str) -> None:
         ) from error
 
 
-def settings(config: Config) -> dict[str, Any]:
-    """Return {dotted name: value} of every setting."""
-    return {name: configs.get(config, name) for name in configs.SETTINGS}
-
-
 class Meter:
     """Reads the metrics of updates one update late, and makes rows of them every train.log_interval updates.
 
@@ -165,46 +245,81 @@ class Meter:
     def __init__(self, run: Run, read: Callable[[Any], dict[str, Any]], show: Callable[[int, str], None]):
         self.run, self.read, self.show = run, read, show
         self.pending: tuple[int, Any] | None = None
-        self.last_row = 0
+        self.is_first = True
+        self.last_finite = 0
+        self.norms: deque[float] = deque(maxlen=SPIKE_WINDOW)
         self.tokens = 0
         self.clock_s = time.monotonic()
 
-    def add(self, i: int, metrics: Any, batch: dict[str, np.ndarray]) -> None:
-        """Read the update before `i`, and keep the metrics of `i` for the next call."""
-        self.flush()
+    def add(self, i: int, metrics: Any, batch: dict[str, np.ndarray]) -> int:
+        """Read the update before `i`, and keep the metrics of `i` for the next call; return what `flush` does."""
+        bad = self.flush()
         self.pending = (i, metrics)
-        if i == 1:
+        if self.is_first:
             # The first update includes the compile, so it is waited for, shown at once, and not timed.
-            self.flush()
-            self.tokens, self.clock_s = 0, time.monotonic()
+            bad = self.flush()
+            self.tokens, self.clock_s, self.is_first = 0, time.monotonic(), False
         else:
             self.tokens += self.run.data.samples["train"].n_tokens(batch)
             self.show(i, "")
+        return bad
 
-    def flush(self) -> None:
-        """Read what is pending; log it if its turn has come."""
+    def flush(self) -> int:
+        """Read what is pending, and log it if its turn has come.
+
+        Returns the update from which the run has to be rolled back because its loss or gradient is no number, else 0.
+        """
         if self.pending is None:
-            return
+            return 0
         (i, metrics), self.pending = self.pending, None
         train = self.run.config.train
-        if i != 1 and i % train.log_interval and i != train.max_steps:
-            return
         metrics = self.read(metrics)
-        scores = self.run.task.scores(metrics)
-        _check_finite(self.run, scores["loss"], i, self.last_row)
-        self.last_row = i
-        row: dict[str, float] = {name: scores[name] for name in ("loss", "accuracy") if name in scores}
-        row |= {"rate": float(metrics["rate"]), "grad_norm": float(metrics["grad_norm"])}
-        if i == 1:
+        scores, norm = self.run.task.scores(metrics), float(metrics["grad_norm"])
+        is_finite = math.isfinite(scores["loss"]) and math.isfinite(norm)
+        if not is_finite:
+            if train.on_nonfinite == "rollback":
+                return i
+            self._not_finite(i, scores["loss"], norm)
+        else:
+            self.last_finite = i
+            self._watch_norm(i, norm)
+        if self.is_first:
             seconds = time.monotonic() - self.run.started_s
             self.run.log.say(f"first update done {seconds:.1f} s after the start")
-            speed = ""
-        else:
+        if i == 1 or i % train.log_interval == 0 or i == train.max_steps:
+            self._log(i, scores, float(metrics["rate"]), norm)
+        return 0
+
+    def forget(self) -> None:
+        """Drop what is pending: the run is rolled back."""
+        self.pending = None
+        self.norms.clear()
+
+    def _log(self, i: int, scores: metrics.Scores, rate: float, norm: float) -> None:
+        row: dict[str, float] = {name: scores[name] for name in ("loss", "accuracy") if name in scores}
+        row |= {"rate": rate, "grad_norm": norm}
+        speed = ""
+        if not self.is_first:
             row["tokens_per_s"] = self.tokens / max(time.monotonic() - self.clock_s, 1e-9)
             speed = f"  {row['tokens_per_s']:,.0f} tokens/s"
             self.tokens, self.clock_s = 0, time.monotonic()
         self.run.log.row(i, "train", row)
         self.show(i, f"loss {_number('loss', row['loss'])}  rate {row['rate']:.2e}{speed}")
+
+    def _not_finite(self, i: int, loss: float, norm: float) -> None:
+        """Tell of an update that is no number. Raises UserError if the run is to stop."""
+        if self.run.config.train.on_nonfinite == "stop":
+            raise diverged(self.run, loss if not math.isfinite(loss) else norm, i, self.last_finite)
+        self.run.skipped.append(i)
+        self.run.log.warn(f"step {i}: the loss is {loss} and the gradient norm {norm}: this update is skipped")
+
+    def _watch_norm(self, i: int, norm: float) -> None:
+        if len(self.norms) == SPIKE_WINDOW and norm > SPIKE * (usual := statistics.median(self.norms)) > 0:
+            self.run.log.warn(
+                f"step {i}: the gradient norm, {norm:.3g}, is {norm / usual:,.0f} times the median of the last "
+                f"{SPIKE_WINDOW} updates"
+            )
+        self.norms.append(norm)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -234,41 +349,31 @@ class FileWatch:
 
 
 @contextlib.contextmanager
-def interrupts(run_log: RunLog) -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C into a flag, which the yielded function returns; the second one ends the process at once.
+def interrupts(run_log: RunLog) -> Iterator[Callable[[], int]]:
+    """Turn the first SIGINT or SIGTERM into an exit status, which the yielded function returns; 0 before.
 
-    A thread looks out for them, because Python's own handlers have to wait while a step is compiled or computed.
+    The second one ends the process at once.
     """
-    seen = threading.Event()
-    receiver, sender = socket.socketpair()
-    sender.setblocking(False)
+    status = 0
 
-    def watch() -> None:
-        with receiver:
-            while number := receiver.recv(1):
-                if number[0] != signal.SIGINT:
-                    continue
-                if seen.is_set():
-                    run_log.console.show_cursor()  # which a progress bar hides
-                    print("interrupted again: ended at once", file=sys.stderr, flush=True)
-                    os._exit(130)
-                seen.set()
-                run_log.say("interrupted: saving a checkpoint after this update; Ctrl-C again ends at once")
+    def tell(number: int) -> None:
+        nonlocal status
+        if status:
+            run_log.console.show_cursor()  # which a progress bar hides
+            print("interrupted again: ended at once", file=sys.stderr, flush=True)
+            os._exit(128 + number)
+        status = 128 + number
+        run_log.say("interrupted: saving a checkpoint after this update; once more ends at once")
 
-    threading.Thread(target=watch, daemon=True).start()
-    handler_before = signal.signal(signal.SIGINT, lambda number, frame: None)
-    receiver_before = signal.set_wakeup_fd(sender.fileno())
-    try:
-        yield seen.is_set
-    finally:
-        signal.set_wakeup_fd(receiver_before)
-        signal.signal(signal.SIGINT, handler_before)
-        sender.close()
+    with signals(tell):
+        yield lambda: status
 
 
 def _announce(
     config: Config,
     origins: dict[str, str],
+    start: Start,
+    rewarmed: tuple[int, float] | None,
     data: prepare.Data,
     run_dir: Path,
     device: str,
@@ -281,8 +386,16 @@ def _announce(
     sizes = ", ".join(f"{len(samples):,} {split}" for split, samples in data.samples.items())
     run_log.say(f"samples {sizes}; of {config.model.seq_len} tokens, vocabulary {config.model.vocab_size:,}")
     run_log.say(f"device  {device}")
+    if start.kind == "resume":
+        step = start.info["step"]
+        run_log.say(f"resumes {start.path}, after {step:,} updates and {start.info['sample_iter']:,} samples")
+        for name, old, new in start.changes(config):
+            run_log.say(f"  {name} = {new!r}, was {old!r}")
+        if rewarmed:
+            run_log.say(f"  the rate re-warms from {rewarmed[1]:.3e} for {config.train.rewarmup_steps} updates")
     for name, origin in origins.items():
-        if configs.get(config, name) != configs.get(Config(), name):
+        is_stored = start.kind == "resume" and origin == str(start.path)
+        if configs.get(config, name) != configs.get(Config(), name) and not is_stored and name != "resume":
             if Path(origin).parent == configs.presets_dir():
                 origin = f"preset {origin}"
             run_log.say(f"  {name} = {configs.get(config, name)!r}  ({origin})")
@@ -292,12 +405,13 @@ def _announce(
         run_log.warn(line)
 
 
-def _check_finite(run: Run, loss: float, step: int, last_finite: int) -> None:
-    if not math.isfinite(loss):
-        raise UserError(
-            f"train.learning_rate={run.config.train.learning_rate}: the loss is {loss} at step {step}, and was finite "
-            f"at step {last_finite}; lower the rate, or raise train.warmup_steps ({run.dir} is kept)"
-        )
+def diverged(run: Run, value: float, step: int, last_finite: int) -> UserError:
+    """Return the error that ends a run whose loss or gradient is no number."""
+    return UserError(
+        f"train.learning_rate={run.config.train.learning_rate}: the loss or gradient is {value} at step {step}, and "
+        f"was finite at step {last_finite}; lower the rate, raise train.warmup_steps, or see train.on_nonfinite "
+        f"({run.dir} is kept)"
+    )
 
 
 def _number(name: str, x: float) -> str:
@@ -307,7 +421,8 @@ def _number(name: str, x: float) -> str:
 def tell_scores(run: Run, i: int, totals: Any) -> metrics.Scores:
     """Log and print the scores of the validation part after update `i`, and return them."""
     scores = run.task.scores(totals)
-    _check_finite(run, scores["loss"], i, max(run.validation, default=0))
+    if not math.isfinite(scores["loss"]):
+        raise diverged(run, scores["loss"], i, max(run.validation, default=0))
     run.validation[i] = scores
     run.log.row(i, "validation", scores)
     run.log.say(f"step {i}  validation: " + "  ".join(f"{name} {_number(name, x)}" for name, x in scores.items()))
@@ -324,13 +439,65 @@ def shown_samples(run: Run, multiple: int) -> Batch:
     return samples.batch(indices, np.zeros_like(indices))
 
 
+def info(run: Run, i: int, position: Position, rate: float) -> dict[str, Any]:
+    """Return what a checkpoint after update `i`, made with `rate`, tells of itself."""
+    return {
+        "step": i,
+        "task": run.config.task,
+        "rate": rate,
+        "sample_iter": position.after(i - 1, run.config.train),
+        "config": configs.flat(run.config),
+        "tokenizer": tokenizers.fingerprint(run.data.tokenizer),
+        "data": run.data.source.fingerprint,
+        "rewarmed": run.rewarmed,
+        "skipped": position.skipped,
+        "version": importlib.metadata.version("jaxlm"),
+    }
+
+
+def step_to_roll_back_to(run: Run, saved: list[int], position: Position, bad: int) -> int:
+    """Return the last saved step before the update `bad`, whose loss or gradient is no number.
+
+    Raises UserError if there is none, or if the run has been rolled back MOST_ROLLBACKS times since.
+    """
+    step = max((step for step in saved if step < bad), default=None)
+    if step is None:
+        raise UserError(
+            f"train.on_nonfinite=rollback: step {bad} is no number, and there is no checkpoint before it; "
+            f"lower train.learning_rate or train.eval_interval ({run.dir} is kept)"
+        )
+    if sum(first >= position.sample for first, _ in position.skipped) >= MOST_ROLLBACKS and position.step == step:
+        raise UserError(
+            f"train.on_nonfinite=rollback: {MOST_ROLLBACKS} times back to step {step}, and step {bad} is no number "
+            f"still; lower train.learning_rate ({run.dir} is kept)"
+        )
+    return step
+
+
+def without(run: Run, position: Position, step: int, bad: int) -> Position:
+    """Return the position after `step` in data without the samples of update `bad`, and say so."""
+    train = run.config.train
+    samples = position.first(bad - 1, train), position.after(bad - 1, train)
+    run.log.warn(
+        f"step {bad}: the loss or gradient is no number: back to step {step}, on without samples "
+        f"{samples[0]:,} to {samples[1]:,}"
+    )
+    before = position.after(step - 1, train) if step > position.step else position.sample
+    history.restore_to(run.dir, step)
+    for later in [i for i in run.validation if i > step]:
+        del run.validation[later]
+    return Position(step, before, (*position.skipped, samples))
+
+
 def has_test(run: Run) -> bool:
     """Return whether there is a test part, with labels."""
     return len(run.data.samples["test"]) > 0 and not run.data.source.test_refusal
 
 
-def sum_up(run: Run, last: int, best: int | None, n_parameters: int, test_totals: Any, is_interrupted: bool) -> None:
-    """Print the summary of a run that ended after update `last`.
+def sum_up(
+    run: Run, last: int, best: int | None, n_parameters: int, test_totals: Any, saves: str, is_interrupted: bool
+) -> None:
+    """Print the summary of a run that ended after update `last`; `saves` is a line on its checkpoints.
 
     `test_totals` are those of the checkpoint of step `best`; None if it was not tested.
     """
@@ -346,6 +513,9 @@ def sum_up(run: Run, last: int, best: int | None, n_parameters: int, test_totals
         run.log.say("There are no scores: the run ended before its first evaluation.")
     else:
         _tell_result(run, best, test_totals)
+    if run.skipped:
+        run.log.say(f"{len(run.skipped)} updates were skipped, since they were no numbers: {_some(run.skipped)}")
+    run.log.say(saves)
     run.log.say(f"\nEverything is in {run.dir}:")
     kept = {None: f"step {last}", last: f"step {last}, the best and the last"}
     for name, what in (
@@ -356,7 +526,8 @@ def sum_up(run: Run, last: int, best: int | None, n_parameters: int, test_totals
         ("log.txt", "what is printed here; tokenizer.json is the tokenizer"),
     ):
         run.log.say(f"  {name:<14} {what}")
-    run.log.say(f"Next, {_next_command(run)}")
+    go_on = f"go on with it: {run.program} --resume {shlex.quote(str(run.dir))}"
+    run.log.say(f"Next, {go_on if last < n_updates else _next_command(run)}")
 
 
 def _tell_result(run: Run, best: int, test_totals: Any) -> None:
@@ -379,6 +550,10 @@ def _tell_result(run: Run, best: int, test_totals: Any) -> None:
         run.log.say("The model is no better than the baseline yet: it needs more updates, or other settings.")
     if run.data.source.test_refusal:
         run.log.say(run.data.source.test_refusal)
+
+
+def _some(steps: list[int], most: int = 10) -> str:
+    return ", ".join(map(str, steps[:most])) + (" ..." if len(steps) > most else "")
 
 
 def _next_command(run: Run) -> str:

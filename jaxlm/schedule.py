@@ -7,19 +7,45 @@ from jax import Array
 from jaxlm.config import TrainConfig
 
 
-def learning_rate(config: TrainConfig) -> optax.Schedule:
-    """Return the original's rate at update i, counted from 0: warmup, cosine to the minimum, then the minimum.
+def learning_rate(config: TrainConfig, rewarmed: tuple[int, float] | None = None) -> optax.Schedule:
+    """Return the rate at update i, counted from 0: warmup, the schedule, cycle and re-warmup, as the settings say.
 
-    i < warmup: i * peak / warmup, so that the first update of a warmup has rate 0.
+    `rewarmed` is the update at which a re-warmup of train.rewarmup_steps begins, and the rate before it.
+    """
+    rate = warmed_up(config)
+    if config.cycle_steps:
+        rate = cycled(rate, config.cycle_steps, config.cycle_amplitude)
+    return rate if rewarmed is None else rewarmup(rate, rewarmed[0], config.rewarmup_steps, rewarmed[1])
+
+
+def warmed_up(config: TrainConfig) -> optax.Schedule:
+    """Return the warmup and what follows it. Except for `constant`, the rate is never below the minimum after it.
+
+    i < warmup: i * peak / warmup, so that the first update of a warmup has rate 0. `cosine` is the original's: to the
+    minimum, then the minimum.
     """
     peak, minimum, warmup_steps = config.learning_rate, config.min_learning_rate, config.warmup_steps
-    decay_steps = (config.decay_steps or config.max_steps) - warmup_steps
+    stable_steps = config.stable_steps if config.schedule == "wsd" else 0
+    decay_steps = (config.decay_steps or config.max_steps) - warmup_steps - stable_steps
+
+    def inverse_sqrt(i: Array) -> Array:  # arXiv 1706.03762, eq. 3; i from the end of the warmup
+        start = max(warmup_steps, 1)
+        return jnp.maximum(peak * jnp.sqrt(start / (start + i)), minimum)
+
     # Optax refuses a piece of length 0: a warmup that is none lies before its boundary, whatever its length.
     warmup = optax.linear_schedule(0.0, peak, max(warmup_steps, 1))
-    decay = optax.constant_schedule(minimum)
-    if decay_steps > 0:
-        decay = optax.cosine_decay_schedule(peak, decay_steps, alpha=minimum / peak if peak else 0.0)
-    rate = optax.join_schedules([warmup, decay], [warmup_steps])
+    rest: optax.Schedule
+    if config.schedule == "constant":
+        rest = optax.constant_schedule(peak)
+    elif config.schedule == "inverse_sqrt":
+        rest = inverse_sqrt
+    elif decay_steps <= 0:
+        rest = optax.constant_schedule(minimum)
+    elif config.schedule == "cosine":
+        rest = optax.cosine_decay_schedule(peak, decay_steps, alpha=minimum / peak if peak else 0.0)
+    else:  # linear, and wsd (arXiv 2404.06395), which is linear after its stable updates
+        rest = optax.linear_schedule(peak, minimum, decay_steps, transition_begin=stable_steps)
+    rate = optax.join_schedules([warmup, rest], [warmup_steps])
     # Optax divides the count by a length: of an int32, that is a float32 even where floats have 64 bits.
     return lambda i: rate(jnp.asarray(i, float))
 
@@ -58,3 +84,11 @@ def rewarmup(schedule: optax.Schedule, first_step: int, n_steps: int, stored_rat
         return (1 - asked) * stored_rate + asked * schedule(i)
 
     return rate
+
+
+if __name__ == "__main__":
+    import sys
+
+    from jaxlm import plot_schedule
+
+    sys.exit(plot_schedule.main())

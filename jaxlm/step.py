@@ -40,11 +40,13 @@ def train_step(
     state: TrainState,
     batches: Any,
     key: Array,
+    skips_nonfinite: bool = False,
 ) -> tuple[TrainState, Totals]:
     """Make one update from `batches`, arrays [A, B, ...] of A accumulated batches.
 
     The loss is the mean over all that the A batches count, as if they were one batch. Returns the new state and
-    the totals, with the `rate` of this update and the `grad_norm` before clipping.
+    the totals, with the `rate` of this update and the `grad_norm` before clipping. With `skips_nonfinite`, an update
+    whose loss or norm is no number changes nothing but the count of updates.
     """
 
     def loss(params: Any, batch: Any, key: Array) -> tuple[Array, Totals]:
@@ -67,6 +69,11 @@ def train_step(
     grads, grad_norm = optim.clip_by_global_norm(grads, clip_norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+    if skips_nonfinite:
+        is_finite = jnp.isfinite(totals["loss"]) & jnp.isfinite(grad_norm)
+        new, old = (params, opt_state), (state.params, state.opt_state)
+        params, opt_state = jax.tree.map(lambda x, before: jnp.where(is_finite, x, before), new, old)
+        opt_state = optim.at_step(opt_state, state.step + 1)
     metrics = {**totals, "rate": schedule(state.step), "grad_norm": grad_norm}
     return TrainState(state.step + 1, params, opt_state), metrics
 

@@ -3,22 +3,23 @@
 import sys
 import time
 
-from jaxlm import config as configs
+from jaxlm import formats
+from jaxlm import start as starts
 from jaxlm.errors import interruptible, reported
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train as the command line says; return the exit status, 130 after Ctrl-C. Bad input exits with 2."""
+    """Train as the command line says; return the exit status: 130 after Ctrl-C, 143 after SIGTERM, 2 for bad input."""
     started_s = time.monotonic()
     argv = sys.argv[1:] if argv is None else argv
     with interruptible():
         with reported(debug="--debug" in argv):
-            config, origins = configs.load(argv)
+            config, origins, start = starts.load(argv, "python -m jaxlm.train", formats.RUN)
         print(f"jaxlm: task {config.task}; loading JAX", flush=True)
         with reported(config.debug):
             from jaxlm import loop
 
-            return loop.run(config, origins, started_s)
+            return loop.run(config, origins, start, started_s)
     raise AssertionError("reported() exits on the errors it does not pass on")
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a run in the original's file format, written by torch.save: the last one and the best one are kept.
+"""Checkpoints of a run in the original's file format, written by torch.save: the last ones and the best one are kept.
 
 A file has the original's keys and names of tensors (jaxlm/names.py), and its buffers, so that the original reads it.
 """
@@ -6,29 +6,40 @@ A file has the original's keys and names of tensors (jaxlm/names.py), and its bu
 import math
 import os
 import pickle
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from jaxlm import names
+from jaxlm import convert, formats, names, start
+from jaxlm.config import Config
 from jaxlm.errors import UserError
+from jaxlm.run import Run
 from torchlm import parallel
 from torchlm.step import TrainState
 
 FORMAT = "1.2"
+PARTS = start.PARTS
 KEYS = (
     *("version", "task_type", "iter", "sample_iter", "base_model", "lm_head"),
     *("optimizer", "lr", "val_loss", "config"),
 )
+OWN = ("tokenizer", "data", "rewarmed", "skipped", "version")  # what the original's files do not tell
 
 
 class Checkpoints:
-    """The checkpoints in one folder, by step."""
+    """The checkpoints in one folder, by step.
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    `keep` of the last are kept, and the best. A save that fails tells `warn` why, and leaves the others as they are.
+    """
+
+    def __init__(self, folder: Path, keep: int = 1, warn: Callable[[str], None] = print):
+        self.folder, self.keep, self.warn = folder, keep, warn
+        self.n_saved, self.stalled_s = 0, 0.0  # saves that are whole, and how long training stood still for all
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -36,45 +47,116 @@ class Checkpoints:
     def __exit__(self, *exception: Any) -> None:
         self.close()
 
-    def save(self, state: TrainState, info: dict[str, Any], validation_loss: float | None = None) -> None:
+    def save(self, state: TrainState, info: dict[str, Any], losses: Mapping[int, float]) -> None:
         """Save; returns when the file is there.
 
-        Without a validation loss, the checkpoint is kept only until the next one.
+        `losses` are the validation losses by step: the checkpoint with the lowest is the best.
         """
-        if state.step in self._steps():
-            return
-        self.folder.mkdir(exist_ok=True)
-        # Infinite means none: whoever reads the file compares it with losses.
-        loss = math.inf if validation_loss is None else validation_loss
-        write(self._path(state.step), content(state, info, loss))
-        kept = (state.step, self.best_step())
-        for step in self._steps():
-            if step not in kept:
-                self._path(step).unlink()
+        started_s = time.monotonic()
+        if state.step not in self.steps():
+            try:
+                self.folder.mkdir(exist_ok=True)
+                n_bytes = 3 * sum(x.nbytes for x in state.model.parameters())
+                n_free = shutil.disk_usage(self.folder).free
+                if n_free < n_bytes:  # torch.save tells less
+                    raise OSError(f"it needs {n_bytes / 1e6:,.1f} MB, and {n_free / 1e6:,.1f} MB are free")
+                # Infinite means none: whoever reads the file compares it with losses.
+                write(self._path(state.step), content(state, info, losses.get(state.step, math.inf)))
+                self.n_saved += 1
+                for old in set(self.steps()[: -self.keep]) - {self.best_step(losses)}:
+                    self._path(old).unlink()
+            except (OSError, RuntimeError) as error:
+                why = formats.reason(error)
+                self.warn(
+                    f"the checkpoint of step {state.step} could not be saved ({why}); training goes on without it"
+                )
+        self.stalled_s += time.monotonic() - started_s
 
-    def best_step(self) -> int | None:
-        """Return the step with the lowest validation loss, None if nothing has been evaluated and saved."""
-        losses = {step: read(self._path(step), is_mapped=True)["val_loss"] for step in self._steps()}
-        evaluated = {step: loss for step, loss in losses.items() if math.isfinite(loss)}
-        return min(evaluated, key=evaluated.__getitem__) if evaluated else None
+    def steps(self) -> list[int]:
+        """Return the steps of all that is whole."""
+        return [step for step, path in start.checkpoints_in(self.folder) if path.is_file()]
+
+    def best_step(self, losses: Mapping[int, float]) -> int | None:
+        """Return the step with the lowest of the losses among the checkpoints, None if there is none."""
+        # Compared with NaN, nothing is better or worse.
+        found = {step: losses[step] for step in self.steps() if not math.isnan(losses.get(step, math.nan))}
+        return min(found, key=found.__getitem__) if found else None
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """Return the state saved at `step`: `like`, changed in place."""
-        return load(self._path(step), like)
+        return restore(self._path(step), like)
+
+    def wait(self) -> None:
+        """Nothing is left to wait for, since `save` does."""
+
+    def summary(self) -> str:
+        """Return a line on the saves so far."""
+        n, stalled_s = self.n_saved, self.stalled_s / max(self.n_saved, 1)
+        return f"{n} checkpoint{'s' * (n != 1)} saved; training stood still {stalled_s:.3f} s for each"
 
     def close(self) -> None:
-        """Nothing is left to do, since `save` waits."""
+        """End."""
 
     def _path(self, step: int) -> Path:
         return self.folder / f"{step}.pt"
 
-    def _steps(self) -> list[int]:
-        return sorted(int(path.stem) for path in self.folder.glob("*.pt"))
+
+def begin(run: Run, fresh: Callable[[], TrainState]) -> TrainState:
+    """Return the state that a run starts with, and print where each part of it is from.
+
+    `fresh` makes the start values.
+    """
+    begun, state = run.start, fresh()
+    if begun.path is None:
+        return state
+    state = restore(begun.path, state, begun.parts, begun.position().step)
+    numbers = {name: x.numel() for name, x in parallel.single(state.model).named_parameters()}
+    sizes = {part: [n for name, n in numbers.items() if name.startswith(part)] for part in PARTS[:2]}
+    run.log.say(start.table(begun, sizes | {"optimizer": [*numbers.values()] * 2}))
+    return state
+
+
+def restore(path: Path, like: TrainState, parts: Sequence[str] = PARTS, step: int | None = None) -> TrainState:
+    """Return `like`, changed in place to have the given parts of a checkpoint of any form.
+
+    The update number is that of the checkpoint, or `step`. Raises UserError if it is damaged or of another model.
+    """
+    snapshot = convert.read(path)
+    model = parallel.single(like.model)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+    weights = names.check(*start.fitting(snapshot.weights, shapes, parts), str(path))
+    model.load_state_dict(model.state_dict() | {name: torch.tensor(x) for name, x in weights.items()})
+    if "optimizer" in parts and snapshot.moments is not None:
+        first, second = snapshot.moments
+        states = {
+            i: {
+                "step": torch.tensor(float(snapshot.n_updates)),
+                "exp_avg": torch.tensor(first[name]),
+                "exp_avg_sq": torch.tensor(second[name]),
+            }
+            for i, name in enumerate(sum(names.decay_groups(shapes), []))
+        }
+        like.optimizer.load_state_dict(like.optimizer.state_dict() | {"state": states})
+        for group in like.optimizer.param_groups:
+            group["lr"] = snapshot.info["rate"]
+    like.step = snapshot.info["step"] if step is None else step
+    return like
+
+
+def load_model(path: str | Path) -> tuple[torch.nn.Module, Config]:
+    """Return the model of a run or checkpoint, of any form that jaxlm.convert reads, and its settings."""
+    from torchlm.tasks import TASKS
+
+    snapshot = convert.read(Path(path))
+    model = TASKS[snapshot.config.task](snapshot.config).build_model(torch.Generator())
+    model.load_state_dict({name: torch.tensor(x) for name, x in snapshot.weights.items()})
+    return model.eval(), snapshot.config
 
 
 def content(state: TrainState, info: dict[str, Any], validation_loss: float) -> dict[str, Any]:
     """Return what a checkpoint file holds; `info` has the step, task, rate, settings and tokenizer."""
     model, settings = parallel.single(state.model), info["config"]
+    own = {name: info[name] for name in OWN if name in info}
     parts: dict[str, dict[str, Tensor]] = {"base": {}, "head": {}}
     for name, tensor in model.state_dict().items():
         (original,) = names.to_original({name: tensor}, info["task"])
@@ -83,14 +165,13 @@ def content(state: TrainState, info: dict[str, Any], validation_loss: float) -> 
         "version": FORMAT,
         "task_type": info["task"],
         "iter": info["step"],
-        "sample_iter": info["step"] * settings["train.batch_size"] * settings["train.accumulate"],
+        "sample_iter": info["sample_iter"],
         "base_model": parts["base"] | _buffers(model),
         "lm_head": parts["head"],
         "optimizer": state.optimizer.state_dict(),
         "lr": info["rate"],
         "val_loss": validation_loss,
-        "config": _original_settings(info["task"], settings)
-        | {"torchlm": settings | {"tokenizer": info["tokenizer"]}},  # what the original has not
+        "config": _original_settings(info["task"], settings) | {"torchlm": {"settings": settings, "info": own}},
     }
 
 
@@ -125,17 +206,6 @@ def weights(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
     parts = zip(names.prefixes(task), (checkpoint["base_model"], checkpoint["lm_head"]), strict=True)
     state = {f"{prefix}.{name}": tensor for prefix, part in parts for name, tensor in part.items()}
     return names.from_original(state, task)
-
-
-def load(path: Path, like: TrainState) -> TrainState:
-    """Return `like`, changed in place to the state in a checkpoint file. Raises UserError if it is of another model."""
-    checkpoint = read(path)
-    model = parallel.single(like.model)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    model.load_state_dict(names.check(weights(checkpoint), shapes, str(path)))
-    like.optimizer.load_state_dict(checkpoint["optimizer"])
-    like.step = checkpoint["iter"]
-    return like
 
 
 def _buffers(model: Any) -> dict[str, Tensor]:

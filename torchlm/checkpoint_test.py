@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from jaxlm import config as configs
-from jaxlm import run as runs
 from jaxlm.errors import UserError
 from torchlm import checkpoint, optim, schedule, step
 from torchlm.checkpoint import Checkpoints
@@ -41,7 +40,15 @@ def start(config: configs.Config) -> step.TrainState:
 
 def info_of(config: configs.Config, i: int) -> dict[str, Any]:
     rate = schedule.learning_rate(config.train)(i - 1)
-    return {"step": i, "task": config.task, "rate": rate, "config": runs.settings(config), "tokenizer": "x"}
+    n = i * config.train.batch_size
+    return {
+        "step": i,
+        "sample_iter": n,
+        "task": config.task,
+        "rate": rate,
+        "config": configs.flat(config),
+        "tokenizer": "x",
+    }
 
 
 def flat(value: Any, path: tuple = ()) -> dict[tuple, Any]:
@@ -55,7 +62,7 @@ def flat(value: Any, path: tuple = ()) -> dict[tuple, Any]:
 @pytest.mark.parametrize("name", ["mlm", "gpt", "sst2", "cola"])
 def test_a_recorded_file_is_read_and_written_again_alike(name: str, tmp_path: Path) -> None:
     config, path = recorded_config(name), CASES / name / "checkpoint.pt"
-    state = checkpoint.load(path, start(config))
+    state = checkpoint.restore(path, start(config))
     arrays = np.load(CASES / name / "arrays.npz")
     prefix = "gpt" if name == "gpt" else "bert"
     np.testing.assert_array_equal(
@@ -105,7 +112,7 @@ def test_a_restored_state_goes_on_alike(task: str, options: dict, tmp_path: Path
     for _ in range(2):
         step.train_step(loss, rate, 1.0, state, batches)
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(state, info_of(config, 2), 1.0)
+        checkpoints.save(state, info_of(config, 2), {2: 1.0})
         other = checkpoints.restore(2, start(configs.replace(config, "train.seed", 1)))
     assert other.step == 2
     losses = [float(step.train_step(loss, rate, 1.0, x, batches)[1]["loss"]) for x in (state, other)]
@@ -117,13 +124,14 @@ def test_a_restored_state_goes_on_alike(task: str, options: dict, tmp_path: Path
 def test_the_best_and_the_last_are_kept(tmp_path: Path) -> None:
     config = config_of()
     state, checkpoints = start(config), Checkpoints(tmp_path / "checkpoints")
-    assert checkpoints.best_step() is None
+    losses: dict[int, float] = {}
+    assert checkpoints.best_step(losses) is None
     kept = []
     for i, loss in enumerate([3.0, 1.0, None, 2.0, 1.0, None, None], start=1):
         state.step = i
-        checkpoints.save(state, info_of(config, i), loss)
-        checkpoints.save(state, info_of(config, i), 0.0)  # a second one of the same step changes nothing
-        kept.append((checkpoints.best_step(), sorted(int(path.stem) for path in checkpoints.folder.iterdir())))
+        losses |= {} if loss is None else {i: loss}
+        checkpoints.save(state, info_of(config, i), losses)
+        kept.append((checkpoints.best_step(losses), sorted(int(path.stem) for path in checkpoints.folder.iterdir())))
     expected = [(1, [1]), (2, [2]), (2, [2, 3]), (2, [2, 4]), (2, [2, 5]), (2, [2, 6]), (2, [2, 7])]
     assert kept == expected
 
@@ -151,18 +159,18 @@ def test_files_that_are_no_checkpoint_are_told(tmp_path: Path, monkeypatch: pyte
 
     def told() -> str:
         with pytest.raises(UserError) as error:
-            checkpoint.load(path, start(config))
+            checkpoint.restore(path, start(config))
         assert str(error.value).startswith(f"{path}: ")
         return str(error.value)
 
     assert "cannot be read" in told()
     path.write_bytes(b"nothing of the kind")
-    assert "cannot be read" in told()
+    assert "neither a file of torch.save nor safetensors" in told()
     torch.save({"version": "1.2", "wrong": Harmful()}, path)
-    assert "cannot be read" in told()
+    assert "refused: its pickle" in told()
     assert not Path("called").exists()
     torch.save([1, 2], path)
-    assert "it lacks version, task_type" in told()
+    assert "it holds a list" in told()
     content = checkpoint.content(start(config), info_of(config, 1), 1.0)
     torch.save({name: x for name, x in content.items() if name != "lm_head"}, path)
     assert "it lacks lm_head" in told()

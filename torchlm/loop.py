@@ -12,9 +12,10 @@ from torch import nn
 from jaxlm import run as runs
 from jaxlm.config import Config
 from jaxlm.data import loader
-from jaxlm.data import tokenizer as tokenizers
+from jaxlm.data.position import Position
 from jaxlm.run import Run
-from torchlm import optim, parallel, schedule, step
+from jaxlm.start import Start
+from torchlm import checkpoint, optim, parallel, schedule, step
 from torchlm.checkpoint import Checkpoints
 from torchlm.parallel import Mesh
 from torchlm.step import TrainState
@@ -30,7 +31,7 @@ class Compiled(NamedTuple):
     predict: Callable[..., Any]  # (model, batch) -> what the task shows
 
 
-def run(config: Config, origins: dict[str, str], started_s: float) -> int:
+def run(config: Config, origins: dict[str, str], start: Start, started_s: float) -> int:
     """Train as the settings say; return the exit status. Raises UserError, and then leaves no run folder."""
     mesh = parallel.make_mesh(config.train.batch_size)
     device = f"{mesh.size} x {_device_kind(mesh.device)}"
@@ -38,22 +39,34 @@ def run(config: Config, origins: dict[str, str], started_s: float) -> int:
         config = stack.enter_context(parallel.joined(mesh, config))
         if mesh.rank:
             parallel.wait(mesh)  # for the caches, which the first process makes
-        with runs.started(config, origins, TASKS, device, started_s, "python -m torchlm.train") as this:
+        with runs.started(config, origins, start, TASKS, device, started_s, "python -m torchlm.train") as this:
             if not mesh.rank:
                 parallel.wait(mesh)
-            state, compiled = build(this.config, this.task, mesh)
-            # From here on Ctrl-C does not raise, and the run folder stays.
-            is_interrupted = stack.enter_context(runs.interrupts(this.log))
-        is_interrupted = functools.partial(parallel.any_process, mesh, is_interrupted)
-        stack.enter_context(contextlib.closing(this.log))
-        checkpoints = stack.enter_context(Checkpoints(this.dir / "checkpoints"))
-        state = fit(this, compiled, state, checkpoints, is_interrupted)
-        finish(this, compiled, state, checkpoints, is_interrupted)
-        return 130 if is_interrupted() else 0
+            fresh, compiled = build(this.config, this.task, mesh, this.rewarmed)
+            state = checkpoint.begin(this, fresh)
+            # From here on a signal does not end the process, and the run folder stays.
+            status = stack.enter_context(runs.interrupts(this.log))
+        status = functools.partial(parallel.any_process, mesh, status)
+        stack.enter_context(contextlib.closing(this))
+        folder, keep = this.dir / "checkpoints", this.config.run.keep_checkpoints
+        checkpoints = stack.enter_context(Checkpoints(folder, keep, this.log.warn))
+        state = fit(this, compiled, state, checkpoints, status)
+        finish(this, compiled, state, checkpoints, status)
+        return status()
 
 
-def build(config: Config, task: Task, mesh: Mesh) -> tuple[TrainState, Compiled]:
-    """Return the state before the first update, on the mesh, and the functions of a task that run there."""
+def build(
+    config: Config, task: Task, mesh: Mesh, rewarmed: tuple[int, float] | None = None
+) -> tuple[Callable[[], TrainState], Compiled]:
+    """Return what makes the state of a new run, on the mesh, and the functions of a task that run there.
+
+    `rewarmed` is as in schedule.learning_rate.
+    """
+    train = config.train
+
+    def fresh() -> TrainState:
+        model = parallel.replicated(mesh, task.build_model(torch.Generator().manual_seed(train.seed)))
+        return step.init_state(model, optim.adamw(train, model))
 
     def without_training(function: Callable[..., Any]) -> Callable[..., Any]:
         @torch.no_grad()
@@ -62,52 +75,72 @@ def build(config: Config, task: Task, mesh: Mesh) -> tuple[TrainState, Compiled]
 
         return call
 
-    rate = schedule.learning_rate(config.train)
-    model = parallel.replicated(mesh, task.build_model(torch.Generator().manual_seed(config.train.seed)))
-    optimizer = optim.adamw(config.train, model)
-    update = functools.partial(step.train_step, task.loss, rate, config.train.clip_norm)
+    rate = schedule.learning_rate(train, rewarmed)
+    update = functools.partial(
+        step.train_step, task.loss, rate, train.clip_norm, skips_nonfinite=train.on_nonfinite == "skip"
+    )
     compiled = Compiled(
         mesh=mesh,
         update=update,
         totals=without_training(lambda model, batch: parallel.sum_over_processes(task.loss(model, batch, None))),
         predict=without_training(task.predict),
     )
-    return step.init_state(model, optimizer), compiled
+    return fresh, compiled
 
 
 def fit(
-    run: Run, compiled: Compiled, state: TrainState, checkpoints: Checkpoints, is_interrupted: Callable[[], bool]
+    run: Run, compiled: Compiled, state: TrainState, checkpoints: Checkpoints, status: Callable[[], int]
 ) -> TrainState:
-    """Train until train.max_steps, the file `stop` or Ctrl-C; return the state."""
-    train, mesh = run.config.train, compiled.mesh
-    batches = loader.training_batches(run.data.samples["train"], train.batch_size, train.accumulate, train.seed)
+    """Train until train.max_steps, the file `stop` or a signal; return the state. `status` is not 0 after a signal."""
+    train, samples, mesh = run.config.train, run.data.samples["train"], compiled.mesh
+    position = run.start.position()
+    batches = loader.training_batches(samples, train, position)
     key = (train.seed, mesh.rank)
     take = functools.partial(parallel.any_process, mesh, runs.FileWatch(run.dir).take)
+    i = position.step
+    if i and (i % train.eval_interval == 0 or i == train.max_steps) and i not in run.validation:
+        evaluate_and_show(run, compiled, state, i, status)  # which an interrupt has cut short
     with run.log.training_bar(train.max_steps) as show:
         meter = runs.Meter(run, _read, show)
-        for i in range(1, train.max_steps + 1):
-            batch = next(batches)
+        while i < train.max_steps:
+            batch, i = next(batches), i + 1
             state, metrics = compiled.update(state, parallel.put_batch(mesh, batch, axis=1), key)
             # Metrics of the update before are read only now that this one is under way: a GPU never waits.
-            meter.add(i, metrics, batch)
+            bad = meter.add(i, metrics, batch)
 
-            is_last = is_interrupted() or take("stop") or i == train.max_steps
-            is_evaluated = (is_last or i % train.eval_interval == 0) and not is_interrupted()
-            if is_evaluated or is_last or take("save_checkpoint"):
-                meter.flush()
+            is_last = bool(status()) or take("stop") or i == train.max_steps
+            is_evaluated = (is_last or i % train.eval_interval == 0) and not status()
+            is_saved = is_evaluated or is_last or take("save_checkpoint")
+            bad = bad or (meter.flush() if is_saved else 0)
+            if bad:
+                meter.forget()
+                state, position = roll_back(run, state, checkpoints, position, bad)
+                i = position.step
+                batches = loader.training_batches(samples, train, position)
+            elif is_saved:
                 with meter.paused():
-                    loss = evaluate_and_show(run, compiled, state, i, is_interrupted) if is_evaluated else None
+                    if is_evaluated:
+                        evaluate_and_show(run, compiled, state, i, status)
                     if not mesh.rank:
-                        checkpoints.save(state, _info(run, i), loss)
-            if is_last or is_interrupted():
-                break
+                        checkpoints.save(state, _info(run, i, position), run.losses())
+                if is_last or status():
+                    break
         return state
 
 
+def roll_back(
+    run: Run, state: TrainState, checkpoints: Checkpoints, position: Position, bad: int
+) -> tuple[TrainState, Position]:
+    """Return the state of the last checkpoint, and its place in data that go on without the samples of update `bad`."""
+    folder = parallel.from_first(checkpoints.folder)  # which every process reads
+    step = runs.step_to_roll_back_to(run, Checkpoints(folder).steps(), position, bad)
+    return Checkpoints(folder).restore(step, state), runs.without(run, position, step, bad)
+
+
 def evaluate(
-    run: Run, compiled: Compiled, model: nn.Module, split: str, is_interrupted: Callable[[], bool]
+    run: Run, compiled: Compiled, model: nn.Module, split: str, status: Callable[[], int]
 ) -> dict[str, Any] | None:
-    """Return the totals over every sample of a split, once each, summed in float64 on the host; None after Ctrl-C."""
+    """Return the totals over every sample of a split, once each, summed in float64 on the host; None after a signal."""
     sums: dict[str, Any] = {}
     ahead: list[Any] = []
     samples = run.data.samples[split]
@@ -115,54 +148,45 @@ def evaluate(
         ahead.append(compiled.totals(model, parallel.put_batch(compiled.mesh, batch)))
         if len(ahead) > 1:
             _add(sums, ahead.pop(0))
-        if is_interrupted():
+        if status():
             return None
     for totals in ahead:
         _add(sums, totals)
     return sums | samples.constants
 
 
-def evaluate_and_show(
-    run: Run, compiled: Compiled, state: TrainState, i: int, is_interrupted: Callable[[], bool]
-) -> float | None:
-    """Score the validation part after update `i`, log it, and dump samples; return the loss, None after Ctrl-C."""
-    totals = evaluate(run, compiled, state.model, "validation", is_interrupted)
+def evaluate_and_show(run: Run, compiled: Compiled, state: TrainState, i: int, status: Callable[[], int]) -> None:
+    """Score the validation part after update `i`, log it, and dump samples; after a signal, do nothing of it."""
+    totals = evaluate(run, compiled, state.model, "validation", status)
     if totals is None:
-        return None
-    scores = runs.tell_scores(run, i, totals)
+        return
     batch = runs.shown_samples(run, 1)
     predictions = compiled.predict(state.model, parallel.put_batch(compiled.mesh.alone(), batch)).cpu().numpy()
+    runs.tell_scores(run, i, totals)
     run.log.samples(i, run.task.show(batch, predictions, run.data.tokenizer), run.config.log.samples)
-    return scores["loss"]
 
 
 def finish(
-    run: Run, compiled: Compiled, state: TrainState, checkpoints: Checkpoints, is_interrupted: Callable[[], bool]
+    run: Run, compiled: Compiled, state: TrainState, checkpoints: Checkpoints, status: Callable[[], int]
 ) -> None:
     """Score the test part with the best checkpoint, for the only time, and print the summary."""
-    last, best = state.step, parallel.from_first(compiled.mesh, checkpoints.best_step())
+    last, best = state.step, parallel.from_first(checkpoints.best_step(run.losses()))
     n_parameters = sum(x.numel() for x in state.model.parameters())
     totals = None
-    if best is not None and runs.has_test(run) and not is_interrupted():
+    if best is not None and runs.has_test(run) and not status():
         if not compiled.mesh.rank:
             state = checkpoints.restore(best, state)
         parallel.copy_from_first(compiled.mesh, state.model)
-        totals = evaluate(run, compiled, state.model, "test", is_interrupted)
-    runs.sum_up(run, last, best, n_parameters, totals, is_interrupted())
+        totals = evaluate(run, compiled, state.model, "test", status)
+    runs.sum_up(run, last, best, n_parameters, totals, checkpoints.summary(), bool(status()))
 
 
 def _device_kind(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def _info(run: Run, i: int) -> dict[str, Any]:
-    return {
-        "step": i,
-        "task": run.config.task,
-        "rate": schedule.learning_rate(run.config.train)(i - 1),
-        "config": runs.settings(run.config),
-        "tokenizer": tokenizers.fingerprint(run.data.tokenizer),
-    }
+def _info(run: Run, i: int, position: Position) -> dict[str, Any]:
+    return runs.info(run, i, position, schedule.learning_rate(run.config.train, run.rewarmed)(i - 1))
 
 
 def _read(metrics: dict[str, Any]) -> dict[str, Any]:

@@ -35,7 +35,8 @@ def built() -> tuple[configs.Config, Any, step.TrainState, loop.Compiled]:
     config = configs.build({"task": "sst2", **settings})
     task = TASKS["sst2"](config)
     mesh = parallel.Mesh(0, 1, torch.device("cpu"))
-    return config, task, *loop.build(config, task, mesh)
+    fresh, compiled = loop.build(config, task, mesh)
+    return config, task, fresh(), compiled
 
 
 def run_of(config: configs.Config) -> Any:
@@ -75,6 +76,7 @@ def test_start_values_follow_the_seed(built: tuple) -> None:
     config, task, state, compiled = built
     again, _ = loop.build(config, task, compiled.mesh)
     other, _ = loop.build(configs.replace(config, "train.seed", 4), task, compiled.mesh)
-    weight, weight_2, weight_3 = (x.model.base.blocks[0].feed_forward.fc1.weight for x in (state, again, other))
+    states = (state, again(), other())
+    weight, weight_2, weight_3 = (x.model.base.blocks[0].feed_forward.fc1.weight for x in states)
     assert torch.equal(weight, weight_2)
     assert not torch.equal(weight, weight_3)

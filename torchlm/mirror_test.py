@@ -29,7 +29,11 @@ ONLY_JAX = {
         "sum_dtype": "each product says what it sums in; autocast decides for itself",
         "split_key": "explicit keys",
     },
-    "optim": {"scale_by_adam": "Optax's own rounds the bias correction"},
+    "optim": {
+        "scale_by_adam": "Optax's own rounds the bias correction",
+        **dict.fromkeys(("moments", "with_moments", "at_step"), "a state without names"),
+    },
+    "checkpoint": dict.fromkeys(("parts_of", "remove_unfinished", "with_parts"), "parts of an array tree"),
     "step": {"TrainState.params": "an array tree beside the model", "TrainState.opt_state": "beside the optimizer"},
 }
 ONLY_TORCH = {
@@ -44,7 +48,7 @@ ONLY_TORCH = {
             *("wait", "joined"),
         )
     },
-    "checkpoint": dict.fromkeys(("KEYS", "content", "write", "read", "weights", "load"), "the original's file format"),
+    "checkpoint": dict.fromkeys(("KEYS", "OWN", "content", "write", "read", "weights"), "the original's file format"),
 }
 # Arguments that only JAX has: what products compute in (autocast), explicit keys, and a source of keys for no values.
 JAX_ARGUMENTS = {"dtype", "key", "rngs"}
@@ -56,12 +60,13 @@ ARGUMENTS = {  # (jaxlm's, torchlm's) where they differ otherwise
     "parallel.replicated": (["mesh"], ["mesh", "model"]),
     "step.init_state": (["params", "optimizer"], ["model", "optimizer"]),
     "step.train_step": (
-        ["loss_fn", "optimizer", "schedule", "clip_norm", "state", "batches", "key"],
-        ["loss_fn", "schedule", "clip_norm", "state", "batches", "key"],
+        ["loss_fn", "optimizer", "schedule", "clip_norm", "state", "batches", "key", "skips_nonfinite"],
+        ["loss_fn", "schedule", "clip_norm", "state", "batches", "key", "skips_nonfinite"],
     ),
+    "checkpoint.begin": (["run", "fresh", "sharding"], ["run", "fresh"]),
     "loop.evaluate": (
-        ["run", "compiled", "params", "split", "is_interrupted"],
-        ["run", "compiled", "model", "split", "is_interrupted"],
+        ["run", "compiled", "params", "split", "status"],
+        ["run", "compiled", "model", "split", "status"],
     ),
 }
 

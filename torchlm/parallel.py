@@ -89,18 +89,18 @@ def sum_over_processes(totals: dict[str, Tensor]) -> dict[str, Tensor]:
     return totals
 
 
-def any_process(mesh: Mesh, is_true: Callable[..., bool], *args: Any) -> bool:
-    """Return whether the function is true in any process."""
-    flag = torch.tensor(int(is_true(*args)))
+def any_process(mesh: Mesh, function: Callable[..., int], *args: Any) -> int:
+    """Return the largest that the function returns in any process."""
+    flag = torch.tensor(int(function(*args)))
     if mesh.size > 1:
         dist.all_reduce(flag, dist.ReduceOp.MAX)
-    return bool(flag)
+    return int(flag)
 
 
-def from_first(mesh: Mesh, value: Any) -> Any:
+def from_first(value: Any) -> Any:
     """Return the first process's value."""
     values = [value]
-    if mesh.size > 1:
+    if dist.is_initialized():
         dist.broadcast_object_list(values, device=torch.device("cpu"))
     return values[0]
 
@@ -115,7 +115,7 @@ def copy_from_first(mesh: Mesh, model: nn.Module) -> None:
 def wait(mesh: Mesh) -> None:
     """Wait until every process is here. Ends this one if the first has ended, which has told why."""
     try:
-        from_first(mesh, None)
+        from_first(None)
     except RuntimeError:
         sys.exit(2)
 

@@ -8,20 +8,41 @@ from jaxlm.config import TrainConfig
 Schedule = Callable[[int], float]
 
 
-def learning_rate(config: TrainConfig) -> Schedule:
-    """Return the original's rate at update i, counted from 0: warmup, cosine to the minimum, then the minimum.
+def learning_rate(config: TrainConfig, rewarmed: tuple[int, float] | None = None) -> Schedule:
+    """Return the rate at update i, counted from 0: warmup, the schedule, cycle and re-warmup, as the settings say.
 
-    i < warmup: i * peak / warmup, so that the first update of a warmup has rate 0.
+    `rewarmed` is the update at which a re-warmup of train.rewarmup_steps begins, and the rate before it.
+    """
+    rate = warmed_up(config)
+    if config.cycle_steps:
+        rate = cycled(rate, config.cycle_steps, config.cycle_amplitude)
+    return rate if rewarmed is None else rewarmup(rate, rewarmed[0], config.rewarmup_steps, rewarmed[1])
+
+
+def warmed_up(config: TrainConfig) -> Schedule:
+    """Return the warmup and what follows it. Except for `constant`, the rate is never below the minimum after it.
+
+    i < warmup: i * peak / warmup, so that the first update of a warmup has rate 0. `cosine` is the original's: to the
+    minimum, then the minimum.
     """
     peak, minimum, warmup_steps = config.learning_rate, config.min_learning_rate, config.warmup_steps
-    decay_steps = (config.decay_steps or config.max_steps) - warmup_steps
+    stable_steps = config.stable_steps if config.schedule == "wsd" else 0
+    decay_steps = (config.decay_steps or config.max_steps) - warmup_steps - stable_steps
 
     def rate(i: int) -> float:
         if i < warmup_steps:
             return i * peak / warmup_steps
-        if i - warmup_steps >= decay_steps:
+        if config.schedule == "constant":
+            return peak
+        if config.schedule == "inverse_sqrt":  # arXiv 1706.03762, eq. 3
+            start = max(warmup_steps, 1)
+            return max(peak * math.sqrt(start / (start + i - warmup_steps)), minimum)
+        done = max(i - warmup_steps - stable_steps, 0)
+        if done >= decay_steps:
             return minimum
-        return minimum + 0.5 * (1 + math.cos(math.pi * (i - warmup_steps) / decay_steps)) * (peak - minimum)
+        if config.schedule == "cosine":
+            return minimum + 0.5 * (1 + math.cos(math.pi * done / decay_steps)) * (peak - minimum)
+        return peak + done / decay_steps * (minimum - peak)  # linear, and wsd (arXiv 2404.06395)
 
     return rate
 

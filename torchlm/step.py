@@ -36,11 +36,13 @@ def train_step(
     state: TrainState,
     batches: dict[str, Tensor],
     key: Hashable = None,
+    skips_nonfinite: bool = False,
 ) -> tuple[TrainState, Totals]:
     """Make one update from `batches`, arrays [A, B, ...] of A accumulated batches.
 
     The loss is the mean over all that the A batches count, as if they were one batch. Returns the state, changed in
     place, and the totals, with the `rate` of this update and the `grad_norm` before clipping. `key` seeds dropout.
+    With `skips_nonfinite`, an update whose loss or norm is no number changes nothing but the count of updates.
     """
     state.model.train()
     if key is not None:
@@ -61,7 +63,8 @@ def train_step(
     rate = schedule(state.step)
     for group in state.optimizer.param_groups:
         group["lr"] = rate
-    state.optimizer.step()
+    if not skips_nonfinite or torch.isfinite(totals["loss"]) & torch.isfinite(grad_norm):
+        state.optimizer.step()
     state.optimizer.zero_grad()
     state.step += 1
     return state, {**totals, "rate": torch.tensor(rate, dtype=torch.float64), "grad_norm": grad_norm}

@@ -7,7 +7,8 @@ import os
 import sys
 import time
 
-from jaxlm import config as configs
+from jaxlm import formats
+from jaxlm import start as starts
 from jaxlm.errors import UserError, reported
 
 
@@ -17,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         with reported(debug="--debug" in argv):
-            config, origins = configs.load(argv, "python -m torchlm.train")
+            config, origins, start = starts.load(argv, "python -m torchlm.train", formats.CHECKPOINT_1_2)
         if os.environ.get("RANK", "0") == "0":
             print(f"torchlm: task {config.task}; loading PyTorch", flush=True)
         with reported(config.debug):
@@ -29,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
                 raise UserError(f"PyTorch is not installed ({error}); add it with pip install -e '.[torch]'") from error
             from torchlm import loop
 
-            return loop.run(config, origins, started_s)
+            return loop.run(config, origins, start, started_s)
     except KeyboardInterrupt:
         print("interrupted before training; nothing is kept", file=sys.stderr)
         return 130

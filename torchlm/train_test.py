@@ -70,11 +70,11 @@ def test_each_task_trains_and_leaves_a_run_folder(
     best = min(rows_of(run_dir, "validation"), key=lambda row: row["loss"])
     assert test["step"] == best["step"]
     assert {path.name for path in run_dir.iterdir()} == {
-        *("checkpoints", "config.toml", "log.txt", "metrics.jsonl", "samples.txt", "tokenizer.json")
+        *(".lock", "checkpoints", "config.toml", "log.txt", "metrics.jsonl", "samples.txt", "tokenizer.json")
     }
     last = checkpoint.read(run_dir / "checkpoints" / "60.pt")
     assert (last["iter"], last["sample_iter"], last["task_type"]) == (60, 240, task)
-    assert last["config"]["torchlm"]["model.d_model"] == 12
+    assert last["config"]["torchlm"]["settings"]["model.d_model"] == 12
     assert (run_dir / "samples.txt").read_text().count("--- step") == 2
     output = capsys.readouterr().out
     assert output.startswith(f"torchlm: task {task}; loading PyTorch\n")

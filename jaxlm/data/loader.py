@@ -5,29 +5,33 @@ from collections.abc import Iterator
 import grain
 import numpy as np
 
+from jaxlm.config import TrainConfig
+from jaxlm.data import position as positions
+from jaxlm.data.position import Position
 from jaxlm.data.samples import Batch, Samples
 
+START = Position()
 
-def training_batches(
-    samples: Samples, batch_size: int, accumulate: int, seed: int, first_step: int = 0
-) -> Iterator[Batch]:
-    """Yield the batches of each update from `first_step` on, without end: arrays [A, B, ...].
 
-    Each epoch is a new permutation of all samples. Update i uses samples i * A * B and on of this endless order, so
-    that the position in the data is the number of updates, and no state of its own.
+def training_batches(samples: Samples, train: TrainConfig, position: Position = START) -> Iterator[Batch]:
+    """Yield the batches of each update from a position on, without end: arrays [A, B, ...].
+
+    Each epoch is a new permutation of all samples. Which samples an update uses is a function of the position alone,
+    so that there is no other state, and no process or device has a say in it.
     """
-    per_step = batch_size * accumulate
-    n = len(samples)
+    n, B = len(samples), train.batch_size
     # shuffle permutes each pass over the range anew.
-    order = grain.MapDataset.range(n).seed(seed).shuffle().repeat()
+    order = grain.MapDataset.range(n).seed(train.seed).shuffle().repeat()
 
     def load(step: int) -> Batch:
-        places = np.arange(step * per_step, (step + 1) * per_step)
+        first, n_batches = position.first(step, train), positions.n_batches(step, train)
+        places = np.arange(first, first + n_batches * B)
         indices = np.array([order[int(place)] for place in places])
         batch = samples.batch(indices, places // n)
-        return {name: x.reshape(accumulate, batch_size, *x.shape[1:]) for name, x in batch.items()}
+        return {name: x.reshape(n_batches, B, *x.shape[1:]) for name, x in batch.items()}
 
-    steps = grain.MapDataset.range(first_step, np.iinfo(np.int64).max // per_step).map(load)
+    most = np.iinfo(np.int64).max // (2 * train.accumulate * B)
+    steps = grain.MapDataset.range(position.step, most).map(load)
     return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))
 
 

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from jaxlm import config as configs
+from jaxlm.config import TrainConfig
 from jaxlm.data.cache import Split
 from jaxlm.data.loader import evaluation_batches, training_batches
+from jaxlm.data.position import Position
 from jaxlm.data.samples import IGNORED, CausalSamples, ClassifiedSamples, MaskedSamples, Samples
 
 N = 23
@@ -35,7 +37,9 @@ def samples(split) -> Samples:
 
 def order(samples: Samples, n_steps: int, batch_size: int, accumulate: int = 1, seed: int = 0, first: int = 0):
     """Return the numbers of the samples of some updates, [updates, A, B]."""
-    batches = islice(training_batches(samples, batch_size, accumulate, seed, first), n_steps)
+    train = TrainConfig(batch_size=batch_size, accumulate=accumulate, seed=seed)
+    position = Position(first, Position().first(first, train))
+    batches = islice(training_batches(samples, train, position), n_steps)
     return np.array([batch["labels"] for batch in batches])
 
 
@@ -71,8 +75,9 @@ def test_accumulation_reshapes_the_same_stream(samples):
 def test_a_later_start_goes_on_with_the_same_batches(split, first):
     # Masking, too: an update in a later epoch has the masks of that epoch.
     samples = make(MaskedSamples, split)
-    whole = list(islice(training_batches(samples, 4, 2, seed=0), 14))
-    part = list(islice(training_batches(samples, 4, 2, seed=0, first_step=first), 14 - first))
+    train = TrainConfig(batch_size=4, accumulate=2)
+    whole = list(islice(training_batches(samples, train), 14))
+    part = list(islice(training_batches(samples, train, Position(first, 8 * first)), 14 - first))
     for one, other in zip(whole[first:], part, strict=True):
         assert all(np.array_equal(one[name], other[name]) for name in one)
 
@@ -81,7 +86,9 @@ def test_batches_carry_the_epoch_of_each_sample(split):
     # The third batch lies in two epochs. Each row must be masked as its own epoch says.
     samples = make(MaskedSamples, split)
     places = np.arange(16, 24)
-    stream = np.concatenate([b["tokens"].reshape(-1, 12) for b in islice(training_batches(samples, 8, 1, seed=0), 3)])
+    stream = np.concatenate(
+        [b["tokens"].reshape(-1, 12) for b in islice(training_batches(samples, TrainConfig(batch_size=8)), 3)]
+    )
     numbers = np.array([row[row >= 100].max() - 100 for row in stream[16:24]])
     assert (places // N).tolist() == [0] * 7 + [1]
     assert np.array_equal(samples.batch(numbers, places // N)["tokens"], stream[16:24])

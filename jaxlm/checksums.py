@@ -1,0 +1,61 @@
+"""That a checkpoint folder is whole: SHA-256 of each of its files, in a file that is written last.
+
+A folder without that file is none that was ever finished. Knows no framework.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+FILE = "checksums.json"
+
+
+def write(folder: Path) -> None:
+    """Write the checksums of all files in a folder; from then on it counts as whole."""
+    sums = {path.relative_to(folder).as_posix(): _sum(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    temporary = folder / f"{FILE}.tmp"
+    temporary.write_text(json.dumps(sums, indent=0), encoding="utf-8")
+    temporary.replace(folder / FILE)
+
+
+def is_finished(folder: Path) -> bool:
+    """Return whether a folder has been written to its end."""
+    return (folder / FILE).is_file()
+
+
+def damage(folder: Path, parts: Iterable[str] | None = None) -> str:
+    """Return what is wrong with a folder, or with the subfolders `parts` of it; "" if all is as it was written."""
+    try:
+        sums = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        if not (isinstance(sums, dict) and sums and all(isinstance(value, str) for value in sums.values())):
+            return f"{FILE} is damaged"
+    except FileNotFoundError:
+        return f"{FILE} is missing: it was never finished"
+    except (OSError, ValueError):
+        return f"{FILE} is damaged"
+    starts = None if parts is None else tuple(f"{part}/" for part in parts)
+    for name, wanted in sums.items():
+        if starts is None or name.startswith(starts):
+            try:
+                if _sum(folder / name) != wanted:
+                    return f"{name} is not as it was written"
+            except FileNotFoundError:
+                return f"{name} is missing"
+            except OSError as error:
+                return f"{name} cannot be read ({error.strerror})"
+    return ""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file. Raises ValueError or OSError if there is none."""
+    value = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: no JSON object")
+    return value
+
+
+def _sum(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

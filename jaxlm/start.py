@@ -1,0 +1,294 @@
+"""What a run starts from: afresh, an earlier run that goes on, or the base model of another. Knows no framework.
+
+CHECKPOINTS.md has the table of what is restored when.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from jaxlm import checksums, convert, formats
+from jaxlm import config as configs
+from jaxlm.config import Config, Layer, TrainConfig
+from jaxlm.data.position import Position
+from jaxlm.errors import UserError
+from jaxlm.names import Arrays, Shapes
+
+if TYPE_CHECKING:  # settings are read before anything that takes long to import
+    from rich.table import Table
+
+    from jaxlm.data.prepare import Data
+
+PARTS = ("base", "head", "optimizer")
+LOCK = ".lock"  # in a run folder, locked for as long as a process works in it
+DAMAGED = ".damaged"  # at the end of the name of a checkpoint that was set aside
+# What the tensors of a base model depend on; a run that starts from one has it from there.
+BASE_SETTINGS = (
+    *("model.d_model", "model.n_layers", "model.n_heads", "model.vocab_size", "model.positions"),
+    *("model.final_norm", "model.post_norm", "model.pad_id"),
+)
+# What a run cannot change when it goes on. Its data and tokenizer it cannot either, which is seen in their contents.
+FIXED = (
+    *(*BASE_SETTINGS, "model.seq_len", "model.tied_embedding", "model.head_outputs", "data.n_labels"),
+    "train.seed",
+)
+SCHEDULE = (
+    *("learning_rate", "min_learning_rate", "schedule", "warmup_steps", "stable_steps", "decay_steps"),
+    *("rewarmup_steps", "cycle_steps", "cycle_amplitude"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What a run starts from. `path` is a checkpoint, and `info` what it tells of itself, unless it starts afresh."""
+
+    kind: Literal["afresh", "resume", "base"] = "afresh"
+    path: Path | None = None
+    form: str = ""  # of formats.py
+    info: dict[str, Any] = dataclasses.field(default_factory=dict)
+    parts: tuple[str, ...] = ()  # of PARTS: what is restored; the rest starts afresh
+    run_dir: str = ""  # of the run that goes on, in its own folder; "": the run has a new folder
+    is_retry: bool = False  # the run folder may have what a run without a checkpoint has left
+    damaged: tuple[tuple[Path, str], ...] = ()  # newer checkpoints that cannot be used, and why
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings of the run that made the checkpoint; those that it does not tell are the defaults."""
+        return configs.flat(convert.config_of(self.info["config"], Path(str(self.path))))
+
+    def layers(self) -> list[Layer]:
+        """Return the settings that a run takes from the checkpoint."""
+        if self.path is None:
+            return []
+        stored = self.settings()
+        if self.kind == "base":
+            names: tuple[str, ...] = BASE_SETTINGS
+            if stored.get("model.positions") == "learned":
+                names = (*names, "model.seq_len")
+            stored = {name: stored[name] for name in names}
+            folder = self.path.parent.parent if self.path.parent.name == "checkpoints" else self.path.parent
+            if (folder / "tokenizer.json").is_file():
+                stored["tokenizer.path"] = str(folder / "tokenizer.json")
+        if self.run_dir:
+            stored["run.dir"] = self.run_dir
+        return [(name, value, str(self.path)) for name, value in stored.items()]
+
+    def changes(self, config: Config) -> list[tuple[str, Any, Any]]:
+        """Return the settings that are not those of the run that goes on: name, old and new value.
+
+        Raises UserError for one that it cannot change.
+        """
+        if self.path is None:
+            return []
+        found = [(name, old, configs.get(config, name)) for name, old in self.settings().items()]
+        found = [(name, old, new) for name, old, new in found if old != new]
+        fixed = FIXED if self.kind == "resume" else BASE_SETTINGS
+        for name, old, new in found:
+            if name in fixed and not (name == "model.vocab_size" and old == 0):
+                raise UserError(
+                    f"{name}={new}, but {self.path} has {old}, which cannot change; leave it, or start a new run"
+                )
+        return found if self.kind == "resume" else []
+
+    def check(self, data: "Data") -> None:
+        """Raise UserError if the data or the tokenizer are not those of the checkpoint."""
+        from jaxlm.data import tokenizer as tokenizers
+
+        wanted = self.info.get("tokenizer")
+        if wanted and wanted != tokenizers.fingerprint(data.tokenizer):
+            raise UserError(
+                f"{self.path}: its tokenizer is another than that of this run; "
+                "give its own with --tokenizer.path (a run has it as tokenizer.json)"
+            )
+        wanted = self.info.get("data")
+        if self.kind == "resume" and wanted and wanted != data.source.fingerprint:
+            raise UserError(
+                f"{self.path}: the data have changed since ({data.source.description}), so that the run cannot go on "
+                "as the same; put them back as they were, or start a new run with --init-from"
+            )
+
+    def position(self) -> Position:
+        """Return where the run is in its data."""
+        if self.kind != "resume":
+            return Position()
+        skipped = tuple((first, end) for first, end in self.info.get("skipped") or ())
+        return Position(self.info["step"], self.info["sample_iter"], skipped)
+
+    def rewarmed(self, train: TrainConfig) -> tuple[int, float] | None:
+        """Return the update at which a re-warmup begins, and the rate before it; None if there is none.
+
+        It begins here if the schedule is another than that of the checkpoint; else the one that was goes on.
+        """
+        if self.kind != "resume" or not train.rewarmup_steps:
+            return None
+        stored = TrainConfig(
+            **{name[6:]: value for name, value in self.settings().items() if name.startswith("train.")}
+        )
+        if self.run_dir and _schedule(stored) == _schedule(train):
+            before = self.info.get("rewarmed")
+            return (before[0], before[1]) if before else None
+        return self.info["step"], self.info["rate"]
+
+
+def load(argv: list[str], prog: str, form: str) -> tuple[Config, dict[str, str], Start]:
+    """Return the settings of a command line, where each came from, and what the run starts from.
+
+    `form` is that of the program's own checkpoints. Raises UserError.
+    """
+    if any(arg in configs.HELP or arg.startswith("--tyro") for arg in argv):
+        configs.load(argv, prog)  # prints, and exits
+    start = find(configs.given(argv), form)
+    config, origins = configs.load(argv, prog, start.layers(), has_preset=start.kind != "resume")
+    start.changes(config)
+    return config, origins, start
+
+
+def find(given: Mapping[str, Any], form: str) -> Start:
+    """Return what the settings `resume` and `init_from` ask for, checked to be whole. Raises UserError."""
+    resume, base, run_dir = (given.get(name, "") for name in ("resume", "init_from", "run.dir"))
+    start = Start()
+    if resume == "auto":
+        if not run_dir:
+            raise UserError("resume=auto: which run is to go on? give its folder with --run.dir")
+        start = _resume_auto(Path(run_dir), given, form)
+        if start.path or not base:
+            return start
+    elif resume:
+        return _resume(Path(resume), given, form)
+    if base:
+        path, stored_form, info, damaged = _newest(Path(base), ("base", "info"))
+        return Start("base", path, stored_form, info, ("base",), is_retry=start.is_retry, damaged=damaged)
+    return start
+
+
+def fitting(weights: Arrays, shapes: Shapes, parts: Sequence[str]) -> tuple[Arrays, Shapes]:
+    """Return the weights and the shapes of some parts; of learned positions, only as many as the model has."""
+    weights = {name: x for name, x in weights.items() if name.partition(".")[0] in parts}
+    shapes = {name: shape for name, shape in shapes.items() if name.partition(".")[0] in parts}
+    table = "base.embedding.position"
+    if table in weights and table in shapes and len(weights[table]) > shapes[table][0]:
+        weights[table] = weights[table][: shapes[table][0]]
+    return weights, shapes
+
+
+def table(start: Start, sizes: Mapping[str, Sequence[int]]) -> "Table":
+    """Return what of a run is from where; `sizes` has the parameters of each tensor, by part."""
+    from rich.table import Table
+
+    title = f"started from {start.path}"
+    result = Table("part", "tensors", "parameters", "", title=title, title_style="", title_justify="left")
+    for part in PARTS:
+        what = "restored" if part in start.parts else "afresh"
+        result.add_row(part, str(len(sizes[part])), f"{sum(sizes[part]):,}", what)
+    position = start.position()
+    counters = f"restored: {position.step:,} updates, {position.sample:,} samples"
+    result.add_row("counters", "", "", counters if start.kind == "resume" else "afresh")
+    return result
+
+
+def checkpoints_in(folder: Path) -> list[tuple[int, Path]]:
+    """Return the checkpoints in a folder by step, of jaxlm (folders) and torchlm (files)."""
+    found = [
+        (int(path.stem), path)
+        for path in folder.glob("*")
+        if path.stem.isdecimal() and (path.suffix == ".pt" if path.is_file() else not path.suffix)
+    ]
+    return sorted(found)
+
+
+def _resume_auto(run_dir: Path, given: Mapping[str, Any], form: str) -> Start:
+    damaged: tuple[tuple[Path, str], ...] = ()
+    if checkpoints_in(run_dir / "checkpoints"):
+        try:
+            path, stored_form, info, damaged = _newest(run_dir, None)
+        except _AllDamagedError as error:
+            return Start(is_retry=True, damaged=error.damaged)
+        if given.get("task", info["task"]) != info["task"]:
+            raise UserError(f"run.dir={run_dir}: its run is of task {info['task']}; give another folder")
+        if stored_form != form:
+            raise UserError(
+                f"run.dir={run_dir}: its checkpoints are of another program ({stored_form}); "
+                f"go on from them in a new folder: --resume {run_dir} --run.dir NEW"
+            )
+        return Start("resume", path, stored_form, info, PARTS, str(run_dir), damaged=damaged)
+    # What has been killed before its first checkpoint.
+    return Start(is_retry=(run_dir / LOCK).exists() or not run_dir.exists())
+
+
+def _resume(source: Path, given: Mapping[str, Any], form: str) -> Start:
+    path, stored_form, info, damaged = _newest(source, None)
+    if given.get("task", info["task"]) != info["task"] or given.get("train.switch_training"):
+        return Start("base", path, stored_form, info, ("base",), damaged=damaged)
+    parts = PARTS[:2] if given.get("train.reset_optimizer") else PARTS
+    start = Start("resume", path, stored_form, info, parts, damaged=damaged)
+    run_dir, new_dir = path.parent.parent, given.get("run.dir", "")
+    is_of_run = path.parent.name == "checkpoints" and stored_form == form
+    if new_dir and not (is_of_run and Path(new_dir).absolute() == run_dir.absolute()):
+        return dataclasses.replace(start, damaged=())  # a new folder: the other run stays as it is
+    if not is_of_run:
+        return dataclasses.replace(start, damaged=())
+    others = (other for step, other in checkpoints_in(path.parent) if step > int(path.stem))
+    newer = [x for x in others if x not in dict(damaged) and (x.is_file() or checksums.is_finished(x))]
+    if newer:
+        raise UserError(
+            f"resume={path}: {run_dir} has newer checkpoints ({newer[-1].name}), which would be lost; "
+            "go on in a new folder with --run.dir"
+        )
+    return dataclasses.replace(start, run_dir=str(run_dir))
+
+
+class _AllDamagedError(UserError):
+    def __init__(self, damaged: tuple[tuple[Path, str], ...]):
+        path, what = damaged[0]
+        super().__init__(f"{path}: damaged: {what}; and there is no other checkpoint to use")
+        self.damaged = damaged
+
+
+def _newest(source: Path, parts: Iterable[str] | None) -> tuple[Path, str, dict[str, Any], Any]:
+    """Return path, form and info of the newest checkpoint that is whole, and the damaged ones that are newer.
+
+    Looks at every byte of it, or of its `parts`. `source` is a run, a folder of checkpoints, or a checkpoint.
+    """
+    candidates = list(_candidates(source))
+    damaged: list[tuple[Path, str]] = []
+    for path in candidates:
+        try:
+            form, info = _read(path, parts)
+            return path, form, info, tuple(damaged)
+        except UserError as error:
+            if len(candidates) == 1 and path == source:
+                raise
+            damaged.append((path, str(error).removeprefix(f"{path}: ").removeprefix("damaged: ")))
+    if not damaged:
+        raise UserError(f"{source}: there is no checkpoint of a run")
+    raise _AllDamagedError(tuple(damaged))
+
+
+def _candidates(source: Path) -> Iterator[Path]:
+    if not source.exists():
+        raise UserError(f"{source}: there is no such run or checkpoint")
+    if source.is_file() or (source / "info").is_dir():
+        yield source
+        return
+    for folder in (source / "checkpoints", source):
+        found = [path for _, path in reversed(checkpoints_in(folder))]
+        # A save that was killed is no checkpoint that was damaged.
+        yield from (path for path in found if path.is_file() or checksums.is_finished(path))
+        if found:
+            return
+
+
+def _read(path: Path, parts: Iterable[str] | None) -> tuple[str, dict[str, Any]]:
+    if path.is_file():
+        stored = convert.load(path)
+        if not stored.info:
+            raise UserError(f"{path}: bare weights without settings; make a run of them with python -m jaxlm.convert")
+        return stored.form, stored.info
+    if what := checksums.damage(path, parts):
+        raise UserError(f"{path}: damaged: {what}")
+    return formats.RUN, formats.info_of_run(path)
+
+
+def _schedule(train: TrainConfig) -> list[Any]:
+    values = [getattr(train, name) for name in SCHEDULE]
+    return [*values, train.max_steps if not train.decay_steps else None]
