@@ -126,6 +126,7 @@ def roll_back(
     run: Run, state: TrainState, checkpoints: Checkpoints, position: Position, bad: int
 ) -> tuple[TrainState, Position]:
     """Return the state of the last checkpoint, and its place in data that go on without the samples of update `bad`."""
+    checkpoints.wait()
     step = runs.step_to_roll_back_to(run, checkpoints.steps(), position, bad)
     return checkpoints.restore(step, state), runs.without(run, position, step, bad)
 
@@ -173,6 +174,9 @@ def finish(
 def _configure_jax(config: Config) -> None:
     folder = cache.user_cache_dir(config.data.cache_dir) / "xla"
     jax.config.update("jax_compilation_cache_dir", str(folder))
+    for entry in folder.glob("*-cache"):
+        if not entry.stat().st_size:  # of a disk that was full: JAX would compile anew each time, and never mend it
+            entry.unlink(missing_ok=True)
     # Short compiles, too: together they are most of the time to the first update of a small model.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -32,7 +32,6 @@ from jaxlm.errors import CLEANUPS, UserError, signals
 from jaxlm.log import RunLog
 from jaxlm.start import DAMAGED, LOCK, Start
 
-LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte")
 N_SHOWN = 4  # validation samples of the debug dump
 MOST_ROLLBACKS = 10  # to one checkpoint
 SPIKE, SPIKE_WINDOW = 10, 50  # a gradient norm so many times the median of so many updates is told
@@ -543,7 +542,7 @@ def _tell_result(run: Run, best: int, test_totals: Any) -> None:
     table = Table("", *(column for split in scores for column in (split, "baseline")), title=title, title_style="")
     for name in scores["validation"]:
         pairs = ((scores[split][name], baselines[split][name]) for split in scores)
-        better = "lower" if name in LOWER_IS_BETTER else "higher"
+        better = "lower" if name in run.task.lower_is_better else "higher"
         table.add_row(f"{name} ({better} is better)", *(_number(name, x) for pair in pairs for x in pair))
     run.log.say(table)
     if not scores["validation"]["loss"] < baselines["validation"]["loss"]:

@@ -152,7 +152,17 @@ def test_parameters_are_the_same_up_to_the_naming_rules(task: str, options: dict
 def test_tasks_share_all_but_model_loss_and_prediction() -> None:
     assert list(torchlm_tasks.TASKS) == list(jaxlm_tasks.TASKS)
     for name, task in torchlm_tasks.TASKS.items():
-        for method in ("embedded", "scores", "baseline", "show", "warning", "samples", "settings", "baseline_name"):
+        for method in (
+            "embedded",
+            "scores",
+            "baseline",
+            "show",
+            "warning",
+            "samples",
+            "settings",
+            "baseline_name",
+            "lower_is_better",
+        ):
             assert getattr(task, method) is getattr(jaxlm_tasks.TASKS[name], method), (name, method)
         for method in ("build_model", "loss", "predict"):
             assert getattr(task, method).__module__.startswith("torchlm."), (name, method)

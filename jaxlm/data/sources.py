@@ -17,6 +17,7 @@ import re
 import shutil
 import tempfile
 import threading
+import time
 import warnings
 import zlib
 from collections import Counter
@@ -39,6 +40,7 @@ TEXT_COLUMNS = ("text", "sentence", "content", "document", "article", "review")
 LABEL_COLUMNS = ("label", "labels", "acceptability", "target")
 TITLE = re.compile(r"\s*= [^=].* =\s*")  # a full line; "= = Section = =" has "=" where a title has a word
 CHECK_LIMIT = 200_000_000  # bytes; rows of a larger file are checked as they are used, not at the start
+PROBE_S = 2  # that the hub has to answer; bad input is told within 5
 BATCH = 1000  # rows
 
 
@@ -594,14 +596,10 @@ def _columns(
 def _hub_parts(config: DataConfig, is_labelled: bool, named: set[str], notes: list[str]) -> list[_Part]:
     """Return the parts of a hub set but those in `named`. Raises UserError for one that cannot be had."""
     name = " ".join(filter(None, (config.hub, config.hub_config)))
-    datasets = _datasets()
     is_local = Path(config.hub).is_dir()
-    failure = "" if is_local or not datasets.config.HF_HUB_OFFLINE else "HF_HUB_OFFLINE is set"
-    try:
-        if not is_local:
-            probe_hub(name)
-    except ConnectionError as error:
-        failure = str(error)
+    why_not = probe_hub(name) if not is_local else str  # under way while `datasets` is loaded
+    datasets = _datasets()
+    failure = "HF_HUB_OFFLINE is set" if not is_local and datasets.config.HF_HUB_OFFLINE else why_not()
     try:
         with warnings.catch_warnings(action="ignore"), _offline() if failure else contextlib.nullcontext():
             data = datasets.load_dataset(config.hub, config.hub_config or None)
@@ -645,18 +643,22 @@ def _hub_rows(rows: Any, text: str, label: str | None, is_wikitext: bool) -> Ite
     return _grouped(found) if is_wikitext else found
 
 
-def probe_hub(name: str) -> None:
-    """Return if the hub answers or is not to be asked. Raises ConnectionError, within 3 seconds, if it is silent."""
+def probe_hub(name: str) -> Callable[[], str]:
+    """Ask whether the hub is there; the returned function waits for the answer and tells why not, "" if it is.
+
+    It is "" as well where the hub is not to be asked.
+    """
     import huggingface_hub
 
     if huggingface_hub.is_offline_mode():
-        return
-    failure = f"no answer for {name} in 3 seconds"
+        return str
+    failure = f"no answer for {name} in {PROBE_S} seconds"
+    until_s = time.monotonic() + PROBE_S
 
     def probe() -> None:
         nonlocal failure
         try:
-            huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=3)
+            huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=PROBE_S)
             failure = ""
         except Exception as error:  # the client's own and those of the system
             failure = " ".join(str(error).split())[:100] or type(error).__name__
@@ -664,9 +666,12 @@ def probe_hub(name: str) -> None:
     # A thread, because the look-up of a name heeds no timeout.
     thread = threading.Thread(target=probe, daemon=True)
     thread.start()
-    thread.join(3)
-    if failure:
-        raise ConnectionError(failure)
+
+    def answer() -> str:
+        thread.join(max(until_s - time.monotonic(), 0))
+        return failure
+
+    return answer
 
 
 @contextlib.contextmanager

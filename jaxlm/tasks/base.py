@@ -21,6 +21,7 @@ class Task(abc.ABC):
     samples: ClassVar[type[Any]]  # class of data/samples.py that makes the batches
     settings: ClassVar[tuple[str, ...]] = ()  # settings that only such tasks use; elsewhere they warn
     baseline_name: ClassVar[str]  # what `baseline` guesses
+    lower_is_better: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "bits_per_byte")  # of the scores
 
     def __init__(self, config: Config):
         self.config = config
