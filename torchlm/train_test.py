@@ -8,10 +8,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import jaxlm.train
 from jaxlm.data import grammar
 from torchlm import checkpoint, tasks, train
 
@@ -179,3 +181,22 @@ def test_without_pytorch_one_line_names_the_extra(tmp_path: Path) -> None:
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: PyTorch is not installed") and "pip install -e '.[torch]'" in line
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("first, second", [(train, jaxlm.train), (jaxlm.train, train)], ids=["torchlm", "jaxlm"])
+def test_a_run_goes_on_in_the_other_package_with_the_same_losses(
+    first: Any, second: Any, texts: Path, labelled: Path, tmp_path: Path
+) -> None:
+    settings = f"{TINY} {data_of('mlm', texts, labelled)} --model.dropout 0 --train.decay-steps 12".split()
+    here, there = tmp_path / "here", tmp_path / "there"
+    assert first.main([*settings, "--train.max-steps", "6", "--run.dir", str(here)]) == 0
+    assert second.main(["--resume", str(here), "--train.max-steps", "12", "--run.dir", str(there)]) == 0
+    assert first.main(["--resume", str(here), "--train.max-steps", "12"]) == 0
+    for split, n in (("train", 12), ("validation", 2), ("test", 1)):
+        pairs = list(zip(rows_of(here, split), rows_of(there, split), strict=True))
+        assert len(pairs) == n
+        for row, row_2 in pairs:
+            assert (row["step"], row.get("accuracy")) == (row_2["step"], row_2.get("accuracy"))
+            assert row_2["loss"] == pytest.approx(row["loss"], rel=5e-6)
+            if split == "train":
+                assert row_2["rate"] == pytest.approx(row["rate"], rel=1e-6)
