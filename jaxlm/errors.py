@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 
@@ -42,8 +43,8 @@ def reported(debug: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def signals(tell: Callable[[int], None]) -> Iterator[None]:
-    """Have `tell` called with the number of each SIGINT (Ctrl-C) and SIGTERM, in a thread of its own.
+def signals(tell: Callable[[int], None], handle: Callable[[int], None] = lambda number: None) -> Iterator[None]:
+    """Have `tell` called with the number of each SIGINT (Ctrl-C) and SIGTERM, in a thread; `handle` in the main thread.
 
     A thread, because Python's own handlers have to wait while a step is compiled or a tokenizer trained. Nothing is
     raised, because an exception in the middle of anything can get lost, as in the callback that JAX has for garbage
@@ -59,7 +60,7 @@ def signals(tell: Callable[[int], None]) -> Iterator[None]:
                     tell(number[0])
 
     threading.Thread(target=watch, daemon=True).start()
-    handlers = {number: signal.signal(number, lambda number, frame: None) for number in ENDINGS}
+    handlers = {number: signal.signal(number, lambda number, frame: handle(number)) for number in ENDINGS}
     receiver_before = signal.set_wakeup_fd(sender.fileno())
     try:
         yield
@@ -74,7 +75,11 @@ def signals(tell: Callable[[int], None]) -> Iterator[None]:
 def interruptible() -> Iterator[None]:
     """Have SIGINT and SIGTERM call CLEANUPS, and end the process with one line on stderr and exit status 130 or 143."""
 
+    has_begun = threading.Lock()
+
     def end(number: int) -> None:
+        if not has_begun.acquire(blocking=False):
+            return
         try:
             for clean in list(CLEANUPS):
                 clean()
@@ -82,5 +87,9 @@ def interruptible() -> Iterator[None]:
         finally:
             os._exit(128 + number)
 
-    with signals(end):
+    def end_soon(number: int) -> None:
+        time.sleep(0.5)  # for the main thread, which would trip over what is cleaned up, to do it, if it can
+        end(number)
+
+    with signals(end_soon, end):
         yield

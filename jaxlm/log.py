@@ -33,10 +33,11 @@ class Logger(Protocol):
 class TensorBoard:
     """Event files in the run folder."""
 
-    def __init__(self, run_dir: Path):
+    def __init__(self, run_dir: Path, last_step: int):
         from tensorboardX import SummaryWriter
 
-        self.writer = SummaryWriter(str(run_dir / "tensorboard"))
+        # What a run that goes on has told before of later steps does not count.
+        self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=last_step + 1 if last_step else None)
 
     def log(self, step: int, split: str, scores: dict[str, float]) -> None:
         for name, value in scores.items():
@@ -182,11 +183,11 @@ def check_loggers(config: Config) -> None:
             raise UserError(f"{setting}: {module} is not installed; pip install 'jaxlm[{extra}]', or leave it out")
 
 
-def open_loggers(config: Config, run_dir: Path, settings: dict[str, Any]) -> list[Logger]:
-    """Return the loggers that the settings ask for."""
+def open_loggers(config: Config, run_dir: Path, settings: dict[str, Any], last_step: int) -> list[Logger]:
+    """Return the loggers that the settings ask for, of a run that has made `last_step` updates."""
     loggers: list[Logger] = []
     if config.log.tensorboard:
-        loggers.append(TensorBoard(run_dir))
+        loggers.append(TensorBoard(run_dir, last_step))
     if config.log.wandb:
         loggers.append(WeightsAndBiases(config.log.wandb, run_dir, settings))
     return loggers

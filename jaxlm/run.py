@@ -109,7 +109,8 @@ def started(
         _write(run_dir / "config.toml", configs.dump(config))
         tokenizers.save(data.tokenizer, run_dir / "tokenizer.json")
         validation = history.restore(start, run_dir)
-        run_log.open(run_dir, log.open_loggers(config, run_dir, configs.flat(config)))
+        loggers = log.open_loggers(config, run_dir, configs.flat(config), start.position().step)
+        run_log.open(run_dir, loggers)
         used = task_class.settings
         unused = {name for task in tasks.values() for name in task.settings if name not in used}
         rewarmed = start.rewarmed(config.train)
