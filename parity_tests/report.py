@@ -25,7 +25,11 @@ from matplotlib.ticker import MaxNLocator
 
 from jaxlm.errors import UserError, reported
 from jaxlm.names import Arrays
-from parity_tests.tolerances import FLOAT32, FLOAT64
+from parity_tests import case as cases
+from parity_tests import packages, replay, trajectory
+from parity_tests.drift import SEEDS, Drift, bfloat16, bfloat16_rows, config_of
+from parity_tests.plan import random_plan
+from parity_tests.tolerances import BFLOAT16_FACTOR, FLOAT32, FLOAT64
 from parity_tests.trajectory import Row, Trajectory, worst
 
 TASKS = ("mlm", "gpt", "sst2", "cola")
@@ -193,14 +197,10 @@ class Pair:
 
 def pair(task: str, precision: Any, n_updates: int = N_UPDATES) -> Pair:
     """Return runs of a task in both packages."""
-    from parity_tests import drift, trajectory
-    from parity_tests.packages import PACKAGES
-    from parity_tests.plan import random_plan
-
-    config = drift.config_of(task, **{"train.max_steps": n_updates})
-    plan = random_plan(f"{task} in {precision}", config, drift.SEEDS[task])
+    config = config_of(task, **{"train.max_steps": n_updates})
+    plan = random_plan(f"{task} in {precision}", config, SEEDS[task])
     plan = dataclasses.replace(plan, batches=[plan.batches[i % N_BATCHES] for i in range(n_updates)])
-    jaxlm, torchlm = (trajectory.run(package, plan, precision) for package in PACKAGES)
+    jaxlm, torchlm = (trajectory.run(package, plan, precision) for package in packages.PACKAGES)
     bounds = FLOAT64 if precision == "float64" else FLOAT32
     return Pair(jaxlm, torchlm, trajectory.compare(plan.name, "jaxlm, torchlm", jaxlm, torchlm, bounds))
 
@@ -219,6 +219,26 @@ def differences(task: str, single: Pair, double: Pair) -> tuple[str, list[Curve]
         for i, bound in enumerate((FLOAT32.losses, FLOAT64.losses))
     ]
     return f"{task}: difference of losses, relative", curves, bounds
+
+
+def drift_curves(task: str, drift: Drift) -> tuple[str, list[Curve], list[Curve]]:
+    """Return title, curves and bound of how far losses in bfloat16 are from those in float32, as the mean so far."""
+    n = 1 + np.arange(len(drift.losses("jaxlm")))
+    jaxlm, torchlm = (np.cumsum(drift.losses(name)) / n for name in ("jaxlm", "torchlm"))
+    curves = [Curve("jaxlm", jaxlm, FIRST), Curve("torchlm", torchlm, SECOND)]
+    bound = Curve("tolerance", BFLOAT16_FACTOR * torchlm, BOUND, ":")
+    return f"{task}: drift of the loss, mean so far", curves, [bound]
+
+
+def drift_table(drifted: dict[str, Drift]) -> str:
+    """Return a table of the drifts that bfloat16_rows compares."""
+    lines = []
+    for task, drift in drifted.items():
+        means = [number(drift.losses(name).mean()) for name in ("jaxlm", "torchlm")]
+        weights = [number(drift.weights[name]) for name in ("jaxlm", "torchlm")]
+        for row, values in zip(bfloat16_rows(task, drift), (means, weights), strict=True):
+            lines.append([task, row.quantity, *values, f"{row.difference:.2f}", "pass" if row.passes else "FAIL"])
+    return table(["task", "", "jaxlm", "torchlm", "ratio", ""], lines, "drift in bfloat16")
 
 
 def tensors(rows: Iterable[Row]) -> str:
@@ -262,12 +282,17 @@ def faults(path: Path) -> str:
 
 
 def both_packages(
-    pairs: dict[str, tuple[Pair, Pair]], short: Pair, replayed: list[Row], fault_table: Path | None
+    pairs: dict[str, tuple[Pair, Pair]],
+    short: Pair,
+    drifted: dict[str, Drift],
+    replayed: list[Row],
+    fault_table: Path | None,
 ) -> str:
     """Return the page; `pairs` has float32 and float64 of each task, `short` a shorter run of the first in float32."""
     singles = [row for single, _ in pairs.values() for row in single.rows if row.quantity == "losses"]
     doubles = [row for _, double in pairs.values() for row in double.rows]
-    rows = [*singles, *doubles, *short.rows, *replayed]
+    halves = [row for task, drift in drifted.items() for row in bfloat16_rows(task, drift)]
+    rows = [*singles, *doubles, *short.rows, *halves, *replayed]
     n_failed = sum(not row.passes for row in rows)
 
     def largest(rows: Iterable[Row], quantity: str) -> str:
@@ -292,6 +317,11 @@ def both_packages(
         f"<h2>{N_UPDATES} updates</h2><p>For each task the losses of both on top of each other, and "
         "how far they are apart. In float64 only the mathematics is left: what is seen in float32 is rounding.</p>",
         f'<div class="figures">{"".join(figures)}</div>',
+        f"<h2>bfloat16</h2><p>How far rounding to bfloat16 moves the loss in {N_UPDATES} updates: each package against "
+        "itself in float32, torchlm by PyTorch's autocast. After the last update, jaxlm's mean drift and that of its "
+        f"weights may be at most {BFLOAT16_FACTOR} times torchlm's.</p>",
+        f'<div class="figures">{"".join(svg(*drift_curves(*x)) for x in drifted.items())}</div>',
+        drift_table(drifted),
         f"<h2>Each tensor</h2><p>Of {first}: norm of the difference over the norm; of weights, over how far the tensor "
         "has moved.</p>",
         f"<details open><summary>float32, {N_SHORT} updates</summary>{tensors(short.rows)}</details>",
@@ -364,13 +394,11 @@ def main(argv: list[str]) -> int:
     with reported(debug=False):
         if args.faults:
             faults(args.faults)  # before minutes of work
-        from parity_tests import case as cases
-        from parity_tests import replay
-
         pairs = {task: (pair(task, "float32"), pair(task, "float64")) for task in TASKS}
         short = pair(TASKS[0], "float32", N_SHORT)
+        drifted = {task: bfloat16(task, N_UPDATES) for task in TASKS}
         replayed = [row for folder in sorted(cases.CASES.iterdir()) for row in replay.check(cases.load(folder))]
-        args.out.write_text(both_packages(pairs, short, replayed, args.faults))
+        args.out.write_text(both_packages(pairs, short, drifted, replayed, args.faults))
         if args.png:
             picture(args.png, pairs)
     print(args.out)

@@ -11,6 +11,7 @@ import pytest
 
 from jaxlm.errors import UserError
 from parity_tests import compare, packages, report
+from parity_tests.drift import Drift
 from parity_tests.report import Pair
 from parity_tests.trajectory import Row
 
@@ -18,6 +19,10 @@ FAULTS = [
     {"name": "no scale", "description": "not divided", "package": "jaxlm", "caught_by": "batch 0", "quantity": "loss"},
     {"name": "no scale", "description": "not divided", "package": "torchlm", "caught_by": "", "quantity": ""},
 ]
+
+
+EXACT = {"jaxlm": np.array([1.0, 2.0]), "torchlm": np.array([1.0, 2.0])}
+DRIFT = Drift(EXACT, {"jaxlm": np.array([1.1, 2.5]), "torchlm": np.array([0.9, 2.1])}, {"jaxlm": 0.01, "torchlm": 0.02})
 
 
 class Page(HTMLParser):
@@ -79,12 +84,12 @@ def test_the_page_has_all_parts_and_needs_nothing_else(pairs: dict, tmp_path: Pa
         for row in single.rows
     ]
     short = dataclasses.replace(single, rows=rows)
-    text = report.both_packages(pairs, short, replayed, tmp_path / "faults.json")
+    text = report.both_packages(pairs, short, {"gpt": DRIFT}, replayed, tmp_path / "faults.json")
     found = Page(text)
     assert not external(text)
     assert not [tag for tag, _ in found.tags if tag in ("script", "link", "img", "iframe")]
     assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in found.tags
-    assert sum(tag == "svg" for tag, _ in found.tags) == 2
+    assert sum(tag == "svg" for tag, _ in found.tags) == 3
     assert (
         "prefers-color-scheme: dark" in text
         and "var(--first)" in text
@@ -95,14 +100,16 @@ def test_the_page_has_all_parts_and_needs_nothing_else(pairs: dict, tmp_path: Pa
     assert gradient[1] == "5.0e-01 FAIL" and gradient[2] == "0"
     assert ["no scale", "not divided", "batch 0: loss", "MISSED"] in found.rows
     assert "caught 1 of 1 in jaxlm and 0 of 1 in torchlm" in text
-    n_rows = 1 + len(single.rows) + len(double.rows) + 2  # of the long run in float32, only the losses
-    assert f"<b>{n_rows - 2}</b>of {n_rows} numbers" in text
+    assert ["gpt", "drift of losses", "3.0e-01", "1.0e-01", "3.00", "FAIL"] in found.rows
+    assert ["gpt", "drift of weights", "1.0e-02", "2.0e-02", "0.50", "pass"] in found.rows
+    n_rows = 1 + len(single.rows) + len(double.rows) + 2 + 2  # of the long run in float32, only the losses
+    assert f"<b>{n_rows - 3}</b>of {n_rows} numbers" in text
     assert "torch 2." in text and "flax 0." in text
 
 
 def test_a_name_from_a_file_is_text(tmp_path: Path, pairs: dict) -> None:
     (tmp_path / "faults.json").write_text(json.dumps([FAULTS[0] | {"name": "<script>"}]))
-    assert "<script>" not in report.both_packages(pairs, pairs["gpt"][0], [], tmp_path / "faults.json")
+    assert "<script>" not in report.both_packages(pairs, pairs["gpt"][0], {}, [], tmp_path / "faults.json")
 
 
 def test_the_difference_is_drawn_where_it_is_not_zero(pairs: dict) -> None:
@@ -111,6 +118,13 @@ def test_the_difference_is_drawn_where_it_is_not_zero(pairs: dict) -> None:
     assert text.count("<use ") > 3  # dots, beside the ticks
     np.testing.assert_allclose(curves[0].values, [0, 1e-7, 0, 3e-7, 2e-7, 0], rtol=1e-6, atol=1e-16)
     assert [bound.values[0] for bound in bounds] == [report.FLOAT32.losses, report.FLOAT64.losses]
+
+
+def test_the_drift_is_drawn_as_its_mean_so_far() -> None:
+    _, (jaxlm, torchlm), (bound,) = report.drift_curves("gpt", DRIFT)
+    np.testing.assert_allclose(jaxlm.values, [0.1, 0.3])
+    np.testing.assert_allclose(torchlm.values, [0.1, 0.1])
+    np.testing.assert_allclose(bound.values, [0.125, 0.125])
 
 
 def test_the_picture_is_a_png(pairs: dict, tmp_path: Path) -> None:
