@@ -87,7 +87,9 @@ def cross_entropy(logits: Array, labels: Array) -> Totals:
     labels = jnp.maximum(labels, 0)
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     label_logits = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
-    losses = jax.nn.logsumexp(logits, axis=-1) - label_logits
+    # logsumexp minus the logit would round a small loss as coarsely as the logits; this is exact to the rounding of 1.
+    largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
+    losses = jnp.log(jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1)) + (largest - label_logits)
     return {
         "loss": jnp.sum(jnp.where(is_counted, losses, 0)),
         "count": jnp.sum(is_counted),

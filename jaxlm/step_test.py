@@ -159,6 +159,12 @@ def test_cross_entropy_against_sums_in_float64() -> None:
     assert totals["correct"] == (is_counted & (logits.argmax(-1) == labels)).sum()
 
 
+def test_the_small_loss_of_a_sure_prediction_is_exact_among_large_logits() -> None:
+    logits = jnp.full((1, V), 200.0).at[0, 3].set(212.0)
+    totals = step.cross_entropy(logits, jnp.array([3]))
+    assert totals["loss"] == pytest.approx(math.log1p((V - 1) * math.exp(-12)), abs=1e-6)  # 200 has 1.5e-5
+
+
 # Dropout keys: a loss that is the random number its key gives
 
 

@@ -72,12 +72,12 @@ def dropout(task: str, n_updates: int = 50, precision: Precision = "float32") ->
     plan = random_plan(f"{task} with dropout", config_of(task, **changes), SEEDS[task])
     jaxlm = trajectory.run(Jaxlm, plan, precision)
     masks = jaxlm_masks(plan, precision)
-    with injected(masks):
+    with injected(masks) as misfits:
         torchlm = trajectory.run(Torchlm, plan, precision)
     bounds = FLOAT64 if precision == "float64" else FLOAT32
-    n_left = sum(1 for _ in masks)
-    left = Row(plan.name, "torchlm", "masks left over", n_left, 0)
-    return [*trajectory.compare(plan.name, "jaxlm, torchlm", jaxlm, torchlm, bounds), left]
+    n_misfits = len(misfits) + sum(1 for _ in masks)  # those that are left over
+    fit = Row(plan.name, "torchlm", "masks of another number or shape", n_misfits, 0, "".join(map(str, misfits[:1])))
+    return [*trajectory.compare(plan.name, "jaxlm, torchlm", jaxlm, torchlm, bounds), fit]
 
 
 def jaxlm_masks(plan: Plan, precision: Precision) -> Iterator[np.ndarray]:
@@ -113,16 +113,24 @@ def jaxlm_masks(plan: Plan, precision: Precision) -> Iterator[np.ndarray]:
 
 
 @contextlib.contextmanager
-def injected(masks: Iterator[np.ndarray]) -> Iterator[None]:
-    """Let PyTorch's dropout in training mode keep what the masks say, one a call."""
+def injected(masks: Iterator[np.ndarray]) -> Iterator[list[tuple[int, ...]]]:
+    """Let PyTorch's dropout in training mode keep what the masks say, one a call.
+
+    Yields a list of the shapes for which the next mask is none, or one of another shape; there nothing is dropped.
+    """
+    misfits: list[tuple[int, ...]] = []
 
     def drop(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
         if not training:
             return x
-        return torch.where(torch.tensor(next(masks)), x / (1 - p), 0)
+        mask = next(masks, None)
+        if mask is None or mask.shape != x.shape:
+            misfits.append(tuple(x.shape))
+            return x
+        return torch.where(torch.tensor(mask), x / (1 - p), 0)
 
     with mock.patch.object(torch.nn.functional, "dropout", drop):
-        yield
+        yield misfits
 
 
 def dropout_statistics() -> list[Row]:
