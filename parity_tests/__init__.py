@@ -18,3 +18,8 @@
 
 Every check is a function that returns rows; tests assert that each row passes.
 """
+
+import os
+
+# Threads that spin while they wait starve each other beside other programs; read when PyTorch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

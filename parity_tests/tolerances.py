@@ -7,11 +7,15 @@ of 6e-8, and the sums here have 24 to 128 of them (4,096 in the long inputs). Ea
 measure, where no other reason is told.
 
 Training can blow up rounding: after fifty updates that learn fast, the norm of a gradient may be off by 1e-4, in one
-package alone. A replay therefore measures torchlm's own rounding in its very case, and where eight times that is more
-than a bound of what updates make, it is the bound (rounding.bounds). In none of the recorded cases it is.
+package alone. And a loss of 1e-5 is the logarithm of a sum near 1, so that it is off by up to 1e-2. A replay therefore
+samples torchlm's own rounding in its very case, and where eight times that is more than a bound of what updates make,
+it is the bound (rounding.bounds). In none of the recorded cases it is.
 """
 
 from dataclasses import dataclass
+from typing import Any
+
+Bound = Any  # a float, or an array with one for each update
 
 
 @dataclass(frozen=True)
@@ -24,12 +28,13 @@ class Tolerances:
     gradients_of_key_biases: float  # over the norm of all gradients
     rates: float  # relative
     used_rates: float  # over the highest rate
-    losses: float  # of all updates, relative
-    grad_norms: float  # of all updates, relative
+    losses: Bound  # of all updates, relative
+    grad_norms: Bound  # of all updates, relative
     moments: float  # norm of the difference over the norm of the tensor
     moments_of_key_biases: float  # over the norm of all
     weights: float  # norm of the difference over that of the tensor's whole movement
     key_biases: float  # largest difference over the sum of the rates
+    eval_loss: float  # relative
 
 
 # The worst of both packages, of all recorded cases and of long inputs (checks.py); 24 November 2026, on a CPU, with jax
@@ -47,6 +52,7 @@ ROUNDING = Tolerances(
     moments_of_key_biases=1.1e-9,
     weights=5.2e-5,
     key_biases=2.1e-2,
+    eval_loss=1.3e-7,
 )
 
 FLOAT32 = Tolerances(
@@ -70,6 +76,7 @@ FLOAT32 = Tolerances(
     weights=1e-3,
     # All noise. A step is about the rate at most, and two may have opposite directions.
     key_biases=2.0,
+    eval_loss=2e-6,
 )
 
 # Nothing but the mathematics is left: two packages are 1e-14 apart over 200 updates (weights; losses 5e-16).
@@ -88,6 +95,7 @@ FLOAT64 = Tolerances(
     weights=1e-10,
     # A gradient of 1e-16 over that epsilon makes steps of 1e-8 of the rate.
     key_biases=1e-8,
+    eval_loss=1e-12,
 )
 
 # jaxlm's drift in bfloat16 over that of torch.autocast.

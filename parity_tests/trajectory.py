@@ -11,7 +11,7 @@ from jaxlm.config import Config
 from jaxlm.names import Arrays
 from parity_tests.packages import Package, Precision, Rate
 from parity_tests.plan import CYCLE_AMPLITUDE, Batch, Plan
-from parity_tests.tolerances import Tolerances
+from parity_tests.tolerances import Bound, Tolerances
 
 
 class Row(NamedTuple):
@@ -166,7 +166,7 @@ def compare(case: str, package: str, got: Trajectory, want: Trajectory, bounds: 
     rows.add("saved counter of samples", abs(saved.samples - expected.samples), 1, 0)
     rows.add("saved rate", abs(saved.rate - expected.rate), expected.rate, bounds.rates)
     rows.add_weights("final weights", got.final, want.final, want.start, way, bounds)
-    rows.add("loss of the evaluation", abs(got.eval_loss - want.eval_loss), want.eval_loss, bounds.loss)
+    rows.add("loss of the evaluation", abs(got.eval_loss - want.eval_loss), want.eval_loss, bounds.eval_loss)
     if len(want.eval_counts):
         rows.add("counts of the evaluation", np.abs(got.eval_counts - want.eval_counts).max(), 1, 0)
     return rows.rows
@@ -182,12 +182,14 @@ class _Rows:
     def add(self, quantity: str, difference: float, scale: float, bound: float, where: str = "") -> None:
         self.rows.append(Row(self.case, self.package, quantity, _ratio(difference, scale), bound, where))
 
-    def add_updates(self, quantity: str, got: np.ndarray, want: np.ndarray, scale: Any, bound: float) -> None:
-        """Add the update at which two are farthest apart."""
-        scale = np.broadcast_to(scale, want.shape)
-        ratios = [_ratio(*pair) for pair in zip(np.abs(got - want), scale, strict=True)]
-        worst = max(range(len(ratios)), key=lambda i: math.inf if math.isnan(ratios[i]) else ratios[i])
-        self.add(quantity, ratios[worst], 1, bound, f"update {worst}")
+    def add_updates(self, quantity: str, got: np.ndarray, want: np.ndarray, scale: Any, bound: Bound) -> None:
+        """Add the update at which two are nearest to the bound, or farthest beyond it."""
+        scale, bounds = np.broadcast_to(scale, want.shape), np.broadcast_to(bound, want.shape)
+        rows = [
+            Row(self.case, self.package, quantity, _ratio(*pair), float(bounds[i]), f"update {i}")
+            for i, pair in enumerate(zip(np.abs(got - want), scale, strict=True))
+        ]
+        self.rows.append(max(rows, key=_badness))
 
     def add_tensors(self, quantity: str, got: Arrays, want: Arrays, bound: float, key_bound: float) -> None:
         """Add each tensor, relative to its norm; where only rounding is left of it, to the norm of all."""
