@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from jaxlm import config as configs
 from jaxlm.config import Config, LogConfig
-from jaxlm.errors import UserError
+from jaxlm.errors import CLEANUPS, UserError
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,10 @@ def joined(mesh: Mesh, config: Config) -> Iterator[Config]:
         if mesh.size > 1:
             stack.callback(dist.destroy_process_group)
         if mesh.rank:
-            config = configs.replace(config, "run.dir", stack.enter_context(tempfile.TemporaryDirectory()))
+            folder = tempfile.TemporaryDirectory()
+            CLEANUPS.append(folder.cleanup)
+            stack.callback(CLEANUPS.remove, folder.cleanup)
+            config = configs.replace(config, "run.dir", stack.enter_context(folder))
             config = configs.replace(config, "log", LogConfig())
             nowhere = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(nowhere))

@@ -9,14 +9,14 @@ import time
 
 from jaxlm import formats
 from jaxlm import start as starts
-from jaxlm.errors import UserError, reported
+from jaxlm.errors import UserError, interruptible, reported
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train as the command line says; return the exit status, 130 after Ctrl-C. Bad input exits with 2."""
+    """Train as the command line says; return the exit status: 130 after Ctrl-C, 143 after SIGTERM, 2 for bad input."""
     started_s = time.monotonic()
     argv = sys.argv[1:] if argv is None else argv
-    try:
+    with interruptible():
         with reported(debug="--debug" in argv):
             config, origins, start = starts.load(argv, "python -m torchlm.train", formats.CHECKPOINT_1_2)
         if os.environ.get("RANK", "0") == "0":
@@ -31,9 +31,6 @@ def main(argv: list[str] | None = None) -> int:
             from torchlm import loop
 
             return loop.run(config, origins, start, started_s)
-    except KeyboardInterrupt:
-        print("interrupted before training; nothing is kept", file=sys.stderr)
-        return 130
     raise AssertionError("reported() exits on the errors it does not pass on")
 
 

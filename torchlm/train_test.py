@@ -124,6 +124,22 @@ def test_files_and_ctrl_c_save_and_end_a_run(launch: Launch, texts: Path, labell
     assert not (run_dir / "save_checkpoint").exists()
 
 
+@pytest.mark.parametrize("n_processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_ctrl_c_during_setup_leaves_nothing(n_processes: int, launch: Launch, tmp_path: Path) -> None:
+    (tmp_path / "birds.txt").write_text("\n".join(f"{i} birds on wire {i * 7919 % 1000}" for i in range(100_000)))
+    (tmp_path / "cwd").mkdir()
+    settings = "--task mlm --data.path ../birds.txt --data.cache-dir ../cache --run.dir run"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = launch(settings, tmp_path / "cwd", n_processes, **pipes)
+    wait_for((tmp_path / "cwd" / "run").exists, process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=300)
+    assert "interrupted before training; nothing is kept\n" in errors
+    assert list((tmp_path / "cwd").iterdir()) == []
+    if n_processes == 1:  # torchrun has a status of its own
+        assert process.returncode == 130
+
+
 def test_the_file_stop_ends_a_run_with_its_scores(
     texts: Path, labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
