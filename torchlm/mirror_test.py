@@ -63,6 +63,10 @@ ARGUMENTS = {  # (jaxlm's, torchlm's) where they differ otherwise
         ["loss_fn", "optimizer", "schedule", "clip_norm", "state", "batches", "key", "skips_nonfinite"],
         ["loss_fn", "schedule", "clip_norm", "state", "batches", "key", "skips_nonfinite"],
     ),
+    "checkpoint.restore": (
+        ["path", "like", "parts", "step", "is_checked"],
+        ["path", "like", "parts", "step"],
+    ),
     "checkpoint.begin": (["run", "fresh", "sharding"], ["run", "fresh"]),
     "loop.evaluate": (
         ["run", "compiled", "params", "split", "status"],
