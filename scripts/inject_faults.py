@@ -79,36 +79,47 @@ def age(checkpoint: Path) -> int:
 
 
 def interrupted(
-    folder: Path, program: str, number: signal.Signals, n: int, n_processes: int = 1, steps: int = 1500
+    folder: Path, program: str, number: signal.Signals, n: int, n_processes: int = 1, steps: int = 6000
 ) -> tuple[str, list[str]]:
-    """Interrupt one run n times at random moments, and finish it; return what happened, and what is not the same."""
+    """Interrupt one run n times at random moments, and finish it; return what happened, and what is not the same.
+
+    A third of the moments lie before the first update: while a framework is loaded, data prepared, or a step compiled.
+    """
     settings = f"{TINY} --train.max-steps {steps} --run.dir "
-    finish(command(program, f"{settings}{folder}/undisturbed", n_processes), folder / "undisturbed.log")
-    arguments = command(program, f"{settings}{folder}/run --resume auto", n_processes)
     started_s = time.monotonic()
-    finish(command(program, f"{settings}{folder}/timed", n_processes), folder / "timed.log")
-    whole_s = time.monotonic() - started_s
-    statuses: collections.Counter[int] = collections.Counter()
-    while sum(statuses.values()) < n:
-        process = start(arguments, folder / "run.log")
-        # From the loading of a framework to the last update; a run that has ended before is no interrupted one.
-        time.sleep(random.uniform(0.05, whole_s))
-        if process.poll() is None:
-            os.killpg(process.pid, number)
-            statuses[process.wait()] += 1
+    undisturbed = start(command(program, f"{settings}{folder}/undisturbed", n_processes), folder / "undisturbed.log")
+    wait(lambda: "first update done" in (folder / "undisturbed.log").read_text(), undisturbed)
+    setup_s = time.monotonic() - started_s
+    undisturbed.wait()
+    arguments = command(program, f"{settings}{folder}/run --resume auto", n_processes)
+    log, statuses = folder / "run.log", collections.Counter[int]()
+    for _ in range(n):
+        n_before = log.stat().st_size if log.exists() else 0
+        process = start(arguments, log)
+        if random.random() < 1 / 3:
+            time.sleep(random.uniform(0, setup_s))
         else:
-            shutil.rmtree(folder / "run")
-    status = finish(arguments, folder / "run.log")
-    log = (folder / "run.log").read_text()
-    steps_found = [int(x.replace(",", "")) for x in re.findall(r"after ([\d,]+) updates and", log)]
+            wait(lambda n_before=n_before: "first update done" in log.read_text()[n_before:], process)
+            time.sleep(random.uniform(0, 1))
+        if process.poll() is None and number == signal.SIGKILL:
+            os.killpg(process.pid, number)
+        elif process.poll() is None:
+            process.send_signal(number)  # torchrun passes it on
+        statuses[process.wait()] += 1
+    n_done = max((row["step"] for row in rows(folder / "run")), default=0)
+    status = finish(arguments, log)
+    text = log.read_text()
+    places = len(set(re.findall(r"after ([\d,]+) updates and", text)))
     told = ", ".join(f"{count} with status {code}" for code, count in sorted(statuses.items()))
-    places = len(set(steps_found))
     wrong = [] if status == 0 else [f"the last run exits {status}"]
-    if "Traceback" in log:
+    if "Traceback" in text:
         wrong.append("a traceback")
-    return f"{n} interrupts ({told}), resumed at {places} steps", wrong + differences(
-        folder / "run", folder / "undisturbed"
+    if 0 in statuses:
+        wrong.append("the run ended before all interrupts: give it more updates")
+    what = (
+        f"{n} interrupts of one run ({told}), resumed at {places} steps, {n_done:,} of {steps:,} updates done by then"
     )
+    return what, wrong + differences(folder / "run", folder / "undisturbed")
 
 
 def kills(folder: Path, n: int) -> Iterator[tuple[str, str, list[str]]]:
@@ -120,7 +131,7 @@ def terms(folder: Path, n: int) -> Iterator[tuple[str, str, list[str]]]:
         (folder / program).mkdir()
         yield (
             f"SIGTERM: {name}",
-            *interrupted(folder / program, program, signal.SIGTERM, max(n // 5, 1), n_processes, steps=300),
+            *interrupted(folder / program, program, signal.SIGTERM, max(n // 5, 1), n_processes, steps=2000),
         )
 
 
