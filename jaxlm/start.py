@@ -153,6 +153,10 @@ def find(given: Mapping[str, Any], form: str) -> Start:
         start = _resume_auto(Path(run_dir), given, form)
         if start.path or not base:
             return start
+    elif resume and base:
+        raise UserError(
+            f"resume={resume} and init_from={base} name two starts; give one, or --resume auto with the second"
+        )
     elif resume:
         return _resume(Path(resume), given, form)
     if base:
