@@ -201,7 +201,6 @@ def checkpoints_in(folder: Path) -> list[tuple[int, Path]]:
 
 
 def _resume_auto(run_dir: Path, given: Mapping[str, Any], form: str) -> Start:
-    damaged: tuple[tuple[Path, str], ...] = ()
     if checkpoints_in(run_dir / "checkpoints"):
         try:
             path, stored_form, info, damaged = _newest(run_dir, None)
