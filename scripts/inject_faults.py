@@ -88,7 +88,9 @@ def interrupted(
     settings = f"{TINY} --train.max-steps {steps} --run.dir "
     started_s = time.monotonic()
     undisturbed = start(command(program, f"{settings}{folder}/undisturbed", n_processes), folder / "undisturbed.log")
-    wait(lambda: "first update done" in (folder / "undisturbed.log").read_text(), undisturbed)
+    wait(
+        lambda: "first update done" in (folder / "undisturbed.log").read_text(), undisturbed, folder / "undisturbed.log"
+    )
     setup_s = time.monotonic() - started_s
     undisturbed.wait()
     arguments = command(program, f"{settings}{folder}/run --resume auto", n_processes)
@@ -99,7 +101,7 @@ def interrupted(
         if random.random() < 1 / 3:
             time.sleep(random.uniform(0, setup_s))
         else:
-            wait(lambda n_before=n_before: "first update done" in log.read_text()[n_before:], process)
+            wait(lambda n_before=n_before: "first update done" in log.read_text()[n_before:], process, log)
             time.sleep(random.uniform(0, 1))
         if process.poll() is None and number == signal.SIGKILL:
             os.killpg(process.pid, number)
@@ -146,10 +148,10 @@ def disk(folder: Path, n: int) -> Iterator[tuple[str, str, list[str]]]:
         filler.write_bytes(bytes(5_200_000))
         process = start(command("jaxlm", f"{TINY} --train.max-steps 100000 --run.dir {small}/run"), folder / "log")
         log = folder / "log"
-        wait(lambda: log.read_text().count("could not be saved") >= 3, process)
+        wait(lambda: log.read_text().count("could not be saved") >= 3, process, log)
         n_failed = log.read_text().count("could not be saved")
         filler.unlink()
-        wait(lambda: any((small / "run" / "checkpoints").glob("*/checksums.json")), process)
+        wait(lambda: any((small / "run" / "checkpoints").glob("*/checksums.json")), process, log)
         process.send_signal(signal.SIGTERM)
         wrong = [] if process.wait() == 143 else ["it does not end with 143"]
         if "Traceback" in log.read_text():
@@ -215,11 +217,11 @@ def data(folder: Path, n: int) -> Iterator[tuple[str, str, list[str]]]:
     yield "changed data", f"refused: {told[:100]} ...", wrong + ([] if after == before else ["the run has changed"])
 
 
-def wait(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+def wait(condition: Callable[[], bool], process: subprocess.Popen[str], log: Path) -> None:
     until_s = time.monotonic() + 300
     while not condition():
         if process.poll() is not None or time.monotonic() > until_s:
-            sys.exit(f"{process.args}: ended, or waited for too long")
+            sys.exit(f"ended (status {process.poll()}), or waited for too long: {log.read_text()[-2000:]}")
         time.sleep(0.05)
 
 
