@@ -96,7 +96,7 @@ def interrupted(
     arguments = command(program, f"{settings}{folder}/run --resume auto", n_processes)
     log, statuses = folder / "run.log", collections.Counter[int]()
     for _ in range(n):
-        n_before = log.stat().st_size if log.exists() else 0
+        n_before = len(log.read_text()) if log.exists() else 0
         process = start(arguments, log)
         if random.random() < 1 / 3:
             time.sleep(random.uniform(0, setup_s))
