@@ -84,10 +84,10 @@ def load(path: Path) -> Stored:
             start = file.read(9)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    if start[4:] == b"\0\0\0\0{":  # behind the length of the header, whose first byte is any
+        return formats.load_safetensors(path)
     if start.startswith((b"PK", b"\x80")):  # a zip archive, or the bare pickle of old
         return formats.load_torch(path)
-    if start[8:] == b"{":
-        return formats.load_safetensors(path)
     raise UserError(f"{path}: neither a file of torch.save nor safetensors, nor the folder of a jaxlm run")
 
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 from flax import nnx
 from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from jaxlm import config as configs
 from jaxlm import convert, names, optim, schedule, step
@@ -513,3 +514,13 @@ def test_without_pytorch_all_but_its_files_convert(folder: Path, tmp_path: Path)
         line = r"error: \S+/(x|all)\.pt: needs PyTorch, which is not installed: pip install 'jaxlm\[torch\]'\n"
         assert re.fullmatch(line, result.stderr)
         assert not target.exists()
+
+
+def test_safetensors_are_told_whatever_the_length_of_their_header(tmp_path: Path) -> None:
+    # The length comes first. Its first byte is that of a pickle in one file of 32; two can be those of a zip archive.
+    path, starts = tmp_path / "x.safetensors", set()
+    for n in (*range(0, 256, 8), int.from_bytes(b"PK", "little") - 88):
+        save_file({"w": np.zeros(1)}, path, {"padding": "x" * n})  # 88 bytes are around it
+        starts.add(path.read_bytes()[:2])
+        assert convert.load(path).form == SAFETENSORS
+    assert {b"PK", b"\x80\0"} < starts
