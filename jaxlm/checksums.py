@@ -14,9 +14,10 @@ FILE = "checksums.json"
 
 def write(folder: Path) -> None:
     """Write the checksums of all files in a folder; from then on it counts as whole."""
-    sums = {path.relative_to(folder).as_posix(): _sum(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / FILE)
+    sums = {path.relative_to(folder).as_posix(): _sum(path) for path in paths}
     temporary = folder / f"{FILE}.tmp"
-    temporary.write_text(json.dumps(sums, indent=0), encoding="utf-8")
+    temporary.write_text(json.dumps(sums | {FILE: _sum_of_all(sums)}, indent=0), encoding="utf-8")
     temporary.replace(folder / FILE)
 
 
@@ -29,7 +30,7 @@ def damage(folder: Path, parts: Iterable[str] | None = None) -> str:
     """Return what is wrong with a folder, or with the subfolders `parts` of it; "" if all is as it was written."""
     try:
         sums = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        if not (isinstance(sums, dict) and sums and all(isinstance(value, str) for value in sums.values())):
+        if not isinstance(sums, dict) or sums.pop(FILE, "") != _sum_of_all(sums):
             return f"{FILE} is damaged"
     except FileNotFoundError:
         return f"{FILE} is missing: it was never finished"
@@ -54,6 +55,10 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path}: no JSON object")
     return value
+
+
+def _sum_of_all(sums: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
 
 
 def _sum(path: Path) -> str:

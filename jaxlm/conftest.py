@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -48,3 +49,25 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess
         return subprocess.Popen(command, cwd=cwd, env=variables, text=True, **options)
 
     return start
+
+
+@pytest.fixture(scope="session")
+def stored_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from jaxlm import formats, start_test
+
+    folder = tmp_path_factory.mktemp("stored")
+    start_test.write_run(folder / "jaxlm", formats.RUN)
+    start_test.write_run(folder / "torchlm", formats.CHECKPOINT_1_2)
+    return folder
+
+
+@pytest.fixture
+def run(stored_runs: Path, tmp_path: Path) -> Path:
+    """A run of jaxlm with checkpoints of steps 3, 6 and 9, for this test alone."""
+    return shutil.copytree(stored_runs / "jaxlm", tmp_path / "run")
+
+
+@pytest.fixture
+def torch_run(stored_runs: Path, tmp_path: Path) -> Path:
+    """The same run by torchlm."""
+    return shutil.copytree(stored_runs / "torchlm", tmp_path / "torch_run")

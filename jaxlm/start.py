@@ -201,7 +201,7 @@ def checkpoints_in(folder: Path) -> list[tuple[int, Path]]:
 
 
 def _resume_auto(run_dir: Path, given: Mapping[str, Any], form: str) -> Start:
-    if checkpoints_in(run_dir / "checkpoints"):
+    if any(_is_finished(path) for _, path in checkpoints_in(run_dir / "checkpoints")):
         try:
             path, stored_form, info, damaged = _newest(run_dir, None)
         except _AllDamagedError as error:
@@ -231,7 +231,7 @@ def _resume(source: Path, given: Mapping[str, Any], form: str) -> Start:
     if not is_of_run:
         return dataclasses.replace(start, damaged=())
     others = (other for step, other in checkpoints_in(path.parent) if step > int(path.stem))
-    newer = [x for x in others if x not in dict(damaged) and (x.is_file() or checksums.is_finished(x))]
+    newer = [x for x in others if x not in dict(damaged) and _is_finished(x)]
     if newer:
         raise UserError(
             f"resume={path}: {run_dir} has newer checkpoints ({newer[-1].name}), which would be lost; "
@@ -275,10 +275,14 @@ def _candidates(source: Path) -> Iterator[Path]:
         return
     for folder in (source / "checkpoints", source):
         found = [path for _, path in reversed(checkpoints_in(folder))]
-        # A save that was killed is no checkpoint that was damaged.
-        yield from (path for path in found if path.is_file() or checksums.is_finished(path))
+        yield from filter(_is_finished, found)
         if found:
             return
+
+
+def _is_finished(path: Path) -> bool:
+    """Return whether a checkpoint was written to its end: a save that was killed is no checkpoint that was damaged."""
+    return path.is_file() or checksums.is_finished(path)
 
 
 def _read(path: Path, parts: Iterable[str] | None) -> tuple[str, dict[str, Any]]:
