@@ -80,6 +80,14 @@ FURTHER: dict[str, dict[str, Any]] = {
         "learning_rate": 3e-3,
         "lr_decay_iters": 50,
     },
+    "cola, three hundred updates": {
+        "task": "cola",
+        "vocab_size": 80,
+        "steps": 300,
+        "learning_rate": 3e-3,
+        "warmup_iters": 30,
+        "lr_decay_iters": 300,
+    },
 }
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import torchlm.model
+from jaxlm.config import Config
 from parity_tests import case as cases
 from parity_tests import checks, rounding, trajectory
 from parity_tests.checks import CHECKS, FAST
@@ -74,6 +75,13 @@ def test_a_mistake_in_one_package_is_noticed() -> None:
     with mock.patch.object(torchlm.model, "layernorm", lambda d_model: type(exact)(d_model, eps=1e-6)):
         rows = CHECKS["edges: mlm"]()
     assert not all(row.passes for row in rows)
+
+
+def test_a_bound_that_grows_excuses_nothing_early() -> None:
+    rows, want = trajectory._Rows("case", "jaxlm", Config()), np.ones(3)
+    rows.add_updates("losses", want + [2e-5, 0, 1e-4], want, want, np.array([1e-5, 1e-5, 1e-3]))
+    (row,) = rows.rows
+    assert not row.passes and row.where == "update 0"
 
 
 def test_nan_fails_and_the_worst_row_is_kept() -> None:
