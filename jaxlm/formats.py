@@ -137,8 +137,8 @@ def _step_folder(path: Path) -> Path:
     if (path / "base").is_dir() and (path / "info").is_dir():
         return path
     for folder in (path / "checkpoints", path):
-        steps = [int(child.name) for child in folder.glob("*") if child.is_dir() and child.name.isdecimal()]
-        if steps:
+        children = (child for child in folder.glob("*") if child.name.isdecimal() and checksums.is_finished(child))
+        if steps := [int(child.name) for child in children]:
             return folder / str(max(steps))
     files = sorted([*path.glob("*.pt"), *path.glob("checkpoints/*.pt")])
     mend = f"; give a file of it, such as {files[0]}" if files else ""
