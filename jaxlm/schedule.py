@@ -40,7 +40,8 @@ def warmed_up(config: TrainConfig) -> optax.Schedule:
     elif config.schedule == "inverse_sqrt":
         rest = inverse_sqrt
     elif decay_steps <= 0:
-        rest = optax.constant_schedule(minimum)
+        pieces = [optax.constant_schedule(rate) for rate in (peak, minimum)]
+        rest = optax.join_schedules(pieces, [stable_steps])
     elif config.schedule == "cosine":
         rest = optax.cosine_decay_schedule(peak, decay_steps, alpha=minimum / peak if peak else 0.0)
     else:  # linear, and wsd (arXiv 2404.06395), which is linear after its stable updates

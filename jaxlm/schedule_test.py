@@ -69,3 +69,57 @@ def test_rates_have_64_bits_where_floats_have() -> None:
         rate = learning_rate(TrainConfig(max_steps=13, learning_rate=PEAK, min_learning_rate=MINIMUM, warmup_steps=4))
         found = [float(jax.jit(rate)(jnp.int32(i))) for i in range(13)]
     np.testing.assert_allclose(found, [original(i, 4, 13) for i in range(13)], rtol=1e-13)
+
+
+def asked(kind: str, i: int, train: TrainConfig) -> float:
+    """Return the rate of a schedule by its definition."""
+    warmup, end = train.warmup_steps, train.decay_steps or train.max_steps
+    if i < warmup:
+        return i * PEAK / warmup
+    if kind == "constant":
+        return PEAK
+    if kind == "inverse_sqrt":  # the same curve through (warmup, PEAK), whatever the warmup
+        return max(PEAK / math.sqrt((i - warmup + max(warmup, 1)) / max(warmup, 1)), MINIMUM)
+    if kind == "wsd" and i < warmup + train.stable_steps:
+        return PEAK
+    begin = warmup + (train.stable_steps if kind == "wsd" else 0)
+    return MINIMUM if i >= end else (PEAK * (end - i) + MINIMUM * (i - begin)) / (end - begin)
+
+
+PIECES = [
+    (kind, {"warmup_steps": warmup, "decay_steps": decay, "stable_steps": stable})
+    for kind, stables in (("linear", (0,)), ("constant", (0,)), ("inverse_sqrt", (0,)), ("wsd", (0, 5, 9)))
+    for warmup, decay in ((0, 0), (4, 13))
+    for stable in stables
+]
+
+
+@pytest.mark.parametrize(("kind", "settings"), PIECES)
+def test_each_piece_at_every_update(kind: str, settings: dict) -> None:
+    train = TrainConfig(max_steps=20, learning_rate=PEAK, min_learning_rate=MINIMUM, schedule=kind, **settings)
+    expected = [asked(kind, i, train) for i in range(40)]
+    np.testing.assert_allclose(learning_rate(train)(jnp.arange(40)), expected, rtol=1e-6, atol=1e-7 * PEAK)
+
+
+@pytest.mark.parametrize("kind", ["linear", "constant", "inverse_sqrt", "wsd"])
+def test_pieces_compose(kind: str) -> None:
+    train = TrainConfig(
+        max_steps=30,
+        learning_rate=PEAK,
+        min_learning_rate=MINIMUM,
+        schedule=kind,
+        warmup_steps=3,
+        stable_steps=8,
+        cycle_steps=4,
+        rewarmup_steps=6,
+    )
+    for first, stored in ((10, 1e-4), (10, 1e-2), (1, 0.0), (28, PEAK)):
+        expected = []
+        for i in range(first, 40):
+            ramp = 1 - abs(2 * (i % 4) / 4 - 1)
+            rate = asked(kind, i, train) * (1 + (-0.03 if i // 4 % 3 == 2 else 0.03) * ramp)
+            share = min((i - first) / 6, 1)
+            expected.append(stored + share * (rate - stored))
+        found = learning_rate(train, (first, stored))(jnp.arange(first, 40))
+        np.testing.assert_allclose(found, expected, rtol=2e-6, atol=1e-7 * PEAK)
+        assert found[0] == np.float32(stored)

@@ -37,7 +37,9 @@ def warmed_up(config: TrainConfig) -> Schedule:
         if config.schedule == "inverse_sqrt":  # arXiv 1706.03762, eq. 3
             start = max(warmup_steps, 1)
             return max(peak * math.sqrt(start / (start + i - warmup_steps)), minimum)
-        done = max(i - warmup_steps - stable_steps, 0)
+        done = i - warmup_steps - stable_steps
+        if done < 0:
+            return peak
         if done >= decay_steps:
             return minimum
         if config.schedule == "cosine":

@@ -62,3 +62,48 @@ def test_rates_of_a_recorded_resume() -> None:
     found = [resumed(i) for i in range(first, len(recorded["lr"]))]
     assert found == pytest.approx(recorded["lr"][first:], rel=1e-12)
     assert schedule.rewarmup(rate, first, 0, stored) is rate
+
+
+def asked(kind: str, i: int, train: TrainConfig) -> float:
+    """Return the rate of a schedule by its definition, with a peak of 0.5 and a minimum of 0.1."""
+    warmup, end = train.warmup_steps, train.decay_steps or train.max_steps
+    if i < warmup:
+        return i * 0.5 / warmup
+    if kind == "constant":
+        return 0.5
+    if kind == "inverse_sqrt":  # the same curve through (warmup, peak), whatever the warmup
+        return max(0.5 / math.sqrt((i - warmup + max(warmup, 1)) / max(warmup, 1)), 0.1)
+    if kind == "wsd" and i < warmup + train.stable_steps:
+        return 0.5
+    begin = warmup + (train.stable_steps if kind == "wsd" else 0)
+    return 0.1 if i >= end else (0.5 * (end - i) + 0.1 * (i - begin)) / (end - begin)
+
+
+@pytest.mark.parametrize("kind", ["linear", "constant", "inverse_sqrt", "wsd"])
+@pytest.mark.parametrize(("warmup", "decay"), [(0, 0), (1, 0), (4, 0), (4, 13)])
+@pytest.mark.parametrize("stable", [0, 5, 9])
+@pytest.mark.parametrize("rewarmed", [None, (10, 0.03), (10, 0.9), (1, 0.0)])
+@pytest.mark.parametrize("cycle_steps", [0, 4])
+def test_each_piece_and_all_together_at_every_update(
+    kind: str, warmup: int, decay: int, stable: int, rewarmed: tuple[int, float] | None, cycle_steps: int
+) -> None:
+    train = TrainConfig(
+        max_steps=20,
+        learning_rate=0.5,
+        min_learning_rate=0.1,
+        schedule=kind,
+        warmup_steps=warmup,
+        decay_steps=decay,
+        stable_steps=stable,
+        cycle_steps=cycle_steps,
+        rewarmup_steps=6,
+    )
+    rate = schedule.learning_rate(train, rewarmed)
+    for i in range(rewarmed[0] if rewarmed else 0, 40):
+        expected = asked(kind, i, train)
+        if cycle_steps:
+            ramp = 1 - abs(2 * (i % 4) / 4 - 1)
+            expected *= 1 + (-0.03 if i // 4 % 3 == 2 else 0.03) * ramp
+        if rewarmed:
+            expected = rewarmed[1] + min((i - rewarmed[0]) / 6, 1) * (expected - rewarmed[1])
+        assert rate(i) == pytest.approx(expected, rel=1e-12, abs=1e-15), i
