@@ -1,11 +1,16 @@
 """Checkpoints on a real disk: bitwise the same in another process, the best and the last kept, whole or not there."""
 
+import dataclasses
 import json
 import math
+import re
+import resource
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +20,7 @@ import pytest
 from jaxlm import optim, step
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.config import TrainConfig
+from jaxlm.errors import UserError
 
 INFO = {
     "format": 2,
@@ -111,3 +117,70 @@ with Checkpoints(Path({str(tmp_path)!r})) as checkpoints:
         assert checkpoints.best_step({1: 2.0, 2: 1.0}) == 2
     info = json.loads((tmp_path / "2" / "info" / "metadata").read_text())
     assert info == INFO | {"step": 2, "val_loss": 1.0}
+
+
+@pytest.mark.parametrize(("keep", "kept"), [(1, [2, 6]), (2, [2, 5, 6]), (3, [2, 4, 5, 6]), (9, [1, 2, 3, 4, 5, 6])])
+def test_as_many_of_the_last_are_kept_as_asked_for(keep: int, kept: list[int], tmp_path: Path) -> None:
+    losses: dict[int, float] = {}
+    with Checkpoints(tmp_path, keep) as checkpoints:
+        for i in range(1, 7):
+            losses[i] = abs(i - 2)
+            checkpoints.save(state_at(i), INFO | {"step": i}, losses)
+    assert steps_on_disk(tmp_path) == kept
+
+
+def test_a_save_that_fails_warns_and_the_next_one_is_tried(tmp_path: Path) -> None:
+    warnings: list[str] = []
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Checkpoints(tmp_path, warn=warnings.append) as checkpoints:
+        checkpoints.save(state_at(1, n=1000), INFO | {"step": 1}, {1: 2.0})
+        checkpoints.wait()
+        # As a quota would, in the midst of the files; Python has SIGXFSZ ignored.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+        try:
+            checkpoints.save(state_at(2, n=1000), INFO | {"step": 2}, {1: 2.0, 2: 1.0})
+            checkpoints.wait()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert steps_on_disk(tmp_path) == checkpoints.steps() == [1]
+        (warning,) = warnings
+        assert re.fullmatch(r"the checkpoint of step 2 could not be saved \(.*\); training goes on without it", warning)
+        assert_bitwise_equal(checkpoints.restore(1, state_at(0, n=1000)), state_at(1, n=1000))
+        checkpoints.save(state_at(3, n=1000), INFO | {"step": 3}, {1: 2.0, 3: 3.0})
+    assert steps_on_disk(tmp_path) == [1, 3] and len(warnings) == 1
+    assert checkpoints.summary().startswith("2 checkpoints saved; training stood still ")
+    assert "File too large" in warnings[0]
+
+
+def test_a_folder_that_cannot_be_made_warns(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    warnings: list[str] = []
+    with Checkpoints(tmp_path / "file" / "checkpoints", warn=warnings.append) as checkpoints:
+        checkpoints.save(state_at(1), INFO, {})
+        assert checkpoints.best_step({}) is None
+    assert len(warnings) == 1 and "Not a directory" in warnings[0]
+
+
+def test_a_checkpoint_that_needs_more_than_is_free_is_not_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    warnings: list[str] = []
+    with Checkpoints(tmp_path, warn=warnings.append) as checkpoints:
+        checkpoints.save(state_at(1), INFO, {})
+    assert len(warnings) == 1 and "MB, and 0.0 MB are free" in warnings[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_does_not_fit_is_refused_before_orbax_restores_it(tmp_path: Path) -> None:
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state_at(1), INFO | {"step": 1}, {})
+        with pytest.raises(UserError, match=r"1/base: .*kernel has the shape \[7, 50\], but the model needs \[8, 50\]"):
+            checkpoints.restore(1, state_at(0, n=8))
+        other = jax.tree.map(lambda x: x.astype(jnp.bfloat16), state_at(0))
+        with pytest.raises(UserError, match="1/base: kernel is float32, but has to be bfloat16 here"):
+            checkpoints.restore(1, other)
+        more = dataclasses.replace(state_at(0), params={"base": {"kernel": jnp.zeros((7, 50)), "w": jnp.zeros(1)}})
+        more.params["head"] = {"bias": jnp.zeros(50)}
+        with pytest.raises(UserError, match=r"1/base: weights of another model: w \[1\] is missing"):
+            checkpoints.restore(1, more)

@@ -1,7 +1,11 @@
 """The run folder, the clock of the speed, the files that a person puts there, and Ctrl-C in training."""
 
+import dataclasses
+import json
+import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -175,3 +179,68 @@ with interrupts(RunLog()):
     _, stderr = process.communicate(timeout=20)
     assert process.returncode == 130
     assert stderr == "interrupted again: ended at once\n"
+
+
+def test_a_rollback_is_asked_for_from_the_first_bad_update_on(tmp_path: Path) -> None:
+    meter = runs.Meter(a_run(tmp_path, log_interval=1, on_nonfinite="rollback"), lambda x: x, lambda step, text: None)
+    assert [meter.add(i, update(7.0), 1) for i in (1, 2, 3)] == [0, 0, 0]
+    assert meter.add(4, update(float("inf")), 1) == 0
+    assert meter.add(5, update(float("nan")), 1) == 4  # found while 5 is under way
+    meter.forget()
+    assert meter.flush() == 0
+    assert meter.add(3, update(6.0), 1) == 0 and meter.flush() == 0
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 3]  # what was rolled back is dropped by history.restore_to
+
+
+def test_a_bad_norm_counts_as_a_bad_loss(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = a_run(tmp_path, log_interval=10, on_nonfinite="skip")
+    meter = runs.Meter(run, lambda metrics: metrics, lambda step, text: None)
+    for i in range(1, 6):
+        assert meter.add(i, update(7.0) | {"grad_norm": math.inf if i in (1, 4) else 2.0}, 1) == 0
+    assert run.skipped == [1, 4]
+    assert "step 4: the loss is 7.0 and the gradient norm inf: this update is skipped" in capsys.readouterr().err
+
+
+def test_gradient_spikes_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    meter = runs.Meter(a_run(tmp_path), lambda metrics: metrics, lambda step, text: None)
+    norms = {30: 900.0, 70: 21.0, 71: 19.9, 72: 25.0}  # too early, more than ten times 2, not so, and again
+    for i in range(1, 80):
+        meter.add(i, update(7.0) | {"grad_norm": norms.get(i, 2.0)}, 1)
+    told = capsys.readouterr().err.splitlines()
+    assert [line.partition(":")[0] + line.partition(":")[2].partition(":")[0] for line in told] == [
+        "warning step 70",
+        "warning step 72",
+    ]
+    assert "the gradient norm, 21, is 10 times the median of the last 50 updates" in told[0]
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from jaxlm.run import lock
+held = lock(Path(sys.argv[1]))
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_second_process_is_refused_and_a_killed_one_leaves_no_lock(tmp_path: Path) -> None:
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    first = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], **pipes)
+    assert first.stdout is not None and first.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match=f"process {first.pid} on {socket.gethostname()} works in it; wait for it"):
+        runs.lock(tmp_path)
+    first.kill()
+    first.communicate()
+    with runs.lock(tmp_path):
+        assert (tmp_path / ".lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}\n"
+        with pytest.raises(UserError, match=f"process {os.getpid()} on "):  # whoever asks
+            runs.lock(tmp_path)
+    runs.lock(tmp_path).close()
+
+
+def test_a_run_that_ends_lets_go_of_its_folder(tmp_path: Path) -> None:
+    run = dataclasses.replace(a_run(tmp_path), lock=runs.lock(tmp_path))
+    run.close()
+    runs.lock(tmp_path).close()

@@ -1,5 +1,6 @@
 """The update: accumulation, clipping, dropout keys, precision, donation. The loss: uniform logits, masked positions."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -11,7 +12,8 @@ import pytest
 from flax import nnx
 
 from jaxlm import config as configs
-from jaxlm import loop, parallel, step
+from jaxlm import loop, optim, parallel, step
+from jaxlm.config import TrainConfig
 from jaxlm.tasks import TASKS
 
 B, T, D, M, V = 2, 6, 12, 3, 11
@@ -224,3 +226,37 @@ def test_bfloat16_keeps_weights_moments_and_sums_in_float32(trained: tuple, plai
     _, exact = update(1e6, params, only(0, batches(3)))
     for name in ("loss", "grad_norm"):  # inputs of products are rounded by up to 4e-3
         assert 1e-5 < abs(float(metrics[0][name]) / float(exact[name]) - 1) < 0.02
+
+
+# Updates that are no numbers
+
+
+GOOD = {"x": np.ones((1, 4), np.float32), "root": np.ones((1, 4), np.float32)}
+
+
+# A batch whose loss is no number, and one whose loss is fine, but at a root of 0 not its gradient.
+@pytest.mark.parametrize("bad", [{"x": np.full((1, 4), np.nan, np.float32)}, {"root": np.zeros((1, 4), np.float32)}])
+def test_an_update_that_is_no_number_changes_nothing_but_the_count(bad: dict[str, np.ndarray]) -> None:
+    def loss(params: Any, batch: Any, key: Any) -> dict[str, jax.Array]:
+        values = (params["w"] - batch["x"]) ** 2 + jnp.sqrt(batch["root"] * params["w"])
+        return {"loss": values.sum(), "count": jnp.array(4.0)}
+
+    def rate(i: Any) -> Any:
+        return 0.1 / (1 + i)
+
+    @jax.jit
+    def update(state: step.TrainState, batch: Any) -> tuple[step.TrainState, Any]:
+        key = jax.random.key(0)
+        return step.train_step(loss, optimizer, rate, 1.0, state, batch, key, skips_nonfinite=True)
+
+    optimizer = optim.adamw(TrainConfig(weight_decay=0.1), rate)
+    state, _ = update(step.init_state({"w": jnp.arange(1.0, 5.0)}, optimizer), GOOD)
+    after, metrics = update(state, GOOD | bad)
+    assert np.isfinite(metrics["loss"]) == ("root" in bad) and not np.isfinite(metrics["grad_norm"])
+    # The next one has the rate of its number, and is otherwise as if this one had not been.
+    counted = dataclasses.replace(state, step=state.step + 1, opt_state=optim.at_step(state.opt_state, state.step + 1))
+    jax.tree.map(np.testing.assert_array_equal, after, counted)
+    (one, metrics), (other, _) = (update(x, GOOD) for x in (after, counted))
+    assert metrics["rate"] == pytest.approx(0.1 / 3)
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+    assert not np.array_equal(one.params["w"], state.params["w"])

@@ -1,6 +1,7 @@
 """Checkpoint files: the original's are read and written again alike, and a run's folder keeps the best and the last."""
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -189,3 +190,31 @@ def test_the_masks_of_all_blocks_take_the_space_of_one(tmp_path: Path) -> None:
         checkpoint.write(path, checkpoint.content(start(config), info_of(config, 1), 1.0))
         sizes.append(path.stat().st_size)
     assert sizes[1] - sizes[0] < 4 * 200 * 200
+
+
+@pytest.mark.parametrize(("keep", "kept"), [(1, [2, 6]), (3, [2, 4, 5, 6]), (9, [1, 2, 3, 4, 5, 6])])
+def test_as_many_of_the_last_are_kept_as_asked_for(keep: int, kept: list[int], tmp_path: Path) -> None:
+    config = config_of()
+    state, checkpoints = start(config), Checkpoints(tmp_path / "checkpoints", keep)
+    losses: dict[int, float] = {}
+    for i in range(1, 7):
+        state.step, losses[i] = i, abs(i - 2)
+        checkpoints.save(state, info_of(config, i), losses)
+    assert checkpoints.steps() == kept
+
+
+def test_a_save_that_fails_warns_and_the_next_one_is_tried(tmp_path: Path) -> None:
+    config, warnings = config_of(), []
+    state, checkpoints = start(config), Checkpoints(tmp_path / "checkpoints", warn=warnings.append)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for i in (1, 2, 3):
+        state.step = i
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000 if i == 2 else limits[0], limits[1]))
+        try:
+            checkpoints.save(state, info_of(config, i), {1: 2.0})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["1.pt", "3.pt"]
+    (warning,) = warnings
+    assert warning.startswith("the checkpoint of step 2 could not be saved (")
+    assert checkpoints.summary().startswith("2 checkpoints saved; training stood still ")

@@ -172,3 +172,33 @@ def test_confusion_counts_predictions_that_are_no_class() -> None:
     totals = task.loss(lambda tokens, key: logits, {"tokens": labels, "labels": labels}, None)
     assert totals["confusion"].tolist() == [[1, 0, 0, 0], [0, 1, 1, 0], [0, 0, 0, 1]]
     assert (int(totals["count"]), int(totals["correct"])) == (4, 2)
+
+
+GOOD = {"x": torch.ones(1, 4), "root": torch.ones(1, 4)}
+
+
+# A batch whose loss is no number, and one whose loss is fine, but at a root of 0 not its gradient.
+@pytest.mark.parametrize("bad", [{"x": torch.full((1, 4), math.nan)}, {"root": torch.zeros(1, 4)}])
+def test_an_update_that_is_no_number_changes_nothing_but_the_count(bad: dict[str, torch.Tensor]) -> None:
+    def loss(model: Any, batch: Any, key: None) -> step.Totals:
+        values = (model.weight[0] - batch["x"]) ** 2 + (batch["root"] * model.weight[0]).sqrt()
+        return {"loss": values.sum(), "count": torch.tensor(4)}
+
+    def trained(batches: list[dict[str, torch.Tensor]], steps: list[int]) -> tuple[list[Any], torch.Tensor, Any]:
+        model = torch.nn.Linear(4, 1, bias=False)
+        model.weight.data = torch.arange(1.0, 5.0)[None]
+        state = step.init_state(model, optim.adamw(configs.TrainConfig(), model))
+        metrics = []
+        for batch, i in zip(batches, steps, strict=True):
+            state.step = i
+            metrics.append(step.train_step(loss, lambda i: 0.1 / (1 + i), 1.0, state, batch, skips_nonfinite=True)[1])
+            assert state.step == i + 1
+        return metrics, model.weight.detach(), state.optimizer.state[model.weight]
+
+    metrics, weight, moments = trained([GOOD, GOOD | bad, GOOD], [0, 1, 2])
+    assert torch.isfinite(metrics[1]["loss"]) == ("root" in bad) and not torch.isfinite(metrics[1]["grad_norm"])
+    # The next one has the rate of its number, and is otherwise as if this one had not been.
+    _, without, moments_without = trained([GOOD, GOOD], [0, 2])
+    assert torch.equal(weight, without)
+    assert all(torch.equal(moments[name], x) for name, x in moments_without.items())
+    assert not torch.equal(weight, trained([GOOD], [0])[1])

@@ -126,3 +126,26 @@ def test_evaluation_of_nothing_is_no_batch(split):
     empty = Split(split.tokens[:0], split.offsets[:1], split.labels[:0], split.n_bytes[:0])
     assert list(evaluation_batches(make(ClassifiedSamples, empty), 4)) == []
     assert list(evaluation_batches(make(CausalSamples, empty), 4)) == []
+
+
+@pytest.mark.parametrize("first", [0, 3, 9])
+def test_updates_read_the_samples_of_their_position(samples, first):
+    train = TrainConfig(batch_size=3, accumulate=2, cycle_steps=2)
+    stream = order(samples, 200, batch_size=1).ravel()
+    begin = 6 * first + 11  # a place that no run with these settings would be at
+    counts = [2 * (1, 1, 2)[i // 2 % 3] for i in range(first, first + 12)]
+    bad = begin + 3 * sum(counts[:5])
+    position = Position(first, begin, ((bad, bad + 12), (begin - 6, begin)))
+    expected = np.concatenate([stream[begin:bad], stream[bad + 12 :]])
+    for n, batch in zip(counts, training_batches(samples, train, position), strict=False):
+        assert batch["labels"].shape == (n, 3)
+        assert batch["labels"].ravel().tolist() == expected[: 3 * n].tolist()
+        expected = expected[3 * n :]
+
+
+def test_a_changed_batch_size_uses_each_sample_once(samples):
+    # Three updates of 4, then as many as are left of the epoch in batches of 1.
+    first = order(samples, 3, batch_size=4)
+    rest = islice(training_batches(samples, TrainConfig(batch_size=1), Position(3, 12)), N - 12)
+    labels = [*first.ravel().tolist(), *(int(batch["labels"][0, 0]) for batch in rest)]
+    assert sorted(labels) == list(range(N))
