@@ -64,7 +64,7 @@ def damage(run: Path, step: int) -> None:
     flip(max((run / "checkpoints" / str(step) / "head").rglob("d/*"), key=lambda path: path.stat().st_size))
 
 
-def find(form: str = RUN, **given: Any) -> Start:
+def find(form: str = RUN, /, **given: Any) -> Start:
     """Return what settings find; their names have __ for a point."""
     return starts.find({name.replace("__", "."): str(value) for name, value in given.items()}, form)
 
