@@ -79,12 +79,13 @@ def age(checkpoint: Path) -> int:
 
 
 def interrupted(
-    folder: Path, program: str, number: signal.Signals, n: int, n_processes: int = 1, steps: int = 6000
+    folder: Path, program: str, number: signal.Signals, n: int, n_processes: int = 1
 ) -> tuple[str, list[str]]:
     """Interrupt one run n times at random moments, and finish it; return what happened, and what is not the same.
 
     A third of the moments lie before the first update: while a framework is loaded, data prepared, or a step compiled.
     """
+    steps = 300 + 120 * n
     settings = f"{TINY} --train.max-steps {steps} --run.dir "
     started_s = time.monotonic()
     undisturbed = start(command(program, f"{settings}{folder}/undisturbed", n_processes), folder / "undisturbed.log")
@@ -107,7 +108,9 @@ def interrupted(
             os.killpg(process.pid, number)
         elif process.poll() is None:
             process.send_signal(number)  # torchrun passes it on
-        statuses[process.wait()] += 1
+        if process.wait() == 0:  # it was faster
+            break
+        statuses[process.returncode] += 1
     n_done = max((row["step"] for row in rows(folder / "run")), default=0)
     status = finish(arguments, log)
     text = log.read_text()
@@ -133,7 +136,7 @@ def terms(folder: Path, n: int) -> Iterator[tuple[str, str, list[str]]]:
         (folder / program).mkdir()
         yield (
             f"SIGTERM: {name}",
-            *interrupted(folder / program, program, signal.SIGTERM, max(n // 5, 1), n_processes, steps=2000),
+            *interrupted(folder / program, program, signal.SIGTERM, max(n // 5, 1), n_processes),
         )
 
 
