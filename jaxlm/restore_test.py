@@ -263,6 +263,7 @@ sys.exit(train.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_the_rows_of_other_meshes(begun: Any, sources: dict[str, Path], tmp_path: Path) -> None:
     to_four, to_one = (row for row in rows() if "device" in row.case)
     argv = argv_of(to_four, "jaxlm", sources, tmp_path / "four")
