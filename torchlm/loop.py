@@ -108,8 +108,9 @@ def fit(
             # Metrics of the update before are read only now that this one is under way: a GPU never waits.
             bad = meter.add(i, metrics, batch)
 
-            is_last = bool(status()) or take("stop") or i == train.max_steps
-            is_evaluated = (is_last or i % train.eval_interval == 0) and not status()
+            is_interrupted = bool(status())  # looked at once: a signal between two looks would cost an evaluation
+            is_last = is_interrupted or take("stop") or i == train.max_steps
+            is_evaluated = (is_last or i % train.eval_interval == 0) and not is_interrupted
             is_saved = is_evaluated or is_last or take("save_checkpoint")
             bad = bad or (meter.flush() if is_saved else 0)
             if bad:
