@@ -23,7 +23,7 @@ TINY = (
     "--tokenizer.vocab-size 300 --train.batch-size 8 --train.accumulate 2 --train.cycle-steps 3 --train.log-interval 2 "
     "--train.warmup-steps 3 --train.max-steps 15 --train.eval-interval 5 "
 )
-N_POINTS = 60  # looks for a signal in a run, at least
+N_POINTS = 45  # looks for a signal in a run, at least
 
 
 @pytest.fixture(scope="module")
