@@ -22,7 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from jaxlm import checksums, convert, formats, names, optim, start
+from jaxlm import checksums, convert, formats, names, optim, start, storage
 from jaxlm.config import Config
 from jaxlm.errors import UserError
 from jaxlm.run import Run
@@ -30,6 +30,8 @@ from jaxlm.step import TrainState
 
 FORMAT = formats.RUN_FORMAT
 PARTS = start.PARTS
+# What a checkpoint has, or a save of it that was cut short, with suffixes left off.
+CONTENTS = {*PARTS, "info", "checksums", "_CHECKPOINT_METADATA", "commit_success"}
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what it does, and what it raises, too
 
 
@@ -40,7 +42,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, keep: int = 1, warn: Callable[[str], None] = print):
-        self.folder, self.keep, self.warn = folder.absolute(), keep, warn
+        self.folder, self.keep, self.warn = storage.absolute(folder), keep, warn
         self.checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self.finishing: threading.Thread | None = None
         self.n_saved, self.stalled_s = 0, 0.0  # saves that are whole, and how long training stood still for all
@@ -71,7 +73,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Return the steps of all that is whole."""
-        return [step for step, path in start.checkpoints_in(self.folder) if checksums.is_finished(path)]
+        return [step for step, path in start.finished_in(self.folder) if path.is_dir()]
 
     def best_step(self, losses: Mapping[int, float]) -> int | None:
         """Return the step with the lowest of the losses among the checkpoints, None if there is none."""
@@ -103,11 +105,12 @@ class Checkpoints:
 
     def _start(self, step: int, state: TrainState, info: dict[str, Any]) -> None:
         items = parts_of(state)
-        n_bytes = sum(x.nbytes for x in jax.tree.leaves(items))
-        self.folder.mkdir(parents=True, exist_ok=True)
-        n_free = shutil.disk_usage(self.folder).free
-        if n_free < 1.05 * n_bytes + 1e5:  # and a little for the small files
-            raise OSError(f"it needs {n_bytes / 1e6:,.1f} MB, and {n_free / 1e6:,.1f} MB are free")
+        if not storage.is_remote(self.folder):
+            n_bytes = sum(x.nbytes for x in jax.tree.leaves(items))
+            self.folder.mkdir(parents=True, exist_ok=True)
+            n_free = shutil.disk_usage(self.folder).free
+            if n_free < 1.05 * n_bytes + 1e5:  # and a little for the small files
+                raise OSError(f"it needs {n_bytes / 1e6:,.1f} MB, and {n_free / 1e6:,.1f} MB are free")
         saved: dict[str, Any] = {name: ocp.args.PyTreeSave(tree) for name, tree in items.items()}
         self.checkpointer.save(
             self.folder / str(step), args=ocp.args.Composite(**saved, info=ocp.args.JsonSave(info)), force=True
@@ -131,7 +134,7 @@ class Checkpoints:
         return min(found, key=found.__getitem__) if found else None
 
     def _failed(self, step: int, error: Exception) -> None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(Exception):  # of a disk or a network that fails
             remove_unfinished(self.folder)
         why = formats.reason(error)
         self.warn(f"the checkpoint of step {step} could not be saved ({why}); training goes on without it")
@@ -176,7 +179,9 @@ def remove_unfinished(folder: Path) -> None:
     for path in folder.glob("*"):
         if path.is_dir() and path.name.split(".")[0].isdecimal() and not path.name.endswith(start.DAMAGED):
             if not checksums.is_finished(path):
-                shutil.rmtree(path, ignore_errors=True)
+                # In a folder that the user names, only what is like a checkpoint.
+                if {child.name.split(".")[0] for child in path.iterdir()} <= CONTENTS:
+                    storage.remove(path)
 
 
 def restore(
@@ -198,7 +203,7 @@ def restore(
     with ocp.PyTreeCheckpointer() as checkpointer:
         found = {}
         for name, tree in wanted.items():
-            stored = checkpointer.metadata(path.absolute() / name).item_metadata.tree
+            stored = checkpointer.metadata(storage.absolute(path) / name).item_metadata.tree
             n_stored, n_rows = (_n_positions(x) for x in (stored, tree))
             is_cut = n_stored > n_rows > 0  # learned positions: the first of them are used
             if is_cut:
@@ -206,7 +211,7 @@ def restore(
             _check(f"{path}/{name}", _shapes(stored), _shapes(tree))
             kinds = ocp.checkpoint_utils.construct_restore_args(tree)
             found[name] = checkpointer.restore(
-                path.absolute() / name, args=ocp.args.PyTreeRestore(item=tree, restore_args=kinds)
+                storage.absolute(path) / name, args=ocp.args.PyTreeRestore(item=tree, restore_args=kinds)
             )
             if is_cut:
                 found[name] = _with_positions(found[name], operator.itemgetter(slice(n_rows)))
@@ -231,7 +236,7 @@ def load_model(path: str | Path) -> tuple[nnx.Module, Config]:
     """Return the model of a run or checkpoint, of any form that jaxlm.convert reads, and its settings."""
     from jaxlm.tasks import TASKS
 
-    snapshot = convert.read(Path(path))
+    snapshot = convert.read(storage.path(path))
     task = TASKS[snapshot.config.task](snapshot.config)
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: task.build_model(nnx.Rngs(0))))
     return nnx.merge(graphdef, jax.tree.map(jax.numpy.asarray, names.to_jax(snapshot.weights))), snapshot.config
@@ -288,4 +293,4 @@ def _check(source: str, stored: Mapping[str, Any], wanted: Mapping[str, Any]) ->
 def _remove(folder: Path) -> None:
     """Remove a checkpoint; cut short, it leaves none that looks whole."""
     (folder / checksums.FILE).unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
+    storage.remove(folder)

@@ -5,19 +5,25 @@ A folder without that file is none that was ever finished. Knows no framework.
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from jaxlm import storage
 
 FILE = "checksums.json"
 
 
 def write(folder: Path) -> None:
     """Write the checksums of all files in a folder; from then on it counts as whole."""
-    paths = (path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / FILE)
+    paths = (path for path in sorted(_files(folder)) if path != folder / FILE)
     sums = {path.relative_to(folder).as_posix(): _sum(path) for path in paths}
+    text = json.dumps(sums | {FILE: _sum_of_all(sums)}, indent=0)
+    if storage.is_remote(folder):
+        (folder / FILE).write_text(text, encoding="utf-8")  # an object is there as a whole, or not at all
+        return
     temporary = folder / f"{FILE}.tmp"
-    temporary.write_text(json.dumps(sums | {FILE: _sum_of_all(sums)}, indent=0), encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(folder / FILE)
 
 
@@ -34,7 +40,9 @@ def damage(folder: Path, parts: Iterable[str] | None = None) -> str:
             return f"{FILE} is damaged"
     except FileNotFoundError:
         return f"{FILE} is missing: it was never finished"
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and storage.is_remote(folder):
+            raise  # the network fails, which tells nothing of the checkpoint
         return f"{FILE} is damaged"
     starts = None if parts is None else tuple(f"{part}/" for part in parts)
     for name, wanted in sums.items():
@@ -45,6 +53,8 @@ def damage(folder: Path, parts: Iterable[str] | None = None) -> str:
             except FileNotFoundError:
                 return f"{name} is missing"
             except OSError as error:
+                if storage.is_remote(folder):
+                    raise
                 return f"{name} cannot be read ({error.strerror})"
     return ""
 
@@ -61,6 +71,14 @@ def _sum_of_all(sums: dict[str, str]) -> str:
     return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
 
 
+def _files(folder: Path) -> Iterator[Path]:
+    for path in folder.iterdir():
+        if path.is_dir():
+            yield from _files(path)
+        else:
+            yield path
+
+
 def _sum(path: Path) -> str:
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -30,6 +30,7 @@ Rate = Annotated[float, Meta(ge=0, le=1000)]
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
     dir: str = ""  # folder of this run, made anew unless the run in it goes on; "": runs/<task>-<date>-<n>
+    checkpoint_dir: str = ""  # folder of checkpoints, also gs://BUCKET/FOLDER (extra: gcs); "": in the run folder
     keep_checkpoints: Positive = 1  # of the last, besides the best
 
 
@@ -140,7 +141,10 @@ def _settings() -> dict[str, Any]:
 
 SETTINGS = _settings()
 # What a command is asked to do, which is not what a run is: a run's config.toml and its checkpoints have it not.
-TRANSIENT = ("resume", "debug", "run.dir", "train.reset_optimizer", "train.switch_training")
+TRANSIENT = (
+    *("resume", "debug", "run.dir", "run.checkpoint_dir"),
+    *("train.reset_optimizer", "train.switch_training"),
+)
 COMMAND_LINE = "command line"
 HELP = ("-h", "--help")
 Layer = tuple[str, Any, str]  # dotted name, value, and where it came from
@@ -212,7 +216,8 @@ def get(config: Config, name: str) -> Any:
 def dump(config: Config) -> str:
     """Return the lasting settings as TOML, which `--config` reads back."""
     nested: dict[str, Any] = {}
-    for name, value in flat(config).items():
+    # Whoever has the folder of a run finds its checkpoints.
+    for name, value in (flat(config) | {"run.checkpoint_dir": config.run.checkpoint_dir}).items():
         section, _, key = name.rpartition(".")
         (nested.setdefault(section, {}) if section else nested)[key] = value
     return tomli_w.dumps(nested)
@@ -298,6 +303,8 @@ def _convert(name: str, value: Any, origin: str) -> Any:
 def _check(config: Config) -> None:
     """Raise UserError for settings that are fine alone but do not go together."""
     model, train, data = config.model, config.train, config.data
+    if "://" in config.run.dir:
+        raise UserError(f"run.dir={config.run.dir}: has to be a local folder; only run.checkpoint_dir can be another")
     if model.d_model % model.n_heads:
         lower = model.d_model // model.n_heads * model.n_heads
         fits = " or ".join(str(n) for n in (lower, lower + model.n_heads) if n)

@@ -99,7 +99,7 @@ def test_dump_is_read_back_to_the_same_settings(tmp_path):
     path = write(tmp_path / "config.toml", configs.dump(config))
     again, origins = configs.load(["--config", path])
     assert again == config
-    assert set(origins) == set(lasting) and set(origins.values()) == {path}
+    assert set(origins) == {*lasting, "run.checkpoint_dir"} and set(origins.values()) == {path}
     assert [type(configs.get(again, name)) for name in SETTINGS] == [type(configs.get(config, n)) for n in SETTINGS]
 
 

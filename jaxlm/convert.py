@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 
 from jaxlm import config as configs
-from jaxlm import formats, names
+from jaxlm import formats, names, storage
 from jaxlm.config import Config
 from jaxlm.errors import UserError, nearest, reported
 from jaxlm.formats import CHECKPOINT_1_2, RUN, SAFETENSORS, STATE_DICT, Snapshot, Stored
@@ -31,10 +31,10 @@ def main(argv: list[str] | None = None) -> int:
     with reported(debug=False):
         args = _parse(sys.argv[1:] if argv is None else argv)
         if args.inspect:
-            inspect(load(Path(args.inspect)))
+            inspect(load(storage.path(args.inspect)))
         else:
             config = configs.load(["--config", args.config])[0] if args.config else None
-            _convert(Path(args.source), Path(args.target), config, args.state_dict)
+            _convert(storage.path(args.source), Path(args.target), config, args.state_dict)
     return 0
 
 

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxlm import checksums, names
+from jaxlm import checksums, names, storage
 from jaxlm import config as configs
 from jaxlm.config import Config
 from jaxlm.errors import UserError
@@ -109,7 +109,7 @@ def load_run(path: Path) -> Stored:
         tree = {}
         with ocp.PyTreeCheckpointer() as checkpointer:
             for part in ("base", "head", "optimizer"):
-                item = folder.absolute() / part
+                item = storage.absolute(folder) / part
                 # As NumPy's arrays, whatever devices they were saved from.
                 kinds = jax.tree.map(
                     lambda _: ocp.RestoreArgs(restore_type=np.ndarray), checkpointer.metadata(item).item_metadata.tree
@@ -136,11 +136,11 @@ def _step_folder(path: Path) -> Path:
     """Return the folder of one checkpoint: `path`, or the last one in it."""
     if (path / "base").is_dir() and (path / "info").is_dir():
         return path
-    for folder in (path / "checkpoints", path):
+    for folder in (storage.checkpoints(path), path):
         children = (child for child in folder.glob("*") if child.name.isdecimal() and checksums.is_finished(child))
         if steps := [int(child.name) for child in children]:
             return folder / str(max(steps))
-    files = sorted([*path.glob("*.pt"), *path.glob("checkpoints/*.pt")])
+    files = sorted([*path.glob("*.pt"), *storage.checkpoints(path).glob("*.pt")])
     mend = f"; give a file of it, such as {files[0]}" if files else ""
     raise UserError(f"{path}: a folder without a checkpoint of jaxlm{mend}")
 

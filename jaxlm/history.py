@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from jaxlm import metrics
-from jaxlm.start import Start
+from jaxlm import formats, metrics
+from jaxlm.start import Start, finished_in
 
 FILES = ("metrics.jsonl", "samples.txt")
 KEYS = ("step", "split")  # of a row, besides its scores
@@ -15,9 +15,13 @@ KEYS = ("step", "split")  # of a row, besides its scores
 
 def restore(start: Start, run_dir: Path) -> dict[int, metrics.Scores]:
     """Write what was logged up to the checkpoint of `start` to a run folder; return the validation scores, by step."""
-    if start.kind != "resume" or start.path is None or start.path.parent.name != "checkpoints":
+    if start.kind != "resume" or start.path is None or start.run is None:
         return {}
-    return restore_to(run_dir, start.info["step"], start.path.parent.parent)
+    validation = restore_to(run_dir, start.info["step"], start.run)
+    if not validation and start.run_dir:  # lost with the disk of a machine: still, the best checkpoint is to be known
+        infos = [formats.info_of_run(path) for _, path in finished_in(start.path.parent) if path.is_dir()]
+        validation = {info["step"]: {"loss": info["val_loss"]} for info in infos if info["val_loss"] is not None}
+    return validation
 
 
 def restore_to(run_dir: Path, step: int, source: Path | None = None) -> dict[int, metrics.Scores]:

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxlm import checkpoint, optim, parallel, schedule, step
+from jaxlm import checkpoint, optim, parallel, schedule, step, storage
 from jaxlm import run as runs
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.config import Config
@@ -43,8 +43,8 @@ def run(config: Config, origins: dict[str, str], start: Start, started_s: float)
             # From here on a signal does not end the process, and the run folder stays.
             status = stack.enter_context(runs.interrupts(this.log))
         stack.enter_context(contextlib.closing(this))
-        folder, keep = this.dir / "checkpoints", this.config.run.keep_checkpoints
-        checkpoints = stack.enter_context(Checkpoints(folder, keep, this.log.warn))
+        folder = storage.checkpoints(this.dir, config.run.checkpoint_dir)
+        checkpoints = stack.enter_context(Checkpoints(folder, config.run.keep_checkpoints, this.log.warn))
         state = fit(this, compiled, state, checkpoints, status)
         finish(this, compiled, state, checkpoints, status)
         return status()

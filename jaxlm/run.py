@@ -7,7 +7,6 @@ import importlib.metadata
 import math
 import os
 import shlex
-import shutil
 import socket
 import statistics
 import sys
@@ -22,7 +21,7 @@ import numpy as np
 from rich.table import Table
 
 from jaxlm import config as configs
-from jaxlm import history, log, metrics
+from jaxlm import history, log, metrics, storage
 from jaxlm.config import Config
 from jaxlm.data import cache, prepare
 from jaxlm.data import tokenizer as tokenizers
@@ -30,7 +29,7 @@ from jaxlm.data.position import Position
 from jaxlm.data.samples import Batch
 from jaxlm.errors import CLEANUPS, UserError, signals
 from jaxlm.log import RunLog
-from jaxlm.start import DAMAGED, LOCK, Start
+from jaxlm.start import DAMAGED, LOCK, Start, finished_in
 
 N_SHOWN = 4  # validation samples of the debug dump
 MOST_ROLLBACKS = 10  # to one checkpoint
@@ -85,10 +84,10 @@ def started(
     def clean() -> None:
         if start.is_retry and not made:
             empty_run_dir(run_dir)
-        elif not start.run_dir:
+        elif made or not start.run_dir:
             remove_run_dir(run_dir, made)
         for path in cache.user_cache_dir(config.data.cache_dir).glob(f"*/*.{os.getpid()}.tmp"):
-            _remove(path)
+            storage.remove(path)
         run_log.console.show_cursor()  # which a progress bar hides
 
     if config.task not in tasks:
@@ -105,7 +104,7 @@ def started(
         task_class = tasks[config.task]
         config, data = prepare.prepare(config, task_class.samples, task_class(config).embedded, run_log.bytes_bar)
         start.check(data)
-        _set_aside(start, run_dir, run_log)
+        _set_aside(start, storage.checkpoints(run_dir, config.run.checkpoint_dir), run_log)
         _write(run_dir / "config.toml", configs.dump(config))
         tokenizers.save(data.tokenizer, run_dir / "tokenizer.json")
         validation = history.restore(start, run_dir)
@@ -131,11 +130,18 @@ def make_run_dir(config: Config, start: Start) -> tuple[Path, list[Path]]:
 
     Raises UserError if it is in use or cannot be made.
     """
+    if config.run.checkpoint_dir and not start.run_dir:
+        found = {path for _, path in finished_in(storage.path(config.run.checkpoint_dir))}
+        if found - set(dict(start.damaged)):
+            raise UserError(
+                f"run.checkpoint_dir={config.run.checkpoint_dir}: there are checkpoints of a run already; "
+                "go on with it by --resume auto, or give a new folder"
+            )
     try:
         if config.run.dir:
             path = Path(config.run.dir)
             if start.run_dir or (start.is_retry and path.is_dir() and _is_of_a_run(path)):
-                return path, []
+                return path, _make(path)
             if path.exists() and (not path.is_dir() or any(path.iterdir())):
                 is_run = path.is_dir() and _is_of_a_run(path)
                 mend = "go on with it by --resume auto, or give a new folder" if is_run else "give a new folder"
@@ -189,15 +195,15 @@ def empty_run_dir(path: Path) -> None:
     """Remove what a run without a checkpoint has left; checkpoints that were set aside stay."""
     for child in path.iterdir():
         if child.name not in (LOCK, "checkpoints"):
-            _remove(child)
+            storage.remove(child)
 
 
-def _set_aside(start: Start, run_dir: Path, run_log: RunLog) -> None:
+def _set_aside(start: Start, folder: Path, run_log: RunLog) -> None:
     """Give damaged checkpoints of the run that goes on another name."""
     for path, what in start.damaged:
-        if path.parent.parent.absolute() == run_dir.absolute():
+        if storage.absolute(path.parent) == storage.absolute(folder):
             aside = path.with_name(path.name + DAMAGED)
-            _remove(aside)
+            storage.remove(aside)
             path.rename(aside)
             what += f"; it is set aside as {aside.name}"
         run_log.warn(f"{path}: damaged: {what}")
@@ -214,17 +220,10 @@ def _make(path: Path) -> list[Path]:
 def remove_run_dir(path: Path, made: list[Path]) -> None:
     """Empty the folder of a run that did not start, and remove the folders made for it."""
     for child in path.iterdir():
-        _remove(child)
+        storage.remove(child)
     for folder in made:
         with contextlib.suppress(OSError):  # another run has begun beside it
             folder.rmdir()
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _write(path: Path, text: str) -> None:
@@ -518,8 +517,9 @@ def sum_up(
     run.log.say(saves)
     run.log.say(f"\nEverything is in {run.dir}:")
     kept = {None: f"step {last}", last: f"step {last}, the best and the last"}
+    folder = run.config.run.checkpoint_dir or "checkpoints"
     for name, what in (
-        ("checkpoints", kept.get(best, f"step {best}, the best, and step {last}, the last")),
+        (folder, kept.get(best, f"step {best}, the best, and step {last}, the last")),
         ("config.toml", "all settings; a new run of the same: --config with this file"),
         ("metrics.jsonl", "scores by step, one JSON object a line"),
         ("samples.txt", "what the model made of some validation samples, by step"),
@@ -558,6 +558,8 @@ def _some(steps: list[int], most: int = 10) -> str:
 
 def _next_command(run: Run) -> str:
     again = f"{run.program} --config {shlex.quote(str(run.dir / 'config.toml'))}"
+    if run.config.run.checkpoint_dir:
+        again += " --run.checkpoint-dir NEW"
     if run.config.data.path or run.config.data.hub:
         return f"train for longer: {again} --train.max-steps {2 * run.config.train.max_steps}"
     own = "reviews.tsv" if run.task.samples.is_labelled else "your_text.txt"

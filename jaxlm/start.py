@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from jaxlm import checksums, convert, formats
+from jaxlm import checksums, convert, formats, storage
 from jaxlm import config as configs
 from jaxlm.config import Config, Layer, TrainConfig
 from jaxlm.data.position import Position
@@ -48,13 +48,14 @@ class Start:
     form: str = ""  # of formats.py
     info: dict[str, Any] = dataclasses.field(default_factory=dict)
     parts: tuple[str, ...] = ()  # of PARTS: what is restored; the rest starts afresh
+    run: Path | None = None  # folder of the run that made it, where that is known
     run_dir: str = ""  # of the run that goes on, in its own folder; "": the run has a new folder
     is_retry: bool = False  # the run folder may have what a run without a checkpoint has left
     damaged: tuple[tuple[Path, str], ...] = ()  # newer checkpoints that cannot be used, and why
 
     def settings(self) -> dict[str, Any]:
         """Return the settings of the run that made the checkpoint; those that it does not tell are the defaults."""
-        return configs.flat(convert.config_of(self.info["config"], Path(str(self.path))))
+        return configs.flat(convert.config_of(self.info["config"], self.path or Path()))
 
     def layers(self) -> list[Layer]:
         """Return the settings that a run takes from the checkpoint."""
@@ -66,11 +67,13 @@ class Start:
             if stored.get("model.positions") == "learned":
                 names = (*names, "model.seq_len")
             stored = {name: stored[name] for name in names}
-            folder = self.path.parent.parent if self.path.parent.name == "checkpoints" else self.path.parent
-            if (folder / "tokenizer.json").is_file():
+            folder = self.run or self.path.parent
+            if not storage.is_remote(folder) and (folder / "tokenizer.json").is_file():
                 stored["tokenizer.path"] = str(folder / "tokenizer.json")
         if self.run_dir:
             stored["run.dir"] = self.run_dir
+            if self.path.parent != Path(self.run_dir) / "checkpoints":
+                stored["run.checkpoint_dir"] = str(self.path.parent)
         return [(name, value, str(self.path)) for name, value in stored.items()]
 
     def changes(self, config: Config) -> list[tuple[str, Any, Any]]:
@@ -80,6 +83,12 @@ class Start:
         """
         if self.path is None:
             return []
+        if self.run_dir and (named := config.run.checkpoint_dir):
+            if storage.absolute(storage.path(named)) != storage.absolute(self.path.parent):
+                raise UserError(
+                    f"run.checkpoint_dir={named}: the checkpoints of {self.run_dir} are in {self.path.parent}; "
+                    "leave it, or go on in a new folder with --run.dir"
+                )
         found = [(name, old, configs.get(config, name)) for name, old in self.settings().items()]
         found = [(name, old, new) for name, old, new in found if old != new]
         fixed = FIXED if self.kind == "resume" else BASE_SETTINGS
@@ -146,7 +155,9 @@ def load(argv: list[str], prog: str, form: str) -> tuple[Config, dict[str, str],
 def find(given: Mapping[str, Any], form: str) -> Start:
     """Return what the settings `resume` and `init_from` ask for, checked to be whole. Raises UserError."""
     resume, base, run_dir = (given.get(name, "") for name in ("resume", "init_from", "run.dir"))
-    start = Start()
+    start, folder = Start(), given.get("run.checkpoint_dir", "")
+    if storage.is_remote(folder) and form != formats.RUN:
+        raise UserError(f"run.checkpoint_dir={folder}: torchlm has its checkpoints in a local folder; give one")
     if resume == "auto":
         if not run_dir:
             raise UserError("resume=auto: which run is to go on? give its folder with --run.dir")
@@ -158,10 +169,12 @@ def find(given: Mapping[str, Any], form: str) -> Start:
             f"resume={resume} and init_from={base} name two starts; give one, or --resume auto with the second"
         )
     elif resume:
-        return _resume(Path(resume), given, form)
+        return _resume(storage.path(resume), given, form)
     if base:
-        path, stored_form, info, damaged = _newest(Path(base), ("base", "info"))
-        return Start("base", path, stored_form, info, ("base",), is_retry=start.is_retry, damaged=damaged)
+        source = storage.path(base)
+        path, stored_form, info, damaged = _newest(source, ("base", "info"))
+        run, damaged = _run_of(path, source), (*start.damaged, *damaged)
+        return Start("base", path, stored_form, info, ("base",), run, is_retry=start.is_retry, damaged=damaged)
     return start
 
 
@@ -200,10 +213,19 @@ def checkpoints_in(folder: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
+def finished_in(folder: Path) -> list[tuple[int, Path]]:
+    """Return the checkpoints in a folder by step that were written to their end."""
+    # A save that was killed is no checkpoint that was damaged.
+    return [(step, path) for step, path in checkpoints_in(folder) if checksums.is_finished(path) or path.is_file()]
+
+
 def _resume_auto(run_dir: Path, given: Mapping[str, Any], form: str) -> Start:
-    if any(_is_finished(path) for _, path in checkpoints_in(run_dir / "checkpoints")):
+    # That of the run, and that of the command line, should the run folder be lost.
+    for folder in (storage.checkpoints(run_dir), storage.checkpoints(run_dir, given.get("run.checkpoint_dir", ""))):
+        if not finished_in(folder):
+            continue
         try:
-            path, stored_form, info, damaged = _newest(run_dir, None)
+            path, stored_form, info, damaged = _newest(folder, None)
         except _AllDamagedError as error:
             return Start(is_retry=True, damaged=error.damaged)
         if given.get("task", info["task"]) != info["task"]:
@@ -213,31 +235,36 @@ def _resume_auto(run_dir: Path, given: Mapping[str, Any], form: str) -> Start:
                 f"run.dir={run_dir}: its checkpoints are of another program ({stored_form}); "
                 f"go on from them in a new folder: --resume {run_dir} --run.dir NEW"
             )
-        return Start("resume", path, stored_form, info, PARTS, str(run_dir), damaged=damaged)
+        return Start("resume", path, stored_form, info, PARTS, run_dir, str(run_dir), damaged=damaged)
     # What has been killed before its first checkpoint.
     return Start(is_retry=(run_dir / LOCK).exists() or not run_dir.exists())
 
 
 def _resume(source: Path, given: Mapping[str, Any], form: str) -> Start:
     path, stored_form, info, damaged = _newest(source, None)
+    run = _run_of(path, source)
     if given.get("task", info["task"]) != info["task"] or given.get("train.switch_training"):
-        return Start("base", path, stored_form, info, ("base",), damaged=damaged)
+        return Start("base", path, stored_form, info, ("base",), run, damaged=damaged)
     parts = PARTS[:2] if given.get("train.reset_optimizer") else PARTS
-    start = Start("resume", path, stored_form, info, parts, damaged=damaged)
-    run_dir, new_dir = path.parent.parent, given.get("run.dir", "")
-    is_of_run = path.parent.name == "checkpoints" and stored_form == form
-    if new_dir and not (is_of_run and Path(new_dir).absolute() == run_dir.absolute()):
+    start = Start("resume", path, stored_form, info, parts, run, damaged=damaged)
+    new_dir = given.get("run.dir", "")
+    if run is None or stored_form != form or (new_dir and Path(new_dir).absolute() != run.absolute()):
         return dataclasses.replace(start, damaged=())  # a new folder: the other run stays as it is
-    if not is_of_run:
-        return dataclasses.replace(start, damaged=())
-    others = (other for step, other in checkpoints_in(path.parent) if step > int(path.stem))
-    newer = [x for x in others if x not in dict(damaged) and _is_finished(x)]
+    newer = [x for step, x in finished_in(path.parent) if step > int(path.stem) and x not in dict(damaged)]
     if newer:
         raise UserError(
-            f"resume={path}: {run_dir} has newer checkpoints ({newer[-1].name}), which would be lost; "
+            f"resume={path}: {run} has newer checkpoints ({newer[-1].name}), which would be lost; "
             "go on in a new folder with --run.dir"
         )
-    return dataclasses.replace(start, run_dir=str(run_dir))
+    return dataclasses.replace(start, run_dir=str(run))
+
+
+def _run_of(path: Path, source: Path) -> Path | None:
+    """Return the folder of the run that has a checkpoint, which was found by `source`; None if that is not known."""
+    for folder in (source, path.parent.parent):
+        if (folder / "config.toml").is_file() and storage.checkpoints(folder) == path.parent:
+            return folder
+    return None
 
 
 class _AllDamagedError(UserError):
@@ -273,16 +300,11 @@ def _candidates(source: Path) -> Iterator[Path]:
     if source.is_file() or (source / "info").is_dir():
         yield source
         return
-    for folder in (source / "checkpoints", source):
-        found = [path for _, path in reversed(checkpoints_in(folder))]
-        yield from filter(_is_finished, found)
+    for folder in (storage.checkpoints(source), source):
+        found = [path for _, path in reversed(finished_in(folder))]
+        yield from found
         if found:
             return
-
-
-def _is_finished(path: Path) -> bool:
-    """Return whether a checkpoint was written to its end: a save that was killed is no checkpoint that was damaged."""
-    return path.is_file() or checksums.is_finished(path)
 
 
 def _read(path: Path, parts: Iterable[str] | None) -> tuple[str, dict[str, Any]]:

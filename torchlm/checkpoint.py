@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jaxlm import convert, formats, names, start
+from jaxlm import convert, formats, names, start, storage
 from jaxlm.config import Config
 from jaxlm.errors import UserError
 from jaxlm.run import Run
@@ -55,7 +55,7 @@ class Checkpoints:
         started_s = time.monotonic()
         if state.step not in self.steps():
             try:
-                self.folder.mkdir(exist_ok=True)
+                self.folder.mkdir(parents=True, exist_ok=True)
                 n_bytes = 3 * sum(x.nbytes for x in state.model.parameters())
                 n_free = shutil.disk_usage(self.folder).free
                 if n_free < n_bytes:  # torch.save tells less
@@ -147,7 +147,7 @@ def load_model(path: str | Path) -> tuple[torch.nn.Module, Config]:
     """Return the model of a run or checkpoint, of any form that jaxlm.convert reads, and its settings."""
     from torchlm.tasks import TASKS
 
-    snapshot = convert.read(Path(path))
+    snapshot = convert.read(storage.path(path))
     model = TASKS[snapshot.config.task](snapshot.config).build_model(torch.Generator())
     model.load_state_dict({name: torch.tensor(x) for name, x in snapshot.weights.items()})
     return model.eval(), snapshot.config

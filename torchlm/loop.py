@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from jaxlm import run as runs
+from jaxlm import storage
 from jaxlm.config import Config
 from jaxlm.data import loader
 from jaxlm.data.position import Position
@@ -48,8 +49,8 @@ def run(config: Config, origins: dict[str, str], start: Start, started_s: float)
             status = stack.enter_context(runs.interrupts(this.log))
         status = functools.partial(parallel.any_process, mesh, status)
         stack.enter_context(contextlib.closing(this))
-        folder, keep = this.dir / "checkpoints", this.config.run.keep_checkpoints
-        checkpoints = stack.enter_context(Checkpoints(folder, keep, this.log.warn))
+        folder = storage.checkpoints(this.dir, config.run.checkpoint_dir)
+        checkpoints = stack.enter_context(Checkpoints(folder, config.run.keep_checkpoints, this.log.warn))
         state = fit(this, compiled, state, checkpoints, status)
         finish(this, compiled, state, checkpoints, status)
         return status()

@@ -134,6 +134,7 @@ def joined(mesh: Mesh, config: Config) -> Iterator[Config]:
             CLEANUPS.append(folder.cleanup)
             stack.callback(CLEANUPS.remove, folder.cleanup)
             config = configs.replace(config, "run.dir", stack.enter_context(folder))
+            config = configs.replace(config, "run.checkpoint_dir", "")
             config = configs.replace(config, "log", LogConfig())
             nowhere = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(nowhere))

@@ -1,0 +1,64 @@
+"""Where checkpoints lie: a local folder, or one in gs:// by `etils.epath`, whose paths are much like those of pathlib.
+
+The rest of the package uses what both have, and the functions here for what they have not.
+"""
+
+import logging
+import shutil
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from jaxlm.errors import UserError
+
+
+def path(text: str | Path) -> Path:
+    """Return a path, local or in gs://. Raises UserError for any other kind, and for what cannot be reached."""
+    if not is_remote(text):
+        return Path(text)
+    if not str(text).startswith("gs://"):
+        raise UserError(f"{text}: neither a local folder nor gs://, and Orbax stores arrays in no other; give one")
+    try:
+        import fsspec
+        import gcsfs  # noqa: F401
+        from etils import epath
+    except ImportError as error:
+        raise UserError(f"{text}: needs gcsfs, which is not installed: pip install 'jaxlm[gcs]'") from error
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs what it raises, too
+    fsspec.config.conf["gcs"] = {"use_listings_cache": False}  # which does not see what Orbax writes
+    result: Any = epath.Path(text)
+    try:
+        list(result.glob("*"))  # also of a folder that is not there, but not of such a bucket
+    except Exception as error:  # whatever gcsfs, its libraries and the network raise
+        raise UserError(f"{text}: cannot be reached ({type(error).__name__}: {error})") from error
+    return result
+
+
+def is_remote(path: str | Path) -> bool:
+    """Return whether a path is that of no local file."""
+    return "://" in str(path)
+
+
+def absolute(path: Path) -> Path:
+    """Return the absolute path; epath's own method makes a local one of gs://."""
+    return path if is_remote(path) else path.absolute()
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder, if it is there."""
+    if is_remote(path):
+        path.rmtree(missing_ok=True)  # type: ignore[attr-defined]
+    elif path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def checkpoints(run_dir: Path, named: str = "") -> Path:
+    """Return the folder of a run's checkpoints: the one `named`, or the one in the run's config.toml, or its own."""
+    if not named:
+        try:
+            named = tomllib.loads((run_dir / "config.toml").read_text(encoding="utf-8"))["run"]["checkpoint_dir"]
+        except (OSError, ValueError, KeyError):
+            pass
+    return path(named) if named else run_dir / "checkpoints"
