@@ -15,7 +15,7 @@ NONE = 0, b""
 
 
 class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+    protocol_version, disable_nagle_algorithm = "HTTP/1.1", True
     objects: dict[str, tuple[int, bytes]] = {}  # generation and content, by name
     lock = threading.RLock()
     n_writes = 0
