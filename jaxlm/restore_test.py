@@ -304,3 +304,23 @@ def test_a_base_is_restored_without_the_files_of_other_parts(sources: dict[str, 
     assert all(np.array_equal(x, stored[name]) for name, x in weights.items() if name.startswith("base"))
     with pytest.raises(configs.UserError, match="damaged: head/.* is missing"):
         checkpoint.restore(path, fresh(), ["base", "head"])
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_damaged_newest_checkpoint_is_set_aside(
+    program: str, begun: Any, sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(sources[program.upper()], tmp_path / "run")
+    older, newer = (run / "checkpoints" / (f"{step}.pt" if program == "torchlm" else str(step)) for step in (STEP, 9))
+    if older.is_dir():
+        shutil.copytree(older, newer)
+        (newer / "optimizer" / "_METADATA").unlink()
+    else:
+        newer.write_bytes(older.read_bytes()[:-1000])
+    row = Row("", "--resume auto", [])
+    _, state = begun(program, argv_of(row, program, sources, run))
+    assert (state.step, same(state.weights, convert.read(older).weights)) == (STEP, True)
+    assert {path.name for path in older.parent.iterdir()} == {older.name, f"{newer.name}.damaged"}
+    errors = capsys.readouterr().err
+    what = "cannot be read" if program == "torchlm" else "optimizer/_METADATA is missing"
+    assert f"warning: {newer}: damaged: {what}" in errors and f"it is set aside as {newer.name}.damaged" in errors
