@@ -40,6 +40,8 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int = 1, warn: Callable[[str], None] = print):
         self.folder, self.keep, self.warn = folder, keep, warn
         self.n_saved, self.stalled_s = 0, 0.0  # saves that are whole, and how long training stood still for all
+        for path in folder.glob("*.pt.*.tmp"):  # of a save that never came to its end
+            path.unlink(missing_ok=True)
 
     def __enter__(self) -> "Checkpoints":
         return self

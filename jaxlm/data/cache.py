@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from tokenizers import Tokenizer
+from tokenizers import __version__ as library_version
 
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data.sources import SPLITS, Article, Source
@@ -56,7 +57,7 @@ def open_cache(
     `on_progress` is told the bytes of text done so far. Raises UserError if the cache cannot be written; then, as
     after an interrupt, nothing of it stays.
     """
-    key = f"{FORMAT} {source.fingerprint} {tokenizers.fingerprint(tokenizer)}"
+    key = f"{FORMAT} {source.fingerprint} {tokenizers.fingerprint(tokenizer)} {library_version}"
     folder = cache_dir / "tokens" / hashlib.sha256(key.encode()).hexdigest()[:32]
     if not folder.exists():
         _build(source, tokenizer, folder, on_progress)
