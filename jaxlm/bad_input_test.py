@@ -177,18 +177,15 @@ def test_an_error_inside_the_program_keeps_its_traceback_with_status_1(launch: A
 
 @pytest.mark.parametrize("limit", [5_000, 100_000], ids=["tokenizer", "tokens"])
 def test_a_full_disk_while_caching_leaves_nothing_half_written(limit: int, tmp_path: Path, launch: Any) -> None:
-    # A limit on the size of a file fails as a full disk does, and needs no rights to mount one.
-    def limited() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
     (tmp_path / "cwd").mkdir()
     process = launch(
         "--data.cache-dir ../cache --tokenizer.vocab-size 300 --train.max-steps 1",
         tmp_path / "cwd",
-        preexec_fn=limited,
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
+    # A limit on the size of a file fails as a full disk does, and needs no rights to mount one.
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit))
     _, stderr = process.communicate()
     assert process.returncode == 2, stderr
     assert re.fullmatch(r"error: [^\n]+cannot be written[^\n]+--data.cache-dir\n", stderr)

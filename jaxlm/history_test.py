@@ -36,7 +36,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def resumed(folder: Path, step: int) -> Start:
-    return Start("resume", folder / "checkpoints" / str(step), info={"step": step})
+    return Start("resume", folder / "checkpoints" / str(step), info={"step": step}, run=folder)
 
 
 def test_what_came_after_the_checkpoint_is_dropped(folder: Path) -> None:

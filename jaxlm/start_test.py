@@ -42,6 +42,7 @@ def write_run(folder: Path, form: str, steps: tuple[int, ...] = STEPS) -> Path:
     """Write a run with checkpoints of one form as its trainer leaves it; return its folder."""
     (folder / "checkpoints").mkdir(parents=True)
     (folder / starts.LOCK).touch()
+    (folder / "config.toml").touch()
     tokenizers.save(TOKENIZER, folder / "tokenizer.json")
     for step in steps:
         if form == RUN:

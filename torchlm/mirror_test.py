@@ -33,7 +33,7 @@ ONLY_JAX = {
         "scale_by_adam": "Optax's own rounds the bias correction",
         **dict.fromkeys(("moments", "with_moments", "at_step"), "a state without names"),
     },
-    "checkpoint": dict.fromkeys(("parts_of", "remove_unfinished", "with_parts"), "parts of an array tree"),
+    "checkpoint": dict.fromkeys(("CONTENTS", "parts_of", "remove_unfinished", "with_parts"), "parts of an array tree"),
     "step": {"TrainState.params": "an array tree beside the model", "TrainState.opt_state": "beside the optimizer"},
 }
 ONLY_TORCH = {
