@@ -15,6 +15,7 @@ from jaxlm.errors import UserError
 from jaxlm.resume_test import TINY, content, interrupted_at, run, texts, undisturbed  # noqa: F401
 
 
+@pytest.mark.slow
 def test_a_run_with_checkpoints_elsewhere_goes_on_alike(
     texts: Path,  # noqa: F811
     tmp_path: Path,

@@ -168,6 +168,6 @@ FAST = {
     *(f"{kind}: {name}" for kind in ("replay", "recorder") for name in RECORDED),
     *("further case: mlm, other settings of the optimizer", "AdamW", "transformers: GPT-2", "transformers: BERT"),
     *("attention of PyTorch: mlm", "layers of PyTorch: gpt", "post-norm layers of PyTorch: sst2"),
-    *("finite differences: gpt", "edges: mlm", "edges: sst2", "1024 positions: gpt", "4096 positions: mlm"),
+    *("finite differences: gpt", "edges: mlm", "4096 positions: mlm"),
     *("float64: mlm", "float64: gpt", "dropout: gpt", "dropout statistics", "rotary, no pad: gpt"),
 }

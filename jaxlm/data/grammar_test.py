@@ -70,6 +70,7 @@ def test_sentences_are_tidy(made, task):
                 assert text[0].isupper() and text.endswith(".") and ".." not in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_word_counts_do_not_give_the_label(made, task):
     """What a model must score, 0.85 on test, needs more than which words, or pairs of words, there are."""

@@ -649,6 +649,7 @@ def probe_hub(name: str) -> Callable[[], str]:
     It is "" as well where the hub is not to be asked.
     """
     import huggingface_hub
+    from huggingface_hub import constants
 
     if huggingface_hub.is_offline_mode():
         return str
@@ -658,7 +659,7 @@ def probe_hub(name: str) -> Callable[[], str]:
     def probe() -> None:
         nonlocal failure
         try:
-            huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=PROBE_S)
+            huggingface_hub.get_session().head(constants.ENDPOINT, timeout=PROBE_S)
             failure = ""
         except Exception as error:  # the client's own and those of the system
             failure = " ".join(str(error).split())[:100] or type(error).__name__

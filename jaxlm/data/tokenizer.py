@@ -169,7 +169,8 @@ def _from_hub(name: str) -> Path:
     from jaxlm.data import sources
 
     try:
-        sources.probe_hub(name)
+        if failure := sources.probe_hub(name)():
+            raise ConnectionError(failure)
         return Path(huggingface_hub.hf_hub_download(name, "tokenizer.json", etag_timeout=3))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0]

@@ -331,10 +331,13 @@ def test_files_that_are_no_tokenizer(tmp_path, gpt_folder):
 
 
 def test_unreachable_hub_names_the_setting(monkeypatch):
-    import huggingface_hub
+    from huggingface_hub import constants
 
     # A port of this machine that nothing listens on.
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(
+        "huggingface_hub.hf_hub_download", lambda *args, **options: pytest.fail("it was asked for long")
+    )
     message = failure(path="some-group/some-model")
     assert message.startswith("tokenizer.path=some-group/some-model: ") and "give a local tokenizer.json" in message
 
