@@ -95,10 +95,13 @@ def started(
     run_log = RunLog()
     log.check_loggers(config)
     run_dir, made = make_run_dir(config, start)
-    CLEANUPS.append(clean)
-    held = None
     try:
-        held = lock(run_dir)
+        held = lock(run_dir)  # before anything in the folder is touched, which may be another process's
+    except UserError:
+        _remove_empty(made)
+        raise
+    CLEANUPS.append(clean)
+    try:
         if start.is_retry:
             empty_run_dir(run_dir)
         task_class = tasks[config.task]
@@ -117,9 +120,8 @@ def started(
         task = task_class(config)
         yield Run(config, task, data, run_dir, run_log, started_s, program, start, rewarmed, held, validation)
     except BaseException:
-        if held is not None:  # else another process works in the folder
-            clean()
-            held.close()
+        clean()
+        held.close()
         raise
     finally:
         CLEANUPS.remove(clean)
@@ -170,25 +172,25 @@ def lock(run_dir: Path) -> TextIO:
 
     Raises UserError, with the host and the process that has it, if it is taken.
     """
-    try:
-        file = open(run_dir / LOCK, "a+", encoding="utf-8")
-    except OSError as error:
-        raise UserError(
-            f"run.dir={run_dir}: cannot be written ({error.strerror}); give another with --run.dir"
-        ) from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        with file:
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(open(run_dir / LOCK, "a+", encoding="utf-8"))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.callback((run_dir / LOCK).unlink)
+            file.truncate(0)
+            os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        except BlockingIOError as error:
             file.seek(0)
             owner = file.read().strip() or "another process"
-        raise UserError(
-            f"run.dir={run_dir}: {owner} works in it; wait for it or stop it, or give another folder"
-        ) from error
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
-    return file
+            raise UserError(
+                f"run.dir={run_dir}: {owner} works in it; wait for it or stop it, or give another folder"
+            ) from error
+        except OSError as error:
+            raise UserError(
+                f"run.dir={run_dir}: cannot be written ({error.strerror}); give another with --run.dir"
+            ) from error
+        stack.pop_all()
+        return file
 
 
 def empty_run_dir(path: Path) -> None:
@@ -221,7 +223,11 @@ def remove_run_dir(path: Path, made: list[Path]) -> None:
     """Empty the folder of a run that did not start, and remove the folders made for it."""
     for child in path.iterdir():
         storage.remove(child)
-    for folder in made:
+    _remove_empty(made)
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
         with contextlib.suppress(OSError):  # another run has begun beside it
             folder.rmdir()
 

@@ -31,6 +31,7 @@ ROOT = Path(__file__).parent.parent
 TINY = (
     "--task mlm --model.d-model 16 --model.n-layers 2 --model.n-heads 2 --model.seq-len 16 --model.dropout 0.2 "
     "--train.batch-size 4 --train.warmup-steps 20 --train.eval-interval 25 --train.log-interval 3 "
+    "--data.validation-fraction 0.02 --data.test-fraction 0.02 "
 )
 random.seed(0)
 

@@ -75,7 +75,7 @@ def interrupted_at(call: int, patch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         yield calls
 
 
-@pytest.mark.parametrize("n_points", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n_points", [3, pytest.param(8, marks=pytest.mark.slow)])
 def test_a_run_interrupted_anywhere_goes_on_alike(
     n_points: int, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
