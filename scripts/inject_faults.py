@@ -52,6 +52,8 @@ def finish(arguments: list[str], log: Path) -> int:
 
 
 def rows(run: Path) -> list[dict]:
+    if not (run / "metrics.jsonl").exists():  # it was interrupted before its first update
+        return []
     lines = (run / "metrics.jsonl").read_text().splitlines()
     return [{name: x for name, x in json.loads(line).items() if name != "tokens_per_s"} for line in lines]
 
@@ -59,13 +61,14 @@ def rows(run: Path) -> list[dict]:
 def differences(run: Path, undisturbed: Path) -> list[str]:
     """Return what is not the same in two runs: rows, samples, and the last checkpoint."""
     from jaxlm import convert
+    from jaxlm import start as start_of
 
     found = []
     if rows(run) != rows(undisturbed):
         found.append("metrics.jsonl")
     if (run / "samples.txt").read_bytes() != (undisturbed / "samples.txt").read_bytes():
         found.append("samples.txt")
-    one, other = (convert.read(max((x / "checkpoints").glob("*"), key=age)) for x in (run, undisturbed))
+    one, other = (convert.read(start_of.finished_in(x / "checkpoints")[-1][1]) for x in (run, undisturbed))
     for snapshot in (one, other):
         snapshot.info.pop("val_loss")  # which a checkpoint lacks where a signal has ended its evaluation
     parts = {"weights": (one.weights, other.weights)}
@@ -73,10 +76,6 @@ def differences(run: Path, undisturbed: Path) -> list[str]:
         parts[name] = one.moments[i], other.moments[i]
     found += [name for name, (a, b) in parts.items() if any(a[key].tobytes() != b[key].tobytes() for key in a | b)]
     return found + (["counters"] if (one.n_updates, one.info) != (other.n_updates, other.info) else [])
-
-
-def age(checkpoint: Path) -> int:
-    return int(checkpoint.stem) if checkpoint.stem.isdecimal() else -1
 
 
 def interrupted(
@@ -178,7 +177,8 @@ def write(path: Path, content: bytes) -> None:
 
 
 def damaged_bytes(folder: Path, n: int) -> Iterator[tuple[str, str, list[str]]]:
-    from jaxlm import formats, start
+    from jaxlm import formats
+    from jaxlm import start as start_of
 
     run, whole = folder / "run", folder / "whole"
     settings = f"{TINY} --train.max-steps 50 --run.keep-checkpoints 2 --run.dir {run}"
@@ -190,7 +190,7 @@ def damaged_bytes(folder: Path, n: int) -> Iterator[tuple[str, str, list[str]]]:
     for file in files:
         for what, apply in damage(run / file):
             apply()
-            found = start.find({"resume": "auto", "run.dir": str(run)}, formats.RUN)
+            found = start_of.find({"resume": "auto", "run.dir": str(run)}, formats.RUN)
             n_tried += 1
             if found.path != run / "checkpoints" / "25":
                 wrong.append(f"{file} {what}: {found.path}")
