@@ -776,8 +776,8 @@ def _optimizer() -> list[Fault]:
 
 def _schedule() -> list[Fault]:
     adamw, resume, cycle = "AdamW of NumPy and PyTorch", "replay of gpt_resume", "replay of mlm_cycle"
-    rate, rewarmup, cycled = "schedule.learning_rate", "schedule.rewarmup", "schedule.cycled"
-    cosine = "minimum + 0.5 * (1 + math.cos(math.pi * (i - warmup_steps) / decay_steps)) * (peak - minimum)"
+    rate, rewarmup, cycled = "schedule.warmed_up", "schedule.rewarmup", "schedule.cycled"
+    cosine = "minimum + 0.5 * (1 + math.cos(math.pi * done / decay_steps)) * (peak - minimum)"
     optax_cosine = "optax.cosine_decay_schedule(peak, decay_steps, alpha=minimum / peak if peak else 0.0)"
     return [
         *both(
@@ -785,21 +785,21 @@ def _schedule() -> list[Fault]:
             "the first update of a warmup has a rate",
             adamw,
             edit(
-                jax_schedule.learning_rate,
+                jax_schedule.warmed_up,
                 (
                     "return lambda i: rate(jnp.asarray(i, float))",
                     "return lambda i: rate(jnp.asarray(i + 1.0 * (i < warmup_steps), float))",
                 ),
             ),
-            edit(torch_schedule.learning_rate, ("return i * peak", "return (i + 1) * peak")),
+            edit(torch_schedule.warmed_up, ("return i * peak", "return (i + 1) * peak")),
         ),
         *both(
             "schedule off by one",
             "update i has the rate of update i + 1",
             adamw,
-            edit(jax_schedule.learning_rate, ("jnp.asarray(i, float)", "jnp.asarray(i + 1, float)")),
+            edit(jax_schedule.warmed_up, ("jnp.asarray(i, float)", "jnp.asarray(i + 1, float)")),
             edit(
-                torch_schedule.learning_rate,
+                torch_schedule.warmed_up,
                 ("def rate(i: int) -> float:", "def rate(i: int) -> float:\n        i += 1"),
             ),
         ),
@@ -807,8 +807,8 @@ def _schedule() -> list[Fault]:
             "no warmup",
             "the peak from the first update on",
             adamw,
-            edit(jax_schedule.learning_rate, ("linear_schedule(0.0, peak", "linear_schedule(peak, peak")),
-            edit(torch_schedule.learning_rate, ("return i * peak / warmup_steps", "return peak")),
+            edit(jax_schedule.warmed_up, ("linear_schedule(0.0, peak", "linear_schedule(peak, peak")),
+            edit(torch_schedule.warmed_up, ("return i * peak / warmup_steps", "return peak")),
         ),
         *mirrored(
             "decay to the last update",
@@ -828,9 +828,9 @@ def _schedule() -> list[Fault]:
             "minimum ignored",
             "cosine to 0",
             adamw,
-            edit(jax_schedule.learning_rate, ("alpha=minimum / peak if peak else 0.0", "alpha=0.0")),
+            edit(jax_schedule.warmed_up, ("alpha=minimum / peak if peak else 0.0", "alpha=0.0")),
             edit(
-                torch_schedule.learning_rate,
+                torch_schedule.warmed_up,
                 (cosine, cosine.replace("minimum + ", "").replace("(peak - minimum)", "peak")),
             ),
         ),
@@ -838,8 +838,8 @@ def _schedule() -> list[Fault]:
             "linear decay",
             "a line for the cosine",
             adamw,
-            edit(jax_schedule.learning_rate, (optax_cosine, "optax.linear_schedule(peak, minimum, decay_steps)")),
-            edit(torch_schedule.learning_rate, (cosine, "peak + (minimum - peak) * (i - warmup_steps) / decay_steps")),
+            edit(jax_schedule.warmed_up, (optax_cosine, "optax.linear_schedule(peak, minimum, decay_steps)")),
+            edit(torch_schedule.warmed_up, (cosine, "peak + (minimum - peak) * done / decay_steps")),
         ),
         *mirrored(
             "re-warmup from zero", "the stored rate is ignored", resume, rewarmup, ("(1 - asked) * stored_rate + ", "")
