@@ -8,7 +8,6 @@ without it was never finished. Blocks are stacked along a leading axis of layers
 import contextlib
 import functools
 import logging
-import math
 import operator
 import shutil
 import threading
@@ -73,12 +72,12 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Return the steps of all that is whole."""
-        return [step for step, path in start.finished_in(self.folder) if path.is_dir()]
+        return [step for step, path in checksums.finished_in(self.folder) if path.is_dir()]
 
     def best_step(self, losses: Mapping[int, float]) -> int | None:
         """Return the step with the lowest of the losses among the checkpoints, None if there is none."""
         self.wait()
-        return self._best(losses)
+        return start.best(self.steps(), losses)
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """Return the state saved at `step`, with the shapes, types and placement of `like`."""
@@ -122,16 +121,11 @@ class Checkpoints:
             self.checkpointer.wait_until_finished()
             checksums.write(self.folder / str(step))
             self.n_saved += 1
-            steps = sorted(self.steps())
-            for old in set(steps[: -self.keep]) - {self._best(losses)}:
+            steps = self.steps()
+            for old in set(steps[: -self.keep]) - {start.best(steps, losses)}:
                 _remove(self.folder / str(old))
         except Exception as error:
             self._failed(step, error)
-
-    def _best(self, losses: Mapping[int, float]) -> int | None:
-        # Compared with NaN, nothing is better or worse.
-        found = {step: losses[step] for step in self.steps() if not math.isnan(losses.get(step, math.nan))}
-        return min(found, key=found.__getitem__) if found else None
 
     def _failed(self, step: int, error: Exception) -> None:
         with contextlib.suppress(Exception):  # of a disk or a network that fails
@@ -197,8 +191,8 @@ def restore(
     the checkpoint, or `step`. Raises UserError if a part has other shapes or types, or, unless that has been looked
     for, is damaged.
     """
-    if not is_checked and (what := checksums.damage(path, (*parts, "info"))):
-        raise UserError(f"{path}: damaged: {what}")
+    if not is_checked:
+        checksums.check(path, (*parts, "info"))
     wanted = {name: tree for name, tree in parts_of(like).items() if name in parts}
     with ocp.PyTreeCheckpointer() as checkpointer:
         found = {}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm import storage
+from jaxlm.errors import UserError
 
 FILE = "checksums.json"
 
@@ -30,6 +31,22 @@ def write(folder: Path) -> None:
 def is_finished(folder: Path) -> bool:
     """Return whether a folder has been written to its end."""
     return (folder / FILE).is_file()
+
+
+def checkpoints_in(folder: Path) -> list[tuple[int, Path]]:
+    """Return the checkpoints in a folder by step, of jaxlm (folders) and torchlm (files)."""
+    found = [
+        (int(path.stem), path)
+        for path in folder.glob("*")
+        if path.stem.isdecimal() and (path.suffix == ".pt" if path.is_file() else not path.suffix)
+    ]
+    return sorted(found)
+
+
+def finished_in(folder: Path) -> list[tuple[int, Path]]:
+    """Return the checkpoints in a folder by step that were written to their end."""
+    # A save that was killed is no checkpoint that was damaged.
+    return [(step, path) for step, path in checkpoints_in(folder) if is_finished(path) or path.is_file()]
 
 
 def damage(folder: Path, parts: Iterable[str] | None = None) -> str:
@@ -57,6 +74,12 @@ def damage(folder: Path, parts: Iterable[str] | None = None) -> str:
                     raise
                 return f"{name} cannot be read ({error.strerror})"
     return ""
+
+
+def check(folder: Path, parts: Iterable[str] | None = None) -> None:
+    """Raise UserError if a folder, or the subfolders `parts` of it, are not as they were written."""
+    if what := damage(folder, parts):
+        raise UserError(f"{folder}: damaged: {what}")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -119,13 +119,15 @@ def inspect(stored: Stored) -> None:
     console.print(table)
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Of the commands on runs and their files: what is wrong with a command line is told as any other bad input."""
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help shows how to call it)")
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m jaxlm.convert",
         usage="%(prog)s SOURCE TARGET [--config FILE] [--state-dict]\n       %(prog)s --inspect FILE",
         description=(

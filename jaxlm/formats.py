@@ -18,7 +18,7 @@ import math
 import pickle
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,13 +98,11 @@ def need_torch(path: Path) -> None:
 def load_run(path: Path) -> Stored:
     """Return what is in a jaxlm run's last checkpoint, or in the folder of one checkpoint."""
     folder = _step_folder(path)
-    if what := checksums.damage(folder):
-        raise UserError(f"{folder}: damaged: {what}")
     info = info_of_run(folder)
     import jax
     import orbax.checkpoint as ocp
 
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells each of its steps otherwise
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what it does, and what it raises, too
     try:
         tree = {}
         with ocp.PyTreeCheckpointer() as checkpointer:
@@ -121,8 +119,12 @@ def load_run(path: Path) -> Stored:
     return Stored(RUN, folder, tree, weights, info)
 
 
-def info_of_run(folder: Path) -> dict[str, Any]:
-    """Return what the folder of a checkpoint tells of itself. Raises UserError if it cannot be read."""
+def info_of_run(folder: Path, parts: Iterable[str] | None = None) -> dict[str, Any]:
+    """Return what the folder of a checkpoint tells of itself.
+
+    Raises UserError if it cannot be read, or if it, or the given parts of it, are not as they were written.
+    """
+    checksums.check(folder, parts)
     try:
         info = checksums.read_json(folder / "info" / "metadata")
     except (OSError, ValueError) as error:
@@ -137,9 +139,8 @@ def _step_folder(path: Path) -> Path:
     if (path / "base").is_dir() and (path / "info").is_dir():
         return path
     for folder in (storage.checkpoints(path), path):
-        children = (child for child in folder.glob("*") if child.name.isdecimal() and checksums.is_finished(child))
-        if steps := [int(child.name) for child in children]:
-            return folder / str(max(steps))
+        if found := [child for _, child in checksums.finished_in(folder) if child.is_dir()]:
+            return found[-1]
     files = sorted([*path.glob("*.pt"), *storage.checkpoints(path).glob("*.pt")])
     mend = f"; give a file of it, such as {files[0]}" if files else ""
     raise UserError(f"{path}: a folder without a checkpoint of jaxlm{mend}")
@@ -259,32 +260,17 @@ def _moments_of_1_2(optimizer: dict[str, Any], shapes: Shapes, path: Path) -> tu
 def _write_1_2(path: Path, snapshot: Snapshot) -> None:
     import torch
 
-    from torchlm import checkpoint, optim
-    from torchlm.step import TrainState
+    from torchlm import checkpoint, optim, step
     from torchlm.tasks import TASKS
 
     config, info = snapshot.config, snapshot.info
     if config.task not in TASKS:
         raise UserError(f"task={config.task}: torchlm does not have it; it has {', '.join(TASKS)}")
     model = TASKS[config.task](config).build_model(torch.Generator())
-    model.load_state_dict(_tensors(snapshot.weights))
-    optimizer = optim.adamw(config.train, model)
-    state = optimizer.state_dict()
-    for group in state["param_groups"]:
-        group["lr"] = info["rate"]
-    if snapshot.moments is not None:
-        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        first, second = (_tensors(moments) for moments in snapshot.moments)
-        state["state"] = {
-            i: {"step": torch.tensor(float(snapshot.n_updates)), "exp_avg": first[name], "exp_avg_sq": second[name]}
-            for i, name in enumerate(sum(names.decay_groups(shapes), []))
-        }
-    optimizer.load_state_dict(state)
+    state = step.init_state(model, optim.adamw(config.train, model))
+    state = checkpoint.with_snapshot(state, snapshot, str(path))
     loss = math.inf if info["val_loss"] is None else info["val_loss"]
-    content = checkpoint.content(
-        TrainState(info["step"], model, optimizer), {**info, "config": configs.flat(config)}, loss
-    )
-    content["sample_iter"] = info["sample_iter"]
+    content = checkpoint.content(state, {**info, "config": configs.flat(config)}, loss)
     content["config"] = info.get("original_config", content["config"])
     checkpoint.write(path, content)
 

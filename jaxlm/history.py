@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from jaxlm import formats, metrics
-from jaxlm.start import Start, finished_in
+from jaxlm import checksums, formats, metrics
+from jaxlm.start import Start
 
 FILES = ("metrics.jsonl", "samples.txt")
 KEYS = ("step", "split")  # of a row, besides its scores
@@ -19,7 +19,7 @@ def restore(start: Start, run_dir: Path) -> dict[int, metrics.Scores]:
         return {}
     validation = restore_to(run_dir, start.info["step"], start.run)
     if not validation and start.run_dir:  # lost with the disk of a machine: still, the best checkpoint is to be known
-        infos = [formats.info_of_run(path) for _, path in finished_in(start.path.parent) if path.is_dir()]
+        infos = [formats.info_of_run(path) for _, path in checksums.finished_in(start.path.parent) if path.is_dir()]
         validation = {info["step"]: {"loss": info["val_loss"]} for info in infos if info["val_loss"] is not None}
     return validation
 

@@ -56,15 +56,15 @@ def content(folder: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def interrupted_at(call: int, patch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Have the signal come at the n-th time that a run looks for one; the list has how often it did."""
+def interrupted_at(call: int, patch: pytest.MonkeyPatch, number: signal.Signals = signal.SIGINT) -> Iterator[list[int]]:
+    """Have a signal come at the n-th time that a run looks for one; the list has how often it did."""
     calls = [0]
 
     @contextlib.contextmanager
     def interrupts(run_log: Any) -> Iterator[Any]:
         def status() -> int:
             calls[0] += 1
-            return 130 if calls[0] >= call else 0
+            return 128 + number if calls[0] >= call else 0
 
         yield status
 

@@ -20,8 +20,8 @@ from typing import Any, TextIO
 import numpy as np
 from rich.table import Table
 
+from jaxlm import checksums, history, log, metrics, storage
 from jaxlm import config as configs
-from jaxlm import history, log, metrics, storage
 from jaxlm.config import Config
 from jaxlm.data import cache, prepare
 from jaxlm.data import tokenizer as tokenizers
@@ -29,7 +29,7 @@ from jaxlm.data.position import Position
 from jaxlm.data.samples import Batch
 from jaxlm.errors import CLEANUPS, UserError, signals
 from jaxlm.log import RunLog
-from jaxlm.start import DAMAGED, LOCK, Start, finished_in
+from jaxlm.start import DAMAGED, LOCK, Start
 
 N_SHOWN = 4  # validation samples of the debug dump
 MOST_ROLLBACKS = 10  # to one checkpoint
@@ -133,7 +133,7 @@ def make_run_dir(config: Config, start: Start) -> tuple[Path, list[Path]]:
     Raises UserError if it is in use or cannot be made.
     """
     if config.run.checkpoint_dir and not start.run_dir:
-        found = {path for _, path in finished_in(storage.path(config.run.checkpoint_dir))}
+        found = {path for _, path in checksums.finished_in(storage.path(config.run.checkpoint_dir))}
         if found - set(dict(start.damaged)):
             raise UserError(
                 f"run.checkpoint_dir={config.run.checkpoint_dir}: there are checkpoints of a run already; "
@@ -423,8 +423,8 @@ def _number(name: str, x: float) -> str:
     return f"{x:,.1f}" if name == "perplexity" else f"{x:.4f}"
 
 
-def tell_scores(run: Run, i: int, totals: Any) -> metrics.Scores:
-    """Log and print the scores of the validation part after update `i`, and return them."""
+def tell_scores(run: Run, i: int, totals: Any) -> None:
+    """Log and print the scores of the validation part after update `i`, and keep them."""
     scores = run.task.scores(totals)
     if not math.isfinite(scores["loss"]):
         raise diverged(run, scores["loss"], i, max(run.validation, default=0))
@@ -433,7 +433,6 @@ def tell_scores(run: Run, i: int, totals: Any) -> metrics.Scores:
     run.log.say(f"step {i}  validation: " + "  ".join(f"{name} {_number(name, x)}" for name, x in scores.items()))
     if warning := run.task.warning(totals):
         run.log.warn(warning)
-    return scores
 
 
 def shown_samples(run: Run, multiple: int) -> Batch:

@@ -7,11 +7,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from jaxlm import checksums, convert, formats
-from jaxlm import start as starts
+from jaxlm import checksums, convert, formats, storage
 from jaxlm.config import TokenizerConfig
+from jaxlm.convert import Parser
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.errors import UserError, reported
 
@@ -45,8 +45,6 @@ def verify(paths: Sequence[Path]) -> int:
 def examined(path: Path) -> dict[str, Any]:
     """Return what a checkpoint tells of itself. Raises UserError if it is not as it was written, or cannot be used."""
     if path.is_dir():
-        if what := checksums.damage(path):
-            raise UserError(f"{path}: damaged: {what}")
         info = formats.info_of_run(path)
     else:
         info = convert.load(path).info
@@ -67,7 +65,7 @@ def _checkpoints(path: Path) -> list[Path]:
     if path.is_file() or (path / "info").is_dir():
         found = [path]
     else:
-        found = [found for folder in (path / "checkpoints", path) for _, found in starts.checkpoints_in(folder)]
+        found = [found for folder in (storage.checkpoints(path), path) for _, found in checksums.checkpoints_in(folder)]
     if not found:
         raise UserError(f"{path}: there is no checkpoint of a run")
     if any(file.is_file() for file in found):
@@ -75,14 +73,9 @@ def _checkpoints(path: Path) -> list[Path]:
     return found
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (--help shows how to call it)")
-
-
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = _Parser(prog="python -m jaxlm.runs", description="Says what is known of runs that are there.")
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+    parser = Parser(prog="python -m jaxlm.runs", description="Says what is known of runs that are there.")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     parts = "format, settings, tokenizer and the checksum of each file"
     command = commands.add_parser(
         "verify",

@@ -4,6 +4,7 @@ CHECKPOINTS.md has the table of what is restored when.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -178,6 +179,13 @@ def find(given: Mapping[str, Any], form: str) -> Start:
     return start
 
 
+def best(steps: Iterable[int], losses: Mapping[int, float]) -> int | None:
+    """Return the step with the lowest of the validation losses, None if none of the steps has one."""
+    # Compared with NaN, nothing is better or worse.
+    found = {step: losses[step] for step in steps if not math.isnan(losses.get(step, math.nan))}
+    return min(found, key=found.__getitem__) if found else None
+
+
 def fitting(weights: Arrays, shapes: Shapes, parts: Sequence[str]) -> tuple[Arrays, Shapes]:
     """Return the weights and the shapes of some parts; of learned positions, only as many as the model has."""
     weights = {name: x for name, x in weights.items() if name.partition(".")[0] in parts}
@@ -203,26 +211,10 @@ def table(start: Start, sizes: Mapping[str, Sequence[int]]) -> "Table":
     return result
 
 
-def checkpoints_in(folder: Path) -> list[tuple[int, Path]]:
-    """Return the checkpoints in a folder by step, of jaxlm (folders) and torchlm (files)."""
-    found = [
-        (int(path.stem), path)
-        for path in folder.glob("*")
-        if path.stem.isdecimal() and (path.suffix == ".pt" if path.is_file() else not path.suffix)
-    ]
-    return sorted(found)
-
-
-def finished_in(folder: Path) -> list[tuple[int, Path]]:
-    """Return the checkpoints in a folder by step that were written to their end."""
-    # A save that was killed is no checkpoint that was damaged.
-    return [(step, path) for step, path in checkpoints_in(folder) if checksums.is_finished(path) or path.is_file()]
-
-
 def _resume_auto(run_dir: Path, given: Mapping[str, Any], form: str) -> Start:
     # That of the run, and that of the command line, should the run folder be lost.
     for folder in (storage.checkpoints(run_dir), storage.checkpoints(run_dir, given.get("run.checkpoint_dir", ""))):
-        if not finished_in(folder):
+        if not checksums.finished_in(folder):
             continue
         try:
             path, stored_form, info, damaged = _newest(folder, None)
@@ -250,7 +242,7 @@ def _resume(source: Path, given: Mapping[str, Any], form: str) -> Start:
     new_dir = given.get("run.dir", "")
     if run is None or stored_form != form or (new_dir and Path(new_dir).absolute() != run.absolute()):
         return dataclasses.replace(start, damaged=())  # a new folder: the other run stays as it is
-    newer = [x for step, x in finished_in(path.parent) if step > int(path.stem) and x not in dict(damaged)]
+    newer = [x for step, x in checksums.finished_in(path.parent) if step > int(path.stem) and x not in dict(damaged)]
     if newer:
         raise UserError(
             f"resume={path}: {run} has newer checkpoints ({newer[-1].name}), which would be lost; "
@@ -301,7 +293,7 @@ def _candidates(source: Path) -> Iterator[Path]:
         yield source
         return
     for folder in (storage.checkpoints(source), source):
-        found = [path for _, path in reversed(finished_in(folder))]
+        found = [path for _, path in reversed(checksums.finished_in(folder))]
         yield from found
         if found:
             return
@@ -313,9 +305,7 @@ def _read(path: Path, parts: Iterable[str] | None) -> tuple[str, dict[str, Any]]
         if not stored.info:
             raise UserError(f"{path}: bare weights without settings; make a run of them with python -m jaxlm.convert")
         return stored.form, stored.info
-    if what := checksums.damage(path, parts):
-        raise UserError(f"{path}: damaged: {what}")
-    return formats.RUN, formats.info_of_run(path)
+    return formats.RUN, formats.info_of_run(path, parts)
 
 
 def _schedule(train: TrainConfig) -> list[Any]:

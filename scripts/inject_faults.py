@@ -60,15 +60,14 @@ def rows(run: Path) -> list[dict]:
 
 def differences(run: Path, undisturbed: Path) -> list[str]:
     """Return what is not the same in two runs: rows, samples, and the last checkpoint."""
-    from jaxlm import convert
-    from jaxlm import start as start_of
+    from jaxlm import checksums, convert
 
     found = []
     if rows(run) != rows(undisturbed):
         found.append("metrics.jsonl")
     if (run / "samples.txt").read_bytes() != (undisturbed / "samples.txt").read_bytes():
         found.append("samples.txt")
-    one, other = (convert.read(start_of.finished_in(x / "checkpoints")[-1][1]) for x in (run, undisturbed))
+    one, other = (convert.read(checksums.finished_in(x / "checkpoints")[-1][1]) for x in (run, undisturbed))
     for snapshot in (one, other):
         snapshot.info.pop("val_loss")  # which a checkpoint lacks where a signal has ended its evaluation
     parts = {"weights": (one.weights, other.weights)}

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jaxlm import convert, formats, names, start, storage
+from jaxlm import checksums, convert, formats, names, start, storage
 from jaxlm.config import Config
 from jaxlm.errors import UserError
+from jaxlm.formats import Snapshot
 from jaxlm.run import Run
 from torchlm import parallel
 from torchlm.step import TrainState
@@ -76,13 +77,11 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Return the steps of all that is whole."""
-        return [step for step, path in start.checkpoints_in(self.folder) if path.is_file()]
+        return [step for step, path in checksums.checkpoints_in(self.folder) if path.is_file()]
 
     def best_step(self, losses: Mapping[int, float]) -> int | None:
         """Return the step with the lowest of the losses among the checkpoints, None if there is none."""
-        # Compared with NaN, nothing is better or worse.
-        found = {step: losses[step] for step in self.steps() if not math.isnan(losses.get(step, math.nan))}
-        return min(found, key=found.__getitem__) if found else None
+        return start.best(self.steps(), losses)
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """Return the state saved at `step`: `like`, changed in place."""
@@ -124,9 +123,16 @@ def restore(path: Path, like: TrainState, parts: Sequence[str] = PARTS, step: in
     The update number is that of the checkpoint, or `step`. Raises UserError if it is damaged or of another model.
     """
     snapshot = convert.read(path)
+    return with_snapshot(like, snapshot, str(path), parts, step)
+
+
+def with_snapshot(
+    like: TrainState, snapshot: Snapshot, source: str, parts: Sequence[str] = PARTS, step: int | None = None
+) -> TrainState:
+    """Return `like`, changed in place to have parts of what was read; an error begins with `source`."""
     model = parallel.single(like.model)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
-    weights = names.check(*start.fitting(snapshot.weights, shapes, parts), str(path))
+    weights = names.check(*start.fitting(snapshot.weights, shapes, parts), source)
     model.load_state_dict(model.state_dict() | {name: torch.tensor(x) for name, x in weights.items()})
     if "optimizer" in parts and snapshot.moments is not None:
         first, second = snapshot.moments
@@ -139,6 +145,7 @@ def restore(path: Path, like: TrainState, parts: Sequence[str] = PARTS, step: in
             for i, name in enumerate(sum(names.decay_groups(shapes), []))
         }
         like.optimizer.load_state_dict(like.optimizer.state_dict() | {"state": states})
+    if "optimizer" in parts:
         for group in like.optimizer.param_groups:
             group["lr"] = snapshot.info["rate"]
     like.step = snapshot.info["step"] if step is None else step
@@ -187,10 +194,10 @@ def write(path: Path, checkpoint: dict[str, Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def read(path: Path, is_mapped: bool = False) -> dict[str, Any]:
-    """Return a checkpoint file's content; if `is_mapped`, tensors stay in the file. Raises UserError if it is none."""
+def read(path: Path) -> dict[str, Any]:
+    """Return a checkpoint file's content. Raises UserError if it is none."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{path}: cannot be read as a checkpoint of torch.save: {reason}") from error

@@ -48,7 +48,9 @@ ONLY_TORCH = {
             *("wait", "joined"),
         )
     },
-    "checkpoint": dict.fromkeys(("KEYS", "OWN", "content", "write", "read", "weights"), "the original's file format"),
+    "checkpoint": dict.fromkeys(
+        ("KEYS", "OWN", "with_snapshot", "content", "write", "read", "weights"), "the original's file format"
+    ),
 }
 # Arguments that only JAX has: what products compute in (autocast), explicit keys, and a source of keys for no values.
 JAX_ARGUMENTS = {"dtype", "key", "rngs"}

@@ -3,16 +3,14 @@
 import json
 import shlex
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from jaxlm import run as runs
 from jaxlm.data import grammar
+from jaxlm.resume_test import interrupted_at
 from torchlm import checkpoint, train
 from torchlm.tasks import TASKS
 from torchlm.tasks.sst2 import Sst2
@@ -57,24 +55,6 @@ def content(folder: Path) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def interrupted_at(call: int, patch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Have SIGTERM come at the n-th time that a run looks for a signal; the list has how often it did."""
-    calls = [0]
-
-    @contextmanager
-    def interrupts(run_log: Any) -> Iterator[Any]:
-        def status() -> int:
-            calls[0] += 1
-            return 128 + signal.SIGTERM if calls[0] >= call else 0
-
-        yield status
-
-    with patch.context() as inner:
-        inner.setattr(runs, "interrupts", interrupts)
-        yield calls
-
-
 @pytest.mark.parametrize("n_points", [3, pytest.param(8, marks=pytest.mark.slow)])
 def test_a_run_interrupted_anywhere_goes_on_alike(
     n_points: int, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -85,7 +65,7 @@ def test_a_run_interrupted_anywhere_goes_on_alike(
     whole = content(tmp_path / "whole")
     for point in range(1, calls[0], calls[0] // n_points):
         folder = tmp_path / str(point)
-        with interrupted_at(point, monkeypatch):
+        with interrupted_at(point, monkeypatch, signal.SIGTERM):
             assert run(table, folder, "--resume auto") == 143
         assert run(table, folder, "--resume auto") == 0
         found = content(folder)
