@@ -18,7 +18,7 @@ import math
 import pickle
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,6 +98,7 @@ def need_torch(path: Path) -> None:
 def load_run(path: Path) -> Stored:
     """Return what is in a jaxlm run's last checkpoint, or in the folder of one checkpoint."""
     folder = _step_folder(path)
+    checksums.check(folder)
     info = info_of_run(folder)
     import jax
     import orbax.checkpoint as ocp
@@ -119,12 +120,8 @@ def load_run(path: Path) -> Stored:
     return Stored(RUN, folder, tree, weights, info)
 
 
-def info_of_run(folder: Path, parts: Iterable[str] | None = None) -> dict[str, Any]:
-    """Return what the folder of a checkpoint tells of itself.
-
-    Raises UserError if it cannot be read, or if it, or the given parts of it, are not as they were written.
-    """
-    checksums.check(folder, parts)
+def info_of_run(folder: Path) -> dict[str, Any]:
+    """Return what the folder of a checkpoint tells of itself. Raises UserError if it cannot be read."""
     try:
         info = checksums.read_json(folder / "info" / "metadata")
     except (OSError, ValueError) as error:
