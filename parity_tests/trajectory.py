@@ -261,4 +261,5 @@ def _badness(row: Row) -> tuple[bool, float]:
 
 def _roots(arrays: Arrays) -> Arrays:
     """Return the roots of second moments: they have the scale of gradients."""
-    return {name: np.sqrt(np.float64(array)) for name, array in arrays.items()}
+    with np.errstate(invalid="ignore"):  # what is no second moment may be negative: its root is NaN, which never passes
+        return {name: np.sqrt(np.float64(array)) for name, array in arrays.items()}
