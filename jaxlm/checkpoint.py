@@ -134,16 +134,18 @@ class Checkpoints:
         self.warn(f"the checkpoint of step {step} could not be saved ({why}); training goes on without it")
 
 
-def begin(run: Run, fresh: Callable[[], TrainState], sharding: jax.sharding.Sharding) -> TrainState:
+def begin(run: Run, fresh: Callable[[], TrainState], shardings: TrainState) -> TrainState:
     """Return the state that a run starts with, and print where each part of it is from.
 
-    `fresh` makes the start values, with `sharding`; it is called only if something starts afresh.
+    `fresh` makes the start values, placed by `shardings`; it is called only if something starts afresh.
     """
     begun = run.start
     if begun.path is None:
         return fresh()
     state: Any = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), jax.eval_shape(fresh)
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        jax.eval_shape(fresh),
+        shardings,
     )
     if begun.parts != PARTS:
         state = fresh()
@@ -151,7 +153,8 @@ def begin(run: Run, fresh: Callable[[], TrainState], sharding: jax.sharding.Shar
     if begun.form == formats.RUN:
         state = restore(begun.path, state, begun.parts, step, is_checked=True)
     else:
-        parts = jax.device_put(_parts_of_file(begun.path, run.config, begun.parts), sharding)
+        found, places = _parts_of_file(begun.path, run.config, begun.parts), parts_of(shardings)
+        parts = {name: jax.device_put(tree, places[name]) for name, tree in found.items()}
         state = with_parts(state, parts, step)
     sizes = {name: [x.size for x in jax.tree.leaves(tree)] for name, tree in parts_of(state).items()}
     run.log.say(start.table(begun, sizes))

@@ -25,6 +25,7 @@ Count = Annotated[int, Meta(ge=0, le=MOST)]
 Positive = Annotated[int, Meta(ge=1, le=MOST)]
 Share = Annotated[float, Meta(ge=0, lt=1)]
 Rate = Annotated[float, Meta(ge=0, le=1000)]
+Axis = Annotated[int, Meta(ge=-1, le=MOST)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,6 +77,7 @@ class ModelConfig:
     post_norm: bool = False  # LayerNorm after each residual sum, as BERT has it, instead of before
     pad_id: Annotated[int, Meta(ge=-1, le=MOST)] = 0  # token id that attention and loss leave out; -1: none
     head_outputs: Literal["labels", "vocabulary"] = "labels"  # classifier outputs; vocabulary: the original's slip
+    remat: Literal["none", "dots", "full"] = "none"  # made anew for gradients, to save memory: all but products, or all
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,6 +109,20 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class MeshConfig:
+    data: Axis = -1  # devices that split a batch, each with a copy of the model; -1: all that are left
+    fsdp: Axis = 1  # devices that split a batch and the model, whose matrices are gathered where they are used
+    tensor: Axis = 1  # devices that split heads, hidden units and vocabulary
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DistributedConfig:
+    coordinator: str = ""  # host:port of process 0; "": found on TPU VMs, in Slurm, JobSet and under torchrun
+    n_processes: Count = 0  # of the run; 0: as found
+    process: Annotated[int, Meta(ge=-1, le=MOST)] = -1  # number of this process, from 0; -1: as found
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LogConfig:
     samples: bool = False  # print the samples of each evaluation, which the run folder always gets
     tensorboard: bool = False  # write TensorBoard event files to the run folder (extra: tensorboard)
@@ -124,6 +140,8 @@ class Config:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
 
@@ -144,6 +162,7 @@ SETTINGS = _settings()
 TRANSIENT = (
     *("resume", "debug", "run.dir", "run.checkpoint_dir"),
     *("train.reset_optimizer", "train.switch_training"),
+    *("distributed.coordinator", "distributed.n_processes", "distributed.process"),
 )
 COMMAND_LINE = "command line"
 HELP = ("-h", "--help")
@@ -328,6 +347,15 @@ def _check(config: Config) -> None:
             f"train.stable_steps={train.stable_steps} and train.warmup_steps={train.warmup_steps} end after the decay, "
             f"at update {end}; lower one of them, or raise train.max_steps"
         )
+    axes = {f"mesh.{name}": getattr(config.mesh, name) for name in ("data", "fsdp", "tensor")}
+    for name, size in axes.items():
+        if size == 0:
+            raise UserError(f"{name}=0: a mesh has no side of no devices; use 1 or more, or -1 for all that are left")
+    if len(free := [name for name, size in axes.items() if size == -1]) > 1:
+        raise UserError(f"{'=-1 and '.join(free)}=-1: only one can be what is left; give a number for the others")
+    given = (bool(config.distributed.coordinator), config.distributed.n_processes > 0, config.distributed.process >= 0)
+    if any(given) and not all(given):
+        raise UserError("distributed.coordinator, .n_processes and .process go together; give all three, or none")
     if data.path and data.hub:
         raise UserError(f"data.path={data.path} and data.hub={data.hub} name two sources; give one of them")
     if data.validation_fraction + data.test_fraction >= 1:

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from jaxlm import config as configs
-from jaxlm import convert, names, optim, schedule, step
+from jaxlm import convert, names, optim, parallel, schedule, step
 from jaxlm import loop as jax_loop
 from jaxlm import tasks as jax_tasks
 from jaxlm.checkpoint import Checkpoints
@@ -157,7 +157,7 @@ def test_a_recorded_checkpoint_of_the_original_converts_to_jaxlm_and_back(case: 
 
 def fresh(config: Config) -> tuple[step.TrainState, jax_loop.Compiled]:
     """Return jaxlm's state before the first update, and its compiled functions."""
-    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
+    mesh = parallel.make_mesh(config, jax.devices()[:1])
     build, compiled = jax_loop.build(config, jax_tasks.TASKS[config.task](config), mesh)
     return build(), compiled
 

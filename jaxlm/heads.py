@@ -11,6 +11,7 @@ from jax import Array
 
 from jaxlm.config import ModelConfig
 from jaxlm.model import Linear, Transformer, layernorm, sum_dtype
+from jaxlm.parallel import BATCH, constrain
 
 
 def head_linear(n_in: int, n_out: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> Linear:
@@ -35,10 +36,10 @@ class LanguageModelHead(nnx.Module):
         if self.has_norm:
             x_BTD = self.layernorm(x_BTD)
         if not self.is_tied:
-            return self.linear(x_BTD)
+            return constrain(self.linear(x_BTD), BATCH, None, "tensor")
         x_BTD, table_VD = x_BTD.astype(self.dtype), table_VD.astype(self.dtype)
         logits_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, table_VD, preferred_element_type=sum_dtype(self.dtype))
-        return logits_BTV + self.bias[...][None, None]
+        return constrain(logits_BTV + self.bias[...][None, None], BATCH, None, "tensor")
 
 
 class LanguageModel(nnx.Module):

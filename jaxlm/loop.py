@@ -29,17 +29,19 @@ class Compiled(NamedTuple):
     update: Callable[..., Any]  # (state, batches, key) -> (state, metrics)
     totals: Callable[..., Any]  # (params, batch) -> totals, without dropout
     predict: Callable[..., Any]  # (params, batch) -> what the task shows
+    shardings: TrainState  # where each array of a state lies
 
 
 def run(config: Config, origins: dict[str, str], start: Start, started_s: float) -> int:
     """Train as the settings say; return the exit status. Raises UserError, and then leaves no run folder."""
     _configure_jax(config)
-    mesh = parallel.make_mesh(config.train.batch_size)
-    device = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
+    mesh = parallel.make_mesh(config)
+    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
+    device = f"{mesh.size} x {mesh.devices.flat[0].device_kind}" + (f" ({axes})" if axes else "")
     with contextlib.ExitStack() as stack:
         with runs.started(config, origins, start, TASKS, device, started_s) as this:
             fresh, compiled = build(this.config, this.task, mesh, this.rewarmed)
-            state = checkpoint.begin(this, fresh, parallel.replicated(mesh))
+            state = checkpoint.begin(this, fresh, compiled.shardings)
             # From here on a signal does not end the process, and the run folder stays.
             status = stack.enter_context(runs.interrupts(this.log))
         stack.enter_context(contextlib.closing(this))
@@ -64,22 +66,31 @@ def build(
         return step.init_state(nnx.to_pure_dict(nnx.split(model, nnx.Param)[1]), optimizer)
 
     def with_model(function: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda params, *args: function(nnx.merge(graphdef, params), *args)
+        def call(params: Any, *args: Any) -> Any:
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                # Gradients lie as the parameters do, too.
+                params = jax.lax.with_sharding_constraint(params, shardings.params)
+                return function(nnx.merge(graphdef, params), *args)
+
+        return call
 
     rate = schedule.learning_rate(train, rewarmed)
     optimizer = optim.adamw(train, rate)
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: task.build_model(nnx.Rngs(0))))
+    abstract = nnx.eval_shape(lambda: task.build_model(nnx.Rngs(0)))
+    graphdef, everywhere = nnx.graphdef(abstract), parallel.replicated(mesh)
+    shardings = parallel.shardings(mesh, jax.eval_shape(fresh), type(abstract).__name__, config.model)
     loss = with_model(task.loss)
     update = functools.partial(
         step.train_step, loss, optimizer, rate, train.clip_norm, skips_nonfinite=train.on_nonfinite == "skip"
     )
     compiled = Compiled(
         mesh=mesh,
-        update=jax.jit(update, donate_argnums=0),
-        totals=jax.jit(lambda params, batch: loss(params, batch, None)),
-        predict=jax.jit(with_model(task.predict)),
+        update=jax.jit(update, donate_argnums=0, out_shardings=(shardings, everywhere)),
+        totals=jax.jit(lambda params, batch: loss(params, batch, None), out_shardings=everywhere),
+        predict=jax.jit(with_model(task.predict), out_shardings=everywhere),
+        shardings=shardings,
     )
-    return jax.jit(fresh, out_shardings=parallel.replicated(mesh)), compiled
+    return jax.jit(fresh, out_shardings=shardings), compiled
 
 
 def fit(
@@ -88,8 +99,9 @@ def fit(
     """Train until train.max_steps, the file `stop` or a signal; return the state. `status` is not 0 after a signal."""
     train, samples = run.config.train, run.data.samples["train"]
     position = run.start.position()
-    batches = loader.training_batches(samples, train, position)
-    key = jax.random.key(train.seed)
+    rows = parallel.rows(compiled.mesh, train.batch_size)
+    batches = loader.training_batches(samples, train, position, rows)
+    key = jax.device_put(jax.random.key(train.seed), parallel.replicated(compiled.mesh))
     watch = runs.FileWatch(run.dir)
     i = position.step
     if i and (i % train.eval_interval == 0 or i == train.max_steps) and i not in run.validation:
@@ -112,7 +124,7 @@ def fit(
                 meter.forget()
                 state, position = roll_back(run, state, checkpoints, position, bad)
                 i = position.step
-                batches = loader.training_batches(samples, train, position)
+                batches = loader.training_batches(samples, train, position, rows)
             elif is_saved:
                 with meter.paused():
                     if is_evaluated:
@@ -136,8 +148,8 @@ def evaluate(run: Run, compiled: Compiled, params: Any, split: str, status: Call
     """Return the totals over every sample of a split, once each, summed in float64 on the host; None after a signal."""
     sums: dict[str, Any] = {}
     ahead: list[Any] = []
-    samples = run.data.samples[split]
-    for batch in loader.evaluation_batches(samples, run.config.train.batch_size):
+    samples, batch_size = run.data.samples[split], run.config.train.batch_size
+    for batch in loader.evaluation_batches(samples, batch_size, parallel.rows(compiled.mesh, batch_size)):
         ahead.append(compiled.totals(params, parallel.put_batch(compiled.mesh, batch)))
         if len(ahead) > 1:
             _add(sums, ahead.pop(0))
@@ -154,7 +166,9 @@ def evaluate_and_show(run: Run, compiled: Compiled, state: TrainState, i: int, s
     if totals is None:
         return
     batch = runs.shown_samples(run, compiled.mesh.size)
-    predictions = np.asarray(compiled.predict(state.params, parallel.put_batch(compiled.mesh, batch)))
+    rows = parallel.rows(compiled.mesh, len(batch["tokens"]))
+    part = parallel.put_batch(compiled.mesh, {name: x[rows] for name, x in batch.items()})
+    predictions = np.asarray(compiled.predict(state.params, part))
     runs.tell_scores(run, i, totals)
     run.log.samples(i, run.task.show(batch, predictions, run.data.tokenizer), run.config.log.samples)
 

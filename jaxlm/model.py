@@ -12,6 +12,12 @@ from flax import nnx
 from jax import Array
 
 from jaxlm.config import ModelConfig
+from jaxlm.parallel import BATCH, constrain
+
+REMAT = {  # what is kept of a block for its gradients
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 class Linear(nnx.Linear):
@@ -94,7 +100,8 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens_BT: Array, key: Array | None) -> Array:
         T = tokens_BT.shape[1]
-        x_BTD = self.token.embedding[...][tokens_BT]
+        # Gathered over fsdp before the lookup: XLA would gather the result of the whole batch otherwise.
+        x_BTD = constrain(self.token.embedding[...], "tensor")[tokens_BT]
         if self.config.pad_id >= 0:
             is_pad_BT1 = (tokens_BT == self.config.pad_id)[:, :, None]
             x_BTD = jnp.where(is_pad_BT1, jax.lax.stop_gradient(x_BTD), x_BTD)
@@ -102,7 +109,7 @@ class Embedding(nnx.Module):
             x_BTD += fixed_positions(self.config.seq_len, self.config.d_model)[None, :T]
         elif self.config.positions == "learned":
             x_BTD += self.position[...][None, :T]
-        return dropout(x_BTD, self.config.dropout, key)
+        return constrain(dropout(x_BTD, self.config.dropout, key), BATCH)
 
 
 class Attention(nnx.Module):
@@ -191,7 +198,9 @@ class Transformer(nnx.Module):
 
         def run_block(x_BTD: Array, layer: tuple[Block, Array | None]) -> tuple[Array, None]:
             block, block_key = layer
-            return block(x_BTD, is_pad_BT, block_key), None
+            return constrain(block(x_BTD, is_pad_BT, block_key), BATCH), None
 
+        if self.config.remat != "none":
+            run_block = jax.checkpoint(run_block, policy=REMAT[self.config.remat], prevent_cse=False)
         x_BTD, _ = jax.lax.scan(run_block, x_BTD, (self.blocks, None if keys is None else keys[1:]))
         return self.final_norm(x_BTD) if self.config.final_norm else x_BTD

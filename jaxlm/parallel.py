@@ -1,25 +1,116 @@
-"""The mesh of devices, and where arrays lie on it: parameters on every device, batches split over them.
+"""The mesh of devices, and where arrays lie on it: the table from parameters to axes, and the placement of batches.
 
-The model has no sharding code; XLA's partitioner derives all else from the placement of the inputs.
+XLA's partitioner derives all communication from the placement of parameters and batches, and of the few activations
+that the model passes to `constrain`. SHARDING.md has examples.
 """
 
+import math
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxlm.config import Config, ModelConfig
 from jaxlm.errors import UserError
 
+AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")  # the axes that split samples
+# From a parameter's path to the axes that split its last dimensions; the first row that is found in the path counts.
+# `tensor` splits heads, hidden units and vocabulary (Megatron-LM, arXiv 1909.08053, section 3); `fsdp` splits the other
+# dimension of each matrix, which is gathered where it is used (ZeRO, arXiv 1910.02054, stage 3).
+RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    ("embedding/token/embedding", ("tensor", "fsdp")),
+    ("embedding/position", (None, "fsdp")),
+    ("(query|key|value|fc1)/kernel", ("fsdp", "tensor")),
+    ("(query|key|value|fc1)/bias", ("tensor",)),
+    ("(attention/output|fc2)/kernel", ("tensor", "fsdp")),
+    ("LanguageModel/head/linear/kernel", ("fsdp", "tensor")),
+    ("LanguageModel/head/(linear/)?bias", ("tensor",)),
+    ("", ()),  # all else is whole on every device: norms, biases of sums, the few classes of a classifier
+)
 
-def make_mesh(batch_size: int) -> Mesh:
-    """Return a mesh of all devices with one axis, `data`. Raises UserError if they cannot share a batch evenly."""
-    n_devices = jax.device_count()
-    if batch_size % n_devices:
-        lower = batch_size // n_devices * n_devices
-        fits = " or ".join(str(n) for n in (lower, lower + n_devices) if n)
-        raise UserError(f"train.batch_size={batch_size} is not divisible by the {n_devices} devices; use {fits}")
-    return jax.make_mesh((n_devices,), ("data",), axis_types=(AxisType.Auto,))
+
+def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
+    """Return the mesh of all devices (or of `devices`) that the settings ask for.
+
+    Raises UserError if the devices do not fill it, or a batch or the heads cannot be split over it.
+    """
+    n_devices = len(devices) if devices is not None else jax.device_count()
+    sizes = {name: getattr(config.mesh, name) for name in AXES}
+    shown = ", ".join(f"mesh.{name}={size}" for name, size in sizes.items())
+    known = math.prod(size for size in sizes.values() if size > 0)
+    if n_devices % known or (-1 not in sizes.values() and n_devices != known):
+        mend = "set mesh.data to -1" if sizes["data"] > 0 else f"use divisors of {n_devices}"
+        raise UserError(f"{shown}: there are {n_devices} devices, and {known} does not fill them; {mend}")
+    sizes = {name: n_devices // known if size == -1 else size for name, size in sizes.items()}
+    n_parts = math.prod(sizes[name] for name in BATCH)
+    if config.train.batch_size % n_parts:
+        raise UserError(
+            f"train.batch_size={config.train.batch_size} is not divisible by the {n_parts} parts of a batch "
+            f"(mesh.data x mesh.fsdp); use {_fits(config.train.batch_size, n_parts)}"
+        )
+    if config.model.n_heads % sizes["tensor"]:
+        raise UserError(
+            f"model.n_heads={config.model.n_heads} is not divisible by mesh.tensor={sizes['tensor']}; "
+            f"use {_fits(config.model.n_heads, sizes['tensor'])} heads, or another mesh.tensor"
+        )
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def rule(path: str) -> tuple[str, tuple[str | None, ...]]:
+    """Return the row of RULES for a parameter, such as LanguageModel/base/blocks/feed_forward/fc1/kernel."""
+    return next(row for row in RULES if re.search(row[0], path))
+
+
+def shardings(mesh: Mesh, tree: Any, model: str, config: ModelConfig) -> Any:
+    """Return a NamedSharding for each array of a tree that has the parameters of a class `model` inside, with moments.
+
+    Raises UserError if a dimension does not divide.
+    """
+
+    def place(path: tuple[Any, ...], x: Any) -> NamedSharding:
+        name = _name(model, path)
+        axes = rule(name)[1]
+        spec = [*[None] * (x.ndim - len(axes)), *axes]
+        for size, axis in zip(x.shape, spec, strict=True):
+            if axis is not None and size % mesh.shape[axis]:
+                setting = "model.vocab_size" if size == config.vocab_size else "model.d_model"
+                raise UserError(
+                    f"mesh.{axis}={mesh.shape[axis]}: {name} has the shape {list(x.shape)}, and {size} is not "
+                    f"divisible by it; use another mesh.{axis}, or {setting}={_next(config, setting, mesh, axis)}"
+                )
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def table(mesh: Mesh, params: Any, model: str) -> list[tuple[str, str, int, int]]:
+    """Return rows on how the parameters are split: path, axes ("": whole on every device), how many, on a device."""
+    found: dict[str, list[int]] = {}
+    for path, x in jax.tree_util.tree_leaves_with_path(params):
+        pattern, axes = rule(_name(model, path))
+        total, part = found.get(pattern, (0, 0))
+        n_parts = math.prod(mesh.shape[axis] for axis in axes if axis is not None)
+        found[pattern] = [total + x.size, part + x.size // n_parts]
+    return [
+        (pattern or "all else", " x ".join(axis or "-" for axis in axes), found[pattern][0], found[pattern][1])
+        for pattern, axes in RULES
+        if pattern in found
+    ]
+
+
+def constrain(x: Array, *axes: Any) -> Array:
+    """Return `x`, with its dimensions split over the given axes of the mesh; None: not split.
+
+    Without a mesh, as where a model is used alone, it is `x`.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -27,7 +118,32 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def rows(mesh: Mesh, n: int) -> np.ndarray:
+    """Return which of the `n` samples of a batch the devices of this process need."""
+    sharding = NamedSharding(mesh, PartitionSpec(BATCH))
+    parts = {index[0].indices(n) for index in sharding.addressable_devices_indices_map((n,)).values() if index}
+    return np.concatenate([np.arange(*part) for part in sorted(parts)])
+
+
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray], axis: int = 0) -> dict[str, Any]:
-    """Return the batch on the devices, its `axis` of samples split over them."""
-    sharding = NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
-    return jax.device_put(batch, sharding)
+    """Return the batch on the devices, its `axis` of samples split over them; the batch has this process's `rows`."""
+    sharding = NamedSharding(mesh, PartitionSpec(*[None] * axis, BATCH))
+    if jax.process_count() == 1:
+        return jax.device_put(batch, sharding)
+    return {name: jax.make_array_from_process_local_data(sharding, x) for name, x in batch.items()}
+
+
+def _name(model: str, path: tuple[Any, ...]) -> str:
+    return "/".join([model, *(str(part.key) for part in path if isinstance(part, jax.tree_util.DictKey))])
+
+
+def _fits(size: int, n_parts: int) -> str:
+    lower = size // n_parts * n_parts
+    return " or ".join(str(n) for n in (lower, lower + n_parts) if n)
+
+
+def _next(config: ModelConfig, setting: str, mesh: Mesh, axis: str) -> int:
+    """Return the next value of a setting that all of its dimensions can be split at."""
+    size = config.vocab_size if setting == "model.vocab_size" else config.d_model
+    n_parts = mesh.shape[axis] * (config.n_heads if setting == "model.d_model" else 1)
+    return -(-size // n_parts) * n_parts

@@ -295,7 +295,7 @@ def test_the_notebook_of_the_page(sources: dict[str, Path], monkeypatch: pytest.
 def test_a_base_is_restored_without_the_files_of_other_parts(sources: dict[str, Path], tmp_path: Path) -> None:
     path = shutil.copytree(sources["JAXLM"], tmp_path / "run") / "checkpoints" / str(STEP)
     config = convert.read(path).config
-    fresh, compiled = jaxlm.loop.build(config, jaxlm.loop.TASKS["mlm"](config), parallel.make_mesh(4))
+    fresh, compiled = jaxlm.loop.build(config, jaxlm.loop.TASKS["mlm"](config), parallel.make_mesh(config))
     for part in ("head", "optimizer"):
         shutil.rmtree(path / part)
     state = checkpoint.restore(path, fresh(), ["base"], step=0)

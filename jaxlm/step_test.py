@@ -197,7 +197,7 @@ def test_each_step_and_each_accumulated_batch_has_a_key_of_its_own() -> None:
 def trained() -> tuple[list, Any, Any]:
     """The states of three updates in bfloat16, their metrics, and what made them."""
     config = settings("mlm", **{"train.precision": "bfloat16"})
-    fresh, compiled = loop.build(config, TASKS["mlm"](config), parallel.make_mesh(B))
+    fresh, compiled = loop.build(config, TASKS["mlm"](config), parallel.make_mesh(config))
     state = fresh()
     states, metrics = [state], []
     for i in range(3):

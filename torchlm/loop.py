@@ -34,7 +34,7 @@ class Compiled(NamedTuple):
 
 def run(config: Config, origins: dict[str, str], start: Start, started_s: float) -> int:
     """Train as the settings say; return the exit status. Raises UserError, and then leaves no run folder."""
-    mesh = parallel.make_mesh(config.train.batch_size)
+    mesh = parallel.make_mesh(config)
     device = f"{mesh.size} x {_device_kind(mesh.device)}"
     with contextlib.ExitStack() as stack:
         config = stack.enter_context(parallel.joined(mesh, config))
@@ -95,7 +95,8 @@ def fit(
     """Train until train.max_steps, the file `stop` or a signal; return the state. `status` is not 0 after a signal."""
     train, samples, mesh = run.config.train, run.data.samples["train"], compiled.mesh
     position = run.start.position()
-    batches = loader.training_batches(samples, train, position)
+    rows = parallel.rows(mesh, train.batch_size)
+    batches = loader.training_batches(samples, train, position, rows)
     key = (train.seed, mesh.rank)
     take = functools.partial(parallel.any_process, mesh, runs.FileWatch(run.dir).take)
     i = position.step
@@ -105,7 +106,7 @@ def fit(
         meter = runs.Meter(run, _read, show)
         while i < train.max_steps:
             batch, i = next(batches), i + 1
-            state, metrics = compiled.update(state, parallel.put_batch(mesh, batch, axis=1), key)
+            state, metrics = compiled.update(state, parallel.put_batch(mesh, batch), key)
             # Metrics of the update before are read only now that this one is under way: a GPU never waits.
             bad = meter.add(i, metrics, batch)
 
@@ -118,7 +119,7 @@ def fit(
                 meter.forget()
                 state, position = roll_back(run, state, checkpoints, position, bad)
                 i = position.step
-                batches = loader.training_batches(samples, train, position)
+                batches = loader.training_batches(samples, train, position, rows)
             elif is_saved:
                 with meter.paused():
                     if is_evaluated:
@@ -145,8 +146,8 @@ def evaluate(
     """Return the totals over every sample of a split, once each, summed in float64 on the host; None after a signal."""
     sums: dict[str, Any] = {}
     ahead: list[Any] = []
-    samples = run.data.samples[split]
-    for batch in loader.evaluation_batches(samples, run.config.train.batch_size):
+    samples, batch_size = run.data.samples[split], run.config.train.batch_size
+    for batch in loader.evaluation_batches(samples, batch_size, parallel.rows(compiled.mesh, batch_size)):
         ahead.append(compiled.totals(model, parallel.put_batch(compiled.mesh, batch)))
         if len(ahead) > 1:
             _add(sums, ahead.pop(0))
@@ -163,7 +164,7 @@ def evaluate_and_show(run: Run, compiled: Compiled, state: TrainState, i: int, s
     if totals is None:
         return
     batch = runs.shown_samples(run, 1)
-    predictions = compiled.predict(state.model, parallel.put_batch(compiled.mesh.alone(), batch)).cpu().numpy()
+    predictions = compiled.predict(state.model, parallel.put_batch(compiled.mesh, batch)).cpu().numpy()
     runs.tell_scores(run, i, totals)
     run.log.samples(i, run.task.show(batch, predictions, run.data.tokenizer), run.config.log.samples)
 

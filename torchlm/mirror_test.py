@@ -33,7 +33,11 @@ ONLY_JAX = {
         "scale_by_adam": "Optax's own rounds the bias correction",
         **dict.fromkeys(("moments", "with_moments", "at_step"), "a state without names"),
     },
+    "parallel": dict.fromkeys(
+        ("AXES", "BATCH", "RULES", "rule", "shardings", "table", "constrain"), "parameters in parts, which DDP has not"
+    ),
     "checkpoint": dict.fromkeys(("CONTENTS", "parts_of", "remove_unfinished", "with_parts"), "parts of an array tree"),
+    "loop": {"Compiled.shardings": "DDP keeps all parameters on each device"},
     "step": {"TrainState.params": "an array tree beside the model", "TrainState.opt_state": "beside the optimizer"},
 }
 ONLY_TORCH = {
@@ -43,7 +47,7 @@ ONLY_TORCH = {
     "parallel": {
         name: "processes that work as one have to say so"
         for name in (
-            *("Mesh", "Mesh.rank", "Mesh.size", "Mesh.device", "Mesh.alone", "n_processes", "single"),
+            *("Mesh", "Mesh.rank", "Mesh.size", "Mesh.device", "n_processes", "single"),
             *("gradients_exchanged", "sum_over_processes", "any_process", "from_first", "copy_from_first"),
             *("wait", "joined"),
         )
@@ -69,7 +73,9 @@ ARGUMENTS = {  # (jaxlm's, torchlm's) where they differ otherwise
         ["path", "like", "parts", "step", "is_checked"],
         ["path", "like", "parts", "step"],
     ),
-    "checkpoint.begin": (["run", "fresh", "sharding"], ["run", "fresh"]),
+    "checkpoint.begin": (["run", "fresh", "shardings"], ["run", "fresh"]),
+    "parallel.make_mesh": (["config", "devices"], ["config"]),
+    "parallel.put_batch": (["mesh", "batch", "axis"], ["mesh", "batch"]),
     "loop.evaluate": (
         ["run", "compiled", "params", "split", "status"],
         ["run", "compiled", "model", "split", "status"],

@@ -5,11 +5,20 @@ The mode of a module turns dropout on (`train()`) or off (`eval()`).
 Parameters are float32; products compute in bfloat16 inside `torch.autocast`, which the models of heads.py open.
 """
 
+import functools
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from jaxlm.config import ModelConfig
+
+REMAT: dict[str, list[Any]] = {  # what is kept of a block for its gradients
+    "dots": [torch.ops.aten.mm.default, torch.ops.aten.addmm.default],
+    "full": [],
+}
 
 
 def linear(n_in: int, n_out: int, rngs: torch.Generator) -> nn.Linear:
@@ -165,6 +174,10 @@ class Transformer(nn.Module):
     def forward(self, tokens_BT: Tensor) -> Tensor:
         is_pad_BT = tokens_BT == self.config.pad_id if self.config.pad_id >= 0 else None
         x_BTD = self.embedding(tokens_BT)
+        run_block: Any = nn.Module.__call__
+        if self.config.remat != "none" and torch.is_grad_enabled():
+            kept = functools.partial(create_selective_checkpoint_contexts, REMAT[self.config.remat])
+            run_block = functools.partial(checkpoint, use_reentrant=False, context_fn=kept)
         for block in self.blocks:
-            x_BTD = block(x_BTD, is_pad_BT)
+            x_BTD = run_block(block, x_BTD, is_pad_BT)
         return self.final_norm(x_BTD) if self.config.final_norm else x_BTD

@@ -30,14 +30,17 @@ class Mesh:
     size: int
     device: torch.device
 
-    def alone(self) -> "Mesh":
-        """Return the mesh of one process, for what each does on its own."""
-        return Mesh(0, 1, self.device)
 
-
-def make_mesh(batch_size: int) -> Mesh:
+def make_mesh(config: Config) -> Mesh:
     """Join the processes that torchrun started. Raises UserError if they cannot share a batch evenly."""
-    size = int(os.environ.get("WORLD_SIZE", 1))
+    size, batch_size = int(os.environ.get("WORLD_SIZE", 1)), config.train.batch_size
+    for name, asked in (("fsdp", config.mesh.fsdp), ("tensor", config.mesh.tensor)):
+        if asked > 1:
+            raise UserError(
+                f"mesh.{name}={asked}: torchlm splits batches only, one part a process; leave it, or use jaxlm"
+            )
+    if config.mesh.data not in (-1, size):
+        raise UserError(f"mesh.data={config.mesh.data}: there are {size} processes; leave it, or start as many")
     if batch_size % size:
         lower = batch_size // size * size
         fits = " or ".join(str(n) for n in (lower, lower + size) if n)
@@ -58,10 +61,14 @@ def replicated(mesh: Mesh, model: nn.Module) -> nn.Module:
     return DistributedDataParallel(model) if mesh.size > 1 else model
 
 
-def put_batch(mesh: Mesh, batch: dict[str, np.ndarray], axis: int = 0) -> dict[str, Any]:
-    """Return this process's slice of the batch along the `axis` of samples, on the device."""
-    slices = {name: np.split(x, mesh.size, axis)[mesh.rank] for name, x in batch.items()}
-    return {name: torch.as_tensor(x, dtype=torch.int64).to(mesh.device) for name, x in slices.items()}
+def rows(mesh: Mesh, n: int) -> np.ndarray:
+    """Return which of the `n` samples of a batch this process needs."""
+    return np.split(np.arange(n), mesh.size)[mesh.rank]
+
+
+def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Return the batch, of this process's `rows`, on the device."""
+    return {name: torch.as_tensor(x, dtype=torch.int64).to(mesh.device) for name, x in batch.items()}
 
 
 def n_processes() -> int:

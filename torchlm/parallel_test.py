@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from jaxlm import config as configs
 from jaxlm.config import Config
 from jaxlm.errors import UserError
 from torchlm import parallel
@@ -22,7 +23,7 @@ import torch
 from jaxlm.config import Config
 from torchlm import parallel
 
-mesh = parallel.make_mesh(4)
+mesh = parallel.make_mesh(Config())
 told = {"sizes": [mesh.size, parallel.n_processes()]}
 with parallel.joined(mesh, Config()) as config:
     print("printed by", mesh.rank)
@@ -91,21 +92,23 @@ def test_only_the_first_process_has_the_run_folder(told: list[dict]) -> None:
 
 def test_each_process_has_its_slice_of_the_batch() -> None:
     batch = {"tokens": np.arange(24).reshape(3, 4, 2).astype(np.int32), "labels": np.arange(12).reshape(3, 4)}
-    slices = [parallel.put_batch(Mesh(rank, 2, CPU), batch, axis=1) for rank in (0, 1)]
-    for name, x in batch.items():
-        assert all(part[name].dtype == torch.int64 for part in slices)
-        np.testing.assert_array_equal(torch.cat([part[name] for part in slices], dim=1), x)
-    np.testing.assert_array_equal(parallel.put_batch(Mesh(1, 2, CPU).alone(), batch)["labels"], batch["labels"])
+    rows = [parallel.rows(Mesh(rank, 2, CPU), 4) for rank in (0, 1)]
+    assert [part.tolist() for part in rows] == [[0, 1], [2, 3]]
+    for part in rows:
+        on_device = parallel.put_batch(Mesh(1, 2, CPU), {name: x[:, part] for name, x in batch.items()})
+        for name, x in batch.items():
+            assert on_device[name].dtype == torch.int64
+            np.testing.assert_array_equal(on_device[name], x[:, part])
 
 
 def test_a_batch_that_processes_cannot_share_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(UserError, match=r"train.batch_size=6 is not divisible by the 4 processes; use 4 or 8"):
-        parallel.make_mesh(6)
+        parallel.make_mesh(configs.build({"train.batch_size": 6}))
 
 
 def test_one_process_needs_no_group() -> None:
-    mesh = parallel.make_mesh(3)
+    mesh = parallel.make_mesh(Config())
     assert (mesh.rank, mesh.size) == (0, 1)
     totals = {"a": torch.tensor(2)}
     assert parallel.sum_over_processes(totals) is totals

@@ -117,7 +117,7 @@ def test_cola_shows_matthews_correlation_first() -> None:
 @pytest.mark.parametrize("name", ["mlm", "gpt", "cola"])
 def test_evaluation_counts_every_sample_once_at_any_batch_size(name: str, prepared: Any) -> None:
     run = prepared(name)
-    fresh, compiled = loop.build(run.config, run.task, parallel.make_mesh(1))
+    fresh, compiled = loop.build(run.config, run.task, parallel.make_mesh(run.config))
     state = fresh()
     results = []
     for batch_size in (1, 3, 7, 100):
