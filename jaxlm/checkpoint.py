@@ -21,7 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from jaxlm import checksums, convert, formats, names, optim, start, storage
+from jaxlm import checksums, convert, distributed, formats, names, optim, start, storage
 from jaxlm.config import Config
 from jaxlm.errors import UserError
 from jaxlm.run import Run
@@ -37,7 +37,8 @@ logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what it does,
 class Checkpoints:
     """The checkpoints in one folder, by step. Call `close` (or leave the `with` block) to wait for the last save.
 
-    `keep` of the last are kept, and the best. A save that fails tells `warn` why, and leaves the others as they are.
+    `keep` of the last are kept, and the best. A save that fails tells `warn` why, and leaves the others as they are; of
+    several processes, it ends all. All of them call the same methods, and the first of them decides.
     """
 
     def __init__(self, folder: Path, keep: int = 1, warn: Callable[[str], None] = print):
@@ -45,13 +46,17 @@ class Checkpoints:
         self.checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self.finishing: threading.Thread | None = None
         self.n_saved, self.stalled_s = 0, 0.0  # saves that are whole, and how long training stood still for all
-        remove_unfinished(self.folder)
+        self.failure: UserError | None = None
+        if distributed.is_first():
+            remove_unfinished(self.folder)
+        distributed.wait()
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        self.close()
+        if exception[0] is None or jax.process_count() == 1:  # else the others are not here to wait for
+            self.close()
 
     def save(self, state: TrainState, info: dict[str, Any], losses: Mapping[int, float]) -> None:
         """Start to save; returns when the arrays are copied from the device.
@@ -68,11 +73,13 @@ class Checkpoints:
                 self.finishing.start()
             except Exception as error:  # whatever Orbax and the system raise: a run outlives it
                 self._failed(step, error)
+                if self.failure:
+                    raise self.failure from error
         self.stalled_s += time.monotonic() - started_s
 
     def steps(self) -> list[int]:
         """Return the steps of all that is whole."""
-        return [step for step, path in checksums.finished_in(self.folder) if path.is_dir()]
+        return distributed.from_first([step for step, path in checksums.finished_in(self.folder) if path.is_dir()])
 
     def best_step(self, losses: Mapping[int, float]) -> int | None:
         """Return the step with the lowest of the losses among the checkpoints, None if there is none."""
@@ -82,13 +89,20 @@ class Checkpoints:
     def restore(self, step: int, like: TrainState) -> TrainState:
         """Return the state saved at `step`, with the shapes, types and placement of `like`."""
         self.wait()
-        return restore(self.folder / str(step), like)
+        path = self.folder / str(step)
+        if distributed.is_first():
+            checksums.check(path)
+        distributed.wait()
+        return restore(path, like, is_checked=True)
 
     def wait(self) -> None:
         """Wait until what is being saved is whole."""
         if self.finishing is not None:
             self.finishing.join()
             self.finishing = None
+            if self.failure:
+                raise self.failure
+            distributed.wait()  # for the first, which has made it whole
 
     def summary(self) -> str:
         """Return a line on the saves so far."""
@@ -104,7 +118,7 @@ class Checkpoints:
 
     def _start(self, step: int, state: TrainState, info: dict[str, Any]) -> None:
         items = parts_of(state)
-        if not storage.is_remote(self.folder):
+        if not storage.is_remote(self.folder) and distributed.is_first():
             n_bytes = sum(x.nbytes for x in jax.tree.leaves(items))
             self.folder.mkdir(parents=True, exist_ok=True)
             n_free = shutil.disk_usage(self.folder).free
@@ -119,18 +133,26 @@ class Checkpoints:
         """Make the checkpoint whole, and only then remove those that it replaces."""
         try:
             self.checkpointer.wait_until_finished()
-            checksums.write(self.folder / str(step))
             self.n_saved += 1
-            steps = self.steps()
+            if not distributed.is_first():
+                return
+            checksums.write(self.folder / str(step))
+            steps = [step for step, path in checksums.finished_in(self.folder) if path.is_dir()]
             for old in set(steps[: -self.keep]) - {start.best(steps, losses)}:
                 _remove(self.folder / str(old))
         except Exception as error:
             self._failed(step, error)
 
     def _failed(self, step: int, error: Exception) -> None:
+        why = formats.reason(error)
+        if jax.process_count() > 1:  # the others wait for this part of it
+            self.failure = UserError(
+                f"{self.folder}: the checkpoint of step {step} could not be saved ({why}); mend that, and go on with "
+                "--resume auto"
+            )
+            return
         with contextlib.suppress(Exception):  # of a disk or a network that fails
             remove_unfinished(self.folder)
-        why = formats.reason(error)
         self.warn(f"the checkpoint of step {step} could not be saved ({why}); training goes on without it")
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxlm import checkpoint, optim, parallel, schedule, step, storage
+from jaxlm import checkpoint, distributed, optim, parallel, schedule, step, storage
 from jaxlm import run as runs
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.config import Config
@@ -35,17 +35,23 @@ class Compiled(NamedTuple):
 def run(config: Config, origins: dict[str, str], start: Start, started_s: float) -> int:
     """Train as the settings say; return the exit status. Raises UserError, and then leaves no run folder."""
     _configure_jax(config)
-    mesh = parallel.make_mesh(config)
-    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
-    device = f"{mesh.size} x {mesh.devices.flat[0].device_kind}" + (f" ({axes})" if axes else "")
     with contextlib.ExitStack() as stack:
-        with runs.started(config, origins, start, TASKS, device, started_s) as this:
+        config = stack.enter_context(distributed.joined(config, start))
+        mesh = parallel.make_mesh(config)
+        builds_caches = distributed.is_first_here()
+        if not builds_caches:
+            distributed.wait()
+        with runs.started(config, origins, start, TASKS, _describe(mesh), started_s) as this:
+            if builds_caches:
+                distributed.wait()
+            distributed.check_same(runs.identity(this))
+            this.validation.update(distributed.from_first(list(this.validation.items())))
+            folder = distributed.shared(storage.checkpoints(this.dir, config.run.checkpoint_dir))
             fresh, compiled = build(this.config, this.task, mesh, this.rewarmed)
             state = checkpoint.begin(this, fresh, compiled.shardings)
             # From here on a signal does not end the process, and the run folder stays.
-            status = stack.enter_context(runs.interrupts(this.log))
+            status = parallel.any_process(mesh, stack.enter_context(runs.interrupts(this.log)))
         stack.enter_context(contextlib.closing(this))
-        folder = storage.checkpoints(this.dir, config.run.checkpoint_dir)
         checkpoints = stack.enter_context(Checkpoints(folder, config.run.keep_checkpoints, this.log.warn))
         state = fit(this, compiled, state, checkpoints, status)
         finish(this, compiled, state, checkpoints, status)
@@ -101,8 +107,8 @@ def fit(
     position = run.start.position()
     rows = parallel.rows(compiled.mesh, train.batch_size)
     batches = loader.training_batches(samples, train, position, rows)
-    key = jax.device_put(jax.random.key(train.seed), parallel.replicated(compiled.mesh))
-    watch = runs.FileWatch(run.dir)
+    key = jax.jit(lambda: jax.random.key(train.seed), out_shardings=parallel.replicated(compiled.mesh))()
+    take = parallel.any_process(compiled.mesh, runs.FileWatch(run.dir).take)
     i = position.step
     if i and (i % train.eval_interval == 0 or i == train.max_steps) and i not in run.validation:
         evaluate_and_show(run, compiled, state, i, status)  # which an interrupt has cut short
@@ -113,12 +119,12 @@ def fit(
             batch, i = next(batches), i + 1
             state, metrics = compiled.update(state, parallel.put_batch(compiled.mesh, batch, axis=1), key)
             # Metrics of the update before are read only now that this one is under way: the device never waits.
-            bad = meter.add(i, metrics, batch)
+            bad = meter.add(i, metrics, samples.n_tokens(batch) * train.batch_size // len(rows))
 
             is_interrupted = bool(status())  # looked at once: a signal between two looks would cost an evaluation
-            is_last = is_interrupted or watch.take("stop") or i == train.max_steps
+            is_last = is_interrupted or bool(take("stop")) or i == train.max_steps
             is_evaluated = (is_last or i % train.eval_interval == 0) and not is_interrupted
-            is_saved = is_evaluated or is_last or watch.take("save_checkpoint")
+            is_saved = is_evaluated or is_last or bool(take("save_checkpoint"))
             bad = bad or (meter.flush() if is_saved else 0)
             if bad:
                 meter.forget()
@@ -184,6 +190,13 @@ def finish(
         state = checkpoints.restore(best, state)
         totals = evaluate(run, compiled, state.params, "test", status)
     runs.sum_up(run, last, best, n_parameters, totals, checkpoints.summary(), bool(status()))
+
+
+def _describe(mesh: Mesh) -> str:
+    """Return a line on the devices and how they are used."""
+    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
+    processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    return f"{mesh.size} x {mesh.devices.flat[0].device_kind}{processes}" + (f" ({axes})" if axes else "")
 
 
 def _configure_jax(config: Config) -> None:

@@ -6,10 +6,11 @@ that the model passes to `constrain`. SHARDING.md has examples.
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -130,7 +131,37 @@ def put_batch(mesh: Mesh, batch: dict[str, np.ndarray], axis: int = 0) -> dict[s
     sharding = NamedSharding(mesh, PartitionSpec(*[None] * axis, BATCH))
     if jax.process_count() == 1:
         return jax.device_put(batch, sharding)
-    return {name: jax.make_array_from_process_local_data(sharding, x) for name, x in batch.items()}
+    n_parts = math.prod(mesh.shape[name] for name in BATCH)
+    n = next(iter(batch.values())).shape[axis] // len(rows(mesh, n_parts)) * n_parts
+    own = rows(mesh, n)
+
+    def put(x: np.ndarray) -> Array:
+        def part(index: Any) -> np.ndarray:
+            return x.take(np.searchsorted(own, np.arange(n)[index[axis]]), axis)
+
+        return jax.make_array_from_callback((*x.shape[:axis], n, *x.shape[axis + 1 :]), sharding, part)
+
+    return {name: put(x) for name, x in batch.items()}
+
+
+def any_process(mesh: Mesh, function: Callable[..., int]) -> Callable[..., int]:
+    """Return a function with the largest that `function` returns in any process; all have to call it alike.
+
+    With several processes it is that of the call before (0 at first), so that no device waits for the answer.
+    """
+    if jax.process_count() == 1:
+        return function
+    sharding = NamedSharding(mesh, PartitionSpec(AXES))
+    largest = jax.jit(jnp.max, out_shardings=replicated(mesh))
+    before: dict[Any, Array] = {}
+
+    def ask(*args: Any) -> int:
+        value = np.full(1, function(*args), np.int32)
+        asked = before.get(args)
+        before[args] = largest(jax.make_array_from_callback((mesh.size,), sharding, lambda index: value))
+        return 0 if asked is None else int(asked)
+
+    return ask
 
 
 def _name(model: str, path: tuple[Any, ...]) -> str:

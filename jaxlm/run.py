@@ -256,7 +256,7 @@ class Meter:
         self.tokens = 0
         self.clock_s = time.monotonic()
 
-    def add(self, i: int, metrics: Any, batch: dict[str, np.ndarray]) -> int:
+    def add(self, i: int, metrics: Any, n_tokens: int) -> int:
         """Read the update before `i`, and keep the metrics of `i` for the next call; return what `flush` does."""
         bad = self.flush()
         self.pending = (i, metrics)
@@ -265,7 +265,7 @@ class Meter:
             bad = self.flush()
             self.tokens, self.clock_s, self.is_first = 0, time.monotonic(), False
         else:
-            self.tokens += self.run.data.samples["train"].n_tokens(batch)
+            self.tokens += n_tokens
             self.show(i, "")
         return bad
 
@@ -457,6 +457,15 @@ def info(run: Run, i: int, position: Position, rate: float) -> dict[str, Any]:
         "skipped": position.skipped,
         "version": importlib.metadata.version("jaxlm"),
     }
+
+
+def identity(run: Run) -> dict[str, Any]:
+    """Return what has to be the same in all processes of a run, once there are data."""
+    return {
+        "the data": run.data.source.fingerprint,
+        "the tokenizer": tokenizers.fingerprint(run.data.tokenizer),
+        "model.vocab_size": run.config.model.vocab_size,
+    } | {f"the number of {split} samples": len(samples) for split, samples in run.data.samples.items()}
 
 
 def step_to_roll_back_to(run: Run, saved: list[int], position: Position, bad: int) -> int:

@@ -47,7 +47,7 @@ def run(config: Config, origins: dict[str, str], start: Start, started_s: float)
             state = checkpoint.begin(this, fresh)
             # From here on a signal does not end the process, and the run folder stays.
             status = stack.enter_context(runs.interrupts(this.log))
-        status = functools.partial(parallel.any_process, mesh, status)
+        status = parallel.any_process(mesh, status)
         stack.enter_context(contextlib.closing(this))
         folder = storage.checkpoints(this.dir, config.run.checkpoint_dir)
         checkpoints = stack.enter_context(Checkpoints(folder, config.run.keep_checkpoints, this.log.warn))
@@ -98,7 +98,7 @@ def fit(
     rows = parallel.rows(mesh, train.batch_size)
     batches = loader.training_batches(samples, train, position, rows)
     key = (train.seed, mesh.rank)
-    take = functools.partial(parallel.any_process, mesh, runs.FileWatch(run.dir).take)
+    take = parallel.any_process(mesh, runs.FileWatch(run.dir).take)
     i = position.step
     if i and (i % train.eval_interval == 0 or i == train.max_steps) and i not in run.validation:
         evaluate_and_show(run, compiled, state, i, status)  # which an interrupt has cut short
@@ -108,7 +108,7 @@ def fit(
             batch, i = next(batches), i + 1
             state, metrics = compiled.update(state, parallel.put_batch(mesh, batch), key)
             # Metrics of the update before are read only now that this one is under way: a GPU never waits.
-            bad = meter.add(i, metrics, batch)
+            bad = meter.add(i, metrics, samples.n_tokens(batch) * train.batch_size // len(rows))
 
             is_interrupted = bool(status())  # looked at once: a signal between two looks would cost an evaluation
             is_last = is_interrupted or take("stop") or i == train.max_steps

@@ -48,7 +48,7 @@ ONLY_TORCH = {
         name: "processes that work as one have to say so"
         for name in (
             *("Mesh", "Mesh.rank", "Mesh.size", "Mesh.device", "n_processes", "single"),
-            *("gradients_exchanged", "sum_over_processes", "any_process", "from_first", "copy_from_first"),
+            *("gradients_exchanged", "sum_over_processes", "from_first", "copy_from_first"),
             *("wait", "joined"),
         )
     },

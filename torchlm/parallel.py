@@ -71,6 +71,19 @@ def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, Any]:
     return {name: torch.as_tensor(x, dtype=torch.int64).to(mesh.device) for name, x in batch.items()}
 
 
+def any_process(mesh: Mesh, function: Callable[..., int]) -> Callable[..., int]:
+    """Return a function with the largest that `function` returns in any process; all have to call it alike."""
+    if mesh.size == 1:
+        return function
+
+    def ask(*args: Any) -> int:
+        flag = torch.tensor(int(function(*args)))
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return int(flag)
+
+    return ask
+
+
 def n_processes() -> int:
     """Return how many processes share a batch."""
     return dist.get_world_size() if dist.is_initialized() else 1
@@ -94,14 +107,6 @@ def sum_over_processes(totals: dict[str, Tensor]) -> dict[str, Tensor]:
         for total in totals.values():
             dist.all_reduce(total)
     return totals
-
-
-def any_process(mesh: Mesh, function: Callable[..., int], *args: Any) -> int:
-    """Return the largest that the function returns in any process."""
-    flag = torch.tensor(int(function(*args)))
-    if mesh.size > 1:
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-    return int(flag)
 
 
 def from_first(value: Any) -> Any:

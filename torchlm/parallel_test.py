@@ -30,7 +30,8 @@ with parallel.joined(mesh, Config()) as config:
     told["run_dir"] = config.run.dir
     told["sums"] = {name: x.item() for name, x in parallel.sum_over_processes(
         {"a": torch.tensor(mesh.rank + 1), "b": torch.tensor(0.5)}).items()}
-    told["any"] = [parallel.any_process(mesh, lambda rank: mesh.rank == rank, rank) for rank in (0, 1, 2)]
+    is_told = parallel.any_process(mesh, lambda rank: mesh.rank == rank)
+    told["any"] = [is_told(rank) for rank in (0, 1, 2)]
     told["first"] = parallel.from_first(f"told by {mesh.rank}")
 
     torch.manual_seed(mesh.rank)
