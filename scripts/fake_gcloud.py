@@ -15,12 +15,11 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
 
 FOLDER = Path(os.environ.get("FAKE_GCLOUD", "/nonexistent"))
-N_WAITS = 2  # so often a request is seen waiting for resources
+N_WAITS = 1  # so often a request is seen waiting for resources
 
 
 def fail(text: str, status: int = 1) -> NoReturn:
@@ -107,12 +106,12 @@ def workers(args: argparse.Namespace) -> list[int]:
 
 
 def ssh(args: argparse.Namespace) -> int:
-    def run(worker: int) -> int:
+    started = []
+    for worker in workers(args):
         home = FOLDER / args.name / str(worker)
-        return subprocess.run(["bash", "-c", args.command], cwd=home, env={**os.environ, "HOME": str(home)}).returncode
-
-    with ThreadPoolExecutor() as pool:
-        statuses = list(pool.map(run, workers(args)))
+        variables = {**os.environ, "HOME": str(home)}
+        started.append(subprocess.Popen(["bash", "-c", args.command], cwd=home, env=variables))
+    statuses = [process.wait() for process in started]
     # That of the first worker that has failed; a lost connection is an error of gcloud's own.
     status = next((x for x in statuses if x), 0)
     return 1 if status < 0 or status == 255 else status

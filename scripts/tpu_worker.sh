@@ -44,7 +44,8 @@ follow)
         echo "$HOSTNAME: nothing has been started here" >&2
         exit 1
     fi
-    tail --lines=+1 --follow --sleep-interval=0.2 --pid="$(cat train.pid)" train.log
+    (while at_work; do sleep 0.2; done) &
+    tail --lines=+1 --follow --sleep-interval=0.2 --pid=$! train.log
     ;;
 wait)
     while at_work; do sleep 0.2; done
