@@ -152,11 +152,6 @@ class Shell:
         print(f"+ {shlex.join(command)}", file=sys.stderr, flush=True)
         return _run(command, input=stdin or None).returncode
 
-    def run(self, command: list[str], stdin: str = "") -> None:
-        """Run a command; exit with its status, and one line, unless it is 0."""
-        if status := self.status(command, stdin):
-            sys.exit(failed(command, status))
-
     def read(self, command: list[str], dry: str) -> tuple[int, str]:
         """Run a command quietly; return its exit status and what it prints, which is `dry` in a dry run."""
         if self.dry_run:
@@ -165,20 +160,16 @@ class Shell:
         return done.returncode, (done.stdout if done.returncode == 0 else done.stderr).strip()
 
 
-def failed(command: list[str], status: int) -> int:
-    """Print that a command failed, and return its status."""
-    print(f"error: {shlex.join(command[:5])} ...: exit status {status}", file=sys.stderr)
-    return status
-
-
 def _run(command: list[str], **options: Any) -> "subprocess.CompletedProcess[str]":
     try:
         return subprocess.run(command, text=True, **options)
     except FileNotFoundError as error:
-        raise UserError(f"{command[0]}: there is no such program; install it, or see --dry-run") from error
+        raise UserError(
+            f"{command[0]}: there is no such program; install it, or see the commands by --dry-run"
+        ) from error
 
 
-def main(argv: list[str], doc: str, verbs: dict[str, Callable[[Settings, Shell], int | None]]) -> int:
+def main(argv: list[str], doc: str, verbs: dict[str, Callable[[Settings, Shell], int]]) -> int:
     """Do what a command line says: VERB [--dry-run] [--section.key VALUE ...] [-- SETTINGS OF jaxlm.train]."""
     split = argv.index("--") if "--" in argv else len(argv)
     own, more = argv[:split], argv[split + 1 :]
@@ -190,7 +181,7 @@ def main(argv: list[str], doc: str, verbs: dict[str, Callable[[Settings, Shell],
             raise UserError(f"{own[0] if own else 'nothing'}: no such command; give {', '.join(verbs)} (--help)")
         settings = load([word for word in own[1:] if word != "--dry-run"], more)
         try:
-            return verbs[own[0]](settings, Shell("--dry-run" in own)) or 0
+            return verbs[own[0]](settings, Shell("--dry-run" in own))
         except KeyboardInterrupt:
             return 130
     raise AssertionError("reported() exits on the errors it does not pass on")

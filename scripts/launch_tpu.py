@@ -20,7 +20,7 @@ import sys
 import time
 from pathlib import Path, PurePosixPath
 
-from launch_settings import ROOT, Settings, Shell, failed, main
+from launch_settings import ROOT, Settings, Shell, main
 
 from jaxlm.errors import UserError
 
@@ -54,8 +54,8 @@ def state(settings: Settings, shell: Shell, dry: str) -> str:
     command = resource(settings, "describe", f"--format={fields}")
     status, text = shell.read(command, dry)
     if status and "NOT_FOUND" not in text:  # no network, no permission: nothing is known
-        print(text, file=sys.stderr)
-        sys.exit(failed(command, status))
+        print(f"error: the state of {settings.name} cannot be told\n{text}", file=sys.stderr)
+        sys.exit(status)
     return "" if status else text
 
 
@@ -87,11 +87,12 @@ def setup(settings: Settings, shell: Shell) -> int:
     if subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True).stdout:
         shell.say("there are changes that are not committed, which the TPU will not have")
     archive = ROOT / "build" / "jaxlm.tar.gz"
-    shell.run(["mkdir", "-p", str(archive.parent)])
-    shell.run([*git, "archive", f"--output={archive}", "HEAD"])
     files = [str(archive), str(ROOT / "scripts" / "tpu_worker.sh")]
-    return shell.status(gcloud(settings, "tpu-vm", "scp", *files, f"{settings.name}:", "--worker=all")) or shell.status(
-        on_workers(settings, "all", "setup", settings.tpu.setup)
+    return (
+        shell.status(["mkdir", "-p", str(archive.parent)])
+        or shell.status([*git, "archive", f"--output={archive}", "HEAD"])
+        or shell.status(gcloud(settings, "tpu-vm", "scp", *files, f"{settings.name}:", "--worker=all"))
+        or shell.status(on_workers(settings, "all", "setup", settings.tpu.setup))
     )
 
 
