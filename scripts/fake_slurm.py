@@ -1,8 +1,8 @@
 """As much of Slurm, for tests, as train.sbatch uses: sbatch, srun, scancel and scontrol, by the name it is called with.
 
 The nodes are this machine, and sbatch waits for the end of the job. $FAKE_SLURM is its folder: calls.txt has what was
-asked, tasks.txt the processes of the step. The file `limit` has a pattern for each start of the job: its time is up when
-as many files match as there are tasks.
+asked, tasks.txt the processes of the step. The file `limit` has a pattern for each start of the job: its time is up
+when as many files match as there are tasks.
 """
 
 import json

@@ -172,16 +172,15 @@ def _run(command: list[str], **options: Any) -> "subprocess.CompletedProcess[str
 def main(argv: list[str], doc: str, verbs: dict[str, Callable[[Settings, Shell], int]]) -> int:
     """Do what a command line says: VERB [--dry-run] [--section.key VALUE ...] [-- SETTINGS OF jaxlm.train]."""
     split = argv.index("--") if "--" in argv else len(argv)
-    own, more = argv[:split], argv[split + 1 :]
+    own, more = [word for word in argv[:split] if word != "--dry-run"], argv[split + 1 :]
     if {"-h", "--help"} & set(own):
         print(doc)
         return 0
     with reported(debug=False):
         if not own or own[0] not in verbs:
             raise UserError(f"{own[0] if own else 'nothing'}: no such command; give {', '.join(verbs)} (--help)")
-        settings = load([word for word in own[1:] if word != "--dry-run"], more)
         try:
-            return verbs[own[0]](settings, Shell("--dry-run" in own))
+            return verbs[own[0]](load(own[1:], more), Shell("--dry-run" in argv[:split]))
         except KeyboardInterrupt:
             return 130
     raise AssertionError("reported() exits on the errors it does not pass on")
