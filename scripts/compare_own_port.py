@@ -9,6 +9,7 @@ runs `python -m parity_tests.compare` on them. For your own port, write such fil
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import flax.linen as linen
 import jax
@@ -25,7 +26,7 @@ NAMES = {
     r"(\d)\.weight": {"name": r"layers_\1/kernel", "axes": [1, 0]},
     r"(\d)\.bias": r"layers_\1/bias",
 }
-Run = dict[str, np.ndarray]
+Run = dict[str, Any]  # arrays by name
 
 
 def of_torch(model: torch.nn.Module, inputs: np.ndarray, labels: np.ndarray) -> Run:
@@ -39,7 +40,9 @@ def of_torch(model: torch.nn.Module, inputs: np.ndarray, labels: np.ndarray) -> 
         loss = torch.nn.functional.cross_entropy(model(x[i]), y[i])
         loss.backward()
         if i == 0:
-            run |= {f"grad0/{name}": p.grad.numpy().copy() for name, p in model.named_parameters()}
+            run |= {
+                f"grad0/{name}": p.grad.numpy().copy() for name, p in model.named_parameters() if p.grad is not None
+            }
         optimizer.step()
         losses.append(loss.item())
     weights = {f"weights/{name}": p.detach().numpy() for name, p in model.named_parameters()}

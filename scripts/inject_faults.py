@@ -71,6 +71,7 @@ def differences(run: Path, undisturbed: Path) -> list[str]:
     for snapshot in (one, other):
         snapshot.info.pop("val_loss")  # which a checkpoint lacks where a signal has ended its evaluation
     parts = {"weights": (one.weights, other.weights)}
+    assert one.moments and other.moments
     for i, name in enumerate(("first moments", "second moments")):
         parts[name] = one.moments[i], other.moments[i]
     found += [name for name, (a, b) in parts.items() if any(a[key].tobytes() != b[key].tobytes() for key in a | b)]
@@ -101,7 +102,11 @@ def interrupted(
         if random.random() < 1 / 3:
             time.sleep(random.uniform(0, setup_s))
         else:
-            wait(lambda n_before=n_before: "first update done" in log.read_text()[n_before:], process, log)
+
+            def is_training(n_before: int = n_before) -> bool:
+                return "first update done" in log.read_text()[n_before:]
+
+            wait(is_training, process, log)
             time.sleep(random.uniform(0, 1))
         if process.poll() is None and number == signal.SIGKILL:
             os.killpg(process.pid, number)

@@ -5,7 +5,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -169,7 +169,7 @@ def _run(command: list[str], **options: Any) -> "subprocess.CompletedProcess[str
         ) from error
 
 
-def main(argv: list[str], doc: str, verbs: dict[str, Callable[[Settings, Shell], int]]) -> int:
+def main(argv: list[str], doc: str, verbs: Mapping[str, Callable[[Settings, Shell], int]]) -> int:
     """Do what a command line says: VERB [--dry-run] [--section.key VALUE ...] [-- SETTINGS OF jaxlm.train]."""
     split = argv.index("--") if "--" in argv else len(argv)
     own, more = [word for word in argv[:split] if word != "--dry-run"], argv[split + 1 :]
