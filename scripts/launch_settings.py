@@ -83,8 +83,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return [*command, "--resume", "auto"]
 
 
-def load(flags: Sequence[str] = (), more: Sequence[str] = (), file: Path = FILE) -> Settings:
-    """Return the settings of a file, with `flags` (--section.key VALUE) on top and `more` at the end of `train`.
+def load(flags: Sequence[str] = (), train: Sequence[str] = (), file: Path = FILE) -> Settings:
+    """Return the settings of a file, with `flags` (--section.key VALUE) on top, and with `train` unless it is empty.
 
     Raises UserError for an unknown setting or a wrong value, also for one of jaxlm.train.
     """
@@ -96,7 +96,8 @@ def load(flags: Sequence[str] = (), more: Sequence[str] = (), file: Path = FILE)
     if flags:
         _override(values, flags)
         settings = _convert(values, "command line", strict=False)  # what stands there is text
-    settings = msgspec.structs.replace(settings, train=[*settings.train, *more])
+    if train:
+        settings = msgspec.structs.replace(settings, train=list(train))
     with contextlib.chdir(ROOT):
         configs.load(settings.train)  # rather here than on machines that are paid for
         given = configs.given(settings.train)
@@ -116,7 +117,9 @@ def _override(values: dict[str, Any], flags: Sequence[str]) -> None:
         flag, equals, value = words.pop(0).partition("=")
         name = flag[2:].replace("-", "_")
         if not flag.startswith("--") or name not in names:
-            raise UserError(f"{flag}: unknown setting{nearest(name, names)} (launch.toml lists them; -- begins train)")
+            raise UserError(
+                f"{flag}: unknown setting{nearest(name, names)} (launch.toml lists them; train comes after --)"
+            )
         if not equals:
             if not words:
                 raise UserError(f"{flag}: value is missing; write {flag} VALUE")
@@ -172,7 +175,7 @@ def _run(command: list[str], **options: Any) -> "subprocess.CompletedProcess[str
 def main(argv: list[str], doc: str, verbs: Mapping[str, Callable[[Settings, Shell], int]]) -> int:
     """Do what a command line says: VERB [--dry-run] [--section.key VALUE ...] [-- SETTINGS OF jaxlm.train]."""
     split = argv.index("--") if "--" in argv else len(argv)
-    own, more = [word for word in argv[:split] if word != "--dry-run"], argv[split + 1 :]
+    own, train = [word for word in argv[:split] if word != "--dry-run"], argv[split + 1 :]
     if {"-h", "--help"} & set(own):
         print(doc)
         return 0
@@ -180,7 +183,7 @@ def main(argv: list[str], doc: str, verbs: Mapping[str, Callable[[Settings, Shel
         if not own or own[0] not in verbs:
             raise UserError(f"{own[0] if own else 'nothing'}: no such command; give {', '.join(verbs)} (--help)")
         try:
-            return verbs[own[0]](load(own[1:], more), Shell("--dry-run" in argv[:split]))
+            return verbs[own[0]](load(own[1:], train), Shell("--dry-run" in argv[:split]))
         except KeyboardInterrupt:
             return 130
     raise AssertionError("reported() exits on the errors it does not pass on")

@@ -7,12 +7,13 @@ import pytest
 from jaxlm.errors import UserError
 
 
-def test_flags_override_the_file_and_words_after_them_add_to_train() -> None:
+def test_flags_go_over_the_file_and_words_after_them_over_train() -> None:
     settings = launch_settings.load(
-        ["--tpu.zone", "here", "--tpu.spot=false", "--slurm.gpus-per-node", "0"], ["--train.max-steps", "3"]
+        ["--tpu.zone", "here", "--tpu.spot=false", "--slurm.gpus-per-node", "0"], ["--task", "gpt"]
     )
     assert (settings.tpu.zone, settings.tpu.spot, settings.slurm.gpus_per_node) == ("here", False, 0)
-    assert settings.train == ["--config", "configs/gpt_base.toml", "--train.max-steps", "3"]
+    assert settings.train == ["--task", "gpt"]
+    assert launch_settings.load().train == ["--config", "configs/gpt_base.toml"]
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ def test_one_task_for_each_gpu_or_else_for_each_node() -> None:
 def test_submit_trains_so_that_a_requeued_job_goes_on() -> None:
     text = launch("submit --dry-run --run-dir /scratch/x --slurm.stop-s 60 -- --train.max-steps 5").stdout
     assert "--signal=B:USR1@60 " in text
-    expected = "-m jaxlm.train --config configs/gpt_base.toml --train.max-steps 5 --run.dir /scratch/x --resume auto\n"
+    expected = "-m jaxlm.train --train.max-steps 5 --run.dir /scratch/x --resume auto\n"
     assert text.endswith(f"scripts/train.sbatch .venv/bin/python {expected}")
 
 

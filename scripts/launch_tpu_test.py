@@ -144,8 +144,8 @@ def test_loop_ends_after_max_starts(folder: Path, launch: Launch) -> None:
 
 
 def test_loop_keeps_the_tpu_when_the_run_cannot_be_collected(folder: Path, launch: Launch) -> None:
-    done = launch("loop", 0, flags="--tpu.setup true --run-dir /dev/null/x")
-    assert done.returncode not in (0, 143), done.stderr
+    done = launch("loop", 0, flags="--run-dir /dev/null/x --tpu.settle-s 0.1")
+    assert done.returncode == 1, done.stderr
     assert (folder / "jaxlm.json").exists()
 
 
@@ -177,7 +177,8 @@ def test_training_outlives_the_launcher_and_stop_ends_it(folder: Path, launch: L
     assert launch("collect").returncode == 0 and launch("delete").returncode == 0
 
 
-def test_a_second_start_joins_the_first(folder: Path, launch: Launch, tmp_path: Path) -> None:
+def test_a_worker_by_itself(tmp_path: Path) -> None:
+    """It installs each version once, starts one process at most, and records how that ends."""
     home = tmp_path / "jaxlm"
     (home / "jaxlm" / "run").mkdir(parents=True)
     shutil.copy(ROOT / "scripts" / "tpu_worker.sh", home)
@@ -187,10 +188,22 @@ def test_a_second_start_joins_the_first(folder: Path, launch: Launch, tmp_path: 
         return subprocess.run(command, cwd=home, env={**os.environ, "HOME": str(home)}, capture_output=True, text=True)
 
     waits = ("start", "bash", "-c", "until [[ -e run/stop ]]; do sleep 0.02; done; exit 7")
+
+    def setup(content: str) -> None:
+        (home / "version").write_text(content)
+        subprocess.run(["tar", "-czf", "jaxlm.tar.gz", "version"], cwd=home, check=True)
+        assert worker("setup", "cat version >>installed").returncode == 0
+
+    setup("1")
+    assert worker("setup", "cat version >>installed").returncode == 0
+    setup("2")
+    assert (home / "jaxlm" / "installed").read_text() == "12"
     assert worker("follow").returncode == 1
     assert worker("wait").returncode == 1
     assert worker(*waits).stderr == ""
     assert worker(*waits).stderr == "training is at work already\n"
+    setup("3")
+    assert (home / "jaxlm" / "version").read_text() == "2"
     # When the machine shuts down, every process gets SIGTERM: the one that keeps training has to record how it ends.
     os.kill(int((home / "train.pid").read_text()), 15)
     time.sleep(0.1)

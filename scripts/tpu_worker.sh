@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs on every worker of a TPU, where launch_tpu.py has copied it. Training is detached from the connection that starts
 # it, so that it outlives a lost one.
-#   bash tpu_worker.sh setup COMMAND          unpack jaxlm.tar.gz and run a command in it, once
+#   bash tpu_worker.sh setup COMMAND          unpack jaxlm.tar.gz and run a command in it, unless it is the one that was
 #   bash tpu_worker.sh start COMMAND [ARG...] run a command in it, in the background, unless one is at work
 #   bash tpu_worker.sh follow                 print what it has printed and prints, until it ends
 #   bash tpu_worker.sh wait                   wait for its end; exit with its status, with its last lines if that is not 0
@@ -14,10 +14,11 @@ at_work() { grep --quiet tpu_worker.sh "/proc/$(cat train.pid)/cmdline"; } 2>/de
 
 case ${1-} in
 setup)
-    if [[ -e jaxlm/.ready ]]; then exit 0; fi
+    if at_work || cmp --silent jaxlm.tar.gz installed.tar.gz; then exit 0; fi
     mkdir -p jaxlm
     tar --extract --gzip --file jaxlm.tar.gz --directory jaxlm
-    (cd jaxlm && bash -c "$2" && touch .ready)
+    (cd jaxlm && bash -c "$2")
+    cp jaxlm.tar.gz installed.tar.gz
     ;;
 start)
     if at_work; then
