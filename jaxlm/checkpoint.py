@@ -218,22 +218,7 @@ def restore(
     """
     if not is_checked:
         checksums.check(path, (*parts, "info"))
-    wanted = {name: tree for name, tree in parts_of(like).items() if name in parts}
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        found = {}
-        for name, tree in wanted.items():
-            stored = checkpointer.metadata(storage.absolute(path) / name).item_metadata.tree
-            n_stored, n_rows = (_n_positions(x) for x in (stored, tree))
-            is_cut = n_stored > n_rows > 0  # learned positions: the first of them are used
-            if is_cut:
-                tree = _with_positions(tree, functools.partial(_abstract, n_rows=n_stored))
-            _check(f"{path}/{name}", _shapes(stored), _shapes(tree))
-            kinds = ocp.checkpoint_utils.construct_restore_args(tree)
-            found[name] = checkpointer.restore(
-                storage.absolute(path) / name, args=ocp.args.PyTreeRestore(item=tree, restore_args=kinds)
-            )
-            if is_cut:
-                found[name] = _with_positions(found[name], operator.itemgetter(slice(n_rows)))
+    found = _restored(path, {name: tree for name, tree in parts_of(like).items() if name in parts})
     if step is None:
         step = int(checksums.read_json(path / "info" / "metadata")["step"])
     return with_parts(like, found, step)
@@ -252,13 +237,53 @@ def with_parts(state: TrainState, parts: Mapping[str, Any], step: int) -> TrainS
 
 
 def load_model(path: str | Path) -> tuple[nnx.Module, Config]:
-    """Return the model of a run or checkpoint, of any form that jaxlm.convert reads, and its settings."""
+    """Return the model of a checkpoint, of any form that jaxlm.convert reads, and its settings.
+
+    A run has that of its best checkpoint. Nothing of jaxlm's optimizer is read.
+    """
+    found = start.to_use(storage.path(path))
+    return model_of(found, found.config()), found.config()
+
+
+def model_of(found: start.Start, config: Config) -> nnx.Module:
+    """Return the model of a checkpoint that was found; `config` has its settings, but for train.precision, say."""
     from jaxlm.tasks import TASKS
 
-    snapshot = convert.read(storage.path(path))
-    task = TASKS[snapshot.config.task](snapshot.config)
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: task.build_model(nnx.Rngs(0))))
-    return nnx.merge(graphdef, jax.tree.map(jax.numpy.asarray, names.to_jax(snapshot.weights))), snapshot.config
+    assert found.path is not None, "nothing was found"
+    if config.task not in TASKS:
+        raise UserError(f"{found.path}: task={config.task} is unknown here; there are {', '.join(TASKS)}")
+    model = nnx.eval_shape(lambda: TASKS[config.task](config).build_model(nnx.Rngs(0)))
+    graphdef, variables = nnx.split(model, nnx.Param)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), nnx.to_pure_dict(variables))
+    if found.form == formats.RUN:
+        params = _restored(found.path, like)
+    else:
+        params = jax.device_put(_parts_of_file(found.path, config, tuple(like)), device)
+    return nnx.merge(graphdef, params)
+
+
+def _restored(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Return parts of a checkpoint of jaxlm, with the shapes, types and placement of those `wanted`, by name.
+
+    Raises UserError if a part has other shapes or types.
+    """
+    found = {}
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        for name, tree in wanted.items():
+            stored = checkpointer.metadata(storage.absolute(path) / name).item_metadata.tree
+            n_stored, n_rows = (_n_positions(x) for x in (stored, tree))
+            is_cut = n_stored > n_rows > 0  # learned positions: the first of them are used
+            if is_cut:
+                tree = _with_positions(tree, functools.partial(_abstract, n_rows=n_stored))
+            _check(f"{path}/{name}", _shapes(stored), _shapes(tree))
+            kinds = ocp.checkpoint_utils.construct_restore_args(tree)
+            found[name] = checkpointer.restore(
+                storage.absolute(path) / name, args=ocp.args.PyTreeRestore(item=tree, restore_args=kinds)
+            )
+            if is_cut:
+                found[name] = _with_positions(found[name], operator.itemgetter(slice(n_rows)))
+    return found
 
 
 def _parts_of_file(path: Path, config: Config, parts: Sequence[str]) -> dict[str, Any]:

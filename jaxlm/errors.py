@@ -32,9 +32,17 @@ def nearest(name: str, choices: Iterable[str]) -> str:
 
 @contextlib.contextmanager
 def reported(debug: bool) -> Iterator[None]:
-    """Turn a UserError into one line on stderr and exit status 2; with `debug`, print its traceback before."""
+    """Turn a UserError into one line on stderr and exit status 2; with `debug`, print its traceback before.
+
+    Ctrl-C, where it raises, and a reader of the output that has gone end the process without a word, with 130 and 141.
+    """
     try:
         yield
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where Python puts what is left to write
+        sys.exit(128 + signal.SIGPIPE)
     except UserError as error:
         if debug:
             traceback.print_exc()

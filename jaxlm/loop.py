@@ -10,11 +10,11 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxlm import checkpoint, distributed, optim, parallel, schedule, step, storage
+from jaxlm import backend, checkpoint, distributed, optim, parallel, schedule, step, storage
 from jaxlm import run as runs
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.config import Config
-from jaxlm.data import cache, loader
+from jaxlm.data import loader
 from jaxlm.data.position import Position
 from jaxlm.run import Run
 from jaxlm.start import Start
@@ -34,7 +34,7 @@ class Compiled(NamedTuple):
 
 def run(config: Config, origins: dict[str, str], start: Start, started_s: float) -> int:
     """Train as the settings say; return the exit status. Raises UserError, and then leaves no run folder."""
-    _configure_jax(config)
+    backend.configure(config)
     with contextlib.ExitStack() as stack:
         config = stack.enter_context(distributed.joined(config, start))
         mesh = parallel.make_mesh(config)
@@ -197,20 +197,6 @@ def _describe(mesh: Mesh) -> str:
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
     processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     return f"{mesh.size} x {mesh.devices.flat[0].device_kind}{processes}" + (f" ({axes})" if axes else "")
-
-
-def _configure_jax(config: Config) -> None:
-    folder = cache.user_cache_dir(config.data.cache_dir) / "xla"
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    for entry in folder.glob("*-cache"):
-        if not entry.stat().st_size:  # of a disk that was full: JAX would compile anew each time, and never mend it
-            entry.unlink(missing_ok=True)
-    # Short compiles, too: together they are most of the time to the first update of a small model.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    if config.train.precision == "float32":
-        # GPUs and TPUs round the inputs of float32 products otherwise.
-        jax.config.update("jax_default_matmul_precision", "highest")
 
 
 def _info(run: Run, i: int, position: Position) -> dict[str, Any]:

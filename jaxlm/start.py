@@ -56,7 +56,11 @@ class Start:
 
     def settings(self) -> dict[str, Any]:
         """Return the settings of the run that made the checkpoint; those that it does not tell are the defaults."""
-        return configs.flat(convert.config_of(self.info["config"], self.path or Path()))
+        return configs.flat(self.config())
+
+    def config(self) -> Config:
+        """Return them as Config."""
+        return convert.config_of(self.info["config"], self.path or Path())
 
     def layers(self) -> list[Layer]:
         """Return the settings that a run takes from the checkpoint."""
@@ -177,6 +181,26 @@ def find(given: Mapping[str, Any], form: str) -> Start:
         run, damaged = _run_of(path, source), (*start.damaged, *damaged)
         return Start("base", path, stored_form, info, ("base",), run, is_retry=start.is_retry, damaged=damaged)
     return start
+
+
+def to_use(source: Path) -> Start:
+    """Return the checkpoint that `source` is, or that of a run with the lowest validation loss; its last, without any.
+
+    Its weights are checked to be whole, but nothing else of it. Raises UserError.
+    """
+    paths = list(_candidates(source))
+    if not paths:
+        raise UserError(f"{source}: there is no checkpoint of a run")
+    parts = ("base", "head", "info")
+    path = paths[0]
+    if len(paths) > 1:
+        losses = {}
+        for i, candidate in enumerate(paths):
+            loss = (formats.info_of_run(candidate) if candidate.is_dir() else _read(candidate, parts)[1])["val_loss"]
+            losses |= {} if loss is None else {i: loss}
+        path = paths[best(range(len(paths)), losses) or 0]
+    form, info = _read(path, parts)
+    return Start("base", path, form, info, parts[:2], _run_of(path, source))
 
 
 def best(steps: Iterable[int], losses: Mapping[int, float]) -> int | None:

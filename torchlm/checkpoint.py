@@ -153,10 +153,15 @@ def with_snapshot(
 
 
 def load_model(path: str | Path) -> tuple[torch.nn.Module, Config]:
-    """Return the model of a run or checkpoint, of any form that jaxlm.convert reads, and its settings."""
+    """Return the model of a checkpoint, of any form that jaxlm.convert reads, and its settings.
+
+    A run has that of its best checkpoint.
+    """
     from torchlm.tasks import TASKS
 
-    snapshot = convert.read(storage.path(path))
+    found = start.to_use(storage.path(path)).path
+    assert found is not None, "nothing was found"
+    snapshot = convert.read(found)
     model = TASKS[snapshot.config.task](snapshot.config).build_model(torch.Generator())
     model.load_state_dict({name: torch.tensor(x) for name, x in snapshot.weights.items()})
     return model.eval(), snapshot.config

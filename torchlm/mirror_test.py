@@ -36,7 +36,9 @@ ONLY_JAX = {
     "parallel": dict.fromkeys(
         ("AXES", "BATCH", "RULES", "rule", "shardings", "table", "constrain"), "parameters in parts, which DDP has not"
     ),
-    "checkpoint": dict.fromkeys(("CONTENTS", "parts_of", "remove_unfinished", "with_parts"), "parts of an array tree"),
+    "checkpoint": dict.fromkeys(
+        ("CONTENTS", "parts_of", "remove_unfinished", "with_parts", "model_of"), "parts of an array tree"
+    ),
     "loop": {"Compiled.shardings": "DDP keeps all parameters on each device"},
     "step": {"TrainState.params": "an array tree beside the model", "TrainState.opt_state": "beside the optimizer"},
 }

@@ -1,0 +1,468 @@
+"""The command `python -m jaxlm.predict`: what a trained model makes of a text. USING.md has examples.
+
+In Python: `predict.load(RUN)` returns what answers the model's kind of question, FillMasks, Continue or Classify.
+Numbers are computed in float32, whatever precision the model was trained in.
+"""
+
+import argparse
+import itertools
+import json
+import secrets
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxlm.convert import Parser
+from jaxlm.errors import UserError, reported
+
+if TYPE_CHECKING:  # the command line is looked at before anything that takes long to import
+    from jaxlm.trained import Trained
+
+N_ROWS = 16  # texts that go through the model together, at most
+STREAMED = 4  # tokens made between looks at what has been made
+ENDINGS = {
+    "article": "the end of the article",
+    "length": "as many tokens as asked for",
+    "positions": "the model has no more positions",
+}
+Answer = dict[str, Any]  # what --json prints of a text
+
+
+class Predictor:
+    """A trained model that answers texts. Called with some, it returns an answer for each; see Answer in USING.md.
+
+    Raises UserError for a text that it cannot take, and for wrong options.
+    """
+
+    task = ""  # what the model is trained for
+    wants = ""  # what it takes, for a person
+    options: dict[str, Any] = {}  # with their defaults
+
+    def __init__(self, trained: "Trained"):
+        from jaxlm.data import tokenizer as tokenizers
+
+        self.trained, self.tokenizer, self.model = trained, trained.tokenizer, trained.config.model
+        self.specials = tokenizers.special_ids(self.tokenizer)
+
+    def __call__(self, texts: Sequence[str]) -> list[Answer]:
+        raise NotImplementedError
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of a text as the model is given them."""
+        raise NotImplementedError
+
+    def shown(self, answer: Answer) -> str:
+        """Return an answer for a person."""
+        raise NotImplementedError
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def _around(self, ids: list[int]) -> list[int]:
+        """Return the ids with the tokens before and after that training has put there."""
+        first, last = ([self.specials[name]] if name in self.specials else [] for name in ("start", "end"))
+        return first + ids + last
+
+    def _checked(self, ids: list[int]) -> list[int]:
+        if len(ids) > self.model.seq_len:
+            raise UserError(
+                f"the text has {len(ids)} tokens, with special ones, but the model takes {self.model.seq_len} "
+                "(model.seq_len); shorten it"
+            )
+        return ids
+
+    def _batches(self, texts: Sequence[str]) -> Iterator[tuple[slice, np.ndarray]]:
+        """Yield which texts are in a batch, and their ids [B, T], filled up to one of few shapes."""
+        all_ids = [self.encode(text) for text in texts]
+        for first in range(0, len(texts), N_ROWS):
+            some = _filled_up(all_ids[first : first + N_ROWS])
+            ids_BT = np.full((len(some), self.model.seq_len), max(self.model.pad_id, 0), np.int32)
+            for row, ids in zip(ids_BT, some, strict=True):
+                row[: len(ids)] = ids
+            yield slice(first, first + N_ROWS), ids_BT
+
+
+class FillMasks(Predictor):
+    """Guesses the words that [MASK] stands for."""
+
+    task, wants = "mlm", "a text with [MASK] for each word to guess"
+    options = {"top_k": 5}
+
+    def __init__(self, trained: "Trained"):
+        import jax
+
+        super().__init__(trained)
+        self.mask = self.specials["mask"]
+        self.compiled = jax.jit(lambda model, *args: jax.nn.softmax(model(args[0], None, args[1])))
+
+    def __call__(self, texts: Sequence[str], top_k: int = 5) -> list[Answer]:
+        """`top_k` is the number of guesses for each mask."""
+        _check("top_k", top_k, 1 <= top_k <= self.model.vocab_size, f"1 to {self.model.vocab_size}")
+        answers = []
+        for some, ids_BT in self._batches(texts):
+            is_mask_BT = ids_BT == self.mask
+            n = _next_power(int(is_mask_BT.sum(axis=1).max()))
+            positions_BM = np.argsort(~is_mask_BT, axis=1, kind="stable")[:, :n].astype(np.int32)
+            p_BMV = np.asarray(self.compiled(self.trained.model, ids_BT, positions_BM))
+            for text, is_mask_T, p_MV in zip(texts[some], is_mask_BT, p_BMV, strict=False):
+                masks = [self._guesses(p_V, top_k) for p_V in p_MV[: int(is_mask_T.sum())]]
+                filled = self._filled(text, [guesses[0]["token"] for guesses in masks])
+                answers.append({"text": text, "filled": filled, "masks": masks})
+        return answers
+
+    def encode(self, text: str) -> list[int]:
+        parts = self._parts(text)
+        if len(parts) == 1:
+            raise UserError("there is no [MASK] in the text; put one where a word is to be guessed")
+        ids = [[*self._ids(part), self.mask] for part in parts[:-1]]
+        return self._checked(self._around(sum(ids, []) + self._ids(parts[-1])))
+
+    def shown(self, answer: Answer) -> str:
+        lines = [answer["filled"]]
+        for i, guesses in enumerate(answer["masks"], start=1):
+            told = "  ".join(f"{guess['token'].strip()} {guess['probability']:.3f}" for guess in guesses)
+            lines.append(f"  [MASK]{f' {i}' if len(answer['masks']) > 1 else ''}: {told}")
+        return "\n".join(lines)
+
+    def _parts(self, text: str) -> list[str]:
+        """Return the text around its masks, by whichever name the user calls them."""
+        from jaxlm.data.tokenizer import NAMES
+
+        first, *others = NAMES["mask"]
+        for name in others:
+            text = text.replace(name, first)
+        *before, last = text.split(first)
+        # A byte-level token has the space before its word in it, and a mask stands for the whole token.
+        return [part.rstrip() if self._is_byte_level() else part for part in before] + [last]
+
+    def _is_byte_level(self) -> bool:
+        from tokenizers import decoders
+
+        return isinstance(self.tokenizer.decoder, decoders.ByteLevel)
+
+    def _guesses(self, p_V: np.ndarray, top_k: int) -> list[Answer]:
+        ids = np.argsort(-p_V, kind="stable")[:top_k].tolist()
+        return [{"token": self._token(i), "id": i, "probability": float(p_V[i])} for i in ids]
+
+    def _token(self, i: int) -> str:
+        return self.tokenizer.decode([i], skip_special_tokens=False)
+
+    def _filled(self, text: str, tokens: list[str]) -> str:
+        first, *rest = self._parts(text)
+        for token, part in zip(tokens, rest, strict=True):
+            continues_word = token.startswith("##")
+            first = (first.rstrip() if continues_word else first) + token.removeprefix("##") + part
+        return first
+
+
+class Classify(Predictor):
+    """Tells which class a text is of."""
+
+    task, wants = "sst2 or cola", "a text to classify"
+
+    def __init__(self, trained: "Trained"):
+        import jax
+
+        super().__init__(trained)
+        self.compiled = jax.jit(lambda model, ids_BT: jax.nn.softmax(model(ids_BT)))
+
+    def __call__(self, texts: Sequence[str]) -> list[Answer]:
+        answers = []
+        n_labels = self.trained.config.data.n_labels
+        for some, ids_BT in self._batches(texts):
+            p_BC = np.asarray(self.compiled(self.trained.model, ids_BT))
+            for text, p_C in zip(texts[some], p_BC, strict=False):
+                # The original's head has an output for each token of the vocabulary: those are no class.
+                label = int(p_C.argmax()) if p_C.argmax() < n_labels else None
+                answers.append({"text": text, "label": label, "probabilities": p_C[:n_labels].tolist()})
+        return answers
+
+    def encode(self, text: str) -> list[int]:
+        return self._checked(self._around(self._ids(text)))
+
+    def shown(self, answer: Answer) -> str:
+        told = "  ".join(f"{i}: {p:.3f}" for i, p in enumerate(answer["probabilities"]))
+        label = "none" if answer["label"] is None else answer["label"]
+        return f"label {label}  ({told})  {answer['text']}"
+
+
+class Continue(Predictor):
+    """Continues prompts."""
+
+    task, wants = "gpt", "the beginning of a text"
+    options = {"max_new_tokens": 100, "temperature": 0.8, "top_k": 0, "top_p": 0.95, "seed": None}
+
+    def __init__(self, trained: "Trained"):
+        from jaxlm.decode import Decoder
+
+        super().__init__(trained)
+        self.stop = self.specials["article"]
+        self.decoder = Decoder(trained.model, self.stop)
+
+    def __call__(self, texts: Sequence[str], **options: Any) -> list[Answer]:
+        """Continue each text as it would be alone. `options` as in `stream`; the default seed is another each time."""
+        options = self._options(options)
+        prompts = [self.encode(text) for text in texts]
+        answers = []
+        for first in range(0, len(texts), N_ROWS):
+            some = prompts[first : first + N_ROWS]
+            *_, made = self._made(_filled_up(some), options, options["max_new_tokens"])
+            for text, prompt, ids in zip(texts[first:], prompts[first:], made[: len(some)], strict=False):
+                answers.append(self._answer(text, prompt, ids, options))
+        return answers
+
+    def stream(self, text: str, **options: Any) -> Iterator[str | Answer]:
+        """Yield the continuation of a text in pieces, as it is made, and at last its answer.
+
+        `max_new_tokens`: most tokens to make. `temperature`: what logits are divided by; 0 is the likeliest token,
+        always. `top_k`: draw from so many likeliest tokens; 0: from all. `top_p`: draw from the fewest likeliest tokens
+        whose probabilities sum to this. `seed`: of the random numbers.
+        """
+        options = self._options(options)
+        prompt, sent = self.encode(text), ""
+        for (ids,) in self._made([prompt], options, STREAMED):
+            ready = self._ready(self._continuation(prompt, ids))
+            if ready.startswith(sent) and len(ready) > len(sent):
+                yield ready[len(sent) :]
+                sent = ready
+        answer = self._answer(text, prompt, ids, options)
+        if rest := answer["continuation"].removeprefix(sent):
+            yield rest
+        yield answer
+
+    def encode(self, text: str) -> list[int]:
+        return self._checked([self.stop, *self._ids(text)])
+
+    def shown(self, answer: Answer) -> str:
+        return f"{answer['prompt']}{answer['continuation']}"
+
+    def _made(self, prompts: Sequence[list[int]], options: dict[str, Any], n_at_once: int) -> Iterator[list[list[int]]]:
+        """Yield what has been made so far of each prompt, again and again."""
+        from jaxlm.decode import Sampling
+
+        names = ("temperature", "top_k", "top_p", "seed")
+        sampling = Sampling(*([options[name]] * len(prompts) for name in names))
+        rows = self.decoder.begin(prompts, options["max_new_tokens"])
+        while True:
+            rows = self.decoder.extend(rows, sampling, n_at_once)
+            tokens_BS, n_B = np.asarray(rows.tokens_BS), np.asarray(rows.n_B)
+            yield [row[len(p) : n].tolist() for row, p, n in zip(tokens_BS, prompts, n_B, strict=True)]
+            if np.all(n_B >= np.asarray(rows.end_B)):
+                return
+
+    def _answer(self, text: str, prompt: list[int], ids: list[int], options: dict[str, Any]) -> Answer:
+        ending = "length" if len(ids) == options["max_new_tokens"] else "positions"
+        return {
+            "prompt": text,
+            "continuation": self._continuation(prompt, ids),
+            "tokens": len(ids),
+            "ending": "article" if ids[-1] == self.stop else ending,
+            "seed": options["seed"],
+        }
+
+    def _continuation(self, prompt: list[int], ids: list[int]) -> str:
+        # What stands between two tokens is known only from both of them.
+        before, whole = self.tokenizer.decode(prompt[1:]), self.tokenizer.decode(prompt[1:] + ids)
+        return whole[len(before) :] if whole.startswith(before) else self.tokenizer.decode(ids)
+
+    def _ready(self, text: str) -> str:
+        """Return what of a text stays as it is, whatever comes next."""
+        from tokenizers import decoders
+
+        if isinstance(self.tokenizer.decoder, decoders.ByteLevel):
+            return text.rstrip("\ufffd")  # a character has several bytes, and a token may have the first of them
+        return text[: max(text.rfind(" "), 0)]  # a piece of a word, or a point, is put to the word before
+
+    def _options(self, given: dict[str, Any]) -> dict[str, Any]:
+        options = self.options | given
+        if unknown := options.keys() - self.options:
+            raise TypeError(f"there is no option {', '.join(unknown)}; there are {', '.join(self.options)}")
+        if options["seed"] is None:
+            options["seed"] = secrets.randbelow(10**6)
+        _check("max_new_tokens", options["max_new_tokens"], options["max_new_tokens"] >= 1, "1 or more")
+        _check("temperature", options["temperature"], 0 <= options["temperature"] < np.inf, "0 or more")
+        _check("top_k", options["top_k"], 0 <= options["top_k"] < 2**31, "0 (all) or more")
+        _check("top_p", options["top_p"], 0 < options["top_p"] <= 1, "above 0, and 1 (all) at most")
+        _check("seed", options["seed"], 0 <= options["seed"] < 2**32, "0 or more, below 2^32")
+        return options
+
+
+def load(checkpoint: str | Path, tokenizer: str = "") -> Predictor:
+    """Return what answers the kind of question that a model is trained for.
+
+    `checkpoint` is a run, whose best checkpoint is used, or a checkpoint of any form that jaxlm.convert reads;
+    `tokenizer` as in tokenizer.path, "": that of the run. Raises UserError.
+    """
+    from jaxlm import trained
+    from jaxlm.tasks.gpt import Gpt
+    from jaxlm.tasks.mlm import Mlm
+    from jaxlm.tasks.sst2 import Sst2
+
+    found = trained.load(checkpoint, tokenizer, precision="float32")
+    kinds: dict[type[Any], type[Predictor]] = {Mlm: FillMasks, Gpt: Continue, Sst2: Classify}
+    for task, kind in kinds.items():
+        if isinstance(found.task, task):
+            return kind(found)
+    raise UserError(
+        f"{checkpoint}: task={found.config.task} is none of mlm, gpt, sst2, cola or of a class made of them"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Answer as the command line says; return the exit status: 2 for bad input, also of one text among others."""
+    with reported(debug=False):
+        args = _parse(sys.argv[1:] if argv is None else argv)
+        texts = _texts(args)
+        predictor = load(args.checkpoint, getattr(args, "tokenizer.path"))
+        options = _given_options(args, predictor)
+        print(predictor.trained, file=sys.stderr, flush=True)
+        tell = _tell_json if args.json else _tell
+        if texts is None:
+            return _converse(predictor, options, tell)
+        return _answer_all(predictor, texts, options, tell)
+    raise AssertionError("reported() exits on the errors it does not pass on")
+
+
+Teller = Callable[[Predictor, list[str], dict[str, Any]], None]
+
+
+def _tell(predictor: Predictor, texts: list[str], options: dict[str, Any]) -> None:
+    """Print the answers for a person; a single continuation as it is made."""
+    if isinstance(predictor, Continue):
+        if len(texts) == 1:
+            print(texts[0], end="", flush=True)
+            for piece in predictor.stream(texts[0], **options):
+                print(piece if isinstance(piece, str) else "", end="", flush=True)
+            print(flush=True)
+            answers = [piece] if isinstance(piece, dict) else []
+        else:
+            answers = predictor(texts, **options)
+            for answer in answers:
+                print(predictor.shown(answer), end="\n\n", flush=True)
+        for answer in answers:
+            end = ENDINGS[answer["ending"]]
+            print(f"[{answer['tokens']} tokens, seed {answer['seed']}; {end}]", file=sys.stderr, flush=True)
+    else:
+        for answer in predictor(texts, **options):
+            print(predictor.shown(answer), flush=True)
+
+
+def _tell_json(predictor: Predictor, texts: list[str], options: dict[str, Any]) -> None:
+    for answer in predictor(texts, **options):
+        print(json.dumps(answer, ensure_ascii=False), flush=True)
+
+
+def _answer_all(predictor: Predictor, texts: Iterable[str], options: dict[str, Any], tell: Teller) -> int:
+    """Answer some texts at a time; tell which cannot be answered, and why."""
+    status = 0
+    numbered = enumerate(texts, start=1)
+    while some := list(itertools.islice(numbered, N_ROWS)):
+        fine = []
+        for i, text in some:
+            try:
+                predictor.encode(text)
+                fine.append(text)
+            except UserError as error:
+                status = 2
+                print(f"error: text {i}: {error}: {_start(text)}", file=sys.stderr, flush=True)
+        if fine:
+            tell(predictor, fine, options)
+    return status
+
+
+def _converse(predictor: Predictor, options: dict[str, Any], tell: Teller) -> int:
+    """Answer what is typed, until the end of input."""
+    import readline  # noqa: F401  # what is typed can be edited, and had again
+
+    print(f"Type {predictor.wants}; Ctrl-D ends.", file=sys.stderr)
+    try:
+        while True:
+            if text := input("> "):
+                _answer_all(predictor, [text], options, tell)
+    except (EOFError, KeyboardInterrupt):
+        print()
+    return 0
+
+
+def _texts(args: argparse.Namespace) -> Iterable[str] | None:
+    """Return the texts to answer; None if they are to be asked for."""
+    if args.texts:
+        return args.texts
+    if args.file:
+        try:
+            lines = Path(args.file).read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError) as error:
+            raise UserError(f"--file {args.file}: cannot be read ({error})") from error
+    elif sys.stdin.isatty():
+        return None
+    else:
+        sys.stdin.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
+        lines = (line.removesuffix("\n") for line in sys.stdin)  # type: ignore[assignment]
+    return (line for line in lines if line.strip())
+
+
+def _given_options(args: argparse.Namespace, predictor: Predictor) -> dict[str, Any]:
+    """Return the options that were given. Raises UserError for one that does not go with the task."""
+    given = {name: value for name in Continue.options if (value := getattr(args, name)) is not None}
+    for name in given:
+        if name not in predictor.options:
+            others = [f"--{other.replace('_', '-')}" for other in predictor.options]
+            raise UserError(
+                f"--{name.replace('_', '-')}: does not go with {predictor.trained}"
+                + (f"; there is {', '.join(others)}" if others else "; leave it out")
+            )
+    return given
+
+
+def _check(name: str, value: Any, is_fine: bool, rule: str) -> None:
+    if not is_fine:
+        raise UserError(f"--{name.replace('_', '-')} {value}: has to be {rule}")
+
+
+def _filled_up(rows: list[Any]) -> list[Any]:
+    """Return rows, the last of them repeated, so that there are few numbers of rows to compile for."""
+    return rows + rows[-1:] * (_next_power(len(rows)) - len(rows))
+
+
+def _next_power(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _start(text: str, most: int = 40) -> str:
+    return json.dumps(text if len(text) <= most else f"{text[:most]}...", ensure_ascii=False)
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(
+        prog="python -m jaxlm.predict",
+        description="Uses a trained model: mlm fills [MASK]s, gpt continues a text, sst2 and cola classify one.",
+        epilog="Without a text, lines of standard input are read; in a terminal, they are asked for.",
+    )
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="RUN", help="run folder (its best checkpoint is used), or a checkpoint"
+    )
+    parser.add_argument("--text", "--prompt", action="append", dest="texts", metavar="TEXT", help="may be repeated")
+    parser.add_argument("--file", metavar="FILE", help="a text in each line")
+    parser.add_argument("--json", action="store_true", help="one JSON object a text")
+    parser.add_argument("--tokenizer.path", default="", metavar="FILE", help="where the run has none of its own")
+    parser.add_argument(
+        "--top-k", type=int, metavar="K", help="mlm: guesses for each mask (5); gpt: see below (0: all)"
+    )
+    group = parser.add_argument_group(
+        "gpt", "each token is drawn from the K likeliest, and of these from the fewest whose probabilities sum to P"
+    )
+    group.add_argument("--max-new-tokens", type=int, metavar="N", help="(100)")
+    group.add_argument("--temperature", type=float, metavar="X", help="what logits are divided by; 0: likeliest (0.8)")
+    group.add_argument("--top-p", type=float, metavar="P", help="1: all (0.95)")
+    group.add_argument("--seed", type=int, metavar="N", help="(another each time, and told)")
+    args = parser.parse_args(argv)
+    if args.texts and args.file:
+        parser.error("--text and --file name two sources; give one")
+    return args
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""A trained model as the commands have it that use one: weights without those of the optimizer, settings, tokenizer."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from jaxlm import backend, checkpoint, storage
+from jaxlm import config as configs
+from jaxlm import start as starts
+from jaxlm.config import Config, TokenizerConfig
+from jaxlm.data import tokenizer as tokenizers
+from jaxlm.errors import UserError
+from jaxlm.start import Start
+from jaxlm.tasks import TASKS, Task
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A model, and what it needs to be used. `model` is what `task.build_model` makes."""
+
+    start: Start  # the checkpoint, and what it tells of itself
+    config: Config
+    task: Task
+    tokenizer: Tokenizer
+    model: Any
+
+    def __str__(self) -> str:
+        return f"{self.start.path} (task {self.config.task}, step {self.start.info['step']:,})"
+
+
+def load(source: str | Path, tokenizer: str = "", precision: str = "") -> Trained:
+    """Return the model of a run (its best checkpoint) or of one checkpoint, in any form that jaxlm.convert reads.
+
+    `tokenizer` is a path as in tokenizer.path; "": that of the run. `precision` is as in train.precision; "": that of
+    the run. Raises UserError.
+    """
+    found = starts.to_use(storage.path(source))
+    config = found.config()
+    if precision:
+        config = configs.replace(config, "train.precision", precision)
+    read = _tokenizer(found, config, tokenizer)
+    backend.configure(config)
+    model = checkpoint.model_of(found, config)
+    return Trained(found, config, TASKS[config.task](config), read, model)
+
+
+def _tokenizer(found: Start, config: Config, named: str) -> Tokenizer:
+    assert found.path is not None, "nothing was found"
+    own = (found.run or found.path.parent.parent) / "tokenizer.json"
+    if not named and not storage.is_remote(own) and own.is_file():
+        named = str(own)
+    if not named:
+        raise UserError(f"{found.path}: there is no tokenizer.json of its run; give it with --tokenizer.path")
+    # What has no tokenizer.json of its own may have a vocab.txt, where case is a setting.
+    read = tokenizers.read(TokenizerConfig(path=named, lowercase=config.tokenizer.lowercase))
+    wanted = found.info["tokenizer"]
+    if wanted and wanted != tokenizers.fingerprint(read):
+        raise UserError(f"{found.path}: its tokenizer is another than {named}; give its own with --tokenizer.path")
+    if (n := tokenizers.n_ids(read)) > config.model.vocab_size:
+        raise UserError(
+            f"tokenizer.path={named}: it has {n} tokens, but the model {config.model.vocab_size}; give that of its run"
+        )
+    return read
