@@ -6,9 +6,11 @@
     tasks/          what is trained: mlm, gpt, sst2, cola; one file each
     data/           text -> articles -> tokens -> samples -> batches (no JAX in it)
     config.py       every setting, with its default, range and unit
-    schedule.py, optim.py, parallel.py, checkpoint.py, generate.py
+    schedule.py, optim.py, parallel.py, checkpoint.py, generate.py, backend.py
     start.py        what a run starts from; CHECKPOINTS.md tells it to people
     train.py, run.py, log.py, history.py, checksums.py, metrics.py, errors.py (no framework in them)
+    predict.py      the command that uses a trained model; USING.md tells it to people. trained.py loads the model,
+                    decode.py continues prompts
     runs.py         the command that looks after runs: whether their checkpoints are whole
     convert.py      the command that turns checkpoints into those of torchlm, the original, or safetensors, and back;
                     formats.py reads and writes them, names.py has the rules for names and layouts

@@ -34,21 +34,19 @@ Answer = dict[str, Any]  # what --json prints of a text
 class Predictor:
     """A trained model that answers texts. Called with some, it returns an answer for each; see Answer in USING.md.
 
-    Raises UserError for a text that it cannot take, and for wrong options.
+    Raises UserError for a text that it cannot take, and for an option out of range.
     """
 
     task = ""  # what the model is trained for
     wants = ""  # what it takes, for a person
     options: dict[str, Any] = {}  # with their defaults
+    __call__: Callable[..., list[Answer]]
 
     def __init__(self, trained: "Trained"):
         from jaxlm.data import tokenizer as tokenizers
 
         self.trained, self.tokenizer, self.model = trained, trained.tokenizer, trained.config.model
         self.specials = tokenizers.special_ids(self.tokenizer)
-
-    def __call__(self, texts: Sequence[str]) -> list[Answer]:
-        raise NotImplementedError
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text as the model is given them."""
@@ -319,61 +317,63 @@ def main(argv: list[str] | None = None) -> int:
         predictor = load(args.checkpoint, getattr(args, "tokenizer.path"))
         options = _given_options(args, predictor)
         print(predictor.trained, file=sys.stderr, flush=True)
-        tell = _tell_json if args.json else _tell
         if texts is None:
-            return _converse(predictor, options, tell)
-        return _answer_all(predictor, texts, options, tell)
+            return _converse(predictor, options, args.json)
+        return _answer_all(predictor, texts, options, args.json)
     raise AssertionError("reported() exits on the errors it does not pass on")
 
 
-Teller = Callable[[Predictor, list[str], dict[str, Any]], None]
+Numbered = tuple[str, str]  # what a text is called, such as "line 3", and the text
 
 
-def _tell(predictor: Predictor, texts: list[str], options: dict[str, Any]) -> None:
-    """Print the answers for a person; a single continuation as it is made."""
-    if isinstance(predictor, Continue):
-        if len(texts) == 1:
-            print(texts[0], end="", flush=True)
-            for piece in predictor.stream(texts[0], **options):
-                print(piece if isinstance(piece, str) else "", end="", flush=True)
-            print(flush=True)
-            answers = [piece] if isinstance(piece, dict) else []
-        else:
-            answers = predictor(texts, **options)
-            for answer in answers:
-                print(predictor.shown(answer), end="\n\n", flush=True)
-        for answer in answers:
-            end = ENDINGS[answer["ending"]]
-            print(f"[{answer['tokens']} tokens, seed {answer['seed']}; {end}]", file=sys.stderr, flush=True)
-    else:
-        for answer in predictor(texts, **options):
-            print(predictor.shown(answer), flush=True)
-
-
-def _tell_json(predictor: Predictor, texts: list[str], options: dict[str, Any]) -> None:
-    for answer in predictor(texts, **options):
-        print(json.dumps(answer, ensure_ascii=False), flush=True)
-
-
-def _answer_all(predictor: Predictor, texts: Iterable[str], options: dict[str, Any], tell: Teller) -> int:
-    """Answer some texts at a time; tell which cannot be answered, and why."""
+def _answer_all(predictor: Predictor, texts: Iterable[Numbered], options: dict[str, Any], as_json: bool) -> int:
+    """Print the answers, some texts at a time, and which cannot be answered and why; return the exit status."""
     status = 0
-    numbered = enumerate(texts, start=1)
-    while some := list(itertools.islice(numbered, N_ROWS)):
-        fine = []
-        for i, text in some:
+    texts = iter(texts)
+    while some := list(itertools.islice(texts, N_ROWS)):
+        problems = {}
+        for i, (name, text) in enumerate(some):
             try:
                 predictor.encode(text)
-                fine.append(text)
             except UserError as error:
-                status = 2
-                print(f"error: text {i}: {error}: {_start(text)}", file=sys.stderr, flush=True)
-        if fine:
-            tell(predictor, fine, options)
+                status, problems[i] = 2, str(error)
+                print(f"error: {name}{error}: {_start(text)}", file=sys.stderr, flush=True)
+        fine = [text for i, (_, text) in enumerate(some) if i not in problems]
+        if isinstance(predictor, Continue) and not as_json and len(fine) == 1:
+            _tell_as_made(predictor, fine[0], options)
+            continue
+        answers = iter(predictor(fine, **options) if fine else [])
+        for i, (_, text) in enumerate(some):
+            if as_json:
+                answer = {"text": text, "error": problems[i]} if i in problems else next(answers)
+                print(json.dumps(answer, ensure_ascii=False), flush=True)
+            elif i not in problems:
+                answer = next(answers)
+                print(predictor.shown(answer), flush=True)
+                _tell_end(answer)
     return status
 
 
-def _converse(predictor: Predictor, options: dict[str, Any], tell: Teller) -> int:
+def _tell_as_made(predictor: Continue, text: str, options: dict[str, Any]) -> None:
+    pieces = predictor.stream(text, **options)
+    first = next(pieces)  # which raises what is wrong with the options
+    print(text, end="", flush=True)
+    for piece in itertools.chain([first], pieces):
+        if isinstance(piece, str):
+            print(piece, end="", flush=True)
+        else:
+            print()
+            _tell_end(piece)
+
+
+def _tell_end(answer: Answer) -> None:
+    """Tell how a continuation has ended, and how to have it again."""
+    if "ending" in answer:
+        told = f"[{answer['tokens']} tokens, seed {answer['seed']}; {ENDINGS[answer['ending']]}]"
+        print(told, file=sys.stderr, flush=True)
+
+
+def _converse(predictor: Predictor, options: dict[str, Any], as_json: bool) -> int:
     """Answer what is typed, until the end of input."""
     import readline  # noqa: F401  # what is typed can be edited, and had again
 
@@ -381,27 +381,28 @@ def _converse(predictor: Predictor, options: dict[str, Any], tell: Teller) -> in
     try:
         while True:
             if text := input("> "):
-                _answer_all(predictor, [text], options, tell)
+                _answer_all(predictor, [("", text)], options, as_json)
     except (EOFError, KeyboardInterrupt):
         print()
     return 0
 
 
-def _texts(args: argparse.Namespace) -> Iterable[str] | None:
+def _texts(args: argparse.Namespace) -> Iterable[Numbered] | None:
     """Return the texts to answer; None if they are to be asked for."""
     if args.texts:
-        return args.texts
+        return [(f"text {i}: " if len(args.texts) > 1 else "", text) for i, text in enumerate(args.texts, start=1)]
+    lines: Iterable[str]
     if args.file:
         try:
-            lines = Path(args.file).read_text(encoding="utf-8").splitlines()
+            lines = Path(args.file).read_text(encoding="utf-8").split("\n")
         except (OSError, ValueError) as error:
             raise UserError(f"--file {args.file}: cannot be read ({error})") from error
     elif sys.stdin.isatty():
         return None
     else:
         sys.stdin.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
-        lines = (line.removesuffix("\n") for line in sys.stdin)  # type: ignore[assignment]
-    return (line for line in lines if line.strip())
+        lines = sys.stdin
+    return ((f"line {i}: ", line.rstrip("\r\n")) for i, line in enumerate(lines, start=1) if line.strip())
 
 
 def _given_options(args: argparse.Namespace, predictor: Predictor) -> dict[str, Any]:

@@ -194,7 +194,7 @@ def to_use(source: Path) -> Start:
     parts = ("base", "head", "info")
     path = paths[0]
     if len(paths) > 1:
-        losses = {}
+        losses: dict[int, float] = {}
         for i, candidate in enumerate(paths):
             loss = (formats.info_of_run(candidate) if candidate.is_dir() else _read(candidate, parts)[1])["val_loss"]
             losses |= {} if loss is None else {i: loss}
