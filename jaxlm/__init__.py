@@ -9,7 +9,8 @@
     schedule.py, optim.py, parallel.py, checkpoint.py, generate.py, backend.py
     start.py        what a run starts from; CHECKPOINTS.md tells it to people
     train.py, run.py, log.py, history.py, checksums.py, metrics.py, errors.py (no framework in them)
-    predict.py      the command that uses a trained model; USING.md tells it to people. trained.py loads the model,
+    predict.py, evaluate.py
+                    the commands that use a trained model; USING.md tells them to people. trained.py loads the model,
                     decode.py continues prompts
     runs.py         the command that looks after runs: whether their checkpoints are whole
     convert.py      the command that turns checkpoints into those of torchlm, the original, or safetensors, and back;

@@ -40,7 +40,7 @@ def write(
     (folder / "config.toml").write_text(configs.dump(config), encoding="utf-8")
     fingerprint = tokenizers.fingerprint(tokenizers.read(TokenizerConfig(path=str(folder / "tokenizer.json"))))
     for step, loss in (losses or {3: None}).items():
-        info = {"step": step, "task": task, "rate": 0.1, "sample_iter": 4 * step, "val_loss": loss}
+        info = {"step": step, "task": task, "rate": 0.1, "sample_iter": 4 * step, "val_loss": loss, "skipped": []}
         snapshot = formats.Snapshot(config, info | {"tokenizer": fingerprint}, weights(config, step), None, step)
         formats.WRITERS[formats.RUN](folder / "made", snapshot)
         (folder / "made" / "checkpoints" / str(step)).rename(folder / "checkpoints" / str(step))

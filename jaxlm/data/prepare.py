@@ -45,7 +45,7 @@ def prepare(
     that they are spread evenly, the same in every process, and bounded in memory.
     """
     is_embedded = not (config.data.path or config.data.hub)
-    source = embedded() if is_embedded else sources.open_source(config.data, samples_class.is_labelled)
+    source = _source(config, samples_class, embedded)
     cache_dir = cache.user_cache_dir(config.data.cache_dir)
 
     def training_texts() -> Iterator[str]:
@@ -63,6 +63,31 @@ def prepare(
     samples = {name: samples_class(split, config, specials, n_ids) for name, split in splits.items()}
     _check_sizes(config, splits, samples)
     return config, Data(source, tokenizer, samples, (*source.notes, *_notes(config, samples, source, is_embedded)))
+
+
+def part(
+    config: Config,
+    samples_class: type[Any],
+    embedded: Callable[[], Source],
+    tokenizer: Tokenizer,
+    split: str,
+    progress: Progress,
+) -> tuple[Source, Samples]:
+    """Return the samples of one split as a trained model has them, and their source; there may be none.
+
+    Raises UserError for a source or tokenizer that does not fit the settings.
+    """
+    source = _source(config, samples_class, embedded)
+    specials = _specials(config, tokenizer, samples_class)
+    with progress("tokenizing", source.n_bytes) as on_progress:
+        splits = cache.open_cache(source, tokenizer, cache.user_cache_dir(config.data.cache_dir), on_progress)
+    return source, samples_class(splits[split], config, specials, tokenizers.n_ids(tokenizer))
+
+
+def _source(config: Config, samples_class: type[Any], embedded: Callable[[], Source]) -> Source:
+    if not (config.data.path or config.data.hub):
+        return embedded()
+    return sources.open_source(config.data, samples_class.is_labelled)
 
 
 def _with_vocab_size(config: Config, tokenizer: Tokenizer) -> Config:
