@@ -12,7 +12,7 @@
     predict.py, evaluate.py
                     the commands that use a trained model; USING.md tells them to people. trained.py loads the model,
                     decode.py continues prompts
-    runs.py         the command that looks after runs: whether their checkpoints are whole
+    runs.py         the command that looks after runs; folder.py reads what they tell
     convert.py      the command that turns checkpoints into those of torchlm, the original, or safetensors, and back;
                     formats.py reads and writes them, names.py has the rules for names and layouts
 

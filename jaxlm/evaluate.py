@@ -22,7 +22,7 @@ from jaxlm.convert import Parser
 from jaxlm.errors import UserError, reported
 
 if TYPE_CHECKING:  # the command line is looked at before anything that takes long to import
-    from jaxlm.data.samples import Batch, Samples
+    from jaxlm.data.samples import Samples
     from jaxlm.data.sources import Source
     from jaxlm.trained import Trained
 
@@ -237,7 +237,7 @@ class _Watched:
         return self.logits
 
 
-def _one(trained: "Trained", model: Any, sample: "Batch") -> dict[str, Any]:
+def _one(trained: "Trained", model: Any, sample: dict[str, Any]) -> dict[str, Any]:
     """Return the totals of one sample, of a classifier also its prediction and the probability of its label.
 
     `reliability` has, by bin of confidence, how many predictions there are, how many are right, and their confidence.

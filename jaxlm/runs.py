@@ -1,27 +1,160 @@
-"""The command `python -m jaxlm.runs`: what can be asked of runs. Imports no framework for those of jaxlm.
+"""The command `python -m jaxlm.runs`: what can be asked of runs, and to clean up. Imports no framework for jaxlm's.
 
-`verify` looks at every byte of checkpoints: CHECKPOINTS.md says of what.
+folder.py reads them; USING.md has examples. `verify` looks at every byte of checkpoints: CHECKPOINTS.md says of what.
 """
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxlm import checksums, convert, formats, storage
+from rich.console import Console
+from rich.table import Table
+
+from jaxlm import checksums, convert, folder, formats, storage
 from jaxlm.config import TokenizerConfig
 from jaxlm.convert import Parser
 from jaxlm.data import tokenizer as tokenizers
-from jaxlm.errors import UserError, reported
+from jaxlm.errors import UserError, nearest, reported
+from jaxlm.log import PLAIN
+
+COMMANDS = ("list", "show", "compare", "verify", "clean")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Do what the command line says; return the exit status. Bad input exits with 2."""
     with reported(debug=False):
         args = _parse(sys.argv[1:] if argv is None else argv)
-        return verify(args.paths)
+        if args.command == "verify":
+            return verify(args.paths)
+        if args.command == "clean":
+            return clean(args.paths, args.yes)
+        {"list": list_all, "show": show, "compare": compare}[args.command](args.paths)
+        return 0
     raise AssertionError("reported() exits on the errors it does not pass on")
+
+
+def list_all(paths: Sequence[Path]) -> None:
+    """Print a table of the runs in some folders, the last changed first; their age is since then."""
+    runs = folder.find(paths)
+    if not runs:
+        raise UserError(
+            f"{', '.join(map(str, paths))}: there is no run; train one with python -m jaxlm.train --task mlm"
+        )
+    table = Table("run", "task", "steps", "best score", "age", "size", "state")
+    for run in runs:
+        step, best = run.best_score_step(), ""
+        if step is not None:
+            name, value = next(iter(run.scores("validation").items()))
+            best = f"{name} {folder.number(name, value)} (step {step:,})"
+        steps = f"{run.last_step:,} of {run.settings['train.max_steps']:,}"
+        n_bytes = folder.size(run.n_bytes())
+        table.add_row(str(run.path), run.task, steps, best, folder.ago(run.changed_s), n_bytes, run.state)
+    _console().print(table)
+
+
+def show(paths: Sequence[Path]) -> None:
+    """Print what single runs tell of themselves."""
+    console = _console()
+    for i, run in enumerate([folder.read(path) for path in paths]):
+        state = run.state + (f", by {run.owner}" if run.owner else "")
+        console.print(f"{'' if i == 0 else chr(10)}{run.path}: task {run.task}, {state}")
+        console.print(f"updates      {run.last_step:,} of {run.settings['train.max_steps']:,}")
+        console.print(f"changed      {folder.ago(run.changed_s)} ago")
+        console.print(f"size         {folder.size(run.n_bytes())}")
+        if speed := run.speed():
+            console.print(f"speed        {speed:,.0f} tokens/s, the median")
+        for split, step in (("validation", run.best_score_step()), ("test", run.tested_step())):
+            if step is not None:
+                told = "  ".join(f"{name} {folder.number(name, x)}" for name, x in run.scores(split).items())
+                console.print(f"{split:<11}  {told}  (step {step:,})")
+        console.print("settings that are no defaults:")
+        for name, value in run.changed_settings().items():
+            console.print(f"  {name} = {value!r}")
+        console.print("checkpoints:")
+        for found in run.checkpoints:
+            notes = [] if found.loss is None else [f"validation loss {found.loss:.4f}"]
+            notes += ["the best"] if found == run.best and found.loss is not None else []
+            notes += [] if found.is_whole else ["not whole"]
+            console.print(f"  {found.path}  {folder.size(found.n_bytes)}  {', '.join(notes)}")
+
+
+def compare(paths: Sequence[Path]) -> None:
+    """Print where some runs differ: settings, and scores."""
+    runs = [folder.read(path) for path in paths]
+    if len(runs) < 2:
+        raise UserError(f"{paths[0]}: there is nothing to compare it with; name another run")
+    table = Table("", *(str(run.path) for run in runs))
+    for name, values in folder.differences(runs).items():
+        table.add_row(name, *("-" if value is None else str(value) for value in values))
+    table.add_section()
+    for name, values in folder.results(runs).items():
+        table.add_row(name, *values)
+    _console().print(table)
+
+
+def clean(paths: Sequence[Path], is_sure: bool) -> int:
+    """Remove checkpoints that nothing needs, after asking; return 1 if the answer is no, else 0.
+
+    The best one of each run stays, and the last of one that can go on. Runs at work are left alone.
+    """
+    from jaxlm import run as trainings
+
+    with contextlib.ExitStack() as stack:
+        spare: list[folder.Checkpoint] = []
+        for run in folder.find(paths):
+            if run.state == folder.RUNNING:
+                print(f"{run.path}: {run.owner} works in it; left alone")
+                continue
+            stack.enter_context(trainings.lock(run.path))  # against a process that starts meanwhile
+            found, why = _spare(folder.read(run.path))
+            if why:
+                print(f"{run.path}: {why}; left alone")
+            spare += found
+        if not spare:
+            print("there is nothing to remove")
+            return 0
+        for checkpoint in spare:
+            kind = "" if checkpoint.is_whole else ", not whole"
+            print(f"{checkpoint.path}: {folder.size(checkpoint.n_bytes)}{kind}")
+        total = folder.size(sum(checkpoint.n_bytes for checkpoint in spare))
+        question = f"Remove {len(spare)} checkpoint{'s' * (len(spare) != 1)}, {total}?"
+        if not is_sure and not _agrees(question):
+            print("nothing is removed")
+            return 1
+        for checkpoint in spare:
+            if checkpoint.path.is_dir():  # cut short, it leaves none that looks whole
+                (checkpoint.path / checksums.FILE).unlink(missing_ok=True)
+            storage.remove(checkpoint.path)
+        print(f"removed {len(spare)} checkpoint{'s' * (len(spare) != 1)}, {total}")
+    return 0
+
+
+def _spare(run: folder.Folder) -> tuple[list[folder.Checkpoint], str]:
+    """Return the checkpoints of a run that nothing needs, and why it is better left alone ("": it is not)."""
+    if run.best is None:
+        return [], "" if not run.checkpoints else "none of its checkpoints is whole"
+    kept = [run.best]
+    if run.last_step < run.settings["train.max_steps"]:
+        kept.append(max((found for found in run.checkpoints if found.is_whole), key=lambda found: found.step))
+    for found in kept:
+        try:
+            examined(found.path)
+        except UserError as error:
+            return [], str(error).removeprefix(f"{run.path}/")
+    return [found for found in run.checkpoints if found not in kept], ""
+
+
+def _agrees(question: str) -> bool:
+    if not sys.stdin.isatty():
+        raise UserError("there is no terminal to ask in; add --yes to remove these")
+    try:
+        return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError:
+        print()
+        return False
 
 
 def verify(paths: Sequence[Path]) -> int:
@@ -66,7 +199,7 @@ def _checkpoints(path: Path) -> list[Path]:
     if path.is_file() or (path / "info").is_dir():
         found = [path]
     else:
-        found = [found for folder in (storage.checkpoints(path), path) for _, found in checksums.checkpoints_in(folder)]
+        found = [found for place in (storage.checkpoints(path), path) for _, found in checksums.checkpoints_in(place)]
     if not found:
         raise UserError(f"{path}: there is no checkpoint of a run")
     if any(file.is_file() for file in found):
@@ -74,9 +207,25 @@ def _checkpoints(path: Path) -> list[Path]:
     return found
 
 
+def _console() -> Console:
+    # A line of a pipe is as long as it needs to be.
+    return Console(width=None if sys.stdout.isatty() else 10_000, **PLAIN)
+
+
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(prog="python -m jaxlm.runs", description="Says what is known of runs that are there.")
+    parser = Parser(
+        prog="python -m jaxlm.runs",
+        description="Says what is known of runs that are there, and cleans up. Without a command, it is `list`.",
+    )
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    default, run_help = [Path("runs")], "run folder, of jaxlm or torchlm"
+    for name, what, options in (
+        ("list", "print a table of all runs in a folder", {"nargs": "*", "default": default, "help": "folder (runs)"}),
+        ("show", "print all that a run tells", {"nargs": "+", "help": run_help}),
+        ("compare", "print where settings and scores of runs differ", {"nargs": "+", "help": run_help}),
+    ):
+        command = commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
+        command.add_argument("paths", type=Path, metavar="PATH", **options)
     parts = "format, settings, tokenizer and the checksum of each file"
     command = commands.add_parser(
         "verify",
@@ -87,6 +236,21 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     command.add_argument(
         "paths", nargs="+", type=Path, metavar="PATH", help="run folder, or a checkpoint, of jaxlm or torchlm"
     )
+    command = commands.add_parser(
+        "clean",
+        help="remove checkpoints that nothing needs, after asking",
+        description="Removes checkpoints, after asking: all but the best, and but the last of a run that can go on. "
+        "What is kept is checked before. Runs at work are left alone.",
+        epilog="exit status: 0 if it is done, 1 if the answer is no, 2 for bad input",
+    )
+    command.add_argument(
+        "paths", nargs="*", type=Path, metavar="PATH", default=default, help="run, or folder of runs (runs)"
+    )
+    command.add_argument("--yes", action="store_true", help="do not ask")
+    if not argv or (argv[0] not in COMMANDS and not argv[0].startswith("-")):
+        if argv and not Path(argv[0]).exists():
+            raise UserError(f"{argv[0]}: neither a command nor a folder{nearest(argv[0], COMMANDS)}")
+        argv = ["list", *argv]
     return parser.parse_args(argv)
 
 

@@ -78,12 +78,12 @@ def test_another_tokenizer_in_the_run_is_told(run: Path, torch_run: Path, capsys
 @pytest.mark.parametrize(
     ("args", "why"),
     [
-        ("", "command"),
+        ("", "runs: there is no such folder"),
         ("verify", "PATH"),
         ("verify gone", "gone: there is no such run or checkpoint"),
         ("verify empty", "empty: there is no checkpoint of a run"),
         ("verify run gone", "gone: there is no such run or checkpoint"),
-        ("examine run", "invalid choice: 'examine'"),
+        ("examine run", "examine: neither a command nor a folder"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(
