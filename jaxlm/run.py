@@ -20,7 +20,7 @@ from typing import Any, TextIO
 import numpy as np
 from rich.table import Table
 
-from jaxlm import checksums, history, log, metrics, storage
+from jaxlm import checksums, environment, history, log, metrics, storage
 from jaxlm import config as configs
 from jaxlm.config import Config
 from jaxlm.data import cache, prepare
@@ -117,6 +117,7 @@ def started(
         unused = {name for task in tasks.values() for name in task.settings if name not in used}
         rewarmed = start.rewarmed(config.train)
         _announce(config, origins, start, rewarmed, data, run_dir, device, unused, run_log)
+        environment.append(run_dir, environment.describe(start.position().step, device))
         task = task_class(config)
         yield Run(config, task, data, run_dir, run_log, started_s, program, start, rewarmed, held, validation)
     except BaseException:

@@ -1,0 +1,75 @@
+"""What a run was made with: versions, machine, devices and command, a line of environment.jsonl for each start."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+FILE = "environment.jsonl"
+PACKAGES = ("jaxlm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "torch", "numpy", "tokenizers", "datasets")
+
+
+def describe(step: int, device: str) -> dict[str, Any]:
+    """Return what a run that goes on after an update, or begins with 0, is made with."""
+    return {
+        "step": step,
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),
+        "device": device,
+        "host": socket.gethostname(),
+        "cores": os.cpu_count(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "packages": _versions(),
+        "commit": _commit(),
+    }
+
+
+def append(run_dir: Path, found: dict[str, Any]) -> None:
+    """Add a line to those of a run folder."""
+    with open(run_dir / FILE, "a", encoding="utf-8") as file:
+        file.write(json.dumps(found) + "\n")
+
+
+def read(run_dir: Path) -> list[dict[str, Any]]:
+    """Return the lines of a run folder; one that a crash has cut short is none."""
+    found = []
+    if (run_dir / FILE).is_file():
+        for line in (run_dir / FILE).read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                found.append(json.loads(line))
+            except ValueError:
+                continue
+    return [line for line in found if isinstance(line, dict)]
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _commit() -> str:
+    """Return the commit of the checkout that the package is in, with + if files differ from it; "" if there is none."""
+    here = Path(__file__).parent
+    if not (here.parent / ".git").exists():
+        return ""
+    try:
+        git = ["git", "-C", str(here.parent)]
+        commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, timeout=5)
+        status = [*git, "status", "--porcelain", "--untracked-files=no"]
+        changes = subprocess.run(status, capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return commit.stdout.strip() + ("+" if changes.stdout.strip() else "") if commit.returncode == 0 else ""

@@ -1,0 +1,357 @@
+"""The command `python -m jaxlm.report`: one page about a run, or about several beside each other. USING.md shows it.
+
+The page is one file that needs nothing else. It has what run folders tell, of jaxlm and of torchlm.
+"""
+
+import argparse
+import json
+import re
+import sys
+import webbrowser
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxlm import environment, folder, page
+from jaxlm.convert import Parser
+from jaxlm.errors import UserError, reported
+from jaxlm.folder import Folder
+from jaxlm.page import COLOURS, DASHES, Curve
+
+MOST_STEPS = 8  # evaluations whose samples are shown
+TRAINING = {  # what is drawn of the rows of training: title, and whether on a log scale
+    "accuracy": ("accuracy in training", False),
+    "rate": ("learning rate", False),
+    "grad_norm": ("gradient norm, before clipping", True),
+    "tokens_per_s": ("throughput, tokens/s", False),
+}
+
+
+def report(runs: Sequence[Folder]) -> str:
+    """Return the page of a run, or of several."""
+    names = _names(runs)
+    title = names[0] if len(runs) == 1 else "Runs compared: " + ", ".join(names)
+    parts = [_head(runs[0]) if len(runs) == 1 else _results(runs, names), "<h2>Curves</h2>"]
+    figures = _loss(runs, names) + _scores(runs, names) + _training(runs, names)
+    parts.append(f'<div class="figures">{"".join(figures)}</div>' if figures else "<p>Nothing is logged yet.</p>")
+    if len(runs) > 1:
+        parts += ["<h2>Settings that differ</h2>", _differences(runs, names)]
+    parts += _evaluations(runs, names)
+    parts += _samples(runs, names)
+    parts += ["<h2>Settings</h2>", *(_settings(run, name) for run, name in zip(runs, names, strict=True))]
+    parts += ["<h2>Environment</h2>", *(_environment(run, name) for run, name in zip(runs, names, strict=True))]
+    return page.page(title, parts)
+
+
+def picture(html: Path, png: Path, width: int = 1200) -> None:
+    """Write the whole of a page as a picture. Raises UserError if there is no browser to draw it."""
+    try:
+        from playwright.sync_api import Error, sync_playwright
+    except ImportError as error:
+        raise UserError(f"--png {png}: playwright is not installed; pip install 'jaxlm[report]'") from error
+    with sync_playwright() as playwright:
+        try:
+            browser = _browser(playwright)
+            tab = browser.new_page(viewport={"width": width, "height": 800}, device_scale_factor=1.5)
+            tab.goto(html.absolute().as_uri())
+            tab.screenshot(path=png, full_page=True)
+            browser.close()
+        except Error as error:
+            raise UserError(f"--png {png}: {str(error).strip().splitlines()[0]}") from error
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the page of a command line; return the exit status. Bad input exits with 2."""
+    with reported(debug=False):
+        args = _parse(sys.argv[1:] if argv is None else argv)
+        runs = [folder.read(path) for path in args.runs]
+        out = args.out or (runs[0].path / "report.html" if len(runs) == 1 else Path("report.html"))
+        try:
+            out.write_text(report(runs), encoding="utf-8")
+            print(out)
+            if args.png:
+                picture(out, args.png)
+                print(args.png)
+        except OSError as error:
+            raise UserError(f"{error.filename or out}: cannot be written ({error.strerror})") from error
+        if args.open:
+            webbrowser.open(out.absolute().as_uri())
+        return 0
+    raise AssertionError("reported() exits on the errors it does not pass on")
+
+
+def _names(runs: Sequence[Folder]) -> list[str]:
+    """Return what the runs are called: their folders, with as many of those above as tell them apart."""
+    paths = [run.path.absolute().parts for run in runs]
+    most = max(map(len, paths))
+    for n in range(1, most + 1):
+        names = ["/".join(path[-n:]) for path in paths]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def _head(run: Folder) -> str:
+    figures = [("", run.state), ("updates", f"{run.last_step:,} of {run.settings['train.max_steps']:,}")]
+    step = run.best_score_step()
+    for split, at in (("validation", step), ("test", run.tested_step())):
+        if at is not None:
+            name, value = next(iter(run.scores(split).items()))
+            figures.append((f"{split} {name}, step {at:,}", folder.number(name, value)))
+    if speed := run.speed():
+        figures.append(("tokens/s, the median", f"{speed:,.0f}"))
+    figures[0] = (f"task {run.task}", run.state)
+    head = page.totals(figures)
+    if step is None:
+        return head
+    of_test = run.scores("test")
+    lines = [
+        [name, folder.number(name, x), folder.number(name, of_test.get(name))]
+        for name, x in run.scores("validation").items()
+    ]
+    return head + page.table(["score of the best step", "validation", "test"], lines, "scores")
+
+
+def _results(runs: Sequence[Folder], names: Sequence[str]) -> str:
+    lines = [[name, *values] for name, values in folder.results(runs).items()]
+    return page.table(["", *names], [["task", *(run.task for run in runs)], *lines], "results")
+
+
+def _differences(runs: Sequence[Folder], names: Sequence[str]) -> str:
+    found = folder.differences(runs)
+    if not found:
+        return "<p>None: the runs have the same settings.</p>"
+    lines = [[name, *("-" if x is None else str(x) for x in values)] for name, values in found.items()]
+    return page.table(["setting", *names], lines, "settings that differ")
+
+
+# Curves
+
+
+def _curve(run: Folder, split: str, name: str, label: str, **style: Any) -> Curve:
+    rows = [row for row in run.rows if row["split"] == split and isinstance(row.get(name), int | float)]
+    return Curve(label, np.array([row["step"] for row in rows]), np.array([row[name] for row in rows]), **style)
+
+
+def _style(i: int) -> dict[str, Any]:
+    return {"colour": COLOURS[i % len(COLOURS)], "dashes": DASHES[i % len(DASHES)]}
+
+
+def _loss(runs: Sequence[Folder], names: Sequence[str]) -> list[str]:
+    if len(runs) == 1:
+        train = _curve(runs[0], "train", "loss", "training", width=1.2)
+        validation = _curve(runs[0], "validation", "loss", "validation", **_style(1), has_dots=True)
+        return [page.chart("loss, nats", [train, validation])]
+    return _drawn(runs, names, "train", "loss", "training loss, nats")
+
+
+def _scores(runs: Sequence[Folder], names: Sequence[str]) -> list[str]:
+    """Return pictures of the scores of the validation."""
+    rows = [row for run in runs for row in run.rows if row["split"] == "validation"]
+    found = dict.fromkeys(name for row in rows for name in row if name not in ("step", "split"))
+    figures = []
+    for name in found:
+        if name == "loss" and len(runs) > 1:
+            figures += _drawn(runs, names, "validation", "loss", "validation loss, nats", has_dots=True)
+        elif name != "loss":
+            title = f"validation {name.replace('_', ' ')}"
+            figures += _drawn(runs, names, "validation", name, title, is_log=name == "perplexity", has_dots=True)
+    return figures
+
+
+def _training(runs: Sequence[Folder], names: Sequence[str]) -> list[str]:
+    figures = []
+    for name, (title, is_log) in TRAINING.items():
+        figures += _drawn(runs, names, "train", name, title, is_log)
+    return figures
+
+
+def _drawn(
+    runs: Sequence[Folder],
+    names: Sequence[str],
+    split: str,
+    name: str,
+    title: str,
+    is_log: bool = False,
+    has_dots: bool = False,
+) -> list[str]:
+    """Return the picture of one figure of all runs; none if no run has it."""
+    curves = [
+        _curve(run, split, name, label, **_style(i), width=1.4, has_dots=has_dots)
+        for i, (run, label) in enumerate(zip(runs, names, strict=True))
+    ]
+    drawn = page.chart(title, curves, is_log=is_log)
+    return [drawn] if drawn else []
+
+
+# What jaxlm.evaluate has kept
+
+
+def _evaluations(runs: Sequence[Folder], names: Sequence[str]) -> list[str]:
+    parts = []
+    for split in ("validation", "test"):
+        found = {name: x for run, name in zip(runs, names, strict=True) if (x := _evaluation(run, split))}
+        if not found:
+            continue
+        parts.append(f"<h2>Evaluation of the {split} part</h2>")
+        lines = []
+        for name, result in found.items():
+            scores = dict(result["scores"])
+            if result["calibration_error"]:
+                scores["calibration_error"] = result["calibration_error"]
+            for score, x in scores.items():
+                interval = f"{folder.number(score, x['low'])} to {folder.number(score, x['high'])}"
+                values = [folder.number(score, x["value"]), interval]
+                baseline = "" if x["baseline"] is None else folder.number(score, x["baseline"])
+                where = [name, f"{result['step']:,}"] if len(runs) > 1 else []
+                lines.append([*where, f"{score} ({x['better']} is better)", *values, baseline])
+        head = ["run", "step"] if len(runs) > 1 else []
+        parts.append(page.table([*head, "score", "", "95% interval", "baseline"], lines, f"scores of the {split} part"))
+        drawn = page.chart("calibration", _reliability(found), x_label="confidence of a prediction")
+        parts.append(f'<div class="figures">{drawn}</div>')
+        parts.append(
+            '<p class="soft">Calibration: how often predictions of some confidence are right. On the dotted '
+            "line they are right as often as the model says.</p>"
+        )
+        for name, result in found.items():
+            parts += _classes(result, name if len(runs) > 1 else "")
+    if not parts:
+        run = f"{runs[0].path}" if len(runs) == 1 else "RUN"
+        command = f"python -m jaxlm.evaluate --checkpoint {run}"
+        parts = ["<h2>Evaluation</h2>", f"<p>None is kept yet: <code>{page.text(command)}</code> makes one.</p>"]
+    return parts
+
+
+def _evaluation(run: Folder, split: str) -> dict[str, Any]:
+    path = run.path / f"evaluation_{split}.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        for name in ("scores", "calibration_error", "bins", "confusion", "worst", "step"):
+            found[name]
+        return dict(found)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: no evaluation of jaxlm.evaluate ({error!r}); make it anew, or remove it") from error
+
+
+def _reliability(found: dict[str, dict[str, Any]]) -> list[Curve]:
+    curves = [Curve("as often as it says", np.array([0.0, 1.0]), np.array([0.0, 1.0]), page.BOUND, "2 3", 1.0)]
+    for i, (name, result) in enumerate(found.items()):
+        x, y = (np.array([b[key] for b in result["bins"]]) for key in ("confidence", "accuracy"))
+        curves.append(Curve(name, x, y, **_style(i), has_dots=True))
+    return curves
+
+
+def _classes(result: dict[str, Any], name: str) -> list[str]:
+    if not result["confusion"]:
+        return []
+    n = len(result["confusion"])
+    lines = [[f"label {i}", *map(str, row)] for i, row in enumerate(result["confusion"])]
+    has_none = any(row[n] for row in result["confusion"])
+    heads = ["", *(f"predicted {i}" for i in range(n)), "no class"][: n + 1 + has_none]
+    parts = [f"<h3>Confusion{page.text(f' of {name}' if name else '')}</h3>"]
+    parts.append(page.table(heads, [line[: len(heads)] for line in lines], "confusion"))
+    worst = [
+        [
+            f"{x['probability']:.4f}",
+            str(x["label"]),
+            "none" if x["predicted"] is None else str(x["predicted"]),
+            x["text"],
+        ]
+        for x in result["worst"]
+    ]
+    if worst:
+        head = ["probability of the label", "label", "predicted", "text"]
+        parts.append(page.folded("Worst errors", page.table(head, worst, "worst errors")))
+    return parts
+
+
+# What else the folder has
+
+
+def _samples(runs: Sequence[Folder], names: Sequence[str]) -> list[str]:
+    parts = []
+    for run, name in zip(runs, names, strict=True):
+        found = samples(run.path / "samples.txt")
+        if not found:
+            continue
+        if len(runs) > 1:
+            parts.append(f"<h3>{page.text(name)}</h3>")
+        steps = list(found)
+        chosen = {steps[i] for i in np.linspace(0, len(steps) - 1, MOST_STEPS).round().astype(int)}
+        for step in [step for step in steps if step in chosen]:
+            is_last = step == steps[-1] and len(runs) == 1
+            parts.append(page.folded(f"step {step:,}", f"<pre>{page.text(found[step])}</pre>", is_open=is_last))
+    return (
+        ["<h2>Samples over time</h2>", "<p>What the model makes of the same validation samples.</p>", *parts]
+        if parts
+        else []
+    )
+
+
+def samples(path: Path) -> dict[int, str]:
+    """Return the samples of a samples.txt by the update after which they were made."""
+    if not path.is_file():
+        return {}
+    text = path.read_text(encoding="utf-8", errors="replace")
+    pieces = re.split(r"^--- step (\d+) ---$", text, flags=re.MULTILINE)[1:]
+    return {int(step): shown.strip() for step, shown in zip(pieces[::2], pieces[1::2], strict=True)}
+
+
+def _settings(run: Folder, name: str) -> str:
+    changed = run.changed_settings()
+    lines = [[key, str(x), "" if key in changed else "default"] for key, x in run.settings.items()]
+    lines.sort(key=lambda line: bool(line[2]))
+    return page.folded(
+        f"{name}: {len(changed)} of {len(lines)} are no defaults", page.table(["setting", "", ""], lines, name)
+    )
+
+
+def _environment(run: Folder, name: str) -> str:
+    found = environment.read(run.path)
+    if not found:
+        return f"<p>{page.text(name)}: not recorded.</p>"
+    keys = ("started", "step", "command", "device", "host", "cores", "system", "python", "packages", "commit")
+    lines = []
+    for key in keys:
+        values = [x.get(key, "") for x in found]
+        told = [", ".join(f"{k} {v}" for k, v in x.items()) if isinstance(x, dict) else str(x) for x in values]
+        lines.append([key if key != "step" else "after updates", *told])
+    heads = [f"start {i}" for i in range(1, len(found) + 1)] if len(found) > 1 else [""]
+    return page.folded(name, page.table(["", *heads], lines, f"environment of {name}"), is_open=True)
+
+
+def _browser(playwright: Any) -> Any:
+    """Start Chromium, that of Playwright or else the system's."""
+    import shutil
+
+    from playwright.sync_api import Error
+
+    try:
+        return playwright.chromium.launch()
+    except Error:
+        names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+        if path := next((found for name in names if (found := shutil.which(name))), None):
+            return playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        raise UserError("--png: there is no Chromium; install it, or run: playwright install chromium") from None
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(
+        prog="python -m jaxlm.report",
+        description="Writes one page, a file that needs nothing else, about a run, or about several beside each other.",
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, of jaxlm or torchlm")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="page to write (report.html in the run, or here for several)"
+    )
+    parser.add_argument("--open", action="store_true", help="show it in the browser")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="picture of the page to write, by Chromium")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
