@@ -12,7 +12,9 @@
     predict.py, evaluate.py
                     the commands that use a trained model; USING.md tells them to people. trained.py loads the model,
                     decode.py continues prompts
-    runs.py         the command that looks after runs; folder.py reads what they tell
+    runs.py, report.py
+                    the commands that look after runs, and draw them; folder.py reads what they tell, page.py has the
+                    pieces of a page, environment.py what a run was made with
     convert.py      the command that turns checkpoints into those of torchlm, the original, or safetensors, and back;
                     formats.py reads and writes them, names.py has the rules for names and layouts
 

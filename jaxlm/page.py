@@ -39,10 +39,11 @@ figure > b { font-size: .95rem; } figcaption { font-size: .85rem; color: var(--s
 svg text { fill: var(--soft); font: 12px system-ui, sans-serif; }
 .scroll { overflow-x: auto; margin: .6rem 0; }
 table { border-collapse: collapse; font-size: .875rem; width: 100%; }
-@media (max-width: 40rem) { table { font-size: .75rem; } th, td { padding: .25rem .35rem; }
-  svg text { font-size: 14px; } }
 th, td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid var(--grid); vertical-align: top; }
-th { white-space: nowrap; } td.number { white-space: nowrap; font-variant-numeric: tabular-nums; }
+th { white-space: nowrap; }
+@media (max-width: 40rem) { table { font-size: .75rem; } th, td { padding: .25rem .35rem; } th { white-space: normal; }
+  svg text { font-size: 14px; } }
+td.number { white-space: nowrap; font-variant-numeric: tabular-nums; }
 tbody tr:nth-child(even) { background: var(--band); }
 .pass { color: var(--good); } .fail { color: var(--bound); font-weight: 700; }
 summary { cursor: pointer; padding: .4rem 0; }
@@ -145,15 +146,12 @@ def chart(title: str, curves: Sequence[Curve], x_label: str = "update", is_log: 
             )
     spans = "; ".join(f"{curve.label or title} from {_short(y[0])} to {_short(y[-1])}" for curve, _, y in drawn)
     shown = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(f"{title}: {spans}")}">'
-    return (
-        f"<figure><b>{html.escape(title)}</b>{shown}{''.join(parts)}</svg>{_legend([c for c, _, _ in drawn])}</figure>"
-    )
+    legend = _legend([curve for curve, _, _ in drawn]) if sum(bool(curve.label) for curve in curves) > 1 else ""
+    return f"<figure><b>{html.escape(title)}</b>{shown}{''.join(parts)}</svg>{legend}</figure>"
 
 
 def _legend(curves: Sequence[Curve]) -> str:
     named = [curve for curve in curves if curve.label]
-    if len(named) < 2:
-        return ""
     entries = [
         f'<span><svg viewBox="0 0 40 12" aria-hidden="true"><path d="M1 6H39" fill="none" stroke="{curve.colour}" '
         f'stroke-width="{max(curve.width, 2)}" stroke-dasharray="{curve.dashes}"/></svg> '

@@ -143,7 +143,8 @@ def _loss(runs: Sequence[Folder], names: Sequence[str]) -> list[str]:
     if len(runs) == 1:
         train = _curve(runs[0], "train", "loss", "training", width=1.2)
         validation = _curve(runs[0], "validation", "loss", "validation", **_style(1), has_dots=True)
-        return [page.chart("loss, nats", [train, validation])]
+        drawn = page.chart("loss, nats", [train, validation])
+        return [drawn] if drawn else []
     return _drawn(runs, names, "train", "loss", "training loss, nats")
 
 
@@ -206,9 +207,11 @@ def _evaluations(runs: Sequence[Folder], names: Sequence[str]) -> list[str]:
                 values = [folder.number(score, x["value"]), interval]
                 baseline = "" if x["baseline"] is None else folder.number(score, x["baseline"])
                 where = [name, f"{result['step']:,}"] if len(runs) > 1 else []
-                lines.append([*where, f"{score} ({x['better']} is better)", *values, baseline])
+                lines.append([*where, score.replace("_", " "), *values, baseline, x["better"]])
         head = ["run", "step"] if len(runs) > 1 else []
-        parts.append(page.table([*head, "score", "", "95% interval", "baseline"], lines, f"scores of the {split} part"))
+        parts.append(
+            page.table([*head, "score", "", "95% interval", "baseline", "better"], lines, f"scores of the {split} part")
+        )
         drawn = page.chart("calibration", _reliability(found), x_label="confidence of a prediction")
         parts.append(f'<div class="figures">{drawn}</div>')
         parts.append(
@@ -256,15 +259,15 @@ def _classes(result: dict[str, Any], name: str) -> list[str]:
     parts.append(page.table(heads, [line[: len(heads)] for line in lines], "confusion"))
     worst = [
         [
-            f"{x['probability']:.4f}",
+            x["text"],
             str(x["label"]),
             "none" if x["predicted"] is None else str(x["predicted"]),
-            x["text"],
+            f"{x['probability']:.4f}",
         ]
         for x in result["worst"]
     ]
     if worst:
-        head = ["probability of the label", "label", "predicted", "text"]
+        head = ["text", "label", "predicted", "probability of the label"]
         parts.append(page.folded("Worst errors", page.table(head, worst, "worst errors")))
     return parts
 

@@ -19,6 +19,8 @@ from typing import Any
 
 import pytest
 
+from jaxlm import environment
+
 TASKS = ("mlm", "gpt", "sst2", "cola")
 TINY = (
     "--model.d-model 16 --model.n-layers 1 --model.n-heads 2 --model.seq-len 16 "
@@ -85,9 +87,12 @@ def test_a_run_leaves_its_folder(task: str, runs: Any) -> None:
         "tokenizer.json",
         "metrics.jsonl",
         "samples.txt",
+        "environment.jsonl",
         "log.txt",
         "checkpoints",
     }
+    (made_with,) = environment.read(folder)
+    assert made_with["step"] == 0 and made_with["packages"]["jax"] and "jaxlm.train" in made_with["command"]
     assert [int(path.name) for path in (folder / "checkpoints").iterdir()]
     assert (folder / "samples.txt").read_text().count("--- step ") == 2
     settings = tomllib.loads((folder / "config.toml").read_text())

@@ -9,20 +9,18 @@ import argparse
 import dataclasses
 import html
 import importlib.metadata
-import io
 import json
 import platform
-import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from jaxlm import page
 from jaxlm.errors import UserError, reported
 from jaxlm.names import Arrays
 from parity_tests import case as cases
@@ -36,43 +34,11 @@ TASKS = ("mlm", "gpt", "sst2", "cola")
 N_UPDATES, N_BATCHES = 200, 25  # the same batches again and again, so that there is something to learn
 # In float32, what rounding does to single tensors grows with the updates; tolerances are of runs as long as recorded.
 N_SHORT = 15
-# Colours of a picture; in a page they are those of its light or dark style.
-INK, GRID, FIRST, SECOND, BOUND = "#1c1f24", "#d5d8de", "#0b63ce", "#e07b00", "#c2263a"
-VARIABLES = {
-    INK: "var(--ink)",
-    GRID: "var(--grid)",
-    FIRST: "var(--first)",
-    SECOND: "var(--second)",
-    BOUND: "var(--bound)",
-}
+# Of a picture; a page has them in its own style.
+INK, GRID, FIRST, SECOND, BOUND = "#1c1f24", "#d5d8de", "#0b63ce", "#d06a00", "#c2263a"
+IN_PAGE = {FIRST: page.COLOURS[0], SECOND: page.COLOURS[1], BOUND: page.BOUND}
+DASHES = {"-": "", "--": "6 4", ":": "2 3"}
 PACKAGES_SHOWN = ("jax", "jaxlib", "flax", "optax", "torch", "numpy")
-
-STYLE = """
-:root { color-scheme: light dark; --paper: #fff; --ink: #1c1f24; --soft: #5b6270; --grid: #d5d8de; --band: #f4f5f7;
-  --first: #0b63ce; --second: #e07b00; --bound: #c2263a; --good: #14713d; }
-@media (prefers-color-scheme: dark) { :root { --paper: #14161a; --ink: #e8eaee; --soft: #a2a9b6; --grid: #3a3f49;
-  --band: #1e2127; --first: #6db1ff; --second: #ffad4d; --bound: #ff7183; --good: #6fd69a; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1rem; max-width: 75rem; background: var(--paper); color: var(--ink);
-  font: 1rem/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.6rem; line-height: 1.2; } h2 { font-size: 1.2rem; margin: 2.2rem 0 .4rem; }
-p { max-width: 46rem; margin: .4rem 0; } .soft { color: var(--soft); font-size: .9rem; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1rem; }
-figure { margin: 0; } figure svg { width: 100%; height: auto; display: block; }
-.scroll { overflow-x: auto; margin: .6rem 0; }
-table { border-collapse: collapse; font-size: .875rem; width: 100%; }
-@media (max-width: 40rem) { table { font-size: .75rem; } th, td { padding: .25rem .35rem; } }
-th, td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid var(--grid); vertical-align: top; }
-th { white-space: nowrap; } td.number { white-space: nowrap; font-variant-numeric: tabular-nums; }
-tbody tr:nth-child(even) { background: var(--band); }
-.pass { color: var(--good); } .fail { color: var(--bound); font-weight: 700; }
-summary { cursor: pointer; padding: .4rem 0; }
-code { font-size: .85em; overflow-wrap: anywhere; }
-.totals { display: flex; flex-wrap: wrap; gap: .6rem; margin: 1rem 0; }
-.totals div { background: var(--band); padding: .6rem .9rem; border-radius: .5rem; flex: 1 1 9rem; }
-.totals b { display: block; font-size: 1.35rem; }
-"""
-
 
 # Pictures
 
@@ -109,48 +75,26 @@ def draw(axes: Any, title: str, curves: Sequence[Curve], bounds: Sequence[Curve]
 
 
 def svg(title: str, curves: Sequence[Curve], bounds: Sequence[Curve] = (), is_log: bool = False) -> str:
-    """Return a picture for a page: its letters are text, its colours those of the page."""
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif"}):
-        figure = Figure(figsize=(4.4, 3.1), layout="constrained")
-        figure.patch.set_alpha(0)
-        axes = figure.add_subplot()
-        axes.patch.set_alpha(0)
-        draw(axes, title, curves, bounds, is_log)
-        file = io.StringIO()
-        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
-    text = file.getvalue()
-    text = text[text.index("<svg") :]
-    for colour, variable in VARIABLES.items():
-        text = text.replace(colour, variable)
-    # The size is the page's to say; ids must not be those of other pictures.
-    text = re.sub(
-        r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1), count=1
-    )
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    return f"<figure>{text}</figure>"
-
-
-def table(head: Sequence[str], lines: Iterable[Sequence[str]], label: str) -> str:
-    """Return a table; cells that begin with a digit are numbers."""
-
-    def cell(text: str) -> str:
-        kind = {"pass": ' class="pass"', "FAIL": ' class="fail"', "MISSED": ' class="fail"'}.get(text, "")
-        if re.match(r"\d", text) and " " not in text:
-            kind = ' class="number"'
-        return f"<td{kind}>{html.escape(text)}</td>"
-
-    heads = "".join(f'<th scope="col">{html.escape(x)}</th>' for x in head)
-    body = "\n".join(f"<tr>{''.join(map(cell, line))}</tr>" for line in lines)
-    return (
-        f'<div class="scroll" role="region" tabindex="0" aria-label="{html.escape(label)}">'
-        f"<table><thead><tr>{heads}</tr></thead><tbody>\n{body}</tbody></table></div>"
-    )
+    """Return a picture for a page."""
+    shown = [
+        page.Curve(
+            curve.label.strip("_"),
+            np.arange(len(curve.values)),
+            curve.values,
+            IN_PAGE[curve.colour],
+            DASHES[curve.style],
+            0.8 if is_log and curve in curves else curve.width,
+            has_dots=is_log and curve in curves,
+        )
+        for curve in [*curves, *bounds]
+    ]
+    return page.chart(title, shown, is_log=is_log)
 
 
 def of_rows(rows: Iterable[Row], label: str) -> str:
     """Return rows of a comparison as a table."""
     head = ["quantity", "", "difference", "tolerance", "where", "package"]
-    return table(head, [[row.quantity, *_numbers(row), row.where, row.package] for row in rows], label)
+    return page.table(head, [[row.quantity, *_numbers(row), row.where, row.package] for row in rows], label)
 
 
 def _numbers(row: Row) -> tuple[str, str, str]:
@@ -160,16 +104,6 @@ def _numbers(row: Row) -> tuple[str, str, str]:
 def number(value: float) -> str:
     """Return a difference in two digits, zero as 0."""
     return f"{value:.1e}" if value else "0"
-
-
-def page(title: str, parts: Sequence[str]) -> str:
-    """Return a page."""
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body><main>\n"
-        f"<h1>{html.escape(title)}</h1>\n" + "\n".join(parts) + "\n</main></body></html>\n"
-    )
 
 
 def versions() -> str:
@@ -238,7 +172,7 @@ def drift_table(drifted: dict[str, Drift]) -> str:
         weights = [number(drift.weights[name]) for name in ("jaxlm", "torchlm")]
         for row, values in zip(bfloat16_rows(task, drift), (means, weights), strict=True):
             lines.append([task, row.quantity, *values, f"{row.difference:.2f}", "pass" if row.passes else "FAIL"])
-    return table(["task", "", "jaxlm", "torchlm", "ratio", ""], lines, "drift in bfloat16")
+    return page.table(["task", "", "jaxlm", "torchlm", "ratio", ""], lines, "drift in bfloat16")
 
 
 def tensors(rows: Iterable[Row]) -> str:
@@ -253,7 +187,7 @@ def tensors(rows: Iterable[Row]) -> str:
             note = "*" if row.quantity.endswith("(key biases)") else ""
             found.setdefault(row.where, {})[kind] = number(row.difference) + note + mark
     columns = list(kinds.values())
-    return table(
+    return page.table(
         ["tensor", *columns], [[name, *(x.get(c, "") for c in columns)] for name, x in found.items()], "each tensor"
     )
 
@@ -277,7 +211,7 @@ def faults(path: Path) -> str:
     head = ["fault", "what is wrong", "caught in jaxlm by", "caught in torchlm by"]
     return (
         f"<h2>Planted faults</h2><p>Realistic mistakes of ports, planted one at a time: the checks caught {totals}.</p>"
-        f"<details><summary>All faults, and what caught each</summary>{table(head, body, 'planted faults')}</details>"
+        + page.folded("All faults, and what caught each", page.table(head, body, "planted faults"))
     )
 
 
@@ -311,9 +245,7 @@ def both_packages(
     parts = [
         "<p>Two implementations of one trainer, from the same weights, on the same batches: every number that one "
         "computes is compared with the other's, and with what the original recorded.</p>",
-        '<div class="totals">'
-        + "".join(f"<div><b>{x}</b>{html.escape(name)}</div>" for name, x in totals.items())
-        + "</div>",
+        page.totals(totals.items()),
         f"<h2>{N_UPDATES} updates</h2><p>For each task the losses of both on top of each other, and "
         "how far they are apart. In float64 only the mathematics is left: what is seen in float32 is rounding.</p>",
         f'<div class="figures">{"".join(figures)}</div>',
@@ -343,7 +275,7 @@ def both_packages(
     ]
     if fault_table:
         parts.append(faults(fault_table))
-    return page("jaxlm and torchlm, number for number", [*parts, versions()])
+    return page.page("jaxlm and torchlm, number for number", [*parts, versions()])
 
 
 def picture(path: Path, pairs: dict[str, tuple[Pair, Pair]]) -> None:
@@ -381,7 +313,7 @@ def page_of_two(name_a: str, name_b: str, a: Arrays, b: Arrays, rows: list[Row])
         of_rows(rows, "all"),
         "</details>",
     ]
-    return page(f"{name_a} and {name_b}", [*parts, versions()])
+    return page.page(f"{name_a} and {name_b}", [*parts, versions()])
 
 
 def main(argv: list[str]) -> int:

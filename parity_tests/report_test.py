@@ -89,11 +89,9 @@ def test_the_page_has_all_parts_and_needs_nothing_else(pairs: dict, tmp_path: Pa
     assert not external(text)
     assert not [tag for tag, _ in found.tags if tag in ("script", "link", "img", "iframe")]
     assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in found.tags
-    assert sum(tag == "svg" for tag, _ in found.tags) == 3
+    assert sum(tag == "figure" for tag, _ in found.tags) == 3
     assert (
-        "prefers-color-scheme: dark" in text
-        and "var(--first)" in text
-        and report.FIRST not in text.split("</style>")[1]
+        "prefers-color-scheme: dark" in text and "var(--c1)" in text and report.FIRST not in text.split("</style>")[1]
     )
     assert ["losses", "pass", "2.0e-07", "5.0e-06", "mlm u", "torchlm"] in found.rows
     gradient = next(row for row in found.rows if row[0] == "base.blocks.0.feed_forward.fc1.weight")
@@ -115,7 +113,8 @@ def test_a_name_from_a_file_is_text(tmp_path: Path, pairs: dict) -> None:
 def test_the_difference_is_drawn_where_it_is_not_zero(pairs: dict) -> None:
     title, curves, bounds = report.differences("gpt", *pairs["gpt"])
     text = report.svg(title, curves[:1], bounds, is_log=True)
-    assert text.count("<use ") > 3  # dots, beside the ticks
+    (dots,) = re.findall('class="dots" d="([^"]*)"', text)
+    assert dots.count("M") == 3
     np.testing.assert_allclose(curves[0].values, [0, 1e-7, 0, 3e-7, 2e-7, 0], rtol=1e-6, atol=1e-16)
     assert [bound.values[0] for bound in bounds] == [report.FLOAT32.losses, report.FLOAT64.losses]
 
@@ -147,6 +146,6 @@ def test_the_page_of_any_two_runs(tmp_path: Path, capsys: pytest.CaptureFixture)
     assert compare.main([*(str(tmp_path / x) for x in ("a.npz", "b.npz")), "--html", str(file)]) == 1
     found = Page(file.read_text())
     assert not external(file.read_text())
-    assert sum(tag == "svg" for tag, _ in found.tags) == 2
+    assert sum(tag == "figure" for tag, _ in found.tags) == 2
     (row,) = {tuple(row[:4]) for row in found.rows if row[0] == "loss"}
     assert row[1] == "FAIL" and row[2].startswith("1.0e-03")

@@ -1,0 +1,87 @@
+"""Line charts: that points lie where their values are, and what is left out; and that text is text."""
+
+import math
+import re
+
+import numpy as np
+import pytest
+
+from jaxlm import page
+from jaxlm.page import Curve
+
+
+def drawn(svg: str, colour: str = "var(--c1)") -> np.ndarray:
+    """Return the points [N, 2] of the line of a colour."""
+    (path,) = re.findall(
+        rf'<path d="M([\d. -]+)" fill="none" stroke-linejoin="round" stroke="{re.escape(colour)}"', svg
+    )
+    return np.array(path.split(), np.float64).reshape(-1, 2)
+
+
+def ticks(svg: str) -> dict[str, dict[float, float]]:
+    """Return {axis: {value: place}} of the numbers at the axes."""
+    found: dict[str, dict[float, float]] = {"x": {}, "y": {}}
+    for x, y, anchor, text in re.findall(
+        r'<text x="([\d.]+)" y="([\d.]+)"[^>]*text-anchor="(\w+)">([^<]+)</text>', svg
+    ):
+        size = {"k": 1e3, "M": 1e6}.get(text[-1], 1)
+        if re.fullmatch(r"-?[\d.e+-]+[kM]?", text):
+            axis, place = ("y", y) if anchor == "end" else ("x", x)
+            found[axis][float(text.rstrip("kM")) * size] = float(place)
+    return found
+
+
+@pytest.mark.parametrize("is_log", [False, True])
+@pytest.mark.parametrize(("low", "high"), [(0.2, 7.5), (1e-4, 3e-3), (900.0, 56_000.0), (2.0, 2.5)])
+def test_points_lie_where_the_axes_say(low: float, high: float, is_log: bool) -> None:
+    x, y = np.array([0, 250, 1000]), np.array([low, high, (low + high) / 2])
+    svg = page.chart("loss", [Curve("", x, y)], is_log=is_log)
+    found = ticks(svg)
+    scale = np.log if is_log else np.asarray
+    for axis, values, places in (("x", x, drawn(svg)[:, 0]), ("y", scale(y), drawn(svg)[:, 1])):
+        at = np.array(sorted(found[axis]))
+        assert 2 <= len(at) <= 12
+        slope, start = np.polyfit(scale(at) if axis == "y" else at, [found[axis][value] for value in at], 1)
+        np.testing.assert_allclose(start + slope * values, places, atol=0.5)
+    assert drawn(svg)[:, 1].min() >= page.TOP and drawn(svg)[:, 1].max() <= page.HEIGHT - page.BOTTOM
+
+
+def test_what_has_no_place_is_left_out() -> None:
+    y = np.array([1.0, math.nan, 3.0, math.inf, 0.0, 2.0])
+    assert len(drawn(page.chart("", [Curve("", np.arange(6), y)]))) == 4
+    assert len(drawn(page.chart("", [Curve("", np.arange(6), y)], is_log=True))) == 3
+    assert page.chart("", [Curve("", np.arange(6), y * math.nan)]) == ""
+    single = page.chart("", [Curve("", np.array([7]), np.array([0.5]))])
+    assert single.count('class="dots"') == 1
+
+
+def test_a_long_curve_keeps_its_peaks() -> None:
+    y = np.random.default_rng(0).normal(size=100_000)
+    y[[1234, 77_777]] = 50, -60
+    svg = page.chart("", [Curve("", np.arange(len(y)), y)])
+    points, at = drawn(svg), ticks(svg)["y"]
+    values = np.array(sorted(at))
+    slope, start = np.polyfit([at[value] for value in values], values, 1)
+    assert len(points) <= page.MOST_POINTS + 2 and np.all(np.diff(points[:, 0]) >= 0)
+    np.testing.assert_allclose([start + slope * f(points[:, 1]) for f in (np.min, np.max)], [50, -60], atol=0.5)
+
+
+def test_curves_differ_without_their_colours() -> None:
+    x = np.arange(3)
+    curves = [Curve(f"run {i}", x, x + i, page.COLOURS[i], page.DASHES[i]) for i in range(6)]
+    svg = page.chart("all", curves)
+    assert len(set(re.findall(r'stroke-linejoin="round"[^>]*stroke-dasharray="([^"]*)"', svg))) == 6
+    assert re.findall(r"</svg> (run \d)</span>", svg) == [f"run {i}" for i in range(6)]
+    assert 'role="img" aria-label="all: run 0 from 0 to 2; ' in svg
+
+
+def test_text_is_text() -> None:
+    x = np.arange(2)
+    bad = "<script>&"
+    parts = [
+        page.chart(bad, [Curve(bad, x, x), Curve(bad, x, x)], x_label=bad),
+        page.table([bad], [[bad]], bad),
+        page.totals([(bad, bad)]),
+        page.folded(bad, page.text(bad)),
+    ]
+    assert "<script" not in page.page(bad, parts)

@@ -1,0 +1,177 @@
+"""The page of runs: complete, from run folders alone, in one file; and its picture, by a real browser."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jaxlm import environment, folder, report
+from jaxlm.folder_test import write
+
+EVALUATION = {
+    "step": 20,
+    "scores": {"accuracy": {"value": 0.75, "low": 0.7, "high": 0.8125, "baseline": 0.5, "better": "higher"}},
+    "calibration_error": {"value": 0.125, "low": 0.1, "high": 0.25, "baseline": None, "better": "lower"},
+    "bins": [{"low": 0.5, "high": 0.6, "count": 8, "confidence": 0.55, "accuracy": 0.5}],
+    "confusion": [[3, 1, 0], [2, 10, 0]],
+    "worst": [{"text": "a <b>cat</b>", "label": 0, "predicted": 1, "probability": 0.03125}],
+}
+
+
+class Page(HTMLParser):
+    """The tags with their attributes, the text, and the cells of tables row by row."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.rows: list[list[str]] = []
+        self.text, self.is_cell = "", False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+            self.is_cell = True
+
+    def handle_endtag(self, tag: str) -> None:
+        self.is_cell = self.is_cell and tag not in ("td", "th")
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        if self.is_cell:
+            self.rows[-1][-1] += data
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two runs of a task, of which one was evaluated, and was started twice."""
+    path = tmp_path_factory.mktemp("runs")
+    first, _ = write(path / "first", "sst2"), write(path / "second", "sst2", **{"train.learning_rate": 0.5})
+    (first / "evaluation_test.json").write_text(json.dumps(EVALUATION))
+    (first / "samples.txt").write_text("".join(f"--- step {i} ---\n<i>made</i> after {i}\n\n" for i in range(1, 31)))
+    for step in (0, 20):
+        environment.append(first, environment.describe(step, "2 x chip"))
+    return path
+
+
+def page_of(*runs: Path) -> tuple[str, Page]:
+    text = report.report([folder.read(run) for run in runs])
+    return text, Page(text)
+
+
+def test_the_page_of_a_run(runs: Path) -> None:
+    text, found = page_of(runs / "first")
+    assert ["accuracy", "0.5000", "0.2500"] in found.rows  # of the best step: validation and test
+    figures = [attrs["aria-label"] for tag, attrs in found.tags if tag == "svg" and attrs.get("role") == "img"]
+    titles = [str(label).partition(":")[0] for label in figures]
+    assert titles == ["loss, nats", "validation accuracy", "throughput, tokens/s", "calibration"]
+    assert ["accuracy", "0.7500", "0.7000 to 0.8125", "0.5000", "higher"] in found.rows
+    assert ["calibration error", "0.1250", "0.1000 to 0.2500", "", "lower"] in found.rows
+    assert ["label 0", "3", "1"] in found.rows and ["a <b>cat</b>", "0", "1", "0.0312"] in found.rows
+    steps = [i for i in range(1, 31) if f"<i>made</i> after {i}\n" in f"{found.text}\n"]
+    assert len(steps) == report.MOST_STEPS and {1, 30} <= set(steps)
+    assert ["after updates", "0", "20"] in found.rows and ["device", "2 x chip", "2 x chip"] in found.rows
+    assert ["model.d_model", "12", ""] in found.rows and ["train.seed", "0", "default"] in found.rows
+
+
+def test_the_page_of_several_runs(runs: Path) -> None:
+    text, found = page_of(runs / "first", runs / "second")
+    assert found.text.strip().startswith("Runs compared: first, second")
+    assert ["train.learning_rate", "0.001", "0.5"] in found.rows
+    assert ["validation accuracy", "0.5000", "0.5000"] in found.rows
+    assert ["first", "20", "accuracy", "0.7500", "0.7000 to 0.8125", "0.5000", "higher"] in found.rows
+    (figure,) = [part for part in text.split("<figure>") if part.startswith("<b>validation loss")]
+    assert figure.count('stroke-linejoin="round"') == 2 and "</svg> first</span>" in figure
+    assert "second: not recorded." in found.text
+
+
+def test_the_page_needs_nothing_else(runs: Path) -> None:
+    text, found = page_of(runs / "first", runs / "second")
+    assert not [tag for tag, _ in found.tags if tag in ("script", "link", "img", "iframe", "i", "base")]
+    assert not [name for _, attrs in found.tags for name in attrs if name in ("src", "href", "xlink:href")]
+    assert "@import" not in text and "url(" not in text and "prefers-color-scheme: dark" in text
+    assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in found.tags
+
+
+def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
+    run = write(tmp_path / "run")
+    (run / "metrics.jsonl").unlink()
+    shutil.rmtree(run / "checkpoints")
+    _, found = page_of(run)
+    assert "interrupted" in found.text and "Nothing is logged yet." in found.text
+    assert f"python -m jaxlm.evaluate --checkpoint {run}" in found.text
+
+
+def test_runs_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
+    for parent in ("a", "b"):
+        write(tmp_path / parent / "run")
+    _, found = page_of(tmp_path / "a" / "run", tmp_path / "b" / "run")
+    assert found.text.strip().startswith("Runs compared: a/run, b/run")
+
+
+def told(capsys: pytest.CaptureFixture[str], *argv: Any) -> tuple[int, str, str]:
+    try:
+        status = report.main([str(arg) for arg in argv])
+    except SystemExit as error:
+        status = int(error.code or 0)
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_where_the_page_is_written(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert told(capsys, runs / "first") == (0, f"{runs}/first/report.html\n", "")
+    assert told(capsys, runs / "first", runs / "second") == (0, "report.html\n", "")
+    assert told(capsys, runs / "first", "--out", "x.html") == (0, "x.html\n", "")
+    assert (tmp_path / "x.html").read_text() == (runs / "first" / "report.html").read_text()
+
+
+def test_the_page_is_opened(runs: Path, tmp_path: Path) -> None:
+    browser = tmp_path / "browser"
+    browser.write_text(f'#!/bin/sh\necho "$1" > {tmp_path}/opened\n')
+    browser.chmod(0o755)
+    command = [sys.executable, "-m", "jaxlm.report", str(runs / "first"), "--open"]
+    subprocess.run(command, env={**os.environ, "BROWSER": f"{browser} %s"}, check=True, stdout=subprocess.DEVNULL)
+    assert (tmp_path / "opened").read_text() == f"file://{runs}/first/report.html\n"
+
+
+@pytest.mark.slow
+def test_the_picture_is_of_the_whole_page(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("playwright")
+    status, _, errors = told(capsys, runs / "first", "--png", tmp_path / "page.png")
+    if "there is no Chromium" in errors:
+        pytest.skip("no Chromium")
+    content = (tmp_path / "page.png").read_bytes()
+    width, height = (int.from_bytes(content[i : i + 4], "big") for i in (16, 20))
+    assert status == 0 and content.startswith(b"\x89PNG") and width == 1800 and height > 2 * width
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["nothing"], "nothing: there is no such run"),
+        ([], "the following arguments are required: RUN"),
+        (["RUN", "--out", "no/folder/page.html"], "no/folder/page.html: cannot be written (No such file or directory)"),
+    ],
+)
+def test_bad_input_is_one_line(argv: list[str], message: str, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, output, errors = told(capsys, *[str(runs / "first") if arg == "RUN" else arg for arg in argv])
+    assert (status, output, len(errors.splitlines())) == (2, "", 1) and message in errors
+
+
+def test_an_evaluation_that_is_none_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write(tmp_path / "run")
+    (run / "evaluation_test.json").write_text('{"scores": 1}')
+    status, _, errors = told(capsys, run)
+    assert status == 2 and "evaluation_test.json: no evaluation of jaxlm.evaluate" in errors
