@@ -72,7 +72,8 @@ def test_each_task_trains_and_leaves_a_run_folder(
     best = min(rows_of(run_dir, "validation"), key=lambda row: row["loss"])
     assert test["step"] == best["step"]
     assert {path.name for path in run_dir.iterdir()} == {
-        *(".lock", "checkpoints", "config.toml", "log.txt", "metrics.jsonl", "samples.txt", "tokenizer.json")
+        *(".lock", "checkpoints", "config.toml", "environment.jsonl", "log.txt", "metrics.jsonl", "samples.txt"),
+        "tokenizer.json",
     }
     last = checkpoint.read(run_dir / "checkpoints" / "60.pt")
     assert (last["iter"], last["sample_iter"], last["task_type"]) == (60, 240, task)
