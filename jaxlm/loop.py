@@ -30,6 +30,7 @@ class Compiled(NamedTuple):
     totals: Callable[..., Any]  # (params, batch) -> totals, without dropout
     predict: Callable[..., Any]  # (params, batch) -> what the task shows
     shardings: TrainState  # where each array of a state lies
+    model: str  # name of its class
 
 
 def run(config: Config, origins: dict[str, str], start: Start, started_s: float) -> int:
@@ -48,6 +49,8 @@ def run(config: Config, origins: dict[str, str], start: Start, started_s: float)
             this.validation.update(distributed.from_first(list(this.validation.items())))
             folder = distributed.shared(storage.checkpoints(this.dir, config.run.checkpoint_dir))
             fresh, compiled = build(this.config, this.task, mesh, this.rewarmed)
+            if mesh.size > mesh.shape["data"]:
+                this.log.say(parallel.table(mesh, jax.eval_shape(fresh).params, compiled.model))
             state = checkpoint.begin(this, fresh, compiled.shardings)
             # From here on a signal does not end the process, and the run folder stays.
             status = parallel.any_process(mesh, stack.enter_context(runs.interrupts(this.log)))
@@ -84,7 +87,8 @@ def build(
     optimizer = optim.adamw(train, rate)
     abstract = nnx.eval_shape(lambda: task.build_model(nnx.Rngs(0)))
     graphdef, everywhere = nnx.graphdef(abstract), parallel.replicated(mesh)
-    shardings = parallel.shardings(mesh, jax.eval_shape(fresh), type(abstract).__name__, config.model)
+    model = type(abstract).__name__
+    shardings = parallel.shardings(mesh, jax.eval_shape(fresh), model, config.model)
     loss = with_model(task.loss)
     update = functools.partial(
         step.train_step, loss, optimizer, rate, train.clip_norm, skips_nonfinite=train.on_nonfinite == "skip"
@@ -95,6 +99,7 @@ def build(
         totals=jax.jit(lambda params, batch: loss(params, batch, None), out_shardings=everywhere),
         predict=jax.jit(with_model(task.predict), out_shardings=everywhere),
         shardings=shardings,
+        model=model,
     )
     return jax.jit(fresh, out_shardings=shardings), compiled
 

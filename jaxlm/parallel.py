@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from rich.table import Table
 
 from jaxlm.config import Config, ModelConfig
 from jaxlm.errors import UserError
@@ -89,19 +90,29 @@ def shardings(mesh: Mesh, tree: Any, model: str, config: ModelConfig) -> Any:
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
-def table(mesh: Mesh, params: Any, model: str) -> list[tuple[str, str, int, int]]:
+def rows_of_table(mesh: Mesh, params: Any, model: str) -> list[tuple[str, str, int, int]]:
     """Return rows on how the parameters are split: path, axes ("": whole on every device), how many, on a device."""
-    found: dict[str, list[int]] = {}
+    found: dict[str, tuple[int, int]] = {}
     for path, x in jax.tree_util.tree_leaves_with_path(params):
         pattern, axes = rule(_name(model, path))
         total, part = found.get(pattern, (0, 0))
         n_parts = math.prod(mesh.shape[axis] for axis in axes if axis is not None)
-        found[pattern] = [total + x.size, part + x.size // n_parts]
+        found[pattern] = (total + x.size, part + x.size // n_parts)
     return [
-        (pattern or "all else", " x ".join(axis or "-" for axis in axes), found[pattern][0], found[pattern][1])
+        (pattern or "all else", " x ".join(axis for axis in axes if axis and mesh.shape[axis] > 1), *found[pattern])
         for pattern, axes in RULES
         if pattern in found
     ]
+
+
+def table(mesh: Mesh, params: Any, model: str) -> Table:
+    """Return a table on how the parameters are split, for people."""
+    result = Table("parameters", "split over", "in all", "on a device", title="", title_style="")
+    rows = rows_of_table(mesh, params, model)
+    for path, axes, total, part in rows:
+        result.add_row(path, axes or "(whole on every device)", f"{total:,}", f"{part:,}")
+    result.add_row("together", "", f"{sum(row[2] for row in rows):,}", f"{sum(row[3] for row in rows):,}")
+    return result
 
 
 def constrain(x: Array, *axes: Any) -> Array:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
 from jaxlm import checkpoint, loop, parallel
 from jaxlm import config as configs
@@ -208,10 +210,16 @@ def test_the_table_tells_what_is_whole_on_every_device() -> None:
     mesh = jax.sharding.AbstractMesh((1, 4, 2), parallel.AXES)
     fresh, _ = loop.build(config, TASKS["sst2"](config), parallel.make_mesh(config, jax.devices()[:1]))
     shapes = jax.eval_shape(fresh).params
-    rows = {path: rest for path, *rest in parallel.table(mesh, shapes, "Classifier")}
+    rows = {path: rest for path, *rest in parallel.rows_of_table(mesh, shapes, "Classifier")}
     assert rows["embedding/token/embedding"] == ["tensor x fsdp", VOCAB * 16, VOCAB * 16 // 8]
     assert rows["(query|key|value|fc1)/bias"] == ["tensor", 3 * (3 * 16 + 64), 3 * (3 * 16 + 64) // 2]
     # Two norms of scale and bias, two biases of sums, in 3 blocks, and the classifier's head.
     whole = 3 * 6 * 16 + 2 * 16 + 2
     assert rows["all else"] == ["", whole, whole]
-    assert sum(total for _, total, _ in rows.values()) == sum(x.size for x in jax.tree.leaves(shapes))
+    n = sum(x.size for x in jax.tree.leaves(shapes))
+    assert sum(total for _, total, _ in rows.values()) == n
+    console = Console(record=True, width=120)
+    console.print(parallel.table(mesh, shapes, "Classifier"))
+    text = console.export_text()
+    assert re.search(rf"all else\W+\(whole on every device\)\W+{whole}\W+{whole}\b", text)
+    assert re.search(rf"together\W+{n:,}\b", text)

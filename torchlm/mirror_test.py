@@ -34,12 +34,13 @@ ONLY_JAX = {
         **dict.fromkeys(("moments", "with_moments", "at_step"), "a state without names"),
     },
     "parallel": dict.fromkeys(
-        ("AXES", "BATCH", "RULES", "rule", "shardings", "table", "constrain"), "parameters in parts, which DDP has not"
+        ("AXES", "BATCH", "RULES", "rule", "shardings", "rows_of_table", "table", "constrain"),
+        "parameters in parts, which DDP has not",
     ),
     "checkpoint": dict.fromkeys(
         ("CONTENTS", "parts_of", "remove_unfinished", "with_parts", "model_of"), "parts of an array tree"
     ),
-    "loop": {"Compiled.shardings": "DDP keeps all parameters on each device"},
+    "loop": dict.fromkeys(("Compiled.shardings", "Compiled.model"), "DDP keeps all parameters on each device"),
     "step": {"TrainState.params": "an array tree beside the model", "TrainState.opt_state": "beside the optimizer"},
 }
 ONLY_TORCH = {
