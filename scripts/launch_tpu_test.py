@@ -124,8 +124,8 @@ def test_loop_goes_on_after_sigterm_and_with_a_new_tpu_where_one_is_preempted(fo
 
 
 def test_loop_does_not_retry_bad_input(folder: Path, launch: Launch) -> None:
-    """Here after a preemption, and of a TPU that is no queued resource."""
-    done = launch("loop", "preempted", 2, 0, flags="--tpu.queued false")
+    """At once, without a wait for the state; here after a preemption, and of a TPU that is no queued resource."""
+    done = launch("loop", "preempted", 2, 0, flags="--tpu.queued false --tpu.settle-s 1000")
     assert done.returncode == 2, done.stderr
     assert n_starts(folder) == 2 and not (folder / "jaxlm.json").exists()
     assert "training ended with status 2; its last lines:" in done.stderr
@@ -185,7 +185,8 @@ def test_a_worker_by_itself(tmp_path: Path) -> None:
 
     def worker(*words: str) -> subprocess.CompletedProcess[str]:
         command = ["bash", "tpu_worker.sh", *words]
-        return subprocess.run(command, cwd=home, env={**os.environ, "HOME": str(home)}, capture_output=True, text=True)
+        environment = {**os.environ, "HOME": str(home)}
+        return subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=20)
 
     waits = ("start", "bash", "-c", "until [[ -e run/stop ]]; do sleep 0.02; done; exit 7")
 
