@@ -135,6 +135,7 @@ class Config:
     resume: str = ""  # run, or one of its checkpoints, that goes on; auto: that in run.dir, a new run if there is none
     init_from: str = ""  # run or checkpoint whose base model a new run starts with
     debug: bool = False  # show the traceback of an error in the input
+    profile: Count = 0  # updates to trace, for the viewers that JAX has, with a table of where their time goes
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -160,10 +161,11 @@ def _settings() -> dict[str, Any]:
 SETTINGS = _settings()
 # What a command is asked to do, which is not what a run is: a run's config.toml and its checkpoints have it not.
 TRANSIENT = (
-    *("resume", "debug", "run.dir", "run.checkpoint_dir"),
+    *("resume", "debug", "profile", "run.dir", "run.checkpoint_dir"),
     *("train.reset_optimizer", "train.switch_training"),
     *("distributed.coordinator", "distributed.n_processes", "distributed.process"),
 )
+BARE = {"profile": "5"}  # values of flags that are given without one
 COMMAND_LINE = "command line"
 HELP = ("-h", "--help")
 Layer = tuple[str, Any, str]  # dotted name, value, and where it came from
@@ -258,8 +260,9 @@ def _command_line(argv: list[str]) -> typing.Iterator[Layer]:
         if name != "config" and name not in SETTINGS:
             raise UserError(f"{flag}: unknown setting{_nearest_flag(name)} (--help lists them)")
         if not equals:
-            if SETTINGS.get(name) is bool and (not args or args[0].startswith("--")):
-                value = "true"
+            bare = "true" if SETTINGS.get(name) is bool else BARE.get(name)
+            if bare and (not args or args[0].startswith("--")):
+                value = bare
             elif args and not args[0].startswith("--"):
                 value = args.pop(0)
             else:

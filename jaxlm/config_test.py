@@ -355,7 +355,7 @@ def test_help_lists_sections_with_defaults_and_imports_no_framework():
     text = " ".join(done.stdout.replace("│", " ").split())
     for name in SETTINGS:
         assert f"--{name.replace('_', '-')} " in text, name
-    for section in dataclasses.fields(Config)[4:]:
+    for section in dataclasses.fields(Config)[5:]:
         assert f" {section.name} options " in text
     assert "(default: gpt)" in text and "(default: 96)" in text and "(default: bpe)" in text  # after all layers
     assert "optimizer updates (default: " in text

@@ -32,6 +32,7 @@ class LanguageModelHead(nnx.Module):
         else:
             self.linear = head_linear(config.d_model, config.vocab_size, dtype, rngs)
 
+    @jax.named_scope("output layer")
     def __call__(self, x_BTD: Array, table_VD: Array) -> Array:
         if self.has_norm:
             x_BTD = self.layernorm(x_BTD)
@@ -63,6 +64,7 @@ class ClassifierHead(nnx.Module):
     def __init__(self, d_model: int, n_outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.linear = head_linear(d_model, n_outputs, dtype, rngs)
 
+    @jax.named_scope("output layer")
     def __call__(self, x_BTD: Array) -> Array:
         return self.linear(x_BTD[:, 0])
 

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxlm import backend, checkpoint, distributed, optim, parallel, schedule, step, storage
+from jaxlm import backend, checkpoint, distributed, optim, parallel, schedule, step, storage, trace
 from jaxlm import run as runs
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.config import Config
@@ -118,11 +118,16 @@ def fit(
     if i and (i % train.eval_interval == 0 or i == train.max_steps) and i not in run.validation:
         evaluate_and_show(run, compiled, state, i, status)  # which an interrupt has cut short
     run.log.say("compiling the first update ...")
-    with run.log.training_bar(train.max_steps) as show:
+    tracer = trace.Tracer(run.dir / "trace", run.config.profile, run.log.say)
+    with run.log.training_bar(train.max_steps) as show, contextlib.closing(tracer):
         meter = runs.Meter(run, jax.device_get, show)
         while i < train.max_steps:
-            batch, i = next(batches), i + 1
-            state, metrics = compiled.update(state, parallel.put_batch(compiled.mesh, batch, axis=1), key)
+            tracer.begin()
+            with jax.profiler.TraceAnnotation(trace.DATA):
+                batch, i = next(batches), i + 1
+            on_devices = parallel.put_batch(compiled.mesh, batch, axis=1)
+            state, metrics = compiled.update(state, on_devices, key)
+            tracer.end(metrics, compiled.update, state, on_devices, key)
             # Metrics of the update before are read only now that this one is under way: the device never waits.
             bad = meter.add(i, metrics, samples.n_tokens(batch) * train.batch_size // len(rows))
 

@@ -98,6 +98,7 @@ class Embedding(nnx.Module):
         if config.positions == "learned":
             self.position = nnx.Param(0.02 * jax.random.normal(rngs.params(), (config.seq_len, config.d_model)))
 
+    @jax.named_scope("embedding")
     def __call__(self, tokens_BT: Array, key: Array | None) -> Array:
         T = tokens_BT.shape[1]
         # Gathered over fsdp before the lookup: XLA would gather the result of the whole batch otherwise.
@@ -122,6 +123,7 @@ class Attention(nnx.Module):
         self.value = linear(config.d_model, config.d_model, dtype, rngs)
         self.output = linear(config.d_model, config.d_model, dtype, rngs)
 
+    @jax.named_scope("attention")
     def __call__(self, x_BTD: Array, is_pad_BT: Array | None, key: Array | None) -> Array:
         B, T, D = x_BTD.shape
         H = self.config.n_heads
@@ -154,6 +156,7 @@ class FeedForward(nnx.Module):
         self.fc1 = linear(config.d_model, 4 * config.d_model, dtype, rngs)
         self.fc2 = linear(4 * config.d_model, config.d_model, dtype, rngs)
 
+    @jax.named_scope("feed-forward")
     def __call__(self, x_BTD: Array, key: Array | None) -> Array:
         x_BTF = jax.nn.gelu(self.fc1(x_BTD), approximate=False)
         return self.fc2(dropout(x_BTF, self.config.dropout, key))

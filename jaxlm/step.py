@@ -65,10 +65,11 @@ def train_step(
         sums, _ = jax.lax.scan(accumulate, sums, rest)
     grads, totals = sums
 
-    grads = jax.tree.map(lambda x: x / jnp.maximum(totals["count"], 1), grads)
-    grads, grad_norm = optim.clip_by_global_norm(grads, clip_norm)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    with jax.named_scope("optimizer"):
+        grads = jax.tree.map(lambda x: x / jnp.maximum(totals["count"], 1), grads)
+        grads, grad_norm = optim.clip_by_global_norm(grads, clip_norm)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
     if skips_nonfinite:
         is_finite = jnp.isfinite(totals["loss"]) & jnp.isfinite(grad_norm)
         new, old = (params, opt_state), (state.params, state.opt_state)
@@ -78,6 +79,7 @@ def train_step(
     return TrainState(state.step + 1, params, opt_state), metrics
 
 
+@jax.named_scope("output layer")
 def cross_entropy(logits: Array, labels: Array) -> Totals:
     """Return the summed cross-entropy, the number of labels, and how often the largest logit is the label.
 

@@ -14,6 +14,7 @@ from jaxlm import storage
 from jaxlm.config import Config
 from jaxlm.data import loader
 from jaxlm.data.position import Position
+from jaxlm.errors import UserError
 from jaxlm.run import Run
 from jaxlm.start import Start
 from torchlm import checkpoint, optim, parallel, schedule, step
@@ -34,6 +35,8 @@ class Compiled(NamedTuple):
 
 def run(config: Config, origins: dict[str, str], start: Start, started_s: float) -> int:
     """Train as the settings say; return the exit status. Raises UserError, and then leaves no run folder."""
+    if config.profile:
+        raise UserError(f"profile={config.profile}: torchlm makes no trace; leave it, or use PyTorch's own profiler")
     mesh = parallel.make_mesh(config)
     device = f"{mesh.size} x {_device_kind(mesh.device)}"
     with contextlib.ExitStack() as stack:
