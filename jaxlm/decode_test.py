@@ -55,7 +55,7 @@ def decoder() -> Decoder:
 def test_logits_are_those_of_the_whole_model(settings: dict[str, Any]) -> None:
     model = model_of(**settings)
     tokens = np.random.default_rng(0).integers(0, V, (2, T)).astype(np.int32)  # pads among them
-    expected = model(tokens)
+    expected = jax.jit(lambda tokens: model(tokens))(tokens)
     decoder = Decoder(model, STOP)
     parts = jax.tree.unflatten(decoder.structure, decoder.leaves)
 
@@ -111,6 +111,9 @@ def test_a_row_ends_at_the_stop_token() -> None:
     assert made(Decoder(model, STOP), [[1, 2], [STOP]], batch(GREEDY, 2), 5) == [[STOP], [STOP]]
 
 
+kept = jax.jit(decode.kept)
+
+
 def kept_by_sorting(logits: np.ndarray, top_k: int, top_p: float) -> set[int]:
     p = np.exp(logits.astype(np.float64) - logits.max())
     order = np.argsort(-p)[: top_k or None]
@@ -122,7 +125,7 @@ def kept_by_sorting(logits: np.ndarray, top_k: int, top_p: float) -> set[int]:
 @pytest.mark.parametrize("top_p", [0.01, 0.5, 0.9, 1.0])
 def test_what_can_be_drawn(top_k: int, top_p: float) -> None:
     logits = np.random.default_rng(top_k).normal(scale=3, size=(3, 101)).astype(np.float32)
-    found = decode.kept(logits, np.array([top_k, 0, top_k]), np.array([top_p, top_p, 1.0], np.float32))
+    found = kept(logits, np.array([top_k, 0, top_k]), np.array([top_p, top_p, 1.0], np.float32))
     cases = ((top_k, top_p), (0, top_p), (top_k, 1.0))
     for row, is_kept, (k, p) in zip(logits, np.asarray(found), cases, strict=True):
         assert set(np.flatnonzero(is_kept)) == kept_by_sorting(row, k, p)
@@ -132,10 +135,11 @@ def test_what_is_drawn_has_the_frequencies_of_the_formula() -> None:
     logits = np.log(np.array([0.5, 0.25, 0.15, 0.1], np.float32))
     n, temperature, top_k = 20_000, 2.0, 3
     sampling = Sampling(*(np.full(n, x) for x in (temperature, top_k, 1.0)), np.arange(n, dtype=np.uint32))
-    tokens = decode.sample(jnp.tile(logits, (n, 1)), sampling, jnp.full(n, 4))
+    sample = jax.jit(decode.sample)
+    tokens = sample(jnp.tile(logits, (n, 1)), sampling, jnp.full(n, 4))
     expected = np.exp(logits / temperature) * [1, 1, 1, 0]
     expected /= expected.sum()
     found = np.bincount(tokens, minlength=4) / n
     assert np.all(np.abs(found - expected) <= 4 * np.sqrt(expected * (1 - expected) / n))
-    places = decode.sample(jnp.tile(logits, (n, 1)), sampling._replace(seed=np.zeros(n, np.uint32)), jnp.arange(n))
+    places = sample(jnp.tile(logits, (n, 1)), sampling._replace(seed=np.zeros(n, np.uint32)), jnp.arange(n))
     assert np.all(np.abs(np.bincount(places, minlength=4) / n - expected) <= 4 * np.sqrt(expected / n))

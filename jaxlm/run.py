@@ -541,6 +541,9 @@ def sum_up(
         ("log.txt", "what is printed here; tokenizer.json is the tokenizer"),
     ):
         run.log.say(f"  {name:<14} {what}")
+    if best is not None:
+        where = shlex.quote(str(run.dir))
+        run.log.say(f"Use it: python -m jaxlm.predict --checkpoint {where}; see it: python -m jaxlm.report {where}")
     go_on = f"go on with it: {run.program} --resume {shlex.quote(str(run.dir))}"
     run.log.say(f"Next, {go_on if last < n_updates else _next_command(run)}")
 
