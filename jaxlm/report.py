@@ -301,7 +301,7 @@ def samples(path: Path) -> dict[int, str]:
         return {}
     text = path.read_text(encoding="utf-8", errors="replace")
     pieces = re.split(r"^--- step (\d+) ---$", text, flags=re.MULTILINE)[1:]
-    return {int(step): shown.strip() for step, shown in zip(pieces[::2], pieces[1::2], strict=True)}
+    return {int(step): shown.strip("\n") for step, shown in zip(pieces[::2], pieces[1::2], strict=True)}
 
 
 def _settings(run: Folder, name: str) -> str:
