@@ -8,7 +8,8 @@
     config.py       every setting, with its default, range and unit
     schedule.py, optim.py, parallel.py, checkpoint.py, generate.py, backend.py
     start.py        what a run starts from; CHECKPOINTS.md tells it to people
-    train.py, run.py, log.py, history.py, checksums.py, metrics.py, errors.py (no framework in them)
+    train.py, run.py, log.py, history.py, checksums.py, metrics.py, errors.py, chips.py, flops.py
+                    (no framework in them)
     predict.py, evaluate.py
                     the commands that use a trained model; USING.md tells them to people. trained.py loads the model,
                     decode.py continues prompts
