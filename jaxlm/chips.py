@@ -64,3 +64,9 @@ CHIPS: tuple[tuple[str, Chip], ...] = (
 def chip(device_kind: str) -> Chip | None:
     """Return what a device can do by JAX's `device_kind`, such as "TPU v5 lite"; None: it is not in the table."""
     return next((found for words, found in CHIPS if re.search(rf"\b({words})\b", device_kind.lower())), None)
+
+
+def peak_flops(device_kind: str, n_devices: int) -> float:
+    """Return what so many devices do in a second at most; 0: they are not in the table."""
+    found = chip(device_kind)
+    return found.flops * n_devices if found else 0.0

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxlm import backend, checkpoint, distributed, optim, parallel, schedule, step, storage, trace
+from jaxlm import backend, checkpoint, chips, distributed, optim, parallel, schedule, step, storage, trace
 from jaxlm import run as runs
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.config import Config
@@ -108,28 +108,29 @@ def fit(
     run: Run, compiled: Compiled, state: TrainState, checkpoints: Checkpoints, status: Callable[[], int]
 ) -> TrainState:
     """Train until train.max_steps, the file `stop` or a signal; return the state. `status` is not 0 after a signal."""
-    train, samples = run.config.train, run.data.samples["train"]
+    train, samples, mesh = run.config.train, run.data.samples["train"], compiled.mesh
     position = run.start.position()
-    rows = parallel.rows(compiled.mesh, train.batch_size)
+    rows = parallel.rows(mesh, train.batch_size)
     batches = loader.training_batches(samples, train, position, rows)
-    key = jax.jit(lambda: jax.random.key(train.seed), out_shardings=parallel.replicated(compiled.mesh))()
-    take = parallel.any_process(compiled.mesh, runs.FileWatch(run.dir).take)
+    key = jax.jit(lambda: jax.random.key(train.seed), out_shardings=parallel.replicated(mesh))()
+    take = parallel.any_process(mesh, runs.FileWatch(run.dir).take)
     i = position.step
     if i and (i % train.eval_interval == 0 or i == train.max_steps) and i not in run.validation:
         evaluate_and_show(run, compiled, state, i, status)  # which an interrupt has cut short
     run.log.say("compiling the first update ...")
     tracer = trace.Tracer(run.dir / "trace", run.config.profile, run.log.say)
     with run.log.training_bar(train.max_steps) as show, contextlib.closing(tracer):
-        meter = runs.Meter(run, jax.device_get, show)
+        meter = runs.Meter(run, jax.device_get, show, chips.peak_flops(parallel.device_kind(mesh), mesh.size))
         while i < train.max_steps:
             tracer.begin()
             with jax.profiler.TraceAnnotation(trace.DATA):
                 batch, i = next(batches), i + 1
-            on_devices = parallel.put_batch(compiled.mesh, batch, axis=1)
+            on_devices = parallel.put_batch(mesh, batch, axis=1)
             state, metrics = compiled.update(state, on_devices, key)
             tracer.end(metrics, compiled.update, state, on_devices, key)
             # Metrics of the update before are read only now that this one is under way: the device never waits.
-            bad = meter.add(i, metrics, samples.n_tokens(batch) * train.batch_size // len(rows))
+            n_samples = len(batch["labels"]) * train.batch_size
+            bad = meter.add(i, metrics, samples.n_tokens(batch) * train.batch_size // len(rows), n_samples)
 
             is_interrupted = bool(status())  # looked at once: a signal between two looks would cost an evaluation
             is_last = is_interrupted or bool(take("stop")) or i == train.max_steps
@@ -206,7 +207,7 @@ def _describe(mesh: Mesh) -> str:
     """Return a line on the devices and how they are used."""
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
     processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
-    return f"{mesh.size} x {mesh.devices.flat[0].device_kind}{processes}" + (f" ({axes})" if axes else "")
+    return f"{mesh.size} x {parallel.device_kind(mesh)}{processes}" + (f" ({axes})" if axes else "")
 
 
 def _info(run: Run, i: int, position: Position) -> dict[str, Any]:

@@ -63,6 +63,11 @@ def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
+def device_kind(mesh: Mesh) -> str:
+    """Return JAX's name for the kind of devices in a mesh."""
+    return mesh.devices.flat[0].device_kind
+
+
 def rule(path: str) -> tuple[str, tuple[str | None, ...]]:
     """Return the row of RULES for a parameter, such as LanguageModel/base/blocks/feed_forward/fc1/kernel."""
     return next(row for row in RULES if re.search(row[0], path))

@@ -20,7 +20,7 @@ from typing import Any, TextIO
 import numpy as np
 from rich.table import Table
 
-from jaxlm import checksums, environment, history, log, metrics, storage
+from jaxlm import checksums, environment, flops, history, log, metrics, storage
 from jaxlm import config as configs
 from jaxlm.config import Config
 from jaxlm.data import cache, prepare
@@ -246,27 +246,35 @@ class Meter:
     """Reads the metrics of updates one update late, and makes rows of them every train.log_interval updates.
 
     `read` copies metrics from the device and waits for them; `show` is told each update, and a text where there is one.
+    `peak_flops` is what the devices together can do in a second; 0: not known.
     """
 
-    def __init__(self, run: Run, read: Callable[[Any], dict[str, Any]], show: Callable[[int, str], None]):
-        self.run, self.read, self.show = run, read, show
+    def __init__(
+        self,
+        run: Run,
+        read: Callable[[Any], dict[str, Any]],
+        show: Callable[[int, str], None],
+        peak_flops: float = 0.0,
+    ):
+        self.run, self.read, self.show, self.peak_flops = run, read, show, peak_flops
         self.pending: tuple[int, Any] | None = None
         self.is_first = True
         self.last_finite = 0
         self.norms: deque[float] = deque(maxlen=SPIKE_WINDOW)
-        self.tokens = 0
+        self.tokens, self.samples = 0, 0
         self.clock_s = time.monotonic()
 
-    def add(self, i: int, metrics: Any, n_tokens: int) -> int:
+    def add(self, i: int, metrics: Any, n_tokens: int, n_samples: int) -> int:
         """Read the update before `i`, and keep the metrics of `i` for the next call; return what `flush` does."""
         bad = self.flush()
         self.pending = (i, metrics)
         if self.is_first:
             # The first update includes the compile, so it is waited for, shown at once, and not timed.
             bad = self.flush()
-            self.tokens, self.clock_s, self.is_first = 0, time.monotonic(), False
+            self.tokens, self.samples, self.clock_s, self.is_first = 0, 0, time.monotonic(), False
         else:
             self.tokens += n_tokens
+            self.samples += n_samples
             self.show(i, "")
         return bad
 
@@ -306,9 +314,13 @@ class Meter:
         row |= {"rate": rate, "grad_norm": norm}
         speed = ""
         if not self.is_first:
-            row["tokens_per_s"] = self.tokens / max(time.monotonic() - self.clock_s, 1e-9)
+            seconds = max(time.monotonic() - self.clock_s, 1e-9)
+            row["tokens_per_s"] = self.tokens / seconds
             speed = f"  {row['tokens_per_s']:,.0f} tokens/s"
-            self.tokens, self.clock_s = 0, time.monotonic()
+            if self.peak_flops:
+                row["mfu"] = self.samples * flops.flops_per_sample(self.run.config) / seconds / self.peak_flops
+                speed += f"  {row['mfu']:.1%} of peak flops"
+            self.tokens, self.samples, self.clock_s = 0, 0, time.monotonic()
         self.run.log.row(i, "train", row)
         self.show(i, f"loss {_number('loss', row['loss'])}  rate {row['rate']:.2e}{speed}")
 

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from jaxlm import chips, storage
 from jaxlm import run as runs
-from jaxlm import storage
 from jaxlm.config import Config
 from jaxlm.data import loader
 from jaxlm.data.position import Position
@@ -38,7 +38,7 @@ def run(config: Config, origins: dict[str, str], start: Start, started_s: float)
     if config.profile:
         raise UserError(f"profile={config.profile}: torchlm makes no trace; leave it, or use PyTorch's own profiler")
     mesh = parallel.make_mesh(config)
-    device = f"{mesh.size} x {_device_kind(mesh.device)}"
+    device = f"{mesh.size} x {parallel.device_kind(mesh)}"
     with contextlib.ExitStack() as stack:
         config = stack.enter_context(parallel.joined(mesh, config))
         if mesh.rank:
@@ -106,12 +106,13 @@ def fit(
     if i and (i % train.eval_interval == 0 or i == train.max_steps) and i not in run.validation:
         evaluate_and_show(run, compiled, state, i, status)  # which an interrupt has cut short
     with run.log.training_bar(train.max_steps) as show:
-        meter = runs.Meter(run, _read, show)
+        meter = runs.Meter(run, _read, show, chips.peak_flops(parallel.device_kind(mesh), mesh.size))
         while i < train.max_steps:
             batch, i = next(batches), i + 1
             state, metrics = compiled.update(state, parallel.put_batch(mesh, batch), key)
             # Metrics of the update before are read only now that this one is under way: a GPU never waits.
-            bad = meter.add(i, metrics, samples.n_tokens(batch) * train.batch_size // len(rows))
+            n_samples = len(batch["labels"]) * train.batch_size
+            bad = meter.add(i, metrics, samples.n_tokens(batch) * train.batch_size // len(rows), n_samples)
 
             is_interrupted = bool(status())  # looked at once: a signal between two looks would cost an evaluation
             is_last = is_interrupted or take("stop") or i == train.max_steps
@@ -185,10 +186,6 @@ def finish(
         parallel.copy_from_first(compiled.mesh, state.model)
         totals = evaluate(run, compiled, state.model, "test", status)
     runs.sum_up(run, last, best, n_parameters, totals, checkpoints.summary(), bool(status()))
-
-
-def _device_kind(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _info(run: Run, i: int, position: Position) -> dict[str, Any]:

@@ -55,6 +55,11 @@ def make_mesh(config: Config) -> Mesh:
     return Mesh(int(os.environ.get("RANK", 0)), size, device)
 
 
+def device_kind(mesh: Mesh) -> str:
+    """Return the name of the kind of devices that the processes have."""
+    return torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else mesh.device.type
+
+
 def replicated(mesh: Mesh, model: nn.Module) -> nn.Module:
     """Return the model with the first process's parameters, on the device; its gradients will be means over all."""
     model = model.to(mesh.device)
