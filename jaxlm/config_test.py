@@ -85,7 +85,12 @@ def test_dump_is_read_back_to_the_same_settings(tmp_path):
             "model.d_model": 48,
         }
         choices |= {"train.min_learning_rate": 1e-7, "train.learning_rate": 1 / 3}
-        choices |= {"train.schedule": "linear", "train.on_nonfinite": "skip", "model.remat": "full"}
+        choices |= {
+            "train.schedule": "linear",
+            "train.on_nonfinite": "skip",
+            "model.remat": "full",
+            "model.attention": "plain",
+        }
         if name in choices:
             return choices[name]
         if isinstance(value, bool):

@@ -16,6 +16,8 @@ from jaxlm.checkpoint import Checkpoints
 from jaxlm.config import Config
 from jaxlm.data import loader
 from jaxlm.data.position import Position
+from jaxlm.errors import UserError
+from jaxlm.model import without_cudnn
 from jaxlm.run import Run
 from jaxlm.start import Start
 from jaxlm.step import TrainState
@@ -42,7 +44,7 @@ def run(config: Config, origins: dict[str, str], start: Start, started_s: float)
         builds_caches = distributed.is_first_here()
         if not builds_caches:
             distributed.wait()
-        with runs.started(config, origins, start, TASKS, _describe(mesh), started_s) as this:
+        with runs.started(config, origins, start, TASKS, _describe(mesh, config), started_s) as this:
             if builds_caches:
                 distributed.wait()
             distributed.check_same(runs.identity(this))
@@ -203,11 +205,16 @@ def finish(
     runs.sum_up(run, last, best, n_parameters, totals, checkpoints.summary(), bool(status()))
 
 
-def _describe(mesh: Mesh) -> str:
-    """Return a line on the devices and how they are used."""
+def _describe(mesh: Mesh, config: Config) -> str:
+    """Return a line on the devices and how they are used. Raises UserError if the attention is not to be had."""
+    attention = "; attention by cuDNN"
+    if why := without_cudnn(config.model, TASKS[config.task](config).dtype):
+        if config.model.attention == "cudnn":
+            raise UserError(f"model.attention=cudnn: {why}; or set model.attention=auto")
+        attention = ""
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
     processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
-    return f"{mesh.size} x {parallel.device_kind(mesh)}{processes}" + (f" ({axes})" if axes else "")
+    return f"{mesh.size} x {parallel.device_kind(mesh)}{processes}" + (f" ({axes})" if axes else "") + attention
 
 
 def _info(run: Run, i: int, position: Position) -> dict[str, Any]:

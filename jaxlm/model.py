@@ -5,6 +5,8 @@ Every module takes `key`: a PRNG key turns dropout on (training), None turns it 
 Parameters are float32; `dtype` is what products compute in, summed in float32 at least.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,6 +59,21 @@ def dropout(x: Array, rate: float, key: Array | None) -> Array:
         return x
     keep = jax.random.bernoulli(key, 1 - rate, x.shape)
     return jnp.where(keep, x / (1 - rate), 0)
+
+
+def without_cudnn(config: ModelConfig, dtype: Any) -> str:
+    """Return why attention is not cuDNN's fused one, "" if it is."""
+    device = jax.devices()[0]
+    if config.attention == "plain":
+        return "it is to be plain"
+    if device.platform != "gpu" or float(getattr(device, "compute_capability", 0)) < 8:
+        return "it needs an NVIDIA GPU of compute capability 8.0"
+    if dtype != jnp.bfloat16:
+        return "it needs train.precision=bfloat16"
+    if config.dropout:
+        return "it has no dropout on attention weights; set model.dropout=0"
+    size = config.d_model // config.n_heads
+    return "" if size % 8 == 0 and size <= 128 else f"heads of {size} dimensions are none of 8, 16, ... 128"
 
 
 def split_key(key: Array | None, n: int) -> Array | list[None]:
@@ -131,6 +148,8 @@ class Attention(nnx.Module):
         q_BTHK, k_BTHK, v_BTHK = (f(x_BTD).reshape(B, T, H, D // H) for f in (self.query, self.key, self.value))
         if self.config.positions == "rotary":
             q_BTHK, k_BTHK = rotate(q_BTHK), rotate(k_BTHK)
+        if not without_cudnn(self.config, self.dtype):
+            return self.output(self._fused(q_BTHK, k_BTHK, v_BTHK, is_pad_BT, "cudnn").reshape(B, T, D))
         scores_BHTT = self._product("BTHK,BSHK->BHTS", q_BTHK, k_BTHK) / (D // H) ** 0.5
         # Pads mask keys only: a query at a pad position still attends, and a row of pads stays finite.
         if is_pad_BT is not None:
@@ -141,6 +160,14 @@ class Attention(nnx.Module):
         weights_BHTT = dropout(jax.nn.softmax(scores_BHTT), self.config.dropout, weights_key)
         x_BTD = self._product("BHTS,BSHK->BTHK", weights_BHTT, v_BTHK).reshape(B, T, D)
         return dropout(self.output(x_BTD), self.config.dropout, output_key)
+
+    def _fused(self, q_BTHK: Array, k_BTHK: Array, v_BTHK: Array, is_pad_BT: Array | None, by: Any) -> Array:
+        """Attend without dropout, in one kernel that keeps no scores."""
+        q_BTHK, k_BTHK, v_BTHK = (x.astype(self.dtype) for x in (q_BTHK, k_BTHK, v_BTHK))
+        mask_B11S = None if is_pad_BT is None else ~is_pad_BT[:, None, None, :]
+        return jax.nn.dot_product_attention(
+            q_BTHK, k_BTHK, v_BTHK, mask=mask_B11S, is_causal=self.is_causal, implementation=by
+        )
 
     def _product(self, subscripts: str, a: Array, b: Array) -> Array:
         return jnp.einsum(

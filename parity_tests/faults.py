@@ -78,6 +78,7 @@ class Result:
 @contextlib.contextmanager
 def edited(function: Function, *edits: tuple[str, str]) -> Iterator[None]:
     """Replace words in the source of a function, for all who have it: what changes is its code."""
+    function = inspect.unwrap(function)  # of its decorators
     source = textwrap.dedent(inspect.getsource(function))
     for old, new in edits:
         assert source.count(old) == 1, f"{function.__qualname__} has {source.count(old)} times {old!r}"
@@ -87,7 +88,7 @@ def edited(function: Function, *edits: tuple[str, str]) -> Iterator[None]:
     namespace: dict[str, Any] = {}
     exec(compile(outer, f"<fault in {function.__qualname__}>", "exec"), function.__globals__, namespace)
     code = function.__code__
-    function.__code__ = namespace["outer"](*free).__code__
+    function.__code__ = inspect.unwrap(namespace["outer"](*free)).__code__
     try:
         yield
     finally:

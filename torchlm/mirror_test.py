@@ -28,6 +28,7 @@ ONLY_JAX = {
         "Linear": "a layout that XLA's products want",
         "sum_dtype": "each product says what it sums in; autocast decides for itself",
         "split_key": "explicit keys",
+        "without_cudnn": "JAX has cuDNN's attention; here it is written out",
     },
     "optim": {
         "scale_by_adam": "Optax's own rounds the bias correction",

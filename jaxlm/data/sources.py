@@ -659,7 +659,8 @@ def probe_hub(name: str) -> Callable[[], str]:
     def probe() -> None:
         nonlocal failure
         try:
-            huggingface_hub.get_session().head(constants.ENDPOINT, timeout=PROBE_S)
+            # Whoever waits gives up before.
+            huggingface_hub.get_session().head(constants.ENDPOINT, timeout=2 * PROBE_S)
             failure = ""
         except Exception as error:  # the client's own and those of the system
             failure = " ".join(str(error).split())[:100] or type(error).__name__
