@@ -10,6 +10,7 @@
     start.py        what a run starts from; CHECKPOINTS.md tells it to people
     train.py, run.py, log.py, history.py, checksums.py, metrics.py, errors.py, chips.py, flops.py
                     (no framework in them)
+    hlo.py          what a compiled program sends and how much memory it moves
     predict.py, evaluate.py
                     the commands that use a trained model; USING.md tells them to people. trained.py loads the model,
                     decode.py continues prompts

@@ -131,9 +131,9 @@ def made_and_restored(folder: Path, names: Sequence[str] = tuple(MESHES)) -> dic
     return found
 
 
-def run_with_8_devices(call: str) -> Any:
-    """Return what a function of this module returns, called in a process of 8 devices."""
-    script = f"import json; from jaxlm import parallel_test; print(json.dumps(parallel_test.{call}))"
+def run_with_8_devices(call: str, module: str = "parallel_test") -> Any:
+    """Return what a function of a module of tests returns, called in a process of 8 devices."""
+    script = f"import json; from jaxlm import {module}; print(json.dumps({module}.{call}))"
     env = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
