@@ -6,6 +6,7 @@ A run's settings are layers; a later layer wins: the defaults below, then the pr
 
 import dataclasses
 import difflib
+import math
 import sys
 import tomllib
 import typing
@@ -167,6 +168,7 @@ TRANSIENT = (
     *("distributed.coordinator", "distributed.n_processes", "distributed.process"),
 )
 BARE = {"profile": "5"}  # values of flags that are given without one
+AXES = ("data", "fsdp", "tensor")  # of the mesh of devices
 COMMAND_LINE = "command line"
 HELP = ("-h", "--help")
 Layer = tuple[str, Any, str]  # dotted name, value, and where it came from
@@ -248,6 +250,37 @@ def dump(config: Config) -> str:
 def flat(config: Config) -> dict[str, Any]:
     """Return {dotted name: value} of the lasting settings, as checkpoints have them."""
     return {name: get(config, name) for name in SETTINGS if name not in TRANSIENT}
+
+
+def mesh_sizes(config: Config, n_devices: int) -> dict[str, int]:
+    """Return the size of each axis of the mesh that the settings ask for.
+
+    Raises UserError if the devices do not fill it, or a batch or the heads cannot be split over it.
+    """
+    sizes = {name: getattr(config.mesh, name) for name in AXES}
+    shown = ", ".join(f"mesh.{name}={size}" for name, size in sizes.items())
+    known = math.prod(size for size in sizes.values() if size > 0)
+    if n_devices % known or (-1 not in sizes.values() and n_devices != known):
+        mend = "set mesh.data to -1" if sizes["data"] > 0 else f"use divisors of {n_devices}"
+        raise UserError(f"{shown}: there are {n_devices} devices, and {known} does not fill them; {mend}")
+    sizes = {name: n_devices // known if size == -1 else size for name, size in sizes.items()}
+    n_parts = sizes["data"] * sizes["fsdp"]
+    if config.train.batch_size % n_parts:
+        raise UserError(
+            f"train.batch_size={config.train.batch_size} is not divisible by the {n_parts} parts of a batch "
+            f"(mesh.data x mesh.fsdp); use {_fits(config.train.batch_size, n_parts)}"
+        )
+    if config.model.n_heads % sizes["tensor"]:
+        raise UserError(
+            f"model.n_heads={config.model.n_heads} is not divisible by mesh.tensor={sizes['tensor']}; "
+            f"use {_fits(config.model.n_heads, sizes['tensor'])} heads, or another mesh.tensor"
+        )
+    return sizes
+
+
+def _fits(size: int, n_parts: int) -> str:
+    lower = size // n_parts * n_parts
+    return " or ".join(str(n) for n in (lower, lower + n_parts) if n)
 
 
 def _command_line(argv: list[str]) -> typing.Iterator[Layer]:
@@ -351,7 +384,7 @@ def _check(config: Config) -> None:
             f"train.stable_steps={train.stable_steps} and train.warmup_steps={train.warmup_steps} end after the decay, "
             f"at update {end}; lower one of them, or raise train.max_steps"
         )
-    axes = {f"mesh.{name}": getattr(config.mesh, name) for name in ("data", "fsdp", "tensor")}
+    axes = {f"mesh.{name}": getattr(config.mesh, name) for name in AXES}
     for name, size in axes.items():
         if size == 0:
             raise UserError(f"{name}=0: a mesh has no side of no devices; use 1 or more, or -1 for all that are left")

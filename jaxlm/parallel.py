@@ -16,10 +16,10 @@ from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from rich.table import Table
 
-from jaxlm.config import Config, ModelConfig
+from jaxlm import config as configs
+from jaxlm.config import AXES, Config, ModelConfig
 from jaxlm.errors import UserError
 
-AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # the axes that split samples
 # From a parameter's path to the axes that split its last dimensions; the first row that is found in the path counts.
 # `tensor` splits heads, hidden units and vocabulary (Megatron-LM, arXiv 1909.08053, section 3); `fsdp` splits the other
@@ -37,29 +37,8 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 
 
 def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
-    """Return the mesh of all devices (or of `devices`) that the settings ask for.
-
-    Raises UserError if the devices do not fill it, or a batch or the heads cannot be split over it.
-    """
-    n_devices = len(devices) if devices is not None else jax.device_count()
-    sizes = {name: getattr(config.mesh, name) for name in AXES}
-    shown = ", ".join(f"mesh.{name}={size}" for name, size in sizes.items())
-    known = math.prod(size for size in sizes.values() if size > 0)
-    if n_devices % known or (-1 not in sizes.values() and n_devices != known):
-        mend = "set mesh.data to -1" if sizes["data"] > 0 else f"use divisors of {n_devices}"
-        raise UserError(f"{shown}: there are {n_devices} devices, and {known} does not fill them; {mend}")
-    sizes = {name: n_devices // known if size == -1 else size for name, size in sizes.items()}
-    n_parts = math.prod(sizes[name] for name in BATCH)
-    if config.train.batch_size % n_parts:
-        raise UserError(
-            f"train.batch_size={config.train.batch_size} is not divisible by the {n_parts} parts of a batch "
-            f"(mesh.data x mesh.fsdp); use {_fits(config.train.batch_size, n_parts)}"
-        )
-    if config.model.n_heads % sizes["tensor"]:
-        raise UserError(
-            f"model.n_heads={config.model.n_heads} is not divisible by mesh.tensor={sizes['tensor']}; "
-            f"use {_fits(config.model.n_heads, sizes['tensor'])} heads, or another mesh.tensor"
-        )
+    """Return the mesh of all devices (or of `devices`) that the settings ask for; UserError as in mesh_sizes."""
+    sizes = configs.mesh_sizes(config, len(devices) if devices is not None else jax.device_count())
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
@@ -182,11 +161,6 @@ def any_process(mesh: Mesh, function: Callable[..., int]) -> Callable[..., int]:
 
 def _name(model: str, path: tuple[Any, ...]) -> str:
     return "/".join([model, *(str(part.key) for part in path if isinstance(part, jax.tree_util.DictKey))])
-
-
-def _fits(size: int, n_parts: int) -> str:
-    lower = size // n_parts * n_parts
-    return " or ".join(str(n) for n in (lower, lower + n_parts) if n)
 
 
 def _next(config: ModelConfig, setting: str, mesh: Mesh, axis: str) -> int:
