@@ -1,35 +1,15 @@
-"""Settings of the tests: no silent broadcasting between ranks, warnings are errors, and quick compiles."""
+"""What tests of several modules need: real processes of training, and runs to read."""
 
 import os
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-# Read by JAX when it is imported, here and in the processes that tests start.
-os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("filterwarnings", "error")
-
-
-@pytest.fixture(autouse=True, scope="package")
-def quick_compiles() -> Iterator[None]:
-    """Compile with few optimizations, in this process and package only: tiny models take longer to compile than to run.
-
-    Halves the time of these tests.
-    """
-    import jax
-
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")
@@ -43,7 +23,6 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess
             **os.environ,
             "XDG_CACHE_HOME": str(cache),
             "HF_HOME": str(cache / "hub"),
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
             **(env or {}),
         }
         return subprocess.Popen(command, cwd=cwd, env=variables, text=True, **options)

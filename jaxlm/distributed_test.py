@@ -37,7 +37,8 @@ def start(launch: Any, tmp_path_factory: pytest.TempPathFactory) -> Start:
             port = free.getsockname()[1]
         started = []
         for process in range(n):
-            env = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+            flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
+            env = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
             place = f"--distributed.coordinator 127.0.0.1:{port} --distributed.n-processes {n}"
             place += f" --distributed.process {process}"
             if by_variables:

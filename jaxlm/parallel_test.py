@@ -137,8 +137,7 @@ def run_with_8_devices(call: str, module: str = "parallel_test") -> Any:
     env = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # as conftest.py has it in this process
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",
     }
     done = subprocess.run([sys.executable, "-c", script], env=env, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr

@@ -267,7 +267,8 @@ sys.exit(train.main(sys.argv[1:]))
 def test_the_rows_of_other_meshes(begun: Any, sources: dict[str, Path], tmp_path: Path) -> None:
     to_four, to_one = (row for row in rows() if "device" in row.case)
     argv = argv_of(to_four, "jaxlm", sources, tmp_path / "four")
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
+    env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", CHILD, *argv], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "device  4 x cpu" in done.stdout

@@ -1,4 +1,4 @@
-"""One thread for PyTorch, here and in the processes that tests start: models are tiny, and others use the cores."""
+"""What tests of several modules need: real processes of training."""
 
 import os
 import shlex
@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-os.environ["OMP_NUM_THREADS"] = "1"  # read by PyTorch when it is imported
 
 
 @pytest.fixture(scope="session")

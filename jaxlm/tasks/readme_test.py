@@ -54,7 +54,7 @@ def test_the_example_trains(tmp_path: Path, launch: Callable[..., subprocess.Pop
         " --run.dir run --train.max-steps 60 --train.eval-interval 20 --train.warmup-steps 5 --train.learning-rate 0.01"
         " --model.d-model 16 --model.n-layers 1 --model.n-heads 2 --model.seq-len 16 --tokenizer.vocab-size 300"
     )
-    env = {"PYTHONPATH": str(tmp_path), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    env = {"PYTHONPATH": str(tmp_path)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = launch(args, tmp_path, env, **pipes)
     without_data = launch("--task rating", tmp_path, env, **pipes)

@@ -1,0 +1,22 @@
+"""Settings of all tests and of the processes that they start: strict, one thread for PyTorch, and quick compiles.
+
+Tiny models take longer to compile than to run. `parity_tests.replay`, which a slow test runs on all cases, has all
+optimizations.
+"""
+
+import os
+
+import pytest
+
+# Read by JAX and PyTorch when they are imported. Half of the time to compile goes into emitters of fused operations.
+XLA_FLAGS = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+os.environ |= {
+    "JAX_NUMPY_RANK_PROMOTION": "raise",  # no silent broadcasting
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "XLA_FLAGS": XLA_FLAGS,
+    "OMP_NUM_THREADS": "1",
+}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("filterwarnings", "error")
