@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shlex
 import signal
 import socket
 import subprocess
@@ -17,11 +16,14 @@ import pytest
 
 from jaxlm import checksums, convert, distributed
 from jaxlm import config as configs
+from jaxlm.data import grammar
 from jaxlm.errors import UserError
 
 SIZES = "--model.d-model 16 --model.n-layers 2 --model.n-heads 2 --model.seq-len 32 --train.batch-size 8"
 STEPS = "--train.max-steps 12 --train.eval-interval 4 --train.log-interval 1 --train.warmup-steps 2"
-SETTINGS = f"--task mlm {SIZES} {STEPS} --run.keep-checkpoints 9"
+DATA = "--data.validation-fraction 0.2 --data.test-fraction 0.2 --tokenizer.vocab-size 300"
+N_TEXTS = 300
+SETTINGS = f"--task mlm {SIZES} {STEPS} {DATA} --run.keep-checkpoints 9"
 VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 Start = Callable[..., list[subprocess.Popen]]
@@ -29,7 +31,12 @@ Start = Callable[..., list[subprocess.Popen]]
 
 @pytest.fixture(scope="module")
 def start(launch: Any, tmp_path_factory: pytest.TempPathFactory) -> Start:
-    """Return a function that starts N processes of a run; `own` are further settings by process."""
+    """Return a function that starts N processes of a run; `own` are further settings by process.
+
+    The data are few, since each batch of an evaluation has the processes wait for each other.
+    """
+    texts = tmp_path_factory.mktemp("texts") / "sentences.txt"
+    texts.write_text("".join(f"{text}\n" for text, _ in grammar.sentences("sst2")["train"][:N_TEXTS]))
 
     def start(n: int, settings: str, own: Sequence[str] = (), by_variables: bool = False) -> list[subprocess.Popen]:
         cwd = tmp_path_factory.mktemp("processes")
@@ -43,8 +50,7 @@ def start(launch: Any, tmp_path_factory: pytest.TempPathFactory) -> Start:
             place += f" --distributed.process {process}"
             if by_variables:
                 env |= dict(zip(VARIABLES, ("127.0.0.1", str(port), str(n), *[str(process)] * 2, str(n)), strict=True))
-            args = shlex.join([*shlex.split(settings), *shlex.split("" if by_variables else place)])
-            args += f" {own[process]}" if own else ""
+            args = f"--data.path {texts} {settings} {'' if by_variables else place} {own[process] if own else ''}"
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
             started.append(launch(args, cwd, env, **pipes))
         return started
