@@ -58,6 +58,7 @@ class Decoder:
         self.leaves, self.structure = jax.tree.flatten(Parts(model.base.embedding, blocks, final_norm, model.head))
         self._fill = jax.jit(self._with_parts(fill), donate_argnums=1)
         self._extend = jax.jit(self._with_parts(lambda parts, *args: extend(parts, stop, *args)), donate_argnums=1)
+        self._put = jax.jit(put, donate_argnums=0)
 
     def begin(self, prompts: Sequence[Sequence[int]], most_new: int) -> Rows:
         """Return rows that hold prompts of 1 to seq_len tokens, each to get `most_new` tokens or as many as fit."""
@@ -75,6 +76,10 @@ class Decoder:
         rows = Rows(jnp.asarray(tokens_BS), jnp.asarray(n_B, jnp.int32), jnp.asarray(end_B, jnp.int32), *cache)
         return self._fill(self.leaves, rows)
 
+    def put(self, rows: Rows, i: int, row: Rows) -> Rows:
+        """Return the rows with a new one, the only one of `row`, as the i-th; `rows` cannot be used any more."""
+        return self._put(rows, np.int32(i), row)
+
     def extend(self, rows: Rows, sampling: Sampling, n: int) -> Rows:
         """Return the rows with `n` more tokens each, or fewer where a row ends; `rows` cannot be used any more."""
         kinds = (np.float32, np.int32, np.float32, np.uint32)
@@ -83,6 +88,11 @@ class Decoder:
 
     def _with_parts(self, function: Callable[..., Any]) -> Callable[..., Any]:
         return lambda leaves, *args: function(jax.tree.unflatten(self.structure, leaves), *args)
+
+
+def put(rows: Rows, i: Array, row: Rows) -> Rows:
+    """Return the rows with the only one of `row` as the i-th."""
+    return jax.tree.map(lambda all_, one: all_.at[i].set(one[0]), rows, row)
 
 
 def fill(parts: Parts, rows: Rows) -> Rows:

@@ -19,9 +19,12 @@ from jaxlm.convert import Parser
 from jaxlm.errors import UserError, reported
 
 if TYPE_CHECKING:  # the command line is looked at before anything that takes long to import
+    from jax import Array
+
     from jaxlm.trained import Trained
 
 N_ROWS = 16  # texts that go through the model together, at most
+N_MASKS = 16  # masks that are guessed together, whatever texts they are of
 STREAMED = 4  # tokens made between looks at what has been made
 ENDINGS = {
     "article": "the end of the article",
@@ -43,14 +46,32 @@ class Predictor:
     __call__: Callable[..., list[Answer]]
 
     def __init__(self, trained: "Trained"):
+        import jax
+
+        from jaxlm import attention
         from jaxlm.data import tokenizer as tokenizers
 
         self.trained, self.tokenizer, self.model = trained, trained.tokenizer, trained.config.model
         self.specials = tokenizers.special_ids(self.tokenizer)
+        self.compiled_attention = jax.jit(attention.weights)
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text as the model is given them."""
         raise NotImplementedError
+
+    def attention(self, text: str, layer: int, head: int) -> Answer:
+        """Return the tokens of a text, and for each how much it looks at each; `layer` and `head` count from 0."""
+        _check("layer", layer, 0 <= layer < self.model.n_layers, f"0 to {self.model.n_layers - 1}")
+        _check("head", head, 0 <= head < self.model.n_heads, f"0 to {self.model.n_heads - 1}")
+        ids = self.encode_any(text)
+        (weights_TT,) = self.compiled_attention(self.trained.model.base, self._padded([ids]), layer, head)
+        weights = np.asarray(weights_TT, np.float64)[: len(ids), : len(ids)].round(6).tolist()
+        tokens = [self._token(i) for i in ids]
+        return {"text": text, "layer": layer, "head": head, "tokens": tokens, "weights": weights}
+
+    def encode_any(self, text: str) -> list[int]:
+        """Return the token ids of a text that may lack what there is to answer."""
+        return self.encode(text)
 
     def shown(self, answer: Answer) -> str:
         """Return an answer for a person."""
@@ -76,11 +97,16 @@ class Predictor:
         """Yield which texts are in a batch, and their ids [B, T], filled up to one of few shapes."""
         all_ids = [self.encode(text) for text in texts]
         for first in range(0, len(texts), N_ROWS):
-            some = _filled_up(all_ids[first : first + N_ROWS])
-            ids_BT = np.full((len(some), self.model.seq_len), max(self.model.pad_id, 0), np.int32)
-            for row, ids in zip(ids_BT, some, strict=True):
-                row[: len(ids)] = ids
-            yield slice(first, first + N_ROWS), ids_BT
+            yield slice(first, first + N_ROWS), self._padded(_filled_up(all_ids[first : first + N_ROWS]))
+
+    def _padded(self, rows: Sequence[list[int]]) -> np.ndarray:
+        ids_BT = np.full((len(rows), self.model.seq_len), max(self.model.pad_id, 0), np.int32)
+        for row, ids in zip(ids_BT, rows, strict=True):
+            row[: len(ids)] = ids
+        return ids_BT
+
+    def _token(self, i: int) -> str:
+        return self.tokenizer.decode([i], skip_special_tokens=False)
 
 
 class FillMasks(Predictor):
@@ -94,27 +120,29 @@ class FillMasks(Predictor):
 
         super().__init__(trained)
         self.mask = self.specials["mask"]
-        self.compiled = jax.jit(lambda model, *args: jax.nn.softmax(model(args[0], None, args[1])))
+        self.compiled_base = jax.jit(lambda model, ids_BT: model.base(ids_BT))
+        self.compiled_head = jax.jit(_probabilities)
 
     def __call__(self, texts: Sequence[str], top_k: int = 5) -> list[Answer]:
         """`top_k` is the number of guesses for each mask."""
         _check("top_k", top_k, 1 <= top_k <= self.model.vocab_size, f"1 to {self.model.vocab_size}")
         answers = []
         for some, ids_BT in self._batches(texts):
-            is_mask_BT = ids_BT == self.mask
-            n = _next_power(int(is_mask_BT.sum(axis=1).max()))
-            positions_BM = np.argsort(~is_mask_BT, axis=1, kind="stable")[:, :n].astype(np.int32)
-            p_BMV = np.asarray(self.compiled(self.trained.model, ids_BT, positions_BM))
-            for text, is_mask_T, p_MV in zip(texts[some], is_mask_BT, p_BMV, strict=False):
-                masks = [self._guesses(p_V, top_k) for p_V in p_MV[: int(is_mask_T.sum())]]
+            x_BTD = self.compiled_base(self.trained.model, ids_BT)
+            guesses = self._guesses(x_BTD, np.argwhere(ids_BT == self.mask), top_k)
+            for text, ids_T in zip(texts[some], ids_BT, strict=False):
+                masks = list(itertools.islice(guesses, int((ids_T == self.mask).sum())))
                 filled = self._filled(text, [guesses[0]["token"] for guesses in masks])
                 answers.append({"text": text, "filled": filled, "masks": masks})
         return answers
 
     def encode(self, text: str) -> list[int]:
-        parts = self._parts(text)
-        if len(parts) == 1:
+        if len(self._parts(text)) == 1:
             raise UserError("there is no [MASK] in the text; put one where a word is to be guessed")
+        return self.encode_any(text)
+
+    def encode_any(self, text: str) -> list[int]:
+        parts = self._parts(text)
         ids = [[*self._ids(part), self.mask] for part in parts[:-1]]
         return self._checked(self._around(sum(ids, []) + self._ids(parts[-1])))
 
@@ -141,12 +169,14 @@ class FillMasks(Predictor):
 
         return isinstance(self.tokenizer.decoder, decoders.ByteLevel)
 
-    def _guesses(self, p_V: np.ndarray, top_k: int) -> list[Answer]:
-        ids = np.argsort(-p_V, kind="stable")[:top_k].tolist()
-        return [{"token": self._token(i), "id": i, "probability": float(p_V[i])} for i in ids]
-
-    def _token(self, i: int) -> str:
-        return self.tokenizer.decode([i], skip_special_tokens=False)
+    def _guesses(self, x_BTD: "Array", places_N2: np.ndarray, top_k: int) -> Iterator[list[Answer]]:
+        """Yield the likeliest tokens at each place, a row and a position."""
+        for first in range(0, len(places_N2), N_MASKS):
+            some = places_N2[first : first + N_MASKS]
+            filled_up = np.resize(some, (N_MASKS, 2)).astype(np.int32)
+            for p_V in np.asarray(self.compiled_head(self.trained.model, x_BTD, filled_up))[: len(some)]:
+                ids = np.argsort(-p_V, kind="stable")[:top_k].tolist()
+                yield [{"token": self._token(i), "id": i, "probability": float(p_V[i])} for i in ids]
 
     def _filled(self, text: str, tokens: list[str]) -> str:
         first, *rest = self._parts(text)
@@ -202,14 +232,14 @@ class Continue(Predictor):
 
     def __call__(self, texts: Sequence[str], **options: Any) -> list[Answer]:
         """Continue each text as it would be alone. `options` as in `stream`; the default seed is another each time."""
-        options = self._options(options)
+        options = self.checked(options)
         prompts = [self.encode(text) for text in texts]
         answers = []
         for first in range(0, len(texts), N_ROWS):
             some = prompts[first : first + N_ROWS]
             *_, made = self._made(_filled_up(some), options, options["max_new_tokens"])
             for text, prompt, ids in zip(texts[first:], prompts[first:], made[: len(some)], strict=False):
-                answers.append(self._answer(text, prompt, ids, options))
+                answers.append(self.answer(text, prompt, ids, options))
         return answers
 
     def stream(self, text: str, **options: Any) -> Iterator[str | Answer]:
@@ -219,14 +249,13 @@ class Continue(Predictor):
         always. `top_k`: draw from so many likeliest tokens; 0: from all. `top_p`: draw from the fewest likeliest tokens
         whose probabilities sum to this. `seed`: of the random numbers.
         """
-        options = self._options(options)
+        options = self.checked(options)
         prompt, sent = self.encode(text), ""
         for (ids,) in self._made([prompt], options, STREAMED):
-            ready = self._ready(self._continuation(prompt, ids))
-            if ready.startswith(sent) and len(ready) > len(sent):
-                yield ready[len(sent) :]
-                sent = ready
-        answer = self._answer(text, prompt, ids, options)
+            if piece := self.piece(prompt, ids, sent):
+                yield piece
+                sent += piece
+        answer = self.answer(text, prompt, ids, options)
         if rest := answer["continuation"].removeprefix(sent):
             yield rest
         yield answer
@@ -251,7 +280,13 @@ class Continue(Predictor):
             if np.all(n_B >= np.asarray(rows.end_B)):
                 return
 
-    def _answer(self, text: str, prompt: list[int], ids: list[int], options: dict[str, Any]) -> Answer:
+    def piece(self, prompt: list[int], ids: list[int], sent: str) -> str:
+        """Return what of a continuation, of which `sent` is sent, can be sent now that it has come to `ids`."""
+        ready = self._ready(self._continuation(prompt, ids))
+        return ready[len(sent) :] if ready.startswith(sent) else ""
+
+    def answer(self, text: str, prompt: list[int], ids: list[int], options: dict[str, Any]) -> Answer:
+        """Return the answer to a text that `ids` continue."""
         ending = "length" if len(ids) == options["max_new_tokens"] else "positions"
         return {
             "prompt": text,
@@ -274,7 +309,8 @@ class Continue(Predictor):
             return text.rstrip("\ufffd")  # a character has several bytes, and a token may have the first of them
         return text[: max(text.rfind(" "), 0)]  # a piece of a word, or a point, is put to the word before
 
-    def _options(self, given: dict[str, Any]) -> dict[str, Any]:
+    def checked(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Return all options, with a seed. Raises UserError for one out of range."""
         options = self.options | given
         if unknown := options.keys() - self.options:
             raise TypeError(f"there is no option {', '.join(unknown)}; there are {', '.join(self.options)}")
@@ -286,6 +322,14 @@ class Continue(Predictor):
         _check("top_p", options["top_p"], 0 < options["top_p"] <= 1, "above 0, and 1 (all) at most")
         _check("seed", options["seed"], 0 <= options["seed"] < 2**32, "0 or more, below 2^32")
         return options
+
+
+def _probabilities(model: Any, x_BTD: "Array", places_N2: "Array") -> "Array":
+    """Return the probabilities of the tokens at each place, [N, V]."""
+    import jax
+
+    x_ND = x_BTD[places_N2[:, 0], places_N2[:, 1]]
+    return jax.nn.softmax(model.head(x_ND[None], model.base.embedding.token.embedding[...])[0])
 
 
 def load(checkpoint: str | Path, tokenizer: str = "") -> Predictor:
