@@ -62,6 +62,23 @@ class Decoder:
 
     def begin(self, prompts: Sequence[Sequence[int]], most_new: int) -> Rows:
         """Return rows that hold prompts of 1 to seq_len tokens, each to get `most_new` tokens or as many as fit."""
+        return self._fill(self.leaves, self._rows(prompts, most_new))
+
+    def empty(self, n: int) -> Rows:
+        """Return n rows that get no tokens, for others to be put in their place."""
+        return self._rows([[self.stop]] * n, 0)
+
+    def put(self, rows: Rows, i: int, row: Rows) -> Rows:
+        """Return the rows with a new one, the only one of `row`, as the i-th; `rows` cannot be used any more."""
+        return self._put(rows, np.int32(i), row)
+
+    def extend(self, rows: Rows, sampling: Sampling, n: int) -> Rows:
+        """Return the rows with `n` more tokens each, or fewer where a row ends; `rows` cannot be used any more."""
+        kinds = (np.float32, np.int32, np.float32, np.uint32)
+        sampling = Sampling(*(np.asarray(x, kind) for x, kind in zip(sampling, kinds, strict=True)))
+        return self._extend(self.leaves, rows, sampling, np.int32(n))
+
+    def _rows(self, prompts: Sequence[Sequence[int]], most_new: int) -> Rows:
         config = self.config
         n_B = np.array([len(prompt) for prompt in prompts])
         assert n_B.min() > 0 and n_B.max() <= config.seq_len, (n_B, config.seq_len)
@@ -73,18 +90,7 @@ class Decoder:
         end_B = np.minimum(n_B + most_new, config.seq_len + 1)
         shape = (B, config.n_heads, S, config.d_model // config.n_heads)
         cache = [tuple(jnp.zeros(shape) for _ in range(config.n_layers)) for _ in range(2)]
-        rows = Rows(jnp.asarray(tokens_BS), jnp.asarray(n_B, jnp.int32), jnp.asarray(end_B, jnp.int32), *cache)
-        return self._fill(self.leaves, rows)
-
-    def put(self, rows: Rows, i: int, row: Rows) -> Rows:
-        """Return the rows with a new one, the only one of `row`, as the i-th; `rows` cannot be used any more."""
-        return self._put(rows, np.int32(i), row)
-
-    def extend(self, rows: Rows, sampling: Sampling, n: int) -> Rows:
-        """Return the rows with `n` more tokens each, or fewer where a row ends; `rows` cannot be used any more."""
-        kinds = (np.float32, np.int32, np.float32, np.uint32)
-        sampling = Sampling(*(np.asarray(x, kind) for x, kind in zip(sampling, kinds, strict=True)))
-        return self._extend(self.leaves, rows, sampling, np.int32(n))
+        return Rows(jnp.asarray(tokens_BS), jnp.asarray(n_B, jnp.int32), jnp.asarray(end_B, jnp.int32), *cache)
 
     def _with_parts(self, function: Callable[..., Any]) -> Callable[..., Any]:
         return lambda leaves, *args: function(jax.tree.unflatten(self.structure, leaves), *args)

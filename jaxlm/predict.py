@@ -78,6 +78,10 @@ class Predictor:
         raise NotImplementedError
 
     def _ids(self, text: str) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"the text is no Unicode at character {error.start + 1}; write it as UTF-8") from None
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def _around(self, ids: list[int]) -> list[int]:

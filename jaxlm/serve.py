@@ -1,0 +1,142 @@
+"""The command `python -m jaxlm.serve`: a page and a JSON interface to a trained model. SERVE.md has examples."""
+
+import argparse
+import contextlib
+import importlib
+import ipaddress
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+
+from jaxlm import predict
+from jaxlm.convert import Parser
+from jaxlm.errors import ENDINGS, UserError, reported
+
+TOKEN = "JAXLM_TOKEN"  # a variable of the environment, since every user of a host can see command lines
+N_BACKLOG = 2048  # connections that wait to be accepted, at most
+DEFAULTS = {"max_requests": 256, "max_body": 65_536, "max_new_tokens": 1000, "timeout": 30.0}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Serve until SIGTERM or Ctrl-C, and then answer what was asked before; return the exit status."""
+    with reported(debug=False):
+        args = _parse(sys.argv[1:] if argv is None else argv)
+        token = _token(args.host)
+        for name in ("fastapi", "prometheus_client", "uvicorn"):
+            try:
+                importlib.import_module(name)
+            except ImportError as error:
+                raise UserError(f"{name} is not installed; pip install 'jaxlm[serve]'") from error
+        with contextlib.closing(_bound(args.host, args.port)) as listening:
+            _serve(listening, args, token)
+        return 0
+    raise AssertionError("reported() exits on the errors it does not pass on")
+
+
+def _serve(listening: socket.socket, args: argparse.Namespace, token: str) -> None:
+    import uvicorn
+
+    from jaxlm import api
+    from jaxlm.engine import Engine
+
+    predictor = predict.load(args.checkpoint, getattr(args, "tokenizer.path"))
+    limits = api.Limits(args.max_requests, args.max_body, args.max_new_tokens, args.timeout)
+    _tell(f"{predictor.trained}: compiles")
+    with contextlib.closing(Engine(predictor)) as engine, _kept_from_ending():
+        config = uvicorn.Config(
+            api.make(engine, limits, token, _is_loopback(args.host)),
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            lifespan="off",
+            backlog=N_BACKLOG,
+            timeout_graceful_shutdown=round(args.timeout) + 1,
+        )
+        listening.listen(N_BACKLOG)
+        _tell(f"serves http://{_name(listening)}/")
+        uvicorn.Server(config).run([listening])
+        _tell("has answered all there was, and ends")
+
+
+@contextlib.contextmanager
+def _kept_from_ending() -> Iterator[None]:
+    """Have SIGINT and SIGTERM do nothing but what uvicorn does at them, which raises them again when it has ended."""
+    before = {number: signal.signal(number, lambda number, frame: None) for number in ENDINGS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """Return a socket of an address, to which nobody can connect yet."""
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, proto)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError as error:
+        raise UserError(f"--host {host} --port {port}: cannot be served ({error.strerror}); give another") from error
+    return bound
+
+
+def _name(bound: socket.socket) -> str:
+    host, port, *_ = bound.getsockname()
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _token(host: str) -> str:
+    token = os.environ.get(TOKEN, "")
+    if token and not (token.isascii() and token.isprintable() and " " not in token):
+        raise UserError(f"{TOKEN}: has to be of ASCII letters, digits and signs, as `openssl rand -hex 16` makes it")
+    if not token and not _is_loopback(host):
+        raise UserError(
+            f"--host {host}: others than this host could use the model; set {TOKEN} in the environment to a secret "
+            "that they have to send, such as `openssl rand -hex 16` makes"
+        )
+    return token
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(
+        prog="python -m jaxlm.serve",
+        description="Serves a page and a JSON interface to a trained model.",
+        epilog=f"On another host than loopback, clients need the token in the environment variable {TOKEN}.",
+    )
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="RUN", help="run folder (its best checkpoint is used), or a checkpoint"
+    )
+    parser.add_argument("--tokenizer.path", default="", metavar="FILE", help="where the run has none of its own")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1: this host alone)")
+    parser.add_argument("--port", type=int, default=8000, help="0: any that is free, which is told (8000)")
+    group = parser.add_argument_group("limits")
+    group.add_argument("--max-requests", type=int, metavar="N", help="at once; others are told to come again (256)")
+    group.add_argument("--max-body", type=int, metavar="BYTES", help="of a request (65536)")
+    group.add_argument("--max-new-tokens", type=int, metavar="N", help="gpt: of a continuation (1000)")
+    group.add_argument("--timeout", type=float, metavar="SECONDS", help="to send a request, and to answer it (30)")
+    parser.set_defaults(**DEFAULTS)
+    args = parser.parse_args(argv)
+    if not 0 <= args.port < 2**16:
+        parser.error(f"--port {args.port}: has to be 0 to 65535")
+    for name in DEFAULTS:
+        if not 0 < getattr(args, name) < 2**31:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: has to be above 0")
+    return args
+
+
+if __name__ == "__main__":
+    sys.exit(main())
