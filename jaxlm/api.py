@@ -126,7 +126,8 @@ def make(engine: Engine, limits: Limits, token: str = "", is_loopback: bool = Tr
     # A page whose own name is made to lead here would be of the same origin as this service to a browser.
     hosts = [Middleware(TrustedHostMiddleware, allowed_hosts=LOOPBACK)] if is_loopback else []
     app = FastAPI(
-        title=f"jaxlm: {predictor.trained}",
+        title=f"Interface to {_run_name(predictor)}",
+        description=str(predictor.trained),
         docs_url=None,
         redoc_url=None,
         middleware=[Middleware(Guard, limits=limits, token=token, registry=metrics.registry), *hosts],
@@ -152,8 +153,8 @@ def make(engine: Engine, limits: Limits, token: str = "", is_loopback: bool = Tr
 
     if isinstance(predictor, Continue):
         described = {
-            "description": "events: `piece` with {text}, again and again; at last `answer` with what /predict gives, "
-            "or `error` with {detail}",
+            "description": 'events: "piece" with {text}, again and again; at last "answer" with what /predict gives, '
+            'or "error" with {detail}',
             "content": {EVENTS: {}},
         }
 
@@ -380,6 +381,11 @@ class Guard:
         return body
 
 
+def _run_name(predictor: Predictor) -> str:
+    start = predictor.trained.start
+    return start.run.name if start.run else str(start.path)
+
+
 def _problem(status: int, detail: str, headers: dict[str, str] | None = None) -> Response:
     return JSONResponse({"detail": detail}, status, headers)
 
@@ -399,8 +405,7 @@ def _page(predictor: Predictor, limits: Limits, wants_token: bool) -> tuple[str,
     fragment = (Path(__file__).parent / "serve.html").read_text(encoding="utf-8")
     script = re.search("<script>(.*?)</script>", fragment, re.DOTALL)
     assert script
-    run = predictor.trained.start.run
-    title = f"{TITLES[kind]}: {run.name if run else predictor.trained.start.path}"
+    title = f"{TITLES[kind]}: {_run_name(predictor)}"
     data = json.dumps(about).replace("<", "\\u003c")
     parts = [f'<script type="application/json" id="about">{data}</script>', fragment]
     digest = base64.b64encode(hashlib.sha256(script[1].encode()).digest()).decode()
@@ -441,9 +446,8 @@ def _fields(name: str, of: dict[str, Any]) -> str:
     bounds = {"minimum": "from", "exclusiveMinimum": "above", "maximum": "to", "exclusiveMaximum": "below"}
     lines = []
     for field, told in of["properties"].items():
-        limits = " ".join(f"{word} {told[key]}" for key, word in bounds.items() if key in told)
-        cells = [field, f"{_type(told)} {limits}", told.get("description", "")]
-        if name == "takes":
-            cells.insert(2, "required" if field in of.get("required", []) else json.dumps(told.get("default")))
-        lines.append(cells)
-    return page.table([name, "", *(["default"] if name == "takes" else []), ""], lines, name)
+        kind = " ".join([_type(told), *(f"{word} {told[key]:,g}" for key, word in bounds.items() if key in told)])
+        if "default" in told:
+            kind += f", else {json.dumps(told['default'])}"
+        lines.append([field, kind, told.get("description", "")])
+    return page.table([name, "", ""], lines, name)

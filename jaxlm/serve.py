@@ -73,13 +73,17 @@ def _kept_from_ending() -> Iterator[None]:
 
 def _bound(host: str, port: int) -> socket.socket:
     """Return a socket of an address, to which nobody can connect yet."""
-    try:
-        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        bound = socket.socket(family, kind, proto)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
-    except OSError as error:
-        raise UserError(f"--host {host} --port {port}: cannot be served ({error.strerror}); give another") from error
+    with contextlib.ExitStack() as stack:
+        try:
+            family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            bound = stack.enter_context(contextlib.closing(socket.socket(family, kind, proto)))
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address)
+        except OSError as error:
+            raise UserError(
+                f"--host {host} --port {port}: cannot be served ({error.strerror}); give another"
+            ) from error
+        stack.pop_all()
     return bound
 
 

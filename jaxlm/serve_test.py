@@ -1,0 +1,339 @@
+"""`python -m jaxlm.serve`, by its address: answers, streams, limits, who is let in, and its end."""
+
+import base64
+import contextlib
+import hashlib
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jaxlm import predict, serve, used_runs
+from jaxlm.report_test import Page
+
+pytest.importorskip("fastapi")
+uvicorn = pytest.importorskip("uvicorn")
+parser = pytest.importorskip("prometheus_client.parser")
+from jaxlm import api  # noqa: E402
+from jaxlm.engine import Engine  # noqa: E402
+
+LENGTH = 512  # positions of gpt, for continuations that take a while
+
+
+class Server:
+    """A service at an address of this process."""
+
+    def __init__(self, predictor: Any, token: str = "", **limits: Any):
+        self.predictor, self.engine, self.token = predictor, Engine(predictor), token
+        app = api.make(self.engine, api.Limits(**limits), token)
+        self.server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
+        listening = socket.create_server(("127.0.0.1", 0))
+        self.port = listening.getsockname()[1]
+        self.thread = threading.Thread(target=self.server.run, args=([listening],))
+        self.thread.start()
+
+    def close(self) -> None:
+        self.server.should_exit = True
+        self.thread.join()
+        self.engine.close()
+
+    def begin(self, method: str, path: str, body: Any = None, **headers: str) -> http.client.HTTPConnection:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        sent = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+        if self.token:
+            headers = {"Authorization": f"Bearer {self.token}"} | headers
+        headers = {"Content-Type": "application/json"} | {k.replace("_", "-"): v for k, v in headers.items()}
+        connection.request(method, path, sent, headers)
+        return connection
+
+    def ask(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any, Any]:
+        """Return the status, the headers and the body, read as JSON if it is."""
+        with contextlib.closing(self.begin(method, path, body, **headers)) as connection:
+            answer = connection.getresponse()
+            content = answer.read()
+            is_json = answer.headers["Content-Type"] == "application/json"
+            return answer.status, answer.headers, json.loads(content) if is_json else content.decode()
+
+    def figures(self) -> dict[str, float]:
+        """Return what /metrics tells, without labels summed up."""
+        found: dict[str, float] = {}
+        for family in parser.text_string_to_metric_families(self.ask("GET", "/metrics")[2]):
+            for sample in family.samples:
+                found[sample.name] = found.get(sample.name, 0) + sample.value
+        return found
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    for task in ("mlm", "sst2"):
+        used_runs.write(folder / task, task)
+    used_runs.write(folder / "gpt", "gpt", **{"model.seq_len": LENGTH})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def serving() -> Iterator[Callable[..., Server]]:
+    with contextlib.ExitStack() as stack:
+        yield lambda *args, **kwargs: stack.enter_context(contextlib.closing(Server(*args, **kwargs)))
+
+
+@pytest.fixture(scope="module")
+def servers(runs: Path, serving: Callable[..., Server]) -> dict[str, Server]:
+    return {task: serving(predict.load(runs / task), requests=100, body=2000) for task in ("mlm", "sst2", "gpt")}
+
+
+def events(answer: http.client.HTTPResponse) -> Iterator[tuple[str, Any]]:
+    while line := answer.readline():
+        kind, data = line.decode(), answer.readline().decode()
+        assert kind.startswith("event: ") and data.startswith("data: ") and answer.readline() == b"\n"
+        yield kind[7:-1], json.loads(data[6:])
+
+
+TEXTS = [f"the cat {'and the dog ' * (i % 3)}sat on" for i in range(40)]
+
+
+@pytest.mark.parametrize("task", ["mlm", "sst2", "gpt"])
+def test_each_of_many_clients_gets_its_own_answer(task: str, servers: dict[str, Server]) -> None:
+    server = servers[task]
+    before = server.figures()
+    asked: list[dict[str, Any]] = {
+        "mlm": [{"text": f"{text} [MASK]", "top_k": 1 + i % 7} for i, text in enumerate(TEXTS)],
+        "sst2": [{"text": f"{text}{' a' * (i % 5)}"} for i, text in enumerate(TEXTS)],
+        "gpt": [{"prompt": text, "seed": i, "max_new_tokens": 1 + i} for i, text in enumerate(TEXTS)],
+    }[task]
+    with ThreadPoolExecutor(20) as pool:
+        answers = list(pool.map(lambda body: server.ask("POST", "/predict", body), asked))
+    after = server.figures()
+    for body, (status, _, answer) in zip(asked, answers, strict=True):
+        options = {name: value for name, value in body.items() if name not in ("text", "prompt")}
+        (expected,) = server.predictor([body.get("text", body.get("prompt"))], **options)
+        assert status == 200 and answer.keys() == expected.keys()
+        for name, value in expected.items():
+            if name == "masks":
+                found = [[guess["probability"] for guess in guesses] for guesses in answer[name]]
+                wanted = [[guess["probability"] for guess in guesses] for guesses in value]
+                np.testing.assert_allclose(found, wanted, rtol=1e-4)
+            elif name == "probabilities":
+                np.testing.assert_allclose(answer[name], value, rtol=1e-4)
+            else:
+                assert answer[name] == value, name
+    assert after["jaxlm_requests_total"] - before.get("jaxlm_requests_total", 0) == len(asked) + 1
+    assert after["jaxlm_batch_rows_sum"] - before["jaxlm_batch_rows_sum"] >= len(asked)
+    assert after["jaxlm_batch_rows_sum"] > after["jaxlm_batch_rows_count"]
+    assert after["jaxlm_open_requests"] == after["jaxlm_waiting_requests"] == 0
+
+
+def test_nothing_is_compiled_for_a_request(runs: Path, serving: Callable[..., Server]) -> None:
+    for task in ("mlm", "gpt"):
+        server = serving(predict.load(runs / task))
+        name = "prompt" if task == "gpt" else "text"
+        before = server.figures()["jaxlm_compilations_total"]
+        for body in ({name: "[MASK] " * n} for n in (1, 2, 3, 14)):
+            assert server.ask("POST", "/predict", body)[0] == 200
+        with ThreadPoolExecutor(13) as pool:
+            list(pool.map(lambda i: server.ask("POST", "/predict", {name: f"[MASK] {i}"}), range(13)))  # noqa: B023
+        assert server.ask("POST", "/attention", {"text": "the cat", "layer": 1, "head": 2})[0] == 200
+        assert server.figures()["jaxlm_compilations_total"] == before > 0
+
+
+def test_a_continuation_is_streamed(servers: dict[str, Server]) -> None:
+    body = {"prompt": "the cat", "seed": 5, "max_new_tokens": 200, "temperature": 1.5}
+    with contextlib.closing(servers["gpt"].begin("POST", "/generate", body)) as connection:
+        answer = connection.getresponse()
+        assert (answer.status, answer.headers["Content-Type"]) == (200, "text/event-stream; charset=utf-8")
+        told = [(kind, data, time.monotonic()) for kind, data in events(answer)]
+    *pieces, (kind, last, ended_s) = told
+    assert kind == "answer" and {kind for kind, _, _ in pieces} == {"piece"} and len(pieces) > 10
+    assert "".join(data["text"] for _, data, _ in pieces) == last["continuation"]
+    expected = servers["gpt"].predictor(["the cat"], seed=5, max_new_tokens=200, temperature=1.5)
+    assert [last] == expected and ended_s - pieces[0][2] > 0.01
+
+
+def test_who_goes_away_frees_a_place(servers: dict[str, Server]) -> None:
+    server = servers["gpt"]
+    before = server.figures()
+    body = {"prompt": "the cat", "max_new_tokens": LENGTH, "temperature": 3.0, "top_p": 1.0}
+    streams = [server.begin("POST", path, body) for path in ["/generate"] * 20 + ["/predict"] * 20]
+    for connection in streams:
+        connection.close()
+    until_s = time.monotonic() + 20
+    while (after := server.figures())["jaxlm_open_requests"] and time.monotonic() < until_s:
+        time.sleep(0.02)
+    assert after["jaxlm_open_requests"] == 0
+    # Whoever comes now is not behind those who are gone.
+    assert server.ask("POST", "/predict", {"prompt": "the", "max_new_tokens": 2})[0] == 200
+    assert server.figures()["jaxlm_generated_tokens_total"] - before["jaxlm_generated_tokens_total"] < 1000
+
+
+@pytest.mark.parametrize(
+    ("task", "path", "body", "field", "message"),
+    [
+        ("mlm", "/predict", {"text": "no mask"}, "text", "there is no [MASK] in the text"),
+        ("mlm", "/predict", {"text": "[MASK] " * 40}, "text", "the text has 42 tokens, with special ones"),
+        ("mlm", "/predict", {"text": "[MASK]", "top_k": 0}, "top_k", "greater than or equal to 1"),
+        ("mlm", "/predict", {"text": "[MASK]", "top_k": "5"}, "top_k", "valid integer"),
+        ("mlm", "/predict", {"text": "[MASK]", "top_q": 1}, "top_q", "not permitted"),
+        ("mlm", "/predict", {}, "text", "required"),
+        ("mlm", "/predict", b'{"text": "a \\ud800 [MASK]"}', "text", "no Unicode at character 3"),
+        ("mlm", "/predict", b"[MASK]", "1", "JSON decode error"),
+        ("mlm", "/predict", b"[1]", "body", "Has to be an object of JSON"),
+        ("gpt", "/generate", {"prompt": "cat " * 600}, "prompt", "tokens, with special ones, but the model takes 512"),
+        ("gpt", "/generate", b'{"prompt": "a", "temperature": NaN}', "temperature", "finite"),
+        ("gpt", "/predict", {"prompt": "a", "top_p": 1.5}, "top_p", "less than or equal to 1"),
+        ("gpt", "/predict", {"prompt": "a", "max_new_tokens": 1001}, "max_new_tokens", "less than or equal to 1000"),
+        ("gpt", "/predict", {"prompt": "a", "seed": -1}, "seed", "greater than or equal to 0"),
+        ("sst2", "/predict", {"text": ["a"]}, "text", "valid string"),
+        ("sst2", "/attention", {"text": "a", "layer": 2}, "layer", "less than 2"),
+        ("sst2", "/attention", {"text": "a " * 40}, "text", "the text has 42 tokens"),
+    ],
+)
+def test_bad_input_is_told_with_its_field(
+    task: str, path: str, body: Any, field: str, message: str, servers: dict[str, Server]
+) -> None:
+    server = servers[task]
+    if isinstance(body, dict) and len(str(body)) > 1900:
+        body = {"prompt": "x" * 1900}  # is within the limit of bytes
+    status, _, answer = server.ask("POST", path, body)
+    (problem,) = answer["detail"]
+    assert (status, str(problem["loc"][-1])) == (422, field) and message in problem["msg"]
+    assert problem.keys() == {"type", "loc", "msg"}
+
+
+def test_other_requests_are_refused(servers: dict[str, Server]) -> None:
+    server = servers["sst2"]
+    assert server.ask("POST", "/generate", {"text": "a"})[0] == 404
+    assert server.ask("GET", "/predict")[0] == 405
+    assert server.ask("POST", "/predict", {"text": "a"}, Content_Type="text/plain")[0] == 422
+    status, _, answer = server.ask("POST", "/predict", {"text": "a" * 2000})
+    assert (status, answer) == (413, {"detail": "the body has more than 2000 bytes"})
+    status, _, answer = server.ask("GET", "/health", Host="elsewhere.example")
+    assert (status, answer) == (400, "Invalid host header")
+    assert server.ask("GET", "/health", Host="localhost")[0] == 200
+
+
+def test_too_many_at_once_are_told_to_come_again(servers: dict[str, Server], serving: Callable[..., Server]) -> None:
+    server = serving(servers["gpt"].predictor, requests=2)
+    body = {"prompt": "the", "max_new_tokens": LENGTH, "temperature": 3.0, "top_p": 1.0, "seed": 1}
+    streams = [server.begin("POST", "/generate", body) for _ in range(2)]
+    answers = [connection.getresponse() for connection in streams]
+    status, headers, answer = server.ask("POST", "/predict", body)
+    assert (status, headers["Retry-After"]) == (429, "1") and "2 requests" in answer["detail"]
+    assert server.ask("GET", "/health")[0] == 200
+    assert [list(events(answer))[-1][0] for answer in answers] == ["answer"] * 2
+    for connection in streams:
+        connection.close()
+    assert server.ask("POST", "/predict", {"prompt": "the", "max_new_tokens": 1})[0] == 200
+
+
+def test_what_takes_too_long_ends(servers: dict[str, Server], serving: Callable[..., Server]) -> None:
+    server = serving(servers["gpt"].predictor, seconds=0.05)
+    body = {"prompt": "the", "max_new_tokens": LENGTH, "temperature": 3.0, "top_p": 1.0, "seed": 1}
+    status, headers, answer = server.ask("POST", "/predict", body)
+    assert (status, headers["Retry-After"]) == (503, "1") and "too long" in answer["detail"]
+    with contextlib.closing(server.begin("POST", "/generate", body)) as connection:
+        *_, (kind, data) = events(connection.getresponse())
+    assert kind == "error" and "too long" in data["detail"]
+    with socket.create_connection(("127.0.0.1", server.port)) as client:  # sends no body
+        client.sendall(b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n\r\n")
+        assert client.recv(100).startswith(b"HTTP/1.1 408 ")
+
+
+def test_a_model_that_fails_is_no_stack_trace(runs: Path, serving: Callable[..., Server], capfd: Any) -> None:
+    classify = predict.load(runs / "sst2")
+    bias = classify.trained.model.head.linear.bias
+    bias[...] = bias[...] * np.nan
+    server = serving(classify)
+    status, _, answer = server.ask("POST", "/predict", {"text": "a"})
+    assert (status, answer) == (500, {"detail": api.FAILED})
+    assert "not JSON compliant" in capfd.readouterr().err
+    assert server.ask("GET", "/health")[0] == 200
+
+
+def test_a_token_is_wanted(servers: dict[str, Server], serving: Callable[..., Server]) -> None:
+    server = serving(servers["sst2"].predictor, token="secret")
+    assert server.ask("POST", "/predict", {"text": "a"})[0] == 200
+    for path in ("/predict", "/attention", "/metrics", "/elsewhere"):
+        status, headers, _ = server.ask("POST", path, {"text": "a"}, Authorization="Bearer secre")
+        assert (status, headers["WWW-Authenticate"]) == (401, "Bearer")
+    for path in ("/", "/health", "/docs", "/openapi.json"):
+        assert server.ask("GET", path, Authorization="")[0] == 200
+
+
+def test_pages_load_nothing(servers: dict[str, Server]) -> None:
+    for server in servers.values():
+        _, headers, shown = server.ask("GET", "/")
+        found = Page(shown)
+        links = [attrs.get("href") or attrs.get("src") for _, attrs in found.tags if {"href", "src"} & attrs.keys()]
+        assert links == ["data:,", "docs"]
+        (script,) = re.findall("<script>(.*?)</script>", shown, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        policy = headers["Content-Security-Policy"]
+        assert policy.startswith("default-src 'none';") and f"script-src 'sha256-{digest}'" in policy
+        _, _, docs = server.ask("GET", "/docs")
+        _, _, schema = server.ask("GET", "/openapi.json")
+        assert "script" not in docs and all(f"{path}</h2>" in docs for path in schema["paths"])
+        assert ("/generate" in schema["paths"]) == (server is servers["gpt"])
+
+
+def test_attention_is_the_predictors(servers: dict[str, Server]) -> None:
+    for server in servers.values():
+        status, _, answer = server.ask("POST", "/attention", {"text": "the cat sat", "layer": 1, "head": 2})
+        assert (status, answer) == (200, server.predictor.attention("the cat sat", 1, 2))
+        assert len(answer["weights"]) == len(answer["tokens"]) >= 4
+        np.testing.assert_allclose(np.sum(answer["weights"], axis=1), 1, atol=1e-4)
+
+
+def test_at_its_end_it_answers_what_was_asked(runs: Path) -> None:
+    command = [sys.executable, "-m", "jaxlm.serve", "--checkpoint", str(runs / "gpt"), "--port", "0"]
+    env = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    with subprocess.Popen(command, env=env, text=True, stderr=subprocess.PIPE) as process:
+        assert process.stderr
+        told = [process.stderr.readline(), process.stderr.readline()]
+        assert told[0] == f"{runs}/gpt/checkpoints/3 (task gpt, step 3): compiles\n"
+        port = int(re.fullmatch(r"serves http://127\.0\.0\.1:(\d+)/\n", told[1])[1])  # type: ignore[index]
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        body = {"prompt": "the", "max_new_tokens": LENGTH, "temperature": 3.0, "top_p": 1.0, "seed": 1}
+        connection.request("POST", "/generate", json.dumps(body), {"Content-Type": "application/json"})
+        stream = events(connection.getresponse())
+        assert next(stream)[0] == "piece"
+        process.send_signal(signal.SIGTERM)
+        assert list(stream)[-1][0] == "answer"
+        connection.close()
+        assert process.stderr.read() == "has answered all there was, and ends\n"
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--checkpoint", "none"], "none: there is no such run or checkpoint"),
+        (["--checkpoint", "RUN", "--port", "70000"], "--port 70000: has to be 0 to 65535"),
+        (["--checkpoint", "RUN", "--port", "TAKEN"], "cannot be served (Address already in use); give another"),
+        (["--checkpoint", "RUN", "--timeout", "0"], "--timeout 0.0: has to be above 0"),
+        (["--checkpoint", "RUN", "--host", "0.0.0.0"], "set JAXLM_TOKEN in the environment to a secret"),
+        (["--checkpoint", "RUN", "--host", "no.such.host.invalid"], "set JAXLM_TOKEN"),
+        ([], "the following arguments are required: --checkpoint"),
+    ],
+)
+def test_bad_commands_are_one_line(
+    argv: list[str], message: str, runs: Path, servers: dict[str, Server], capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = {"RUN": str(runs / "sst2"), "TAKEN": str(servers["sst2"].port)}
+    with pytest.raises(SystemExit) as error:
+        serve.main([given.get(arg, arg) for arg in argv])
+    captured = capsys.readouterr()
+    assert (error.value.code, captured.out, len(captured.err.splitlines())) == (2, "", 1) and message in captured.err
