@@ -397,6 +397,7 @@ def _page(predictor: Predictor, limits: Limits, wants_token: bool) -> tuple[str,
     about = {
         "kind": kind,
         "options": {name: field for name, field in options.items() if "default" in field},
+        "isByteLevel": predictor.is_byte_level(),
         "layers": predictor.model.n_layers,
         "heads": predictor.model.n_heads,
         "endings": ENDINGS,

@@ -15,8 +15,7 @@ from jaxlm.model import Transformer
     ("is_causal", "settings"),
     [
         (False, {"pad_id": 0, "positions": "rotary"}),
-        (True, {"pad_id": -1, "positions": "learned"}),
-        (False, {"pad_id": 0, "positions": "fixed", "post_norm": True}),
+        (True, {"pad_id": -1, "positions": "learned", "post_norm": True}),
     ],
 )
 def test_the_weights_are_the_models(is_causal: bool, settings: dict) -> None:

@@ -77,6 +77,12 @@ class Predictor:
         """Return an answer for a person."""
         raise NotImplementedError
 
+    def is_byte_level(self) -> bool:
+        """Return whether tokens are of bytes, the space before a word among them."""
+        from tokenizers import decoders
+
+        return isinstance(self.tokenizer.decoder, decoders.ByteLevel)
+
     def _ids(self, text: str) -> list[int]:
         try:
             text.encode()
@@ -166,12 +172,7 @@ class FillMasks(Predictor):
             text = text.replace(name, first)
         *before, last = text.split(first)
         # A byte-level token has the space before its word in it, and a mask stands for the whole token.
-        return [part.rstrip() if self._is_byte_level() else part for part in before] + [last]
-
-    def _is_byte_level(self) -> bool:
-        from tokenizers import decoders
-
-        return isinstance(self.tokenizer.decoder, decoders.ByteLevel)
+        return [part.rstrip() if self.is_byte_level() else part for part in before] + [last]
 
     def _guesses(self, x_BTD: "Array", places_N2: np.ndarray, top_k: int) -> Iterator[list[Answer]]:
         """Yield the likeliest tokens at each place, a row and a position."""
@@ -307,9 +308,7 @@ class Continue(Predictor):
 
     def _ready(self, text: str) -> str:
         """Return what of a text stays as it is, whatever comes next."""
-        from tokenizers import decoders
-
-        if isinstance(self.tokenizer.decoder, decoders.ByteLevel):
+        if self.is_byte_level():
             return text.rstrip("\ufffd")  # a character has several bytes, and a token may have the first of them
         return text[: max(text.rfind(" "), 0)]  # a piece of a word, or a point, is put to the word before
 

@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxlm import predict, serve, used_runs
+from jaxlm import predict, report, serve, used_runs
+from jaxlm.errors import UserError
 from jaxlm.report_test import Page
 
 pytest.importorskip("fastapi")
@@ -337,3 +338,129 @@ def test_bad_commands_are_one_line(
         serve.main([given.get(arg, arg) for arg in argv])
     captured = capsys.readouterr()
     assert (error.value.code, captured.out, len(captured.err.splitlines())) == (2, "", 1) and message in captured.err
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as started:
+        try:
+            chromium = report._browser(started)
+        except UserError:
+            pytest.skip("no Chromium")
+        yield chromium
+        chromium.close()
+
+
+@contextlib.contextmanager
+def shown(browser: Any, server: Server, width: int = 360, colours: str = "dark") -> Iterator[Any]:
+    """Open the page, and see that it fits, loads nothing from elsewhere and has no errors."""
+    tab = browser.new_page(viewport={"width": width, "height": 700}, color_scheme=colours)
+    told: list[str] = []
+    tab.on("pageerror", lambda error: told.append(str(error)))
+    tab.on("console", lambda line: told.append(line.text) if line.type == "error" else None)
+    tab.on("request", lambda request: None if request.url.startswith(address) else told.append(request.url))
+    address = f"http://127.0.0.1:{server.port}/"
+    tab.goto(address)
+    yield tab
+    assert tab.evaluate("document.documentElement.scrollWidth") == width
+    assert [line for line in told if "the server responded with a status of 4" not in line and line != "data:,"] == []
+    tab.close()
+
+
+def type_in(tab: Any, text: str) -> None:
+    """Ask by the keyboard alone, from the text, which has the focus at first."""
+    tab.keyboard.press("Control+A")
+    tab.keyboard.type(text)
+    tab.keyboard.press("Control+Enter")
+
+
+def percent(p: float) -> str:
+    return f"{100 * p:.1f}%"
+
+
+@pytest.mark.slow
+def test_the_page_fills_masks(browser: Any, servers: dict[str, Server]) -> None:
+    (expected,) = servers["mlm"].predictor(["the cat [MASK] on the [MASK]"])
+    for width, colours in ((1000, "light"), (360, "dark")):
+        with shown(browser, servers["mlm"], width, colours) as tab:
+            type_in(tab, "the cat [MASK] on the [MASK]")
+            masks = tab.locator(".mask")
+            masks.nth(1).wait_for()
+            for i, guesses in enumerate(expected["masks"]):
+                found = masks.nth(i).locator(".bar span").all_text_contents()
+                assert found == [guess["token"] for guess in guesses]
+                found = masks.nth(i).locator(".bar i").all_text_contents()
+                assert found == [percent(guess["probability"]) for guess in guesses]
+            second = f" {expected['masks'][1][1]['token']}".replace(" ##", "")
+            masks.nth(1).locator("button").nth(1).press("Enter")
+            masks.nth(1).wait_for(state="detached")
+            assert tab.input_value("#text") == f"the cat [MASK] on the{second}"
+            tab.locator(".words > button", has_text="cat").press("Enter")
+            masks.nth(1).wait_for()
+            assert tab.input_value("#text") == f"the [MASK] [MASK] on the{second}"
+            tab.focus("#text")
+            type_in(tab, "no such thing")
+            tab.locator("#state.wrong").wait_for()
+            assert tab.inner_text("#state").startswith("text: there is no [MASK] in the text")
+            tab.press("#mask", "Enter")
+            assert tab.input_value("#text") == "no such thing[MASK]"
+            assert tab.evaluate("getComputedStyle(document.body).backgroundColor") in (
+                "rgb(255, 255, 255)" if colours == "light" else "rgb(20, 22, 26)"
+            )
+
+
+@pytest.mark.slow
+def test_the_page_streams_a_continuation(browser: Any, servers: dict[str, Server]) -> None:
+    server = servers["gpt"]
+    options = {"max_new_tokens": 450, "temperature": 2.0, "seed": 3}
+    (expected,) = server.predictor(["the cat"], **options)
+    with shown(browser, server) as tab:
+        for name, value in options.items():
+            tab.fill(f"#{name}", str(value))
+        tab.evaluate(
+            "window.n = 0; new MutationObserver(() => n++).observe(document.querySelector('#told'), "
+            "{childList: true, subtree: true})"
+        )
+        tab.focus("#text")
+        type_in(tab, "the cat")
+        tab.locator("#state", has_text="seed 3").wait_for()
+        assert tab.locator(".made").text_content() == "the cat" + expected["continuation"]
+        assert tab.evaluate("n") > 5
+        tab.fill("#max_new_tokens", "500")
+        tab.fill("#temperature", "3")
+        tab.press("#go", "Enter")
+        tab.press("#stop", "Enter")
+        tab.locator("#state", has_text="Stopped.").wait_for()
+        until_s = time.monotonic() + 10
+        while server.figures()["jaxlm_open_requests"] and time.monotonic() < until_s:
+            time.sleep(0.02)
+        assert server.figures()["jaxlm_open_requests"] == 0
+
+
+@pytest.mark.slow
+def test_the_page_classifies_and_shows_attention(browser: Any, runs: Path, serving: Callable[..., Server]) -> None:
+    server = serving(predict.load(runs / "sst2"), token="secret")
+    (expected,) = server.predictor(["the dog sat"])
+    looked = server.predictor.attention("the dog sat", 1, 2)
+    with shown(browser, server) as tab:
+        tab.focus("#text")
+        type_in(tab, "the dog sat")
+        tab.locator("#state", has_text="the token is missing or wrong").wait_for()
+        tab.focus("#token")
+        tab.keyboard.type("secret")
+        tab.keyboard.press("Enter")
+        tab.locator(".classes b").wait_for()
+        assert tab.inner_text(".classes b") == f"Label {expected['label']}"
+        assert tab.locator(".classes .bar i").all_text_contents() == [percent(p) for p in expected["probabilities"]]
+        tab.press("#look summary", "Enter")
+        tab.locator("#tokens button").first.wait_for()
+        tab.select_option("#layer", "1")
+        tab.select_option("#head", "2")
+        tab.locator('#grid[aria-label="Attention of layer 1, head 2"]').wait_for()
+        buttons = tab.locator("#tokens button")
+        assert buttons.locator("span").all_text_contents() == looked["tokens"]
+        last = len(looked["tokens"]) - 1
+        for chosen, key in ((last, "End"), (0, "Home"), (1, "ArrowRight")):
+            tab.locator("#tokens button[aria-pressed=true]").press(key)
+            assert buttons.locator("i").all_text_contents() == [percent(p) for p in looked["weights"][chosen]]
