@@ -14,6 +14,8 @@
     predict.py, evaluate.py
                     the commands that use a trained model; USING.md tells them to people. trained.py loads the model,
                     decode.py continues prompts
+    serve.py        the command that serves one; SERVE.md tells it to people. api.py has its addresses and limits,
+                    engine.py the thread that answers many at once, serve.html the page, attention.py what it shows
     runs.py, report.py
                     the commands that look after runs, and draw them; folder.py reads what they tell, page.py has the
                     pieces of a page, environment.py what a run was made with

@@ -447,8 +447,8 @@ def _fields(name: str, of: dict[str, Any]) -> str:
     bounds = {"minimum": "from", "exclusiveMinimum": "above", "maximum": "to", "exclusiveMaximum": "below"}
     lines = []
     for field, told in of["properties"].items():
-        kind = " ".join([_type(told), *(f"{word} {told[key]:,g}" for key, word in bounds.items() if key in told)])
+        kind = " ".join([_type(told), *(f"{word} {told[key]:,.15g}" for key, word in bounds.items() if key in told)])
         if "default" in told:
-            kind += f", else {json.dumps(told['default'])}"
+            kind += f"; default {json.dumps(told['default'])}"
         lines.append([field, kind, told.get("description", "")])
     return page.table([name, "", ""], lines, name)

@@ -364,7 +364,7 @@ def shown(browser: Any, server: Server, width: int = 360, colours: str = "dark")
     tab.goto(address)
     yield tab
     assert tab.evaluate("document.documentElement.scrollWidth") == width
-    assert [line for line in told if "the server responded with a status of 4" not in line and line != "data:,"] == []
+    assert [line for line in told if "the server responded with a status of 4" not in line] == []
     tab.close()
 
 
@@ -427,10 +427,7 @@ def test_the_page_streams_a_continuation(browser: Any, servers: dict[str, Server
         tab.locator("#state", has_text="seed 3").wait_for()
         assert tab.locator(".made").text_content() == "the cat" + expected["continuation"]
         assert tab.evaluate("n") > 5
-        tab.fill("#max_new_tokens", "500")
-        tab.fill("#temperature", "3")
-        tab.press("#go", "Enter")
-        tab.press("#stop", "Enter")
+        tab.evaluate("document.querySelector('#go').click(); document.querySelector('#stop').click()")
         tab.locator("#state", has_text="Stopped.").wait_for()
         until_s = time.monotonic() + 10
         while server.figures()["jaxlm_open_requests"] and time.monotonic() < until_s:
