@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jaxlm import products
 from jaxlm.heads import LanguageModel
-from jaxlm.model import Attention, fixed_positions, rotate, sum_dtype
+from jaxlm.model import Attention, fixed_positions, rotate
 
 CHUNK = 32  # positions of a prompt that go through the model at once
 
@@ -161,11 +162,11 @@ def forward(parts: Parts, tokens_BC: Array, positions_BC: Array, rows: Rows) -> 
         if config.positions == "rotary":
             q_BHCK, k_BHCK = (_rotate(x, positions_BC, S) for x in (q_BHCK, k_BHCK))
         keys[i], values[i] = _put(keys[i], k_BHCK, positions_BC), _put(values[i], v_BHCK, positions_BC)
-        scores_BHCS = _product("BHCK,BHSK->BHCS", q_BHCK, keys[i], module.dtype) / (D // H) ** 0.5
+        scores_BHCS = products.einsum("BHCK,BHSK->BHCS", q_BHCK, keys[i], module.dtype) / (D // H) ** 0.5
         if config.pad_id >= 0:
             scores_BHCS = jnp.where(is_pad_BS[:, None, None], -1e9, scores_BHCS)
         scores_BHCS = jnp.where(is_future_BCS[:, None], -jnp.inf, scores_BHCS)
-        x_BHCK = _product("BHCS,BHSK->BHCK", jax.nn.softmax(scores_BHCS), values[i], module.dtype)
+        x_BHCK = products.einsum("BHCS,BHSK->BHCK", jax.nn.softmax(scores_BHCS), values[i], module.dtype)
         return module.output(x_BHCK.swapaxes(1, 2).reshape(B, C, D))
 
     keys, values = list(rows.keys), list(rows.values)
@@ -242,7 +243,3 @@ def _rotate(x_BHCK: Array, positions_BC: Array, n: int) -> Array:
 def _put(cache_BHSK: Array, new_BHCK: Array, positions_BC: Array) -> Array:
     rows_B1 = jnp.arange(len(positions_BC))[:, None]
     return cache_BHSK.at[rows_B1, :, positions_BC].set(new_BHCK.swapaxes(1, 2))
-
-
-def _product(subscripts: str, a: Array, b: Array, dtype: Any) -> Array:
-    return jnp.einsum(subscripts, a.astype(dtype), b.astype(dtype), preferred_element_type=sum_dtype(dtype))

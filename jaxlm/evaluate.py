@@ -236,6 +236,11 @@ class _Watched:
         self.logits = self.model(*args, **kwargs)
         return self.logits
 
+    def loss(self, tokens_BT: Any, labels_BM: Any, *args: Any) -> Any:
+        from jaxlm.step import cross_entropy
+
+        return cross_entropy(self(tokens_BT, *args), labels_BM)  # the model's own keeps no logits
+
 
 def _one(trained: "Trained", model: Any, sample: dict[str, Any]) -> dict[str, Any]:
     """Return the totals of one sample, of a classifier also its prediction and the probability of its label.

@@ -9,15 +9,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from jaxlm import products
 from jaxlm.config import ModelConfig
-from jaxlm.model import Linear, Transformer, layernorm, sum_dtype
-from jaxlm.parallel import BATCH, constrain
+from jaxlm.model import Linear, Transformer, layernorm
+from jaxlm.parallel import BATCH, constrain, is_one_device
+from jaxlm.step import Totals, cross_entropy
 
 
 def head_linear(n_in: int, n_out: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> Linear:
     """Return an output layer with the original's start values: normal(0, 0.02) weights, zero bias."""
     init = jax.nn.initializers.normal(0.02)
-    return Linear(n_in, n_out, kernel_init=init, dtype=dtype, preferred_element_type=sum_dtype(dtype), rngs=rngs)
+    return Linear(n_in, n_out, kernel_init=init, dtype=dtype, rngs=rngs)
 
 
 class LanguageModelHead(nnx.Module):
@@ -33,14 +35,13 @@ class LanguageModelHead(nnx.Module):
             self.linear = head_linear(config.d_model, config.vocab_size, dtype, rngs)
 
     @jax.named_scope("output layer")
-    def __call__(self, x_BTD: Array, table_VD: Array) -> Array:
+    def __call__(self, x_BTD: Array, table_VD: Array | None) -> Array:
         if self.has_norm:
             x_BTD = self.layernorm(x_BTD)
         if not self.is_tied:
             return constrain(self.linear(x_BTD), BATCH, None, "tensor")
-        x_BTD, table_VD = x_BTD.astype(self.dtype), table_VD.astype(self.dtype)
-        logits_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, table_VD, preferred_element_type=sum_dtype(self.dtype))
-        return constrain(logits_BTV + self.bias[...][None, None], BATCH, None, "tensor")
+        logits_BTV = products.linear(x_BTD, table_VD, self.bias[...], self.dtype, 1)
+        return constrain(logits_BTV, BATCH, None, "tensor")
 
 
 class LanguageModel(nnx.Module):
@@ -52,10 +53,30 @@ class LanguageModel(nnx.Module):
 
     def __call__(self, tokens_BT: Array, key: Array | None = None, positions_BM: Array | None = None) -> Array:
         """Return logits [B, T, V], or with `positions_BM` only those at the given positions, [B, M, V]."""
+        return self.head(self._hidden(tokens_BT, key, positions_BM), self.base.embedding.token.embedding[...])
+
+    def loss(
+        self, tokens_BT: Array, labels_BM: Array, key: Array | None = None, positions_BM: Array | None = None
+    ) -> Totals:
+        """Return the totals of cross_entropy; on one device the logits are never there as a whole."""
+        if not is_one_device():  # each has a part of the logits
+            return cross_entropy(self(tokens_BT, key, positions_BM), labels_BM)
+        x_BMD = self._hidden(tokens_BT, key, positions_BM)
+        graphdef, state = nnx.split(self.head)
+        table_VD = self.base.embedding.token.embedding[...] if self.head.is_tied else None
+
+        def totals_of(weights: tuple[nnx.State, Array | None], x_ND: Array, labels_N: Array) -> Totals:
+            state, table_VD = weights
+            return cross_entropy(nnx.merge(graphdef, state)(x_ND[None], table_VD)[0], labels_N)
+
+        x_RD = x_BMD.reshape(-1, x_BMD.shape[-1])
+        return products.by_chunks(totals_of, (state, table_VD), x_RD, labels_BM.reshape(-1))
+
+    def _hidden(self, tokens_BT: Array, key: Array | None, positions_BM: Array | None) -> Array:
         x_BTD = self.base(tokens_BT, key)
         if positions_BM is not None:
             x_BTD = jnp.take_along_axis(x_BTD, positions_BM[:, :, None], axis=1)
-        return self.head(x_BTD, self.base.embedding.token.embedding[...])
+        return x_BTD
 
 
 class ClassifierHead(nnx.Module):

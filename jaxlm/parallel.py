@@ -109,6 +109,18 @@ def constrain(x: Array, *axes: Any) -> Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
 
 
+def is_one_device() -> bool:
+    """Return whether what is being compiled is for one device, as where a model is used without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or mesh.size == 1
+
+
+def is_one_cpu() -> bool:
+    """Return whether it is for one CPU."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return is_one_device() and (jax.default_backend() if device is None else device.device_kind) == "cpu"
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Return the sharding of what every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())

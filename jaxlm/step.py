@@ -88,12 +88,16 @@ def cross_entropy(logits: Array, labels: Array) -> Totals:
     is_counted = labels >= 0
     labels = jnp.maximum(labels, 0)
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    label_logits = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+    indices = jnp.arange(logits.shape[-1]).reshape((1,) * (logits.ndim - 1) + (-1,))
+    # A sum rather than an index, whose derivative is a scatter.
+    label_logits = jnp.sum(jnp.where(indices == labels[..., None], logits, 0), axis=-1)
     # logsumexp minus the logit would round a small loss as coarsely as the logits; this is exact to the rounding of 1.
     largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
     losses = jnp.log(jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1)) + (largest - label_logits)
+    # The first of the largest logits: jnp.argmax in a fraction of its time on a CPU.
+    guesses = jnp.min(jnp.where(logits == largest[..., None], indices, logits.shape[-1]), axis=-1)
     return {
         "loss": jnp.sum(jnp.where(is_counted, losses, 0)),
         "count": jnp.sum(is_counted),
-        "correct": jnp.sum(is_counted & (jnp.argmax(logits, axis=-1) == labels)),
+        "correct": jnp.sum(is_counted & (guesses == labels)),
     }

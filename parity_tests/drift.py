@@ -13,6 +13,7 @@ import torch
 from jaxlm import config as configs
 from jaxlm import names
 from jaxlm.config import Config
+from jaxlm.model import keeps
 from parity_tests import trajectory
 from parity_tests.packages import PACKAGES, Jaxlm, Precision, Torchlm
 from parity_tests.plan import Plan, random_plan
@@ -91,7 +92,7 @@ def jaxlm_masks(plan: Plan, precision: Precision) -> Iterator[np.ndarray]:
     B, A = plan.config.train.batch_size, plan.config.train.accumulate
 
     def keep(key: Any, shape: tuple[int, ...]) -> Any:
-        return jax.random.bernoulli(key, 1 - model.dropout, shape)
+        return keeps(key, model.dropout, shape)
 
     @jax.jit
     def masks_of(step: Any) -> list[Any]:
@@ -107,7 +108,7 @@ def jaxlm_masks(plan: Plan, precision: Precision) -> Iterator[np.ndarray]:
         return masks
 
     for step in range(plan.config.train.max_steps):
-        with jax.enable_x64(precision == "float64"):  # uniform numbers of 64 bits are others than those of 32
+        with jax.enable_x64(precision == "float64"):
             masks = jax.device_get(masks_of(step))
         yield from masks
 

@@ -26,16 +26,20 @@ MIRRORED = (
 ONLY_JAX = {
     "model": {
         "Linear": "a layout that XLA's products want",
-        "sum_dtype": "each product says what it sums in; autocast decides for itself",
+        "keeps": "PyTorch draws the masks of its dropout itself",
         "split_key": "explicit keys",
         "without_cudnn": "JAX has cuDNN's attention; here it is written out",
     },
+    "heads": {"LanguageModel.loss": "logits and loss in one pass that never has all logits"},
     "optim": {
         "scale_by_adam": "Optax's own rounds the bias correction",
         **dict.fromkeys(("moments", "with_moments", "at_step"), "a state without names"),
     },
     "parallel": dict.fromkeys(
-        ("AXES", "BATCH", "RULES", "rule", "shardings", "rows_of_table", "table", "constrain"),
+        (
+            *("AXES", "BATCH", "RULES", "rule", "shardings", "rows_of_table", "table", "constrain"),
+            *("is_one_device", "is_one_cpu"),
+        ),
         "parameters in parts, which DDP has not",
     ),
     "checkpoint": dict.fromkeys(

@@ -12,7 +12,7 @@ from jaxlm.data.samples import Batch, CausalSamples
 from jaxlm.data.sources import Source
 from jaxlm.generate import continue_greedily
 from jaxlm.heads import LanguageModel
-from jaxlm.step import Totals, cross_entropy
+from jaxlm.step import Totals
 from jaxlm.tasks.base import Task
 
 N_SHOWN = 24  # tokens of a shown continuation
@@ -29,7 +29,7 @@ class Gpt(Task):
         return LanguageModel(self.config.model, is_causal=True, dtype=self.dtype, rngs=rngs)
 
     def loss(self, model: LanguageModel, batch: dict[str, Array], key: Array | None) -> Totals:
-        return cross_entropy(model(batch["tokens"], key), batch["labels"])
+        return model.loss(batch["tokens"], batch["labels"], key)
 
     def predict(self, model: LanguageModel, batch: dict[str, Array]) -> Array:
         n_prompt, n_new = self._shown()

@@ -1,0 +1,113 @@
+"""Products of activations and weights, and the output layer with its loss, with derivatives that are made to be fast.
+
+Left to themselves, derivatives multiply a cotangent of float32, off the fast path of bfloat16, sum biases row by row,
+and keep logits and their gradient whole, the largest arrays of a step.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+def sum_dtype(dtype: Any) -> Any:
+    """Return what products that compute in `dtype` are summed in: float32, or what is wider."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def linear(x: Array, kernel: Array, bias: Array, dtype: Any, axis: int = 0) -> Array:
+    """Return x [..., n_in] times kernel, plus bias [n_out]; kernel [n_in, n_out], or with `axis` 1 [n_out, n_in]."""
+    return _linear(x, kernel, bias, dtype, axis)[0]
+
+
+def _linear(x: Array, kernel: Array, bias: Array, dtype: Any, axis: int) -> tuple[Array, tuple[Array, Array]]:
+    x, kernel = x.astype(dtype), kernel.astype(dtype)
+    # All axes but the last as one: XLA's products on a CPU take half the time so.
+    y = _dot(x.reshape(-1, x.shape[-1]), kernel, (1,), (axis,)) + bias[None]
+    return y.reshape(*x.shape[:-1], y.shape[-1]), (x, kernel)
+
+
+def _linear_back(dtype: Any, axis: int, kept: tuple[Array, Array], grad: Array) -> tuple[Array, Array, Array]:
+    x, kernel = kept
+    rows = grad.reshape(-1, grad.shape[-1])
+    # As a product, because XLA sums columns many times slower on a CPU; in full, since it is no product of the model.
+    dbias = jnp.matmul(jnp.ones((1, len(rows)), rows.dtype), rows, precision=jax.lax.Precision.HIGHEST)[0]
+    grad, rows = grad.astype(dtype), rows.astype(dtype)
+    dx = _dot(rows, kernel, (1,), (1 - axis,)).reshape(x.shape)
+    if dtype == jnp.bfloat16:
+        # Summed over two axes, bfloat16 is transposed first, and then takes a fraction of the time; float32 does not.
+        if x.ndim == 2 and len(x) % 16 == 0:
+            x, grad = (a.reshape(-1, 16, a.shape[-1]) for a in (x, grad))
+    else:
+        x, grad = x.reshape(-1, x.shape[-1]), rows
+    summed = tuple(range(x.ndim - 1))
+    dkernel = _dot(x, grad, summed, summed) if axis == 0 else _dot(grad, x, summed, summed)
+    return dx, dkernel, dbias
+
+
+def _dot(a: Array, b: Array, axes_a: tuple[int, ...], axes_b: tuple[int, ...]) -> Array:
+    return jax.lax.dot_general(a, b, ((axes_a, axes_b), ((), ())), preferred_element_type=sum_dtype(a.dtype))
+
+
+linear.defvjp(_linear, _linear_back)
+
+
+def einsum(subscripts: str, a: Array, b: Array, dtype: Any) -> Array:
+    """Return the product of two arrays, as jnp.einsum has it.
+
+    Its derivative is JAX's own: XLA has not all products of bfloat16 with batch axes on a CPU.
+    """
+    return jnp.einsum(subscripts, a.astype(dtype), b.astype(dtype), preferred_element_type=sum_dtype(dtype))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def by_chunks(totals_of: Callable[..., Any], weights: Any, x_RD: Array, labels_R: Array) -> Any:
+    """Return totals_of(weights, x, labels), which are sums over rows, without the whole of what it makes of the rows.
+
+    The derivative of its "loss" is computed in the same pass. Others of the totals have none.
+    """
+    return _by_chunks(lambda *args: (totals_of(*args), None), weights, x_RD, labels_R)[0]
+
+
+def _by_chunks(function: Callable[..., Any], weights: Any, x_RD: Array, labels_R: Array) -> Any:
+    """Return the sums of what a function returns first over chunks of rows, and what it returns second of all rows."""
+    R, D = x_RD.shape
+    n = -(-R // (256 if jax.default_backend() == "cpu" else 1024))  # rows of logits that are there at a time
+    size = -(-R // (16 * n)) * 16
+    x_CND = jnp.pad(x_RD, ((0, n * size - R), (0, 0))).reshape(n, size, D)
+    labels_CN = jnp.pad(labels_R, (0, n * size - R), constant_values=-1).reshape(n, size)
+
+    def add(sums: Any, chunk: tuple[Array, Array]) -> tuple[Any, Any]:
+        totals, of_rows = function(weights, *chunk)
+        return jax.tree.map(jnp.add, sums, totals), of_rows
+
+    first, of_first = function(weights, x_CND[0], labels_CN[0])
+    if n == 1:
+        return first, jax.tree.map(lambda x_ND: x_ND[:R], of_first)
+    sums, of_rest = jax.lax.scan(add, first, (x_CND[1:], labels_CN[1:]))
+    of_rows = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]).reshape(n * size, D)[:R], of_first, of_rest)
+    return sums, of_rows
+
+
+def _by_chunks_forward(totals_of: Callable[..., Any], weights: Any, x_RD: Array, labels_R: Array) -> Any:
+    def loss(weights: Any, x_ND: Array, labels_N: Array) -> tuple[Array, Any]:
+        totals = totals_of(weights, x_ND, labels_N)
+        return totals["loss"], totals
+
+    def with_gradients(*args: Any) -> Any:
+        (dweights, dx_ND), totals = jax.grad(loss, (0, 1), has_aux=True)(*args)
+        return (totals, dweights), dx_ND
+
+    (totals, dweights), dx_RD = _by_chunks(with_gradients, weights, x_RD, labels_R)
+    return totals, (dweights, dx_RD)
+
+
+def _by_chunks_back(totals_of: Callable[..., Any], kept: Any, grads: Any) -> tuple[Any, Any, None]:
+    return *jax.tree.map(lambda x: x * grads["loss"], kept), None
+
+
+by_chunks.defvjp(_by_chunks_forward, _by_chunks_back)
