@@ -76,7 +76,8 @@ class Decoder:
     def extend(self, rows: Rows, sampling: Sampling, n: int) -> Rows:
         """Return the rows with `n` more tokens each, or fewer where a row ends; `rows` cannot be used any more."""
         kinds = (np.float32, np.int32, np.float32, np.uint32)
-        sampling = Sampling(*(np.asarray(x, kind) for x, kind in zip(sampling, kinds, strict=True)))
+        with np.errstate(over="ignore"):  # an infinite temperature is none that differs from the largest
+            sampling = Sampling(*(np.asarray(x, kind) for x, kind in zip(sampling, kinds, strict=True)))
         return self._extend(self.leaves, rows, sampling, np.int32(n))
 
     def _rows(self, prompts: Sequence[Sequence[int]], most_new: int) -> Rows:
@@ -210,6 +211,7 @@ def kept(logits_BV: Array, top_k_B: Array, top_p_B: Array) -> Array:
     k_B = jnp.where(top_k_B > 0, top_k_B, p_BV.shape[1])
     p_BV *= p_BV >= _threshold(p_BV, lambda is_kept_BV: jnp.sum(is_kept_BV, axis=1) >= k_B)
     p_BV /= jnp.sum(p_BV, axis=1, keepdims=True)
+    top_p_B = jnp.maximum(top_p_B, jnp.finfo(jnp.float32).tiny)  # of 0, to which it may be rounded, none is enough
     least_B1 = _threshold(p_BV, lambda is_kept_BV: jnp.sum(p_BV * is_kept_BV, axis=1) >= top_p_B)
     is_all_B1 = top_p_B[:, None] >= 1  # which a sum may be, by rounding, before the last of them
     return jnp.where(is_all_B1, p_BV > 0, p_BV >= least_B1)

@@ -122,7 +122,7 @@ def kept_by_sorting(logits: np.ndarray, top_k: int, top_p: float) -> set[int]:
 
 
 @pytest.mark.parametrize("top_k", [0, 1, 5, 200])
-@pytest.mark.parametrize("top_p", [0.01, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("top_p", [1e-300, 0.01, 0.5, 0.9, 1.0])
 def test_what_can_be_drawn(top_k: int, top_p: float) -> None:
     logits = np.random.default_rng(top_k).normal(scale=3, size=(3, 101)).astype(np.float32)
     found = kept(logits, np.array([top_k, 0, top_k]), np.array([top_p, top_p, 1.0], np.float32))

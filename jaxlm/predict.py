@@ -153,8 +153,8 @@ class FillMasks(Predictor):
 
     def encode_any(self, text: str) -> list[int]:
         parts = self._parts(text)
-        ids = [[*self._ids(part), self.mask] for part in parts[:-1]]
-        return self._checked(self._around(sum(ids, []) + self._ids(parts[-1])))
+        ids = itertools.chain.from_iterable([*self._ids(part), self.mask] for part in parts[:-1])
+        return self._checked(self._around([*ids, *self._ids(parts[-1])]))
 
     def shown(self, answer: Answer) -> str:
         lines = [answer["filled"]]
