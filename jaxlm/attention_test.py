@@ -26,7 +26,9 @@ def test_the_weights_are_the_models(is_causal: bool, settings: dict) -> None:
     tokens_BT = jnp.array([[3, 1, 4, 1, 5, 9, 2], [6, 5, 3, 5, 0, 0, 0]])
 
     @jax.jit
-    def both(base: Transformer) -> list[tuple[jax.Array, jax.Array]]:
+    def both(base: Transformer) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array]]]:
+        of_head = jax.vmap(lambda layer, head: attention.weights(base, tokens_BT, layer, head), (None, 0))
+        weights_LHBTS = jax.vmap(of_head, (0, None))(jnp.arange(2), jnp.arange(3))
         is_pad_BT = tokens_BT == 0 if config.pad_id == 0 else None
         x_BTD = base.embedding(tokens_BT, None)
         found = []
@@ -34,14 +36,14 @@ def test_the_weights_are_the_models(is_causal: bool, settings: dict) -> None:
             block = jax.tree.map(lambda x, layer=layer: x[layer], base.blocks)
             seen_BTD = x_BTD if config.post_norm else block.layernorm1(x_BTD)
             value_BTHK = block.attention.value(seen_BTD).reshape(2, 7, 3, 4)
-            by_head = [attention.weights(base, tokens_BT, layer, head) @ value_BTHK[:, :, head] for head in range(3)]
-            output_BTD = block.attention.output(jnp.concatenate(by_head, axis=-1))
+            by_head_BTHK = jnp.einsum("HBTS,BSHK->BTHK", weights_LHBTS[layer], value_BTHK)
+            output_BTD = block.attention.output(by_head_BTHK.reshape(2, 7, 12))
             found.append((output_BTD, block.attention(seen_BTD, is_pad_BT, None)))
             x_BTD = block(x_BTD, is_pad_BT, None)
-        return found
+        return weights_LHBTS, found
 
-    for by_weights_BTD, by_model_BTD in both(base):
+    weights_LHBTS, found = both(base)
+    for by_weights_BTD, by_model_BTD in found:
         np.testing.assert_allclose(by_weights_BTD, by_model_BTD, rtol=1e-4, atol=1e-4)
-    weights_BTS = np.asarray(jax.jit(attention.weights)(base, tokens_BT, 1, 2))
-    np.testing.assert_allclose(weights_BTS.sum(axis=2), 1, rtol=1e-5)
-    assert weights_BTS.max() > 2 / 7 and bool(np.all(np.triu(weights_BTS, 1) == 0)) == is_causal
+    np.testing.assert_allclose(weights_LHBTS.sum(axis=-1), 1, rtol=1e-5)
+    assert weights_LHBTS.max() > 2 / 7 and bool(np.all(np.triu(weights_LHBTS, 1) == 0)) == is_causal

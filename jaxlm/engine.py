@@ -98,13 +98,10 @@ class Places:
         self.predictor, self.metrics = predictor, metrics
         self.waiting: collections.deque[Request] = collections.deque()
         self._clear()
-        # Both ways of choosing a token, and a place that is freed, whatever the prompt.
-        some = predictor.checked({"max_new_tokens": 3 * AT_ONCE})
-        requests = [Request("", some | {"temperature": x}, lambda said: None, is_streamed=True) for x in (0, 1)]
-        self.step(requests)
-        requests[0].is_dropped = True
-        while self.is_busy:
-            self.step([])
+        request = Request("", predictor.checked({"max_new_tokens": 2 * AT_ONCE}), lambda said: None)
+        self.step([request])
+        request.is_dropped = True
+        self.step([])
 
     @property
     def is_busy(self) -> bool:
