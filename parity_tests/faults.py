@@ -422,7 +422,7 @@ def _model() -> list[Fault]:
             mlm,
             edit(
                 jax_model.Embedding.__call__,
-                ("self.token.embedding[...][tokens_BT]", "self.token.embedding[...][tokens_BT] * x_BTD_scale"),
+                ('"tensor")[tokens_BT]', '"tensor")[tokens_BT] * x_BTD_scale'),
                 ("T = tokens_BT.shape[1]", "T, x_BTD_scale = tokens_BT.shape[1], self.config.d_model**0.5"),
             ),
             edit(

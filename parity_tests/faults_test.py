@@ -52,6 +52,12 @@ def test_there_are_forty_faults_in_each_package() -> None:
         assert sum(name == package.name for _, name in names) >= 40
 
 
+def test_every_fault_fits_the_code_as_it_is_now() -> None:
+    for fault in FAULTS:
+        with fault.plant():
+            pass
+
+
 @pytest.mark.parametrize("module", [jax_model, torch_model])
 def test_a_fault_is_gone_when_its_context_ends(module: object) -> None:
     table = module.fixed_positions
