@@ -174,12 +174,12 @@ def _part(tree: Any) -> int:
 def _sent(mesh: Mesh, program: hlo.Program, known: Chip | None) -> tuple[Sent, ...]:
     sums: dict[tuple[str, str, int], int] = defaultdict(int)
     for x in hlo.collectives(program):
-        links = _n_links(mesh, x.group, known) if known else 1
+        links = n_links(mesh, x.group, known) if known else 1
         sums[x.kind, " x ".join(hlo.axes(x.group, mesh.shape)), links] += x.n_bytes
     return tuple(Sent(kind, axes, n, links) for (kind, axes, links), n in sums.items())
 
 
-def _n_links(mesh: Mesh, group: Sequence[int], known: Chip) -> int:
+def n_links(mesh: Mesh, group: Sequence[int], known: Chip) -> int:
     """Return how many links a device can send over to its group; 0: the group is on one chip.
 
     A dimension of a TPU's torus that the group extends over has a link in each direction; where it has ends, or the

@@ -82,9 +82,9 @@ def measure(config: Config, topology: str) -> Step:
 
 def sweep(config: Config, args: argparse.Namespace) -> int:
     """Print the plans of all combinations that fit, the fastest first, and write the best if asked to."""
-    candidates = list(_candidates(config, _n_devices(args.topology), args.sweep))
+    tried = list(candidates(config, _n_devices(args.topology), args.sweep))
     found, failed = [], []
-    for candidate, step in _measured(candidates, args.topology):
+    for candidate, step in _measured(tried, args.topology):
         if isinstance(step, UserError):
             failed.append(str(step))
         else:
@@ -95,7 +95,7 @@ def sweep(config: Config, args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps([dataclasses.asdict(plan) for _, plan in fitting]))
     else:
-        _show_sweep([plan for _, plan in fitting], len(candidates), len(found) - len(fitting))
+        _show_sweep([plan for _, plan in fitting], len(tried), len(found) - len(fitting))
     if found and found[0][1].step.missing:
         print(f"missing: {found[0][1].step.missing}", file=sys.stderr)
     if not fitting:
@@ -103,7 +103,7 @@ def sweep(config: Config, args: argparse.Namespace) -> int:
         return TOO_LARGE
     if args.write:
         best = fitting[0][0]
-        note = f"# The fastest of {len(candidates)} that python -m jaxlm.plan --sweep compiled for {args.topology}.\n"
+        note = f"# The fastest of {len(tried)} that python -m jaxlm.plan --sweep compiled for {args.topology}.\n"
         try:
             with open(args.write, "x", encoding="utf-8") as file:
                 file.write(note + configs.dump(best))
@@ -240,7 +240,7 @@ def _n_workers(topology: str) -> int:
     return 1 if topology == LOCAL else os.cpu_count() or 1
 
 
-def _candidates(config: Config, n_devices: int, swept: Sequence[str]) -> Iterator[Config]:
+def candidates(config: Config, n_devices: int, swept: Sequence[str]) -> Iterator[Config]:
     """Yield the combinations of what is swept; each takes the same samples in an update."""
     n_samples = config.train.batch_size * config.train.accumulate
     none: list[dict[str, Any]] = [{}]
@@ -309,7 +309,7 @@ def _changes(config: Config, other: Config) -> str:
     return " ".join(f"--{name.replace('_', '-')} {after[name]}" for name in after if after[name] != before[name])
 
 
-def _measured(candidates: Sequence[Config], topology: str) -> Iterator[tuple[Config, Step | UserError]]:
+def _measured(tried: Sequence[Config], topology: str) -> Iterator[tuple[Config, Step | UserError]]:
     """Yield each of some settings with its step as that is compiled, behind a progress bar on standard error."""
 
     def one(config: Config) -> Step | UserError:
@@ -323,8 +323,8 @@ def _measured(candidates: Sequence[Config], topology: str) -> Iterator[tuple[Con
         Progress(*columns, console=Console(stderr=True)) as progress,
         ThreadPoolExecutor(_n_workers(topology)) as pool,
     ):
-        bar = progress.add_task("", total=len(candidates))
-        for config, step in zip(candidates, pool.map(one, candidates), strict=True):
+        bar = progress.add_task("", total=len(tried))
+        for config, step in zip(tried, pool.map(one, tried), strict=True):
             progress.advance(bar)
             yield config, step
 
