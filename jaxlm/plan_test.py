@@ -75,17 +75,25 @@ def peak() -> dict[str, int]:
     import resource
 
     names = {"model.d_model": 256, "model.seq_len": 128, "model.vocab_size": 8000, "model.n_layers": 4}
-    config = configs.build({"task": "gpt", "train.batch_size": 32, "mesh.data": 1, **names})
-    mesh = parallel.make_mesh(config, jax.devices()[:1])
+    config = configs.build({"task": "gpt", "train.batch_size": 32, **names})
+    mesh = parallel.make_mesh(config)
     update, (state, batches, _) = ahead.abstract_update(config, mesh)
-    state, batches = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), (state, batches))
-    state, batches = jax.device_put((state, batches))
-    compiled = update.lower(state, batches, jax.random.key(0)).compile()
+    zeros = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), (state, batches))
+    arguments = (*zeros, jax.device_put(jax.random.key(0), parallel.replicated(mesh)))
+    compiled = update.lower(*arguments).compile()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    jax.block_until_ready(compiled(state, batches, jax.random.key(0)))
+    jax.block_until_ready(compiled(*arguments))
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     step = ahead.measure(config, roofline.LOCAL)
-    return {"added": after - before, "temporary": step.temporary or 0, "activations": step.activations}
+    sizes = {"temporary": step.temporary or 0, "activations": step.activations}
+    return {"added": after - before, **{name: mesh.size * n for name, n in sizes.items()}}
+
+
+@pytest.mark.slow
+def test_temporary_memory_is_what_a_step_adds_to_its_process() -> None:
+    found = run_with_8_devices("peak()", "plan_test")
+    assert found["added"] == pytest.approx(found["temporary"], rel=0.2)
+    assert 0.5 < found["activations"] / found["temporary"] < 1  # the rest are gradients and the logits'
 
 
 def test_flops_are_those_of_the_model_and_what_remat_makes_anew() -> None:
