@@ -2,20 +2,23 @@
 
     loop.py         the training loop of the command `python -m jaxlm.train`; start reading here
     step.py         one optimizer update and one evaluation step, as pure functions
-    model.py        the transformer; heads.py puts an output layer on it
+    model.py        the transformer; heads.py puts an output layer on it, products.py has what both multiply with
+    parallel.py, distributed.py
+                    devices, and processes, that work as one; SHARDING.md tells it to people
     tasks/          what is trained: mlm, gpt, sst2, cola; one file each
     data/           text -> articles -> tokens -> samples -> batches (no JAX in it)
     config.py       every setting, with its default, range and unit
-    schedule.py, optim.py, parallel.py, checkpoint.py, generate.py, backend.py
+    schedule.py, optim.py, checkpoint.py, generate.py, backend.py, trace.py
     start.py        what a run starts from; CHECKPOINTS.md tells it to people
     train.py, run.py, log.py, history.py, checksums.py, metrics.py, errors.py, chips.py, flops.py
                     (no framework in them)
-    hlo.py          what a compiled program sends and how much memory it moves
     predict.py, evaluate.py
                     the commands that use a trained model; USING.md tells them to people. trained.py loads the model,
                     decode.py continues prompts
     serve.py        the command that serves one; SERVE.md tells it to people. api.py has its addresses and limits,
                     engine.py the thread that answers many at once, serve.html the page, attention.py what it shows
+    plan.py         the command that tells memory, time and cost of a training before it; ahead.py compiles its step,
+                    hlo.py reads what that sends and moves, roofline.py has the figures; PLAN.md tells it to people
     runs.py, report.py
                     the commands that look after runs, and draw them; folder.py reads what they tell, page.py has the
                     pieces of a page, environment.py what a run was made with

@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     with reported(debug="--debug" in argv):
         args, rest = _parse(argv)
         config, _ = configs.load(rest, "python -m jaxlm.plan")
-        config = _with_vocab_size(config)
+        config = with_vocab_size(config)
         if args.sweep:
             return sweep(config, args)
         print(f"compiling for {args.topology} ...", file=sys.stderr)
@@ -214,7 +214,7 @@ def _show_sweep(plans: Sequence[Plan], n_tried: int, n_dropped: int) -> None:
     print(f"{n_tried:,} tried, {n_dropped:,} do not fit")
 
 
-def _with_vocab_size(config: Config) -> Config:
+def with_vocab_size(config: Config) -> Config:
     """Return the settings with the vocabulary of their tokenizer; one that is still to be trained has it at most."""
     if config.model.vocab_size:
         return config

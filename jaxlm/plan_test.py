@@ -248,7 +248,8 @@ def test_a_sweep_writes_the_best_as_a_configuration(tmp_path: Path) -> None:
 @pytest.mark.skipif(not has_libtpu, reason="needs the extra tpu")
 @pytest.mark.slow
 @pytest.mark.parametrize("topology", ["v4:2x2x2", "v5e:2x4", "v5p:2x2x2", "v6e:2x4"])
-def test_steps_are_compiled_for_tpus_that_are_not_there(topology: str) -> None:
+def test_steps_are_compiled_for_tpus_that_are_not_there(topology: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAX_OPTIMIZATION_LEVEL", "O1")  # which takes a third of the time
     sizes = {"model.d_model": 256, "model.seq_len": 128, "model.vocab_size": 1024, "mesh.fsdp": 2, "mesh.tensor": 2}
     config = configs.build({"task": "gpt", "train.precision": "bfloat16", "train.batch_size": 32, **sizes})
     step = plan.measure(config, topology)
@@ -258,7 +259,6 @@ def test_steps_are_compiled_for_tpus_that_are_not_there(topology: str) -> None:
     assert step.temporary and step.traffic and step.sent
     sent = {(x.kind, x.axes): x.n_bytes for x in step.sent}
     matrices, vocabulary = 2 * 12 * 256 * 256, 1024 * 256
-    # Of half of each matrix, as bfloat16 or float32, forward and backward.
-    gathered = sent["all-gather", "fsdp"]
-    assert 0.8 * (2 * matrices + 2 * vocabulary) / 2 < gathered < 4 * (2 * matrices + 2 * vocabulary) / 2
+    # A quarter of each matrix: at least forward, as bfloat16, and at most forward and backward, as float32.
+    assert 2 * matrices / 4 <= sent["all-gather", "fsdp"] <= 2 * 4 * (matrices + 2 * vocabulary) / 4
     assert "all-reduce" in {x.kind for x in step.sent} and all(x.n_links in (1, 2, 3) for x in step.sent)
