@@ -103,7 +103,7 @@ def sweep(config: Config, args: argparse.Namespace) -> int:
         return TOO_LARGE
     if args.write:
         best = fitting[0][0]
-        note = f"# The fastest of {len(tried)} that python -m jaxlm.plan --sweep compiled for {args.topology}.\n"
+        note = f"# The fastest of {len(tried)} that python -m jaxlm.plan --sweep has tried for {args.topology}.\n"
         try:
             with open(args.write, "x", encoding="utf-8") as file:
                 file.write(note + configs.dump(best))
@@ -335,16 +335,14 @@ def _rank(plan: Plan) -> tuple[float, float]:
 
 
 def _too_large(found: Plan) -> str:
-    step, told = found.step, found.step.too_large
-    if not told:
-        parts = {"weights": step.weights, "moments": step.moments, "activations": step.activations}
-        if step.temporary is not None:
-            parts = parts | {"temporary": step.temporary}
-            del parts["activations"]
-        largest = sorted(parts.items(), key=lambda part: -part[1])
-        shown = ", ".join(f"{name} {_size(n)}" for name, n in largest)
-        told = f"{_size(found.n_bytes)} of {_size(found.limit)}: {shown}"
-    return f"the step does not fit on {found.chip}: {told}"
+    step = found.step
+    parts = {"weights": step.weights, "moments": step.moments, "activations": step.activations}
+    if step.temporary is not None:
+        parts = {"weights": step.weights, "moments": step.moments, "temporary": step.temporary}
+    largest = sorted(parts.items(), key=lambda part: -part[1])
+    shown = ", ".join(f"{name} {_size(n)}" for name, n in largest)
+    told = step.too_large or f"{_size(found.n_bytes)} of {_size(found.limit)}."
+    return f"the step does not fit on {found.chip}: {told} The largest: {shown}"
 
 
 def _mesh(step: Step) -> str:
