@@ -198,14 +198,12 @@ def _sent(kind: str, operand: int, n: int) -> int:
 
 
 def _moved(program: Program, instructions: dict[str, Instruction], x: Instruction) -> int:
-    if x.opcode in NO_TRAFFIC or x.opcode.endswith("-done"):
+    if x.opcode in NO_TRAFFIC or x.opcode.endswith("-done") or '"AllocateBuffer"' in x.attributes:
         return 0
     shapes = [instructions[name].shape for name in x.operands if name in instructions]
     if x.opcode.endswith("-start") or x.opcode in ("copy", "slice", "dynamic-slice", "gather"):
-        # The result of an asynchronous one is a tuple that has the operand and other things, too.
-        result = _elements(x.shape)[x.opcode == "async-start"] if x.opcode.endswith("-start") else x.shape
-        reads = min(n_bytes(shapes[0], True), n_bytes(result)) if shapes else 0
-        return reads + n_bytes(result, True)
+        result = _result(x)
+        return min(sum(n_bytes(shape, True) for shape in shapes), n_bytes(result)) + n_bytes(result, True)
     if x.opcode in ("dynamic-update-slice", "scatter"):
         return 2 * n_bytes(shapes[1 if x.opcode == "dynamic-update-slice" else 2], True)
     if x.opcode != "fusion":
@@ -216,6 +214,14 @@ def _moved(program: Program, instructions: dict[str, Instruction], x: Instructio
         whole = n_bytes(instructions[name].shape, True)
         read += min(whole, _read(program, inside, number)) if whole else 0
     return read + _written(inside, x.shape)
+
+
+def _result(x: Instruction) -> str:
+    """Return the shape of what an instruction makes; that of an asynchronous one has its operands beside it."""
+    parts = _elements(x.shape)
+    if not x.opcode.endswith("-start") or len(parts) <= len(x.operands):
+        return x.shape
+    return parts[0 if x.opcode == "copy-start" else len(x.operands)]
 
 
 def _read(program: Program, inside: dict[str, Instruction], number: int) -> int:
