@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm import ahead, parallel, plan, roofline
+from jaxlm import ahead, hlo, parallel, plan, roofline
 from jaxlm import config as configs
 from jaxlm.chips import chip
 from jaxlm.parallel_test import MESHES, OnMesh, run_with_8_devices, settings
@@ -115,6 +115,15 @@ def test_flops_are_those_of_the_model_and_what_remat_makes_anew() -> None:
     assert kept == sorted(kept, reverse=True) and kept[0] > 3 * kept[2]
     # What full keeps of each block is its input, for 2 samples of a device.
     assert kept[2] > 2 * L * T * D * 4
+
+
+def test_traffic_of_a_step_without_loops_is_that_of_xlas_analysis() -> None:
+    # With more than one block, XLA counts the loop's body once.
+    config = configs.replace(settings("gpt", (1, 1, 1), **{"model.dropout": 0.0}), "model.n_layers", 1)
+    update, arguments = ahead.abstract_update(config, parallel.make_mesh(config, jax.devices()[:1]))
+    compiled = update.lower(*arguments).compile()
+    traffic = hlo.traffic(hlo.parse(compiled.as_text()))
+    assert traffic == pytest.approx(compiled.cost_analysis()["bytes accessed"], rel=0.02)
 
 
 def test_activations_are_split_as_the_mesh_splits_them() -> None:
