@@ -1,0 +1,757 @@
+"""Measures jaxlm beside torchlm, the original design, transformers and a plain GPT, on the CPU of this machine.
+
+    python scripts/benchmark.py                          # all of it; SPEED.md says how long that takes
+    python scripts/benchmark.py --only mlm --only gpt --json speed.json --plot speed.png
+    python scripts/benchmark.py --compare old.json       # exit status 1 if something became slower
+
+Each system is a process of its own (bench_systems.py) with its own memory and all cores, stopped while another one
+runs. They take turns: a few updates each, then all again in another order, so that what else the machine does meets
+all of them. Figures are of rounds after a warm-up; a ratio is the median of those of single rounds, and its range is
+theirs. SPEED.md has the figures.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench_systems import N_THREADS, read_data
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from jaxlm import config as configs
+from jaxlm import environment, flops
+from jaxlm.data import embedded
+from jaxlm.data import tokenizer as tokenizers
+from jaxlm.errors import UserError, reported
+
+ROOT = Path(__file__).parents[1]
+WARMUP = 2  # updates between the first and those that are measured
+LOSS_MARGIN = 0.05  # by which our loss may be above that of a system we are compared with; models start differently
+THRESHOLD = 0.1  # share by which a ratio may get worse before --compare says so
+MARKS = ("<!-- benchmark -->\n", "<!-- /benchmark -->\n")  # around what --markdown writes
+Settings = dict[str, Any]
+Row = dict[str, Any]  # of the results, or of the ratios, as in the JSON
+Found = tuple[list[Row], list[Row]]
+
+SIZE = {"model.d_model": 256, "model.n_layers": 4, "model.n_heads": 4, "model.seq_len": 128, "train.batch_size": 16}
+TINY = {"model.d_model": 32, "model.n_layers": 1, "model.n_heads": 2, "model.seq_len": 32, "train.batch_size": 4}
+TRAINING = {
+    "train.schedule": "constant",
+    "train.warmup_steps": 10,
+    "train.learning_rate": 5e-4,
+    "train.max_steps": 1_000_000,
+}
+MLM = {**TRAINING, **SIZE, "task": "mlm", "model.vocab_size": 30_522}
+GPT = {
+    **TRAINING,
+    **SIZE,
+    "task": "gpt",
+    "model.vocab_size": 50_257,
+    "model.pad_id": -1,
+    "tokenizer.kind": "bpe",
+}
+BASE = {
+    **MLM,
+    "model.d_model": 768,
+    "model.n_layers": 12,
+    "model.n_heads": 12,
+    "train.batch_size": 8,
+    "train.learning_rate": 1e-4,
+}
+SST2 = {**MLM, "task": "sst2", "train.batch_size": 32, "train.warmup_steps": 100, "train.learning_rate": 3e-4}
+SMALL = {**MLM, "model.d_model": 128, "model.n_layers": 2, "model.seq_len": 64, "model.vocab_size": 0}
+TIED = {"model.tied_embedding": True, "model.final_norm": True, "model.positions": "learned"}  # as GPT-2
+
+
+@dataclass(frozen=True)
+class System:
+    """One of SYSTEMS in bench_systems.py, in one form."""
+
+    name: str
+    precision: str
+    compiled: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.precision}" + (" compiled" if self.compiled and "jaxlm" not in self.name else "")
+
+
+def forms(name: str, precisions: Sequence[str] = ("float32", "bfloat16")) -> tuple[System, ...]:
+    """Return a system of PyTorch in each precision, eager and compiled."""
+    return tuple(System(name, precision, compiled) for precision in precisions for compiled in (False, True))
+
+
+JAXLM = (System("jaxlm", "float32", True), System("jaxlm", "bfloat16", True))
+JAXLM_TIED = System("jaxlm tied", "bfloat16", True)
+ORIGINAL = System("original", "float32")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the systems do side by side: in each round `command` with its arguments, once each."""
+
+    settings: Settings
+    systems: tuple[System, ...]
+    command: tuple[Any, ...]  # a method of the systems, and its arguments
+    rounds: int
+
+
+WORKS = {
+    "mlm": Work(MLM, (*JAXLM, JAXLM_TIED, ORIGINAL, *forms("torchlm"), *forms("transformers")), ("train", 4), 7),
+    "gpt": Work(
+        GPT, (*JAXLM, JAXLM_TIED, *forms("torchlm"), *forms("transformers"), *forms("plain GPT")), ("train", 3), 7
+    ),
+    "sst2": Work(
+        SST2,
+        (*JAXLM, ORIGINAL, *forms("transformers", ["bfloat16"]), System("transformers grouped", "bfloat16")),
+        ("train", 0),  # a tenth of an epoch
+        10,
+    ),
+    "base": Work(BASE, (JAXLM[1], JAXLM_TIED, *forms("transformers", ["bfloat16"])), ("train", 2), 5),
+    "evaluation": Work(MLM, (*JAXLM, *forms("transformers")), ("evaluate",), 7),
+    "generation, 1 row": Work(
+        {**GPT, **TIED},
+        (*JAXLM, System("transformers", "float32"), System("transformers", "bfloat16")),
+        ("generate", 1, 16, 112),
+        7,
+    ),
+    "generation, 16 rows": Work(
+        {**GPT, **TIED},
+        (*JAXLM, System("transformers", "float32"), System("transformers", "bfloat16")),
+        ("generate", 16, 16, 112),
+        7,
+    ),
+}
+NOTES = {  # where the work is another than jaxlm's
+    ("original", "mlm"): "logits at every position",
+    ("original", "sst2"): "fixed length, an output for each token of the vocabulary",
+    ("transformers", "mlm"): "logits at every position, tied output; no pads",
+    ("transformers", "gpt"): "tied output; no pads",
+    ("transformers", "sst2"): "padded to the longest of a batch",
+    ("transformers grouped", "sst2"): "as before, and batches of like lengths",
+    ("plain GPT", "gpt"): "tied output; no pads",
+    ("jaxlm tied", "mlm"): "tied output",
+    ("jaxlm tied", "gpt"): "tied output",
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A ratio to reach: ours to that of the best of the systems that `against` matches, a regular expression."""
+
+    work: str
+    ours: str
+    against: str
+    quantity: str  # of a row of the results
+    target: float
+    at_most: bool = False
+
+    def is_of(self, system: System) -> bool:
+        return str(system) == self.ours or bool(re.fullmatch(self.against, str(system)))
+
+
+TARGETS = (
+    Target("mlm", "jaxlm bfloat16", "original float32", "tokens_per_s", 7),
+    Target("mlm", "jaxlm float32", "original float32", "tokens_per_s", 3),
+    Target("mlm", "jaxlm bfloat16", "transformers bfloat16 compiled", "tokens_per_s", 1.8),
+    Target("mlm", "jaxlm float32", "torchlm float32", "peak_mb", 0.5, at_most=True),
+    # What torchlm does for gpt is what the original does.
+    Target("gpt", "jaxlm bfloat16", "torchlm float32", "tokens_per_s", 4),
+    Target("gpt", "jaxlm float32", "torchlm float32", "tokens_per_s", 2),
+    Target("gpt", "jaxlm tied bfloat16", "transformers bfloat16 compiled", "tokens_per_s", 1.2),
+    Target("gpt", "jaxlm float32", "torchlm float32", "peak_mb", 0.5, at_most=True),
+    Target("sst2", "jaxlm bfloat16", "original float32", "tokens_per_s", 12),
+    Target("sst2", "jaxlm bfloat16", "transformers bfloat16( compiled)?", "tokens_per_s", 1.5),
+    # 872 sentences: accuracies of equal models differ by 0.02 now and then.
+    Target("sst2", "jaxlm bfloat16", "transformers bfloat16( compiled)?", "accuracy", 0.975),
+    Target("base", "jaxlm bfloat16", "transformers bfloat16 compiled", "tokens_per_s", 1.2),
+    Target("evaluation", "jaxlm bfloat16", "transformers .*", "tokens_per_s", 1.5),
+    Target("generation, 1 row", "jaxlm bfloat16", "transformers .*", "tokens_per_s", 1.5),
+    Target("generation, 16 rows", "jaxlm bfloat16", "transformers .*", "tokens_per_s", 1.5),
+)
+
+
+class Child:
+    """A process of bench_systems.py, stopped except while it answers."""
+
+    def __init__(self, system: System, settings: Settings, folder: Path):
+        self.system, self.settings = system, settings
+        spec = {"system": system.name, "compiled": system.compiled, "compile_cache": str(folder / "xla")}
+        spec["settings"] = {**settings, "train.precision": system.precision}
+        variables = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+            "OMP_NUM_THREADS": str(N_THREADS),
+            "JAX_PLATFORMS": "cpu",
+            "CUDA_VISIBLE_DEVICES": "",
+            "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
+            "HF_HUB_OFFLINE": "1",
+        }
+        self.words = tempfile.TemporaryFile("w+")
+        self.started_s = time.monotonic()
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "scripts" / "bench_systems.py"), json.dumps(spec)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.words,
+            text=True,
+            env=variables,
+        )
+
+    def ask(self, *command: Any) -> dict[str, Any]:
+        """Return the answer to a command: see the methods in bench_systems.py."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.send_signal(signal.SIGCONT)
+        with contextlib.suppress(BrokenPipeError):
+            print(json.dumps(command), file=self.process.stdin, flush=True)
+        line = self.process.stdout.readline()
+        if not line:
+            self.words.seek(0)
+            last = (self.words.read().strip().splitlines() or ["not a word"])[-1]
+            raise UserError(f"{self.system}: it has ended with status {self.process.wait()}: {last}")
+        self.process.send_signal(signal.SIGSTOP)
+        return json.loads(line)
+
+    def first(self, *command: Any) -> float:
+        """Return the seconds from the start of the process to its first answer."""
+        self.ask(*command)
+        return time.monotonic() - self.started_s
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout, self.words):
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()  # type: ignore[union-attr]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to measure: `quick` sizes, the folder of the real SST-2, and one for what is compiled meanwhile."""
+
+    quick: bool
+    sst2: Path | None
+    folder: Path
+    say: Callable[[str], None]
+
+    def settings(self, settings: Settings, system: System | None = None) -> Settings:
+        """Return settings of a work as these options, and the system, have them."""
+        result = dict(settings)
+        if system and system.name == "jaxlm tied":
+            result |= TIED
+        if system and system.name == "original" and result["task"] == "sst2":
+            result["model.head_outputs"] = "vocabulary"
+        if result["task"] == "sst2" and self.sst2:
+            files = {"data.path": "train.tsv", "data.validation_path": "dev.tsv"}
+            result |= {name: str(self.sst2 / file) for name, file in files.items()} | {"data.test_fraction": 0.0}
+            result["tokenizer.vocab_size"] = 8192
+        if self.quick:
+            result |= TINY | {"model.vocab_size": 0, "tokenizer.vocab_size": 1000}
+        return result
+
+    def start(self, stack: contextlib.ExitStack, system: System, settings: Settings) -> Child:
+        child = Child(system, self.settings(settings, system), self.folder)
+        stack.callback(child.close)
+        return child
+
+    def fewer(self, n: int, quick: int = 2) -> int:
+        return quick if self.quick else n
+
+
+def side_by_side(name: str, work: Work, options: Options) -> Found:
+    """Return the results of a work by all of its systems that are installed, and the ratios to reach in it."""
+    settings, command = options.settings(work.settings), work.command
+    config, data = read_data(configs.build(settings))
+    epoch = len(data.samples["train"]) // config.train.batch_size
+    if name == "sst2":
+        command = ("train", options.fewer(epoch // work.rounds))
+    elif options.quick:
+        command = (command[0], *(min(x, 4) for x in command[1:]))
+    rows: dict[System, Row] = {}
+    replies: dict[System, list[dict[str, Any]]] = {}
+    with contextlib.ExitStack() as stack:
+        children = []
+        for system in work.systems:
+            if options.quick and not any(t.work == name and t.is_of(system) for t in TARGETS):
+                continue
+            if system.name.startswith("transformers") and not importlib.util.find_spec("transformers"):
+                options.say(f"{name}: {system} is not installed: pip install -e '.[bench]'")
+                continue
+            options.say(f"{name}: {system} starts")
+            child = options.start(stack, system, work.settings)
+            training = command[0] == "train"
+            first_s = child.first(*(("train", 1) if training else command))
+            if training and name != "sst2":
+                child.ask("train", WARMUP)
+            children.append(child)
+            replies[system] = []
+            rows[system] = {
+                "work": name,
+                "system": system.name,
+                "precision": system.precision,
+                "compiled": system.compiled,
+                "first_update_s": first_s if training else None,
+                "note": NOTES.get((system.name, config.task), ""),
+            }
+        for i in range(options.fewer(work.rounds, 3)):
+            options.say(f"{name}: round {i + 1} of {options.fewer(work.rounds, 3)}")
+            first = i % len(children)
+            for child in children[first:] + children[:first]:
+                replies[child.system].append(child.ask(*command))
+        for child in children:
+            row, answers = rows[child.system], replies[child.system]
+            rounds = [x["tokens"] / x["seconds"] for x in answers]
+            row |= {"tokens_per_s": spread(rounds), "rounds": rounds}
+            row |= {"peak_mb": answers[-1]["peak_mb"], "loss": answers[-1]["loss"]}
+            if name == "sst2":
+                row["accuracy"] = child.ask("evaluate")["accuracy"]
+    return list(rows.values()), ratios_to_reach(name, list(rows.values()))
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    return {"min": min(values), "median": statistics.median(values), "max": max(values)}
+
+
+def label(row: Row) -> str:
+    return str(System(row["system"], row["precision"], row["compiled"]))
+
+
+def ratios_to_reach(work: str, rows: Sequence[Row]) -> list[Row]:
+    """Return the ratios of a work to reach, from its results; none where one of the systems is not there."""
+    found = []
+    for target in TARGETS:
+        ours = [row for row in rows if label(row) == target.ours]
+        theirs = [row for row in rows if re.fullmatch(target.against, label(row))]
+        if target.work != work or not ours or not theirs:
+            continue
+
+        def value(row: Row, name: str = target.quantity) -> float:
+            return row[name]["median"] if name == "tokens_per_s" else row[name]
+
+        other = (min if target.at_most else max)(theirs, key=value)
+        if target.quantity == "tokens_per_s":
+            ratios = [a / b for a, b in zip(ours[0]["rounds"], other["rounds"], strict=True)]
+        else:
+            ratios = [value(ours[0]) / value(other)]
+        note = "" if target.ours == "jaxlm bfloat16" else f"of {target.ours}"
+        row = ratio_row(work, label(other), target.quantity, ratios, target.target, target.at_most, note)
+        # Without a loss, as of generation, there is nothing that could be wrong but the number of tokens.
+        losses = ours[0]["loss"], other["loss"]
+        if None not in losses and not losses[0] <= losses[1] * (1 + LOSS_MARGIN):
+            row |= {"reached": False, "note": f"does not count: loss {losses[0]:.3f}, theirs {losses[1]:.3f}"}
+        found.append(row)
+    return found
+
+
+def ratio_row(
+    work: str, against: str, quantity: str, ratios: Sequence[float], target: float, at_most: bool, note: str = ""
+) -> Row:
+    ratio = statistics.median(ratios)
+    return {
+        "work": work,
+        "against": against,
+        "quantity": quantity,
+        "ratio": ratio,
+        "low": min(ratios),
+        "high": max(ratios),
+        "target": target,
+        "at_most": at_most,
+        "reached": ratio <= target if at_most else ratio >= target,
+        "note": note,
+    }
+
+
+def starts(options: Options) -> Found:
+    """Measure the time from the start of a process to its first update, with nothing compiled before, and again."""
+    systems = [JAXLM[1], System("torchlm", "bfloat16", True), System("transformers", "bfloat16", True)]
+    systems = [
+        system for system in systems if system.name != "transformers" or importlib.util.find_spec("transformers")
+    ]
+    times: dict[tuple[System, str], list[float]] = {}
+    read_data(configs.build(options.settings(MLM)))
+    for i in range(options.fewer(3, 1)):
+        for system in systems:
+            for state in ("cold", "warm"):
+                options.say(f"start: {system}, {state}, {i + 1}")
+                if state == "cold":
+                    for name in ("xla", "inductor"):
+                        shutil.rmtree(options.folder / name, ignore_errors=True)
+                with contextlib.ExitStack() as stack:
+                    child = options.start(stack, system, MLM)
+                    times.setdefault((system, state), []).append(child.first("train", 1))
+    rows = []
+    for (system, state), seconds in times.items():
+        rows.append(
+            {
+                "work": f"start, {state}",
+                "system": system.name,
+                "precision": system.precision,
+                "compiled": system.compiled,
+                "tokens_per_s": None,
+                "first_update_s": statistics.median(seconds),
+                "peak_mb": None,
+                "loss": None,
+                "note": "",
+            }
+        )
+    ours, other = systems[0], min(systems[1:], key=lambda system: statistics.median(times[system, "cold"]))
+    cold = [a / b for a, b in zip(times[ours, "cold"], times[other, "cold"], strict=True)]
+    return rows, [
+        ratio_row("start", str(other), "first_update_s, cold", cold, 0.25, True),
+        ratio_row("start", "the clock", "first_update_s, warm", times[ours, "warm"], 4.0, True, "seconds"),
+    ]
+
+
+def host(options: Options) -> Found:
+    """Measure what the host does for an update, and how fast it can read batches, beside whole updates."""
+    n = options.fewer(10)
+    idle, pipeline = [], []
+    with contextlib.ExitStack() as stack:
+        child = options.start(stack, JAXLM[1], MLM)
+        child.ask("train", 1 + WARMUP)
+        child.ask("read_batches", 20)  # what was read ahead
+        for i in range(options.fewer(5)):
+            options.say(f"host: round {i + 1}")
+            step_s = child.ask("train", n)["seconds"] / n
+            pipeline.append(step_s / (child.ask("read_batches", 10 * n)["seconds"] / (10 * n)))
+            idle.append(child.ask("null_updates", n)["seconds"] / n / step_s)
+    return [], [
+        ratio_row("host", "the update", "time of the host, at most idle", idle, 0.02, True, "by a null step"),
+        ratio_row("host", "the update", "speed of the data", pipeline, 20.0, False),
+    ]
+
+
+def growth(options: Options) -> Found:
+    """Measure a small model on a small and a large corpus, over many updates."""
+    _, data = read_data(configs.build(options.settings(SMALL)))
+    tokenizers.save(data.tokenizer, options.folder / "tokenizer.json")
+    sizes = {"1 MB": 10**6, "4 MB": 4 * 10**6} if options.quick else {"1 MB": 10**6, "1 GB": 10**9}
+    n, rounds = options.fewer(200, 20), options.fewer(20, 4)
+    with contextlib.ExitStack() as stack:
+        children: dict[str, Child] = {}
+        for name, size in sizes.items():
+            path = options.folder / f"{size}.txt"
+            write_corpus(path, size)
+            settings = {
+                **SMALL,
+                "data.path": str(path),
+                "data.cache_dir": str(options.folder),
+                "tokenizer.path": str(options.folder / "tokenizer.json"),
+            }
+            reader = options.start(stack, System("data", "float32"), settings)
+            options.say(f"growth: {name} of text made ready in {reader.first('ready'):.0f} s")
+            children[name] = options.start(stack, JAXLM[0], settings)
+            children[name].ask("train", 1 + WARMUP)
+        replies: dict[str, list[dict[str, Any]]] = {name: [] for name in sizes}
+        for i in range(rounds):
+            options.say(f"growth: round {i + 1} of {rounds}, {n} updates each")
+            for name in list(sizes)[:: (-1) ** i]:
+                replies[name].append(children[name].ask("train", n))
+    small, large = replies.values()
+
+    def per_token(reply: dict[str, Any]) -> float:
+        return reply["seconds"] / reply["tokens"]
+
+    quarter = rounds // 4
+    time_size = [per_token(b) / per_token(a) for a, b in zip(small, large, strict=True)]
+    memory_size = [b["own_mb"] / a["own_mb"] for a, b in zip(small, large, strict=True)]
+    time_updates = [per_token(b) / per_token(a) for a, b in zip(small[:quarter], small[-quarter:], strict=True)]
+    memory_updates = [b["own_mb"] / a["own_mb"] for a, b in zip(small[:quarter], small[-quarter:], strict=True)]
+    size, updates = "{1} for {0}".format(*sizes), f"{n * rounds:,} updates, end for start"
+    return [], [
+        ratio_row("growth", size, "time per token", time_size, 1.1, True),
+        ratio_row("growth", size, "memory", memory_size, 1.1, True, "but for pages of the mapped file"),
+        ratio_row("growth", updates, "time per token", time_updates, 1.1, True),
+        ratio_row("growth", updates, "memory", memory_updates, 1.1, True),
+    ]
+
+
+def write_corpus(path: Path, n_bytes: int) -> None:
+    """Write a text of about that size: paragraphs of the embedded text over and over, an article a line."""
+    articles = [" ".join(x.text.split()) for x in embedded.python_reference(configs.Config().data).articles()]
+    lines = [article[i : i + 2000] + "\n" for article in articles for i in range(0, len(article), 2000)]
+    written = 0
+    with open(path, "w", encoding="utf-8") as file:
+        while written < n_bytes:
+            for line in lines:
+                written += file.write(line)
+                if written >= n_bytes:
+                    break
+
+
+def limit(options: Options) -> Found:
+    """Measure which share of the machine's peak an update of BERT-base size reaches, and its products alone."""
+    work = configs.build(options.settings({**BASE, "model.vocab_size": 30_522}))
+    n_flops = flops.flops_per_update(configs.replace(work, "model.vocab_size", work.model.vocab_size or 1000))
+    reached = []
+    with contextlib.ExitStack() as stack:
+        child = options.start(stack, JAXLM[1], BASE)
+        others = options.start(stack, System("PyTorch", "bfloat16"), {**BASE, "model.vocab_size": 30_522})
+        child.ask("train", 1 + WARMUP)
+        options.say("limit: the products by themselves")
+        products, others_products = child.ask("products"), others.ask("products")
+        for i in range(options.fewer(5)):
+            options.say(f"limit: round {i + 1}")
+            reached.append(n_flops * 2 / child.ask("train", 2)["seconds"])
+    peaks = {"JAX": products["peak_flops"], "PyTorch": others_products["peak_flops"]}
+    by = max(peaks, key=lambda name: peaks[name])
+    allowed = products["flops"] / products["seconds"] / peaks[by]
+    against = f"bfloat16 products at most, {peaks[by] / 1e9:,.0f} GFLOP/s by {by}"
+    shares = [x / peaks[by] for x in reached]
+    note = f"the products by themselves: {allowed:.2f}"
+    return [], [ratio_row("limit, BERT-base size", against, "share of the peak", shares, 0.6, False, note)]
+
+
+OTHERS: dict[str, Callable[[Options], Found]] = {"start": starts, "host": host, "growth": growth, "limit": limit}
+
+
+def results_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Return the heads and the cells of the table of results."""
+    heads = ["work", "system", "tokens/s", "min to max", "first update", "peak memory", "loss", "remarks"]
+    cells = []
+    for row in rows:
+        speed = row["tokens_per_s"]
+        remarks = [row["note"]] + ([f"accuracy {row['accuracy']:.3f}"] if "accuracy" in row else [])
+        cells.append(
+            [
+                row["work"],
+                label(row),
+                f"{speed['median']:,.0f}" if speed else "",
+                f"{speed['min']:,.0f} to {speed['max']:,.0f}" if speed else "",
+                f"{row['first_update_s']:.1f} s" if row["first_update_s"] else "",
+                f"{row['peak_mb']:,.0f} MB" if row["peak_mb"] else "",
+                f"{row['loss']:.3f}" if row["loss"] is not None else "",
+                ", ".join(filter(None, remarks)),
+            ]
+        )
+    return heads, cells
+
+
+def ratios_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Return the heads and the cells of the table of ratios."""
+    heads = ["work", "quantity", "against", "ratio", "range", "target", "reached", "remarks"]
+    cells = []
+    for row in rows:
+        target = f"{'at most' if row['at_most'] else 'at least'} {row['target']:g}"
+        numbers = [f"{row['ratio']:.3g}", f"{row['low']:.3g} to {row['high']:.3g}", target]
+        cells.append(
+            [row["work"], row["quantity"], row["against"], *numbers, "yes" if row["reached"] else "no", row["note"]]
+        )
+    return heads, cells
+
+
+def show(console: Console, heads: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
+    table = Table(*heads, box=box.SIMPLE)
+    for row in cells:
+        table.add_row(*row)
+    console.print(table)
+
+
+def markdown(heads: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    rows = [heads, ["---"] * len(heads), *cells]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def write_markdown(path: Path, found: dict[str, Any]) -> None:
+    """Put the tables between the marks of a page. Raises UserError if it has none."""
+    try:
+        page = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--markdown {path}: cannot be read ({error.strerror})") from error
+    if any(page.count(mark) != 1 for mark in MARKS):
+        raise UserError(f"--markdown {path}: it needs the lines {MARKS[0].strip()} and {MARKS[1].strip()} once each")
+    before, _, rest = page.partition(MARKS[0])
+    _, _, after = rest.partition(MARKS[1])
+    tables = (
+        f"{about(found)}\n\n{markdown(*ratios_table(found['ratios']))}\n{markdown(*results_table(found['results']))}"
+    )
+    path.write_text(f"{before}{MARKS[0]}{tables}{MARKS[1]}{after}", encoding="utf-8")
+
+
+def about(found: dict[str, Any]) -> str:
+    machine = found["machine"]
+    packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items() if name != "jaxlm")
+    sizes = " Tiny sizes: these figures mean nothing." if found["quick"] else ""
+    return (
+        f"Measured on {machine['started'][:10]} on {machine['threads']} cores of {machine['processor']}, commit "
+        f"{machine['commit'] or 'unknown'}, with {packages}.{sizes}"
+    )
+
+
+def draw(path: Path, found: dict[str, Any]) -> None:
+    """Draw the tokens per second of the systems in each work that trains."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError(f"{error.name} is not installed; pip install -e '.[bench]'") from error
+    of_work: dict[str, list[Row]] = {}
+    for row in found["results"]:
+        if row["tokens_per_s"] and row["first_update_s"]:
+            of_work.setdefault(row["work"], []).append(row)
+    if not of_work:
+        raise UserError(f"--plot {path}: nothing that trains was measured; leave out --only, or take mlm or gpt")
+    figure = Figure(figsize=(4.5 * len(of_work), 4.2), layout="constrained")
+    for axes, (work, rows) in zip(figure.subplots(1, len(of_work), squeeze=False)[0], of_work.items(), strict=True):
+        rows = sorted(rows, key=lambda row: row["tokens_per_s"]["median"])
+        medians = [row["tokens_per_s"]["median"] for row in rows]
+        errors = [
+            [median - row["tokens_per_s"]["min"] for median, row in zip(medians, rows, strict=True)],
+            [row["tokens_per_s"]["max"] - median for median, row in zip(medians, rows, strict=True)],
+        ]
+        colors = ["tab:orange" if row["system"].startswith("jaxlm") else "tab:blue" for row in rows]
+        axes.barh([label(row) for row in rows], medians, xerr=errors, color=colors, ecolor="0.3")
+        axes.set_title(work)
+        axes.set_xlabel("tokens per second")
+    try:
+        figure.savefig(path, dpi=110)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--plot {path}: cannot be written: {error}") from error
+
+
+def compare(old: dict[str, Any], new: dict[str, Any]) -> tuple[list[list[str]], bool]:
+    """Return the cells of a table of ratios now and before, and whether one is worse than noise explains.
+
+    Ratios to other systems in the same run, not speeds: those are of a machine and what else it does. A ratio is worse
+    if it is so by more than THRESHOLD and the ranges of the rounds do not meet.
+    """
+    before = {(row["work"], row["against"], row["quantity"], row["note"]): row for row in old["ratios"]}
+    cells, is_worse = [], False
+    for row in new["ratios"]:
+        was = before.get((row["work"], row["against"], row["quantity"], row["note"]))
+        if was is None:
+            continue
+        change, low, high = row["ratio"] / was["ratio"], row["low"] / was["high"], row["high"] / was["low"]
+        if row["at_most"]:
+            change, low, high = 1 / change, 1 / high, 1 / low
+        worse = change < 1 - THRESHOLD and high < 1
+        is_worse |= worse
+        verdict = "worse" if worse else "better" if change > 1 + THRESHOLD and low > 1 else "same"
+        numbers = [f"{was['ratio']:.3g}", f"{row['ratio']:.3g}", f"{change:.2f}", f"{low:.2f} to {high:.2f}"]
+        cells.append([row["work"], row["quantity"], row["against"], *numbers, verdict])
+    return cells, is_worse
+
+
+def measure(names: Sequence[str], options: Options, found: dict[str, Any]) -> Iterator[None]:
+    """Measure the works in turn; after each, `found` has its results and ratios."""
+    for name in names:
+        began_s = time.monotonic()
+        rows, ratios = side_by_side(name, WORKS[name], options) if name in WORKS else OTHERS[name](options)
+        options.say(f"{name}: done in {time.monotonic() - began_s:.0f} s")
+        found["results"] += rows
+        found["ratios"] += ratios
+        yield
+
+
+def read_found(flag: str, path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        assert all(isinstance(found[name], list) for name in ("results", "ratios"))
+    except (OSError, ValueError, TypeError, KeyError, AssertionError) as error:
+        raise UserError(f"{flag} {path}: cannot be read as what --json writes; measure it again") from error
+    return found
+
+
+def machine() -> dict[str, Any]:
+    info = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*:\s*(.*)", info.read_text()) if info.exists() else None
+    described = environment.describe(0, "cpu")
+    kept = {name: described[name] for name in ("started", "system", "python", "packages", "commit")}
+    return {"processor": model[1] if model else described["system"], "threads": N_THREADS, **kept}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, tell and compare as the command line says; return the exit status."""
+    names = [*WORKS, *OTHERS]
+    parser = argparse.ArgumentParser("python scripts/benchmark.py", description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--only", action="append", metavar="NAME", help=f"{', '.join(names)}; more than once for several"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny sizes, and only what ratios need: whether it works, not how fast"
+    )
+    parser.add_argument(
+        "--sst2", type=Path, metavar="FOLDER", help="train.tsv and dev.tsv of SST-2; else embedded data"
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write it after each work; with --only, rows of others stay"
+    )
+    parser.add_argument("--read", type=Path, metavar="FILE", help="measure nothing: show what --json has written")
+    parser.add_argument("--compare", type=Path, metavar="OLD.json", help="exit with 1 if a ratio became worse")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="picture of the speeds")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="page between whose marks the tables go")
+    args = parser.parse_args(argv)
+    console = Console(width=None if sys.stdout.isatty() else 170)  # wide enough for the tables, in a file
+    with reported(debug=False), tempfile.TemporaryDirectory() as folder:
+        chosen = [name for name in names if not args.only or any(name.startswith(x) for x in args.only)]
+        for name in args.only or []:
+            if not any(x.startswith(name) for x in names):
+                raise UserError(f"--only {name}: there is no such work; there are {', '.join(names)}")
+        old = read_found("--compare", args.compare) if args.compare else None
+        for file in ("train.tsv", "dev.tsv") if args.sst2 else ():
+            if not (args.sst2 / file).is_file():
+                raise UserError(f"--sst2 {args.sst2}: it has no {file}; give the folder of SST-2 as in GLUE")
+        if importlib.util.find_spec("torch") is None and not args.read:
+            raise UserError("torch is not installed; pip install -e '.[bench]'")
+        if args.read:
+            found = read_found("--read", args.read)
+        else:
+            found = {"quick": args.quick, "machine": machine(), "results": [], "ratios": []}
+            if args.only and args.json and args.json.exists():
+                kept = read_found("--json", args.json)
+                if kept["quick"] != args.quick:
+                    raise UserError(
+                        f"--json {args.json}: it was made {'' if kept['quick'] else 'without '}--quick; name another"
+                    )
+                works = [row["work"].partition(", cold")[0].partition(", warm")[0] for row in kept["results"]]
+                found["results"] = [
+                    r for r, work in zip(kept["results"], works, strict=True) if not _is_of(work, chosen)
+                ]
+                found["ratios"] = [row for row in kept["ratios"] if not _is_of(row["work"], chosen)]
+            say = Console(stderr=True, highlight=False).print
+            options = Options(
+                args.quick,
+                args.sst2,
+                Path(folder),
+                lambda text: say(f"[{time.strftime('%H:%M:%S')}] {text}", markup=False),
+            )
+            for _ in measure(chosen, options, found):
+                if args.json:
+                    args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        console.print(about(found))
+        show(console, *results_table(found["results"]))
+        show(console, *ratios_table(found["ratios"]))
+        if args.plot:
+            draw(args.plot, found)
+        if args.markdown:
+            write_markdown(args.markdown, found)
+        if old:
+            if old["quick"] != found["quick"]:
+                raise UserError(f"--compare {args.compare}: one of both was made with --quick, the other was not")
+            cells, is_worse = compare(old, found)
+            if not cells:
+                raise UserError(f"--compare {args.compare}: it has no ratio that was measured now; leave out --only")
+            show(console, ["work", "quantity", "against", "before", "now", "change", "noise", ""], cells)
+            return int(is_worse)
+    return 0
+
+
+def _is_of(work: str, chosen: Sequence[str]) -> bool:
+    return any(work.startswith(name) for name in chosen)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
