@@ -9,6 +9,7 @@ tokens cut into windows without any pad, classifiers pad a batch to its longest 
 """
 
 import contextlib
+import functools
 import json
 import os
 import resource
@@ -77,7 +78,8 @@ class Jaxlm:
 
         from jaxlm import parallel
 
-        losses, tokens, before = [], 0, None
+        losses: list[Any] = []
+        tokens, before = 0, None
         started_s = time.perf_counter()
         for _ in range(n):
             batch = next(self.batches)
@@ -109,7 +111,7 @@ class Jaxlm:
         from jaxlm import decode
 
         if not hasattr(self, "decoder"):
-            model = self.task.build_model(nnx.Rngs(self.config.train.seed))
+            model: Any = self.task.build_model(nnx.Rngs(self.config.train.seed))
             self.decoder = decode.Decoder(model, stop=-1)
         prompts = _prompts(self.data, n_rows, n_prompt)
         started_s = time.perf_counter()
@@ -154,12 +156,12 @@ class Jaxlm:
         import jax
         import jax.numpy as jnp
 
-        times = []
+        times: list[tuple[float, int]] = []
         for a, b, subscripts, count in products(self.config):
             rng = np.random.default_rng(0)
             operands = [jnp.asarray(rng.normal(size=shape), self.task.dtype) for shape in (a, b)]
-            product = jax.jit(lambda a, b, s=subscripts: jnp.einsum(s, a, b, preferred_element_type=jnp.float32))
-            seconds = _fastest(lambda product=product, x=operands: jax.block_until_ready(product(*x)))
+            product = jax.jit(functools.partial(jnp.einsum, subscripts, preferred_element_type=jnp.float32))
+            seconds = _fastest(lambda f, *x: jax.block_until_ready(f(*x)), [product, *operands])
             times.append((count * seconds, count * flops_of(a, b, subscripts)))
         seconds, flops = (sum(column) for column in zip(*times, strict=True))
         return {"seconds": seconds, "flops": flops, "peak_flops": max(flops / seconds for seconds, flops in times)}
@@ -473,7 +475,7 @@ class TorchProducts:
         rates = []
         for a, b, subscripts, _ in products(self.config):
             x, y = (torch.randn(shape).to(self.dtype) for shape in (a, b))
-            seconds = _fastest(lambda x=x, y=y, s=subscripts: torch.einsum(s, x, y))
+            seconds = _fastest(torch.einsum, [subscripts, x, y])
             rates.append(flops_of(a, b, subscripts) / seconds)
         return {"peak_flops": max(rates)}
 
@@ -511,13 +513,14 @@ def flops_of(a: tuple[int, ...], b: tuple[int, ...], subscripts: str) -> int:
     return 2 * int(np.prod([sizes[letter] for letter in sizes], dtype=np.int64))
 
 
-def _fastest(function: Callable[[], Any], seconds: float = 1.0) -> float:
+def _fastest(function: Callable[..., Any], arguments: list[Any], seconds: float = 1.0) -> float:
     """Return the seconds of the fastest call: after one that does not count, 3 or as many as fit."""
-    function()
-    times, started_s = [], time.perf_counter()
+    function(*arguments)
+    times: list[float] = []
+    started_s = time.perf_counter()
     while len(times) < 3 or time.perf_counter() - started_s < seconds:
         before_s = time.perf_counter()
-        function()
+        function(*arguments)
         times.append(time.perf_counter() - before_s)
     return min(times)
 

@@ -123,13 +123,13 @@ WORKS = {
     ),
     "base": Work(BASE, (JAXLM[1], JAXLM_TIED, *forms("transformers", ["bfloat16"])), ("train", 2), 5),
     "evaluation": Work(MLM, (*JAXLM, *forms("transformers")), ("evaluate",), 7),
-    "generation, 1 row": Work(
+    "generation of 1 row": Work(
         {**GPT, **TIED},
         (*JAXLM, System("transformers", "float32"), System("transformers", "bfloat16")),
         ("generate", 1, 16, 112),
         7,
     ),
-    "generation, 16 rows": Work(
+    "generation of 16 rows": Work(
         {**GPT, **TIED},
         (*JAXLM, System("transformers", "float32"), System("transformers", "bfloat16")),
         ("generate", 16, 16, 112),
@@ -180,8 +180,8 @@ TARGETS = (
     Target("sst2", "jaxlm bfloat16", "transformers bfloat16( compiled)?", "accuracy", 0.975),
     Target("base", "jaxlm bfloat16", "transformers bfloat16 compiled", "tokens_per_s", 1.2),
     Target("evaluation", "jaxlm bfloat16", "transformers .*", "tokens_per_s", 1.5),
-    Target("generation, 1 row", "jaxlm bfloat16", "transformers .*", "tokens_per_s", 1.5),
-    Target("generation, 16 rows", "jaxlm bfloat16", "transformers .*", "tokens_per_s", 1.5),
+    Target("generation of 1 row", "jaxlm bfloat16", "transformers .*", "tokens_per_s", 1.5),
+    Target("generation of 16 rows", "jaxlm bfloat16", "transformers .*", "tokens_per_s", 1.5),
 )
 
 
@@ -471,10 +471,10 @@ def growth(options: Options) -> Found:
     memory_size = [b["own_mb"] / a["own_mb"] for a, b in zip(small, large, strict=True)]
     time_updates = [per_token(b) / per_token(a) for a, b in zip(small[:quarter], small[-quarter:], strict=True)]
     memory_updates = [b["own_mb"] / a["own_mb"] for a, b in zip(small[:quarter], small[-quarter:], strict=True)]
-    size, updates = "{1} for {0}".format(*sizes), f"{n * rounds:,} updates, end for start"
+    across, updates = "{1} for {0}".format(*sizes), f"{n * rounds:,} updates, end for start"
     return [], [
-        ratio_row("growth", size, "time per token", time_size, 1.1, True),
-        ratio_row("growth", size, "memory", memory_size, 1.1, True, "but for pages of the mapped file"),
+        ratio_row("growth", across, "time per token", time_size, 1.1, True),
+        ratio_row("growth", across, "memory", memory_size, 1.1, True, "but for pages of the mapped file"),
         ratio_row("growth", updates, "time per token", time_updates, 1.1, True),
         ratio_row("growth", updates, "memory", memory_updates, 1.1, True),
     ]
