@@ -4,7 +4,7 @@
     python scripts/benchmark.py --only mlm --only gpt --json speed.json --plot speed.png
     python scripts/benchmark.py --compare old.json       # exit status 1 if something became slower
 
-Each system is a process of its own (bench_systems.py) with its own memory and all cores, stopped while another one
+Each system is a process of its own (bench_child.py) with its own memory and all cores, stopped while another one
 runs. They take turns: a few updates each, then all again in another order, so that what else the machine does meets
 all of them. Figures are of rounds after a warm-up; a ratio is the median of those of single rounds, and its range is
 theirs. SPEED.md has the figures.
@@ -29,9 +29,8 @@ from pathlib import Path
 from typing import Any
 
 from bench_systems import N_THREADS, read_data
-from rich import box
+from bench_tables import Row, about, compare, draw, label, ratios_table, read_found, results_table, show, write_markdown
 from rich.console import Console
-from rich.table import Table
 
 from jaxlm import config as configs
 from jaxlm import environment, flops
@@ -42,14 +41,14 @@ from jaxlm.errors import UserError, reported
 ROOT = Path(__file__).parents[1]
 WARMUP = 2  # updates between the first and those that are measured
 LOSS_MARGIN = 0.05  # by which our loss may be above that of a system we are compared with; models start differently
-THRESHOLD = 0.1  # share by which a ratio may get worse before --compare says so
-MARKS = ("<!-- benchmark -->\n", "<!-- /benchmark -->\n")  # around what --markdown writes
 Settings = dict[str, Any]
-Row = dict[str, Any]  # of the results, or of the ratios, as in the JSON
 Found = tuple[list[Row], list[Row]]
 
 SIZE = {"model.d_model": 256, "model.n_layers": 4, "model.n_heads": 4, "model.seq_len": 128, "train.batch_size": 16}
-TINY = {"model.d_model": 32, "model.n_layers": 1, "model.n_heads": 2, "model.seq_len": 32, "train.batch_size": 4}
+TINY = {
+    **{"model.d_model": 32, "model.n_layers": 1, "model.n_heads": 2, "model.seq_len": 32, "train.batch_size": 4},
+    **{"model.vocab_size": 1000, "tokenizer.vocab_size": 1000},
+}
 TRAINING = {
     "train.schedule": "constant",
     "train.warmup_steps": 10,
@@ -74,20 +73,20 @@ BASE = {
     "train.learning_rate": 1e-4,
 }
 SST2 = {**MLM, "task": "sst2", "train.batch_size": 32, "train.warmup_steps": 100, "train.learning_rate": 3e-4}
-SMALL = {**MLM, "model.d_model": 128, "model.n_layers": 2, "model.seq_len": 64, "model.vocab_size": 0}
+SMALL = {**MLM, "model.d_model": 128, "model.n_layers": 2, "model.seq_len": 64, "model.vocab_size": 4096}
 TIED = {"model.tied_embedding": True, "model.final_norm": True, "model.positions": "learned"}  # as GPT-2
 
 
 @dataclass(frozen=True)
 class System:
-    """One of SYSTEMS in bench_systems.py, in one form."""
+    """One of SYSTEMS in bench_child.py, in one form."""
 
     name: str
     precision: str
     compiled: bool = False
 
     def __str__(self) -> str:
-        return f"{self.name} {self.precision}" + (" compiled" if self.compiled and "jaxlm" not in self.name else "")
+        return label({"system": self.name, "precision": self.precision, "compiled": self.compiled})
 
 
 def forms(name: str, precisions: Sequence[str] = ("float32", "bfloat16")) -> tuple[System, ...]:
@@ -186,7 +185,7 @@ TARGETS = (
 
 
 class Child:
-    """A process of bench_systems.py, stopped except while it answers."""
+    """A process of bench_child.py, stopped except while it answers."""
 
     def __init__(self, system: System, settings: Settings, folder: Path):
         self.system, self.settings = system, settings
@@ -204,7 +203,7 @@ class Child:
         self.words = tempfile.TemporaryFile("w+")
         self.started_s = time.monotonic()
         self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "scripts" / "bench_systems.py"), json.dumps(spec)],
+            [sys.executable, str(ROOT / "scripts" / "bench_child.py"), json.dumps(spec)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.words,
@@ -213,7 +212,7 @@ class Child:
         )
 
     def ask(self, *command: Any) -> dict[str, Any]:
-        """Return the answer to a command: see the methods in bench_systems.py."""
+        """Return the answer to a command: see the methods of the systems."""
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.send_signal(signal.SIGCONT)
         with contextlib.suppress(BrokenPipeError):
@@ -260,7 +259,7 @@ class Options:
             result |= {name: str(self.sst2 / file) for name, file in files.items()} | {"data.test_fraction": 0.0}
             result["tokenizer.vocab_size"] = 8192
         if self.quick:
-            result |= TINY | {"model.vocab_size": 0, "tokenizer.vocab_size": 1000}
+            result |= TINY
         return result
 
     def start(self, stack: contextlib.ExitStack, system: System, settings: Settings) -> Child:
@@ -324,10 +323,6 @@ def side_by_side(name: str, work: Work, options: Options) -> Found:
 
 def spread(values: Sequence[float]) -> dict[str, float]:
     return {"min": min(values), "median": statistics.median(values), "max": max(values)}
-
-
-def label(row: Row) -> str:
-    return str(System(row["system"], row["precision"], row["compiled"]))
 
 
 def ratios_to_reach(work: str, rows: Sequence[Row]) -> list[Row]:
@@ -495,12 +490,11 @@ def write_corpus(path: Path, n_bytes: int) -> None:
 
 def limit(options: Options) -> Found:
     """Measure which share of the machine's peak an update of BERT-base size reaches, and its products alone."""
-    work = configs.build(options.settings({**BASE, "model.vocab_size": 30_522}))
-    n_flops = flops.flops_per_update(configs.replace(work, "model.vocab_size", work.model.vocab_size or 1000))
+    n_flops = flops.flops_per_update(configs.build(options.settings(BASE)))
     reached = []
     with contextlib.ExitStack() as stack:
         child = options.start(stack, JAXLM[1], BASE)
-        others = options.start(stack, System("PyTorch", "bfloat16"), {**BASE, "model.vocab_size": 30_522})
+        others = options.start(stack, System("PyTorch", "bfloat16"), BASE)
         child.ask("train", 1 + WARMUP)
         options.say("limit: the products by themselves")
         products, others_products = child.ask("products"), others.ask("products")
@@ -519,132 +513,6 @@ def limit(options: Options) -> Found:
 OTHERS: dict[str, Callable[[Options], Found]] = {"start": starts, "host": host, "growth": growth, "limit": limit}
 
 
-def results_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Return the heads and the cells of the table of results."""
-    heads = ["work", "system", "tokens/s", "min to max", "first update", "peak memory", "loss", "remarks"]
-    cells = []
-    for row in rows:
-        speed = row["tokens_per_s"]
-        remarks = [row["note"]] + ([f"accuracy {row['accuracy']:.3f}"] if "accuracy" in row else [])
-        cells.append(
-            [
-                row["work"],
-                label(row),
-                f"{speed['median']:,.0f}" if speed else "",
-                f"{speed['min']:,.0f} to {speed['max']:,.0f}" if speed else "",
-                f"{row['first_update_s']:.1f} s" if row["first_update_s"] else "",
-                f"{row['peak_mb']:,.0f} MB" if row["peak_mb"] else "",
-                f"{row['loss']:.3f}" if row["loss"] is not None else "",
-                ", ".join(filter(None, remarks)),
-            ]
-        )
-    return heads, cells
-
-
-def ratios_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Return the heads and the cells of the table of ratios."""
-    heads = ["work", "quantity", "against", "ratio", "range", "target", "reached", "remarks"]
-    cells = []
-    for row in rows:
-        target = f"{'at most' if row['at_most'] else 'at least'} {row['target']:g}"
-        numbers = [f"{row['ratio']:.3g}", f"{row['low']:.3g} to {row['high']:.3g}", target]
-        cells.append(
-            [row["work"], row["quantity"], row["against"], *numbers, "yes" if row["reached"] else "no", row["note"]]
-        )
-    return heads, cells
-
-
-def show(console: Console, heads: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
-    table = Table(*heads, box=box.SIMPLE)
-    for row in cells:
-        table.add_row(*row)
-    console.print(table)
-
-
-def markdown(heads: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    rows = [heads, ["---"] * len(heads), *cells]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
-
-
-def write_markdown(path: Path, found: dict[str, Any]) -> None:
-    """Put the tables between the marks of a page. Raises UserError if it has none."""
-    try:
-        page = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--markdown {path}: cannot be read ({error.strerror})") from error
-    if any(page.count(mark) != 1 for mark in MARKS):
-        raise UserError(f"--markdown {path}: it needs the lines {MARKS[0].strip()} and {MARKS[1].strip()} once each")
-    before, _, rest = page.partition(MARKS[0])
-    _, _, after = rest.partition(MARKS[1])
-    tables = (
-        f"{about(found)}\n\n{markdown(*ratios_table(found['ratios']))}\n{markdown(*results_table(found['results']))}"
-    )
-    path.write_text(f"{before}{MARKS[0]}{tables}{MARKS[1]}{after}", encoding="utf-8")
-
-
-def about(found: dict[str, Any]) -> str:
-    machine = found["machine"]
-    packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items() if name != "jaxlm")
-    sizes = " Tiny sizes: these figures mean nothing." if found["quick"] else ""
-    return (
-        f"Measured on {machine['started'][:10]} on {machine['threads']} cores of {machine['processor']}, commit "
-        f"{machine['commit'] or 'unknown'}, with {packages}.{sizes}"
-    )
-
-
-def draw(path: Path, found: dict[str, Any]) -> None:
-    """Draw the tokens per second of the systems in each work that trains."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError(f"{error.name} is not installed; pip install -e '.[bench]'") from error
-    of_work: dict[str, list[Row]] = {}
-    for row in found["results"]:
-        if row["tokens_per_s"] and row["first_update_s"]:
-            of_work.setdefault(row["work"], []).append(row)
-    if not of_work:
-        raise UserError(f"--plot {path}: nothing that trains was measured; leave out --only, or take mlm or gpt")
-    figure = Figure(figsize=(4.5 * len(of_work), 4.2), layout="constrained")
-    for axes, (work, rows) in zip(figure.subplots(1, len(of_work), squeeze=False)[0], of_work.items(), strict=True):
-        rows = sorted(rows, key=lambda row: row["tokens_per_s"]["median"])
-        medians = [row["tokens_per_s"]["median"] for row in rows]
-        errors = [
-            [median - row["tokens_per_s"]["min"] for median, row in zip(medians, rows, strict=True)],
-            [row["tokens_per_s"]["max"] - median for median, row in zip(medians, rows, strict=True)],
-        ]
-        colors = ["tab:orange" if row["system"].startswith("jaxlm") else "tab:blue" for row in rows]
-        axes.barh([label(row) for row in rows], medians, xerr=errors, color=colors, ecolor="0.3")
-        axes.set_title(work)
-        axes.set_xlabel("tokens per second")
-    try:
-        figure.savefig(path, dpi=110)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--plot {path}: cannot be written: {error}") from error
-
-
-def compare(old: dict[str, Any], new: dict[str, Any]) -> tuple[list[list[str]], bool]:
-    """Return the cells of a table of ratios now and before, and whether one is worse than noise explains.
-
-    Ratios to other systems in the same run, not speeds: those are of a machine and what else it does. A ratio is worse
-    if it is so by more than THRESHOLD and the ranges of the rounds do not meet.
-    """
-    before = {(row["work"], row["against"], row["quantity"], row["note"]): row for row in old["ratios"]}
-    cells, is_worse = [], False
-    for row in new["ratios"]:
-        was = before.get((row["work"], row["against"], row["quantity"], row["note"]))
-        if was is None:
-            continue
-        change, low, high = row["ratio"] / was["ratio"], row["low"] / was["high"], row["high"] / was["low"]
-        if row["at_most"]:
-            change, low, high = 1 / change, 1 / high, 1 / low
-        worse = change < 1 - THRESHOLD and high < 1
-        is_worse |= worse
-        verdict = "worse" if worse else "better" if change > 1 + THRESHOLD and low > 1 else "same"
-        numbers = [f"{was['ratio']:.3g}", f"{row['ratio']:.3g}", f"{change:.2f}", f"{low:.2f} to {high:.2f}"]
-        cells.append([row["work"], row["quantity"], row["against"], *numbers, verdict])
-    return cells, is_worse
-
-
 def measure(names: Sequence[str], options: Options, found: dict[str, Any]) -> Iterator[None]:
     """Measure the works in turn; after each, `found` has its results and ratios."""
     for name in names:
@@ -654,15 +522,6 @@ def measure(names: Sequence[str], options: Options, found: dict[str, Any]) -> It
         found["results"] += rows
         found["ratios"] += ratios
         yield
-
-
-def read_found(flag: str, path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        assert all(isinstance(found[name], list) for name in ("results", "ratios"))
-    except (OSError, ValueError, TypeError, KeyError, AssertionError) as error:
-        raise UserError(f"{flag} {path}: cannot be read as what --json writes; measure it again") from error
-    return found
 
 
 def machine() -> dict[str, Any]:

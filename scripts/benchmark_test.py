@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import bench_child
 import bench_systems
+import bench_tables
 import benchmark
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from jaxlm import config as configs
 from jaxlm import flops
 
 
-def row(system: str, precision: str, rounds: list[float], compiled: bool = False, **others: Any) -> benchmark.Row:
+def row(system: str, precision: str, rounds: list[float], compiled: bool = False, **others: Any) -> bench_tables.Row:
     fields = {"work": "mlm", "system": system, "precision": precision, "compiled": compiled, "rounds": rounds}
     fields |= {
         "tokens_per_s": benchmark.spread(rounds),
@@ -39,7 +41,7 @@ ROWS = [
 ]
 
 
-def found(rows: list[benchmark.Row]) -> dict[str, Any]:
+def found(rows: list[bench_tables.Row]) -> dict[str, Any]:
     machine = {
         "started": "2026-01-02T",
         "threads": 2,
@@ -108,7 +110,7 @@ def test_compare_tells_noise_from_a_slower_step(tmp_path: Path, capsys: pytest.C
 def test_page_and_picture(tmp_path: Path) -> None:
     results, page = tmp_path / "new.json", tmp_path / "PAGE.md"
     results.write_text(json.dumps(found(ROWS)))
-    page.write_text(f"before\n{''.join(benchmark.MARKS)}after\n")
+    page.write_text(f"before\n{''.join(bench_tables.MARKS)}after\n")
     argv = ["--read", str(results), "--markdown", str(page), "--plot", str(tmp_path / "plot.png")]
     for _ in range(2):  # what it has written it replaces
         assert benchmark.main(argv) == 0
@@ -116,7 +118,7 @@ def test_page_and_picture(tmp_path: Path) -> None:
     assert text.startswith("before\n") and text.endswith("after\n") and text.count("| mlm | jaxlm float32 |") == 1
     assert "| mlm | tokens_per_s | original float32 | 9 | 7 to 10 | at least 7 | yes |  |" in text
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
-    assert all((ROOT / "scripts" / "SPEED.md").read_text().count(mark) == 1 for mark in benchmark.MARKS)
+    assert all((ROOT / "scripts" / "SPEED.md").read_text().count(mark) == 1 for mark in bench_tables.MARKS)
 
 
 @pytest.mark.parametrize(
@@ -152,9 +154,9 @@ def test_the_products_are_those_of_an_update(task: str) -> None:
 
 
 def test_memory_is_that_of_this_process() -> None:
-    before = bench_systems.memory()
+    before = bench_child.memory()
     held = np.ones(50 * 2**20 // 8)
-    after = bench_systems.memory()
+    after = bench_child.memory()
     assert 45 < after["own_mb"] - before["own_mb"] < 60 and held.sum()
     assert after["peak_mb"] >= after["own_mb"]
 

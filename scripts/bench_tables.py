@@ -1,0 +1,157 @@
+"""What benchmark.py has found, as tables, a page, a picture, and beside what it found before."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from jaxlm.errors import UserError
+
+THRESHOLD = 0.1  # share by which a ratio may get worse before --compare says so
+MARKS = ("<!-- benchmark -->\n", "<!-- /benchmark -->\n")  # around what --markdown writes
+Row = dict[str, Any]  # of the results, or of the ratios, as in the JSON
+
+
+def read_found(flag: str, path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        assert all(isinstance(found[name], list) for name in ("results", "ratios"))
+    except (OSError, ValueError, TypeError, KeyError, AssertionError) as error:
+        raise UserError(f"{flag} {path}: cannot be read as what --json writes; measure it again") from error
+    return found
+
+
+def label(row: Row) -> str:
+    """Return what the system of a row of the results is called."""
+    compiled = row["compiled"] and not row["system"].startswith("jaxlm")  # which always is
+    return f"{row['system']} {row['precision']}" + (" compiled" if compiled else "")
+
+
+def results_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Return the heads and the cells of the table of results."""
+    heads = ["work", "system", "tokens/s", "min to max", "first update", "peak memory", "loss", "remarks"]
+    cells = []
+    for row in rows:
+        speed = row["tokens_per_s"]
+        remarks = [row["note"]] + ([f"accuracy {row['accuracy']:.3f}"] if "accuracy" in row else [])
+        cells.append(
+            [
+                row["work"],
+                label(row),
+                f"{speed['median']:,.0f}" if speed else "",
+                f"{speed['min']:,.0f} to {speed['max']:,.0f}" if speed else "",
+                f"{row['first_update_s']:.1f} s" if row["first_update_s"] else "",
+                f"{row['peak_mb']:,.0f} MB" if row["peak_mb"] else "",
+                f"{row['loss']:.3f}" if row["loss"] is not None else "",
+                ", ".join(filter(None, remarks)),
+            ]
+        )
+    return heads, cells
+
+
+def ratios_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Return the heads and the cells of the table of ratios."""
+    heads = ["work", "quantity", "against", "ratio", "range", "target", "reached", "remarks"]
+    cells = []
+    for row in rows:
+        target = f"{'at most' if row['at_most'] else 'at least'} {row['target']:g}"
+        numbers = [f"{row['ratio']:.3g}", f"{row['low']:.3g} to {row['high']:.3g}", target]
+        cells.append(
+            [row["work"], row["quantity"], row["against"], *numbers, "yes" if row["reached"] else "no", row["note"]]
+        )
+    return heads, cells
+
+
+def show(console: Console, heads: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
+    table = Table(*heads, box=box.SIMPLE)
+    for row in cells:
+        table.add_row(*row)
+    console.print(table)
+
+
+def markdown(heads: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    rows = [heads, ["---"] * len(heads), *cells]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def write_markdown(path: Path, found: dict[str, Any]) -> None:
+    """Put the tables between the marks of a page. Raises UserError if it has none."""
+    try:
+        page = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--markdown {path}: cannot be read ({error.strerror})") from error
+    if any(page.count(mark) != 1 for mark in MARKS):
+        raise UserError(f"--markdown {path}: it needs the lines {MARKS[0].strip()} and {MARKS[1].strip()} once each")
+    before, _, rest = page.partition(MARKS[0])
+    _, _, after = rest.partition(MARKS[1])
+    tables = (
+        f"{about(found)}\n\n{markdown(*ratios_table(found['ratios']))}\n{markdown(*results_table(found['results']))}"
+    )
+    path.write_text(f"{before}{MARKS[0]}{tables}{MARKS[1]}{after}", encoding="utf-8")
+
+
+def about(found: dict[str, Any]) -> str:
+    machine = found["machine"]
+    packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items() if name != "jaxlm")
+    sizes = " Tiny sizes: these figures mean nothing." if found["quick"] else ""
+    return (
+        f"Measured on {machine['started'][:10]} on {machine['threads']} cores of {machine['processor']}, commit "
+        f"{machine['commit'] or 'unknown'}, with {packages}.{sizes}"
+    )
+
+
+def draw(path: Path, found: dict[str, Any]) -> None:
+    """Draw the tokens per second of the systems in each work that trains."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError(f"{error.name} is not installed; pip install -e '.[bench]'") from error
+    of_work: dict[str, list[Row]] = {}
+    for row in found["results"]:
+        if row["tokens_per_s"] and row["first_update_s"]:
+            of_work.setdefault(row["work"], []).append(row)
+    if not of_work:
+        raise UserError(f"--plot {path}: nothing that trains was measured; leave out --only, or take mlm or gpt")
+    figure = Figure(figsize=(4.5 * len(of_work), 4.2), layout="constrained")
+    for axes, (work, rows) in zip(figure.subplots(1, len(of_work), squeeze=False)[0], of_work.items(), strict=True):
+        rows = sorted(rows, key=lambda row: row["tokens_per_s"]["median"])
+        medians = [row["tokens_per_s"]["median"] for row in rows]
+        errors = [
+            [median - row["tokens_per_s"]["min"] for median, row in zip(medians, rows, strict=True)],
+            [row["tokens_per_s"]["max"] - median for median, row in zip(medians, rows, strict=True)],
+        ]
+        colors = ["tab:orange" if row["system"].startswith("jaxlm") else "tab:blue" for row in rows]
+        axes.barh([label(row) for row in rows], medians, xerr=errors, color=colors, ecolor="0.3")
+        axes.set_title(work)
+        axes.set_xlabel("tokens per second")
+    try:
+        figure.savefig(path, dpi=110)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--plot {path}: cannot be written: {error}") from error
+
+
+def compare(old: dict[str, Any], new: dict[str, Any]) -> tuple[list[list[str]], bool]:
+    """Return the cells of a table of ratios now and before, and whether one is worse than noise explains.
+
+    Ratios to other systems in the same run, not speeds: those are of a machine and what else it does. A ratio is worse
+    if it is so by more than THRESHOLD and the ranges of the rounds do not meet.
+    """
+    before = {(row["work"], row["against"], row["quantity"], row["note"]): row for row in old["ratios"]}
+    cells, is_worse = [], False
+    for row in new["ratios"]:
+        was = before.get((row["work"], row["against"], row["quantity"], row["note"]))
+        if was is None:
+            continue
+        change, low, high = row["ratio"] / was["ratio"], row["low"] / was["high"], row["high"] / was["low"]
+        if row["at_most"]:
+            change, low, high = 1 / change, 1 / high, 1 / low
+        worse = change < 1 - THRESHOLD and high < 1
+        is_worse |= worse
+        verdict = "worse" if worse else "better" if change > 1 + THRESHOLD and low > 1 else "same"
+        numbers = [f"{was['ratio']:.3g}", f"{row['ratio']:.3g}", f"{change:.2f}", f"{low:.2f} to {high:.2f}"]
+        cells.append([row["work"], row["quantity"], row["against"], *numbers, verdict])
+    return cells, is_worse
