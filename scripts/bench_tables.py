@@ -99,7 +99,8 @@ def about(found: dict[str, Any]) -> str:
     packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items() if name != "jaxlm")
     sizes = " Tiny sizes: these figures mean nothing." if found["quick"] else ""
     return (
-        f"Measured on {machine['started'][:10]} on {machine['threads']} cores of {machine['processor']}, commit "
+        f"Measured on {machine['started'][:10]} on {machine['threads']} cores of {machine['processor']} (load before: "
+        f"{machine['load']}), commit "
         f"{machine['commit'] or 'unknown'}, with {packages}.{sizes}"
     )
 

@@ -40,6 +40,7 @@ from jaxlm.errors import UserError, reported
 
 ROOT = Path(__file__).parents[1]
 WARMUP = 2  # updates between the first and those that are measured
+BUSY = 0.5  # load of the machine from which on others get in the way
 LOSS_MARGIN = 0.05  # by which our loss may be above that of a system we are compared with; models start differently
 Settings = dict[str, Any]
 Found = tuple[list[Row], list[Row]]
@@ -187,7 +188,7 @@ TARGETS = (
 class Child:
     """A process of bench_child.py, stopped except while it answers."""
 
-    def __init__(self, system: System, settings: Settings, folder: Path):
+    def __init__(self, system: System, settings: Settings, folder: Path, variables: dict[str, str]):
         self.system, self.settings = system, settings
         spec = {"system": system.name, "compiled": system.compiled, "compile_cache": str(folder / "xla")}
         spec["settings"] = {**settings, "train.precision": system.precision}
@@ -199,6 +200,7 @@ class Child:
             "CUDA_VISIBLE_DEVICES": "",
             "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
             "HF_HUB_OFFLINE": "1",
+            **variables,
         }
         self.words = tempfile.TemporaryFile("w+")
         self.started_s = time.monotonic()
@@ -263,7 +265,9 @@ class Options:
         return result
 
     def start(self, stack: contextlib.ExitStack, system: System, settings: Settings) -> Child:
-        child = Child(system, self.settings(settings, system), self.folder)
+        # Threads of PyTorch that wait do so by spinning, which on a busy machine costs a hundred times the work.
+        variables = {"OMP_WAIT_POLICY": "PASSIVE"} if self.quick else {}
+        child = Child(system, self.settings(settings, system), self.folder, variables)
         stack.callback(child.close)
         return child
 
@@ -294,7 +298,7 @@ def side_by_side(name: str, work: Work, options: Options) -> Found:
             child = options.start(stack, system, work.settings)
             training = command[0] == "train"
             first_s = child.first(*(("train", 1) if training else command))
-            if training and name != "sst2":
+            if training:
                 child.ask("train", WARMUP)
             children.append(child)
             replies[system] = []
@@ -528,8 +532,9 @@ def machine() -> dict[str, Any]:
     info = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*:\s*(.*)", info.read_text()) if info.exists() else None
     described = environment.describe(0, "cpu")
+    load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
     kept = {name: described[name] for name in ("started", "system", "python", "packages", "commit")}
-    return {"processor": model[1] if model else described["system"], "threads": N_THREADS, **kept}
+    return {"processor": model[1] if model else described["system"], "threads": N_THREADS, "load": load, **kept}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -587,6 +592,8 @@ def main(argv: list[str] | None = None) -> int:
                 Path(folder),
                 lambda text: say(f"[{time.strftime('%H:%M:%S')}] {text}", markup=False),
             )
+            if (found["machine"]["load"] or 0) > BUSY and not args.quick:
+                options.say(f"warning: the machine is busy (load {found['machine']['load']}); figures will be wrong")
             for _ in measure(chosen, options, found):
                 if args.json:
                     args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -45,6 +45,7 @@ def found(rows: list[bench_tables.Row]) -> dict[str, Any]:
     machine = {
         "started": "2026-01-02T",
         "threads": 2,
+        "load": 0.1,
         "processor": "a processor",
         "commit": "",
         "packages": {"jax": "1"},
