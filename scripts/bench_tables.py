@@ -78,20 +78,23 @@ def markdown(heads: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def write_markdown(path: Path, found: dict[str, Any]) -> None:
-    """Put the tables between the marks of a page. Raises UserError if it has none."""
+def read_page(path: Path) -> tuple[str, str]:
+    """Return what a page has before and after the tables. Raises UserError if it has no marks around them."""
     try:
         page = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"--markdown {path}: cannot be read ({error.strerror})") from error
     if any(page.count(mark) != 1 for mark in MARKS):
         raise UserError(f"--markdown {path}: it needs the lines {MARKS[0].strip()} and {MARKS[1].strip()} once each")
-    before, _, rest = page.partition(MARKS[0])
-    _, _, after = rest.partition(MARKS[1])
-    tables = (
-        f"{about(found)}\n\n{markdown(*ratios_table(found['ratios']))}\n{markdown(*results_table(found['results']))}"
-    )
-    path.write_text(f"{before}{MARKS[0]}{tables}{MARKS[1]}{after}", encoding="utf-8")
+    return page.partition(MARKS[0])[0], page.partition(MARKS[1])[2]
+
+
+def write_markdown(path: Path, found: dict[str, Any]) -> None:
+    """Put the tables between the marks of a page."""
+    before, after = read_page(path)
+    tables = (markdown(*rows) for rows in (ratios_table(found["ratios"]), results_table(found["results"])))
+    text = "\n".join([about(found) + "\n", *tables])
+    path.write_text(f"{before}{MARKS[0]}{text}{MARKS[1]}{after}", encoding="utf-8")
 
 
 def about(found: dict[str, Any]) -> str:
@@ -101,7 +104,7 @@ def about(found: dict[str, Any]) -> str:
     return (
         f"Measured on {machine['started'][:10]} on {machine['threads']} cores of {machine['processor']} (load before: "
         f"{machine['load']}), commit "
-        f"{machine['commit'] or 'unknown'}, with {packages}.{sizes}"
+        f"{machine['commit'] or 'unknown'}, with {packages}; sst2: {found['sst2']}.{sizes}"
     )
 
 

@@ -23,13 +23,26 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bench_systems import N_THREADS, read_data
-from bench_tables import Row, about, compare, draw, label, ratios_table, read_found, results_table, show, write_markdown
+from bench_tables import (
+    Row,
+    about,
+    compare,
+    draw,
+    label,
+    ratios_table,
+    read_found,
+    read_page,
+    results_table,
+    show,
+    write_markdown,
+)
+from bench_works import BASE, JAXLM, MLM, NOTES, SMALL, TARGETS, TIED, TINY, WORKS, Settings, System, Work
 from rich.console import Console
 
 from jaxlm import config as configs
@@ -42,147 +55,7 @@ ROOT = Path(__file__).parents[1]
 WARMUP = 2  # updates between the first and those that are measured
 BUSY = 0.5  # load of the machine from which on others get in the way
 LOSS_MARGIN = 0.05  # by which our loss may be above that of a system we are compared with; models start differently
-Settings = dict[str, Any]
 Found = tuple[list[Row], list[Row]]
-
-SIZE = {"model.d_model": 256, "model.n_layers": 4, "model.n_heads": 4, "model.seq_len": 128, "train.batch_size": 16}
-TINY = {
-    **{"model.d_model": 32, "model.n_layers": 1, "model.n_heads": 2, "model.seq_len": 32, "train.batch_size": 4},
-    **{"model.vocab_size": 1000, "tokenizer.vocab_size": 1000},
-}
-TRAINING = {
-    "train.schedule": "constant",
-    "train.warmup_steps": 10,
-    "train.learning_rate": 5e-4,
-    "train.max_steps": 1_000_000,
-}
-MLM = {**TRAINING, **SIZE, "task": "mlm", "model.vocab_size": 30_522}
-GPT = {
-    **TRAINING,
-    **SIZE,
-    "task": "gpt",
-    "model.vocab_size": 50_257,
-    "model.pad_id": -1,
-    "tokenizer.kind": "bpe",
-}
-BASE = {
-    **MLM,
-    "model.d_model": 768,
-    "model.n_layers": 12,
-    "model.n_heads": 12,
-    "train.batch_size": 8,
-    "train.learning_rate": 1e-4,
-}
-SST2 = {**MLM, "task": "sst2", "train.batch_size": 32, "train.warmup_steps": 100, "train.learning_rate": 3e-4}
-SMALL = {**MLM, "model.d_model": 128, "model.n_layers": 2, "model.seq_len": 64, "model.vocab_size": 4096}
-TIED = {"model.tied_embedding": True, "model.final_norm": True, "model.positions": "learned"}  # as GPT-2
-
-
-@dataclass(frozen=True)
-class System:
-    """One of SYSTEMS in bench_child.py, in one form."""
-
-    name: str
-    precision: str
-    compiled: bool = False
-
-    def __str__(self) -> str:
-        return label({"system": self.name, "precision": self.precision, "compiled": self.compiled})
-
-
-def forms(name: str, precisions: Sequence[str] = ("float32", "bfloat16")) -> tuple[System, ...]:
-    """Return a system of PyTorch in each precision, eager and compiled."""
-    return tuple(System(name, precision, compiled) for precision in precisions for compiled in (False, True))
-
-
-JAXLM = (System("jaxlm", "float32", True), System("jaxlm", "bfloat16", True))
-JAXLM_TIED = System("jaxlm tied", "bfloat16", True)
-ORIGINAL = System("original", "float32")
-
-
-@dataclass(frozen=True)
-class Work:
-    """What the systems do side by side: in each round `command` with its arguments, once each."""
-
-    settings: Settings
-    systems: tuple[System, ...]
-    command: tuple[Any, ...]  # a method of the systems, and its arguments
-    rounds: int
-
-
-WORKS = {
-    "mlm": Work(MLM, (*JAXLM, JAXLM_TIED, ORIGINAL, *forms("torchlm"), *forms("transformers")), ("train", 4), 7),
-    "gpt": Work(
-        GPT, (*JAXLM, JAXLM_TIED, *forms("torchlm"), *forms("transformers"), *forms("plain GPT")), ("train", 3), 7
-    ),
-    "sst2": Work(
-        SST2,
-        (*JAXLM, ORIGINAL, *forms("transformers", ["bfloat16"]), System("transformers grouped", "bfloat16")),
-        ("train", 0),  # a tenth of an epoch
-        10,
-    ),
-    "base": Work(BASE, (JAXLM[1], JAXLM_TIED, *forms("transformers", ["bfloat16"])), ("train", 2), 5),
-    "evaluation": Work(MLM, (*JAXLM, *forms("transformers")), ("evaluate",), 7),
-    "generation of 1 row": Work(
-        {**GPT, **TIED},
-        (*JAXLM, System("transformers", "float32"), System("transformers", "bfloat16")),
-        ("generate", 1, 16, 112),
-        7,
-    ),
-    "generation of 16 rows": Work(
-        {**GPT, **TIED},
-        (*JAXLM, System("transformers", "float32"), System("transformers", "bfloat16")),
-        ("generate", 16, 16, 112),
-        7,
-    ),
-}
-NOTES = {  # where the work is another than jaxlm's
-    ("original", "mlm"): "logits at every position",
-    ("original", "sst2"): "fixed length, an output for each token of the vocabulary",
-    ("transformers", "mlm"): "logits at every position, tied output; no pads",
-    ("transformers", "gpt"): "tied output; no pads",
-    ("transformers", "sst2"): "padded to the longest of a batch",
-    ("transformers grouped", "sst2"): "as before, and batches of like lengths",
-    ("plain GPT", "gpt"): "tied output; no pads",
-    ("jaxlm tied", "mlm"): "tied output",
-    ("jaxlm tied", "gpt"): "tied output",
-}
-
-
-@dataclass(frozen=True)
-class Target:
-    """A ratio to reach: ours to that of the best of the systems that `against` matches, a regular expression."""
-
-    work: str
-    ours: str
-    against: str
-    quantity: str  # of a row of the results
-    target: float
-    at_most: bool = False
-
-    def is_of(self, system: System) -> bool:
-        return str(system) == self.ours or bool(re.fullmatch(self.against, str(system)))
-
-
-TARGETS = (
-    Target("mlm", "jaxlm bfloat16", "original float32", "tokens_per_s", 7),
-    Target("mlm", "jaxlm float32", "original float32", "tokens_per_s", 3),
-    Target("mlm", "jaxlm bfloat16", "transformers bfloat16 compiled", "tokens_per_s", 1.8),
-    Target("mlm", "jaxlm float32", "torchlm float32", "peak_mb", 0.5, at_most=True),
-    # What torchlm does for gpt is what the original does.
-    Target("gpt", "jaxlm bfloat16", "torchlm float32", "tokens_per_s", 4),
-    Target("gpt", "jaxlm float32", "torchlm float32", "tokens_per_s", 2),
-    Target("gpt", "jaxlm tied bfloat16", "transformers bfloat16 compiled", "tokens_per_s", 1.2),
-    Target("gpt", "jaxlm float32", "torchlm float32", "peak_mb", 0.5, at_most=True),
-    Target("sst2", "jaxlm bfloat16", "original float32", "tokens_per_s", 12),
-    Target("sst2", "jaxlm bfloat16", "transformers bfloat16( compiled)?", "tokens_per_s", 1.5),
-    # 872 sentences: accuracies of equal models differ by 0.02 now and then.
-    Target("sst2", "jaxlm bfloat16", "transformers bfloat16( compiled)?", "accuracy", 0.975),
-    Target("base", "jaxlm bfloat16", "transformers bfloat16 compiled", "tokens_per_s", 1.2),
-    Target("evaluation", "jaxlm bfloat16", "transformers .*", "tokens_per_s", 1.5),
-    Target("generation of 1 row", "jaxlm bfloat16", "transformers .*", "tokens_per_s", 1.5),
-    Target("generation of 16 rows", "jaxlm bfloat16", "transformers .*", "tokens_per_s", 1.5),
-)
 
 
 class Child:
@@ -453,6 +326,9 @@ def growth(options: Options) -> Found:
             }
             reader = options.start(stack, System("data", "float32"), settings)
             options.say(f"growth: {name} of text made ready in {reader.first('ready'):.0f} s")
+            if not children:  # so that none of those measured keeps the memory that compiling took
+                with contextlib.ExitStack() as alone:
+                    options.start(alone, JAXLM[0], settings).ask("train", 1)
             children[name] = options.start(stack, JAXLM[0], settings)
             children[name].ask("train", 1 + WARMUP)
         replies: dict[str, list[dict[str, Any]]] = {name: [] for name in sizes}
@@ -515,88 +391,103 @@ def limit(options: Options) -> Found:
 
 
 OTHERS: dict[str, Callable[[Options], Found]] = {"start": starts, "host": host, "growth": growth, "limit": limit}
+NAMES = (*WORKS, *OTHERS)
 
 
-def measure(names: Sequence[str], options: Options, found: dict[str, Any]) -> Iterator[None]:
-    """Measure the works in turn; after each, `found` has its results and ratios."""
-    for name in names:
+def measure(chosen: Sequence[str], options: Options, found: dict[str, Any], path: Path | None) -> None:
+    """Measure the works in turn, and write what has been found to `path` after each."""
+    load = found["machine"]["load"]
+    if load and load > BUSY and not options.quick:
+        options.say(f"warning: the machine is busy (load {load}); figures will be wrong")
+    for name in chosen:
         began_s = time.monotonic()
         rows, ratios = side_by_side(name, WORKS[name], options) if name in WORKS else OTHERS[name](options)
         options.say(f"{name}: done in {time.monotonic() - began_s:.0f} s")
         found["results"] += rows
         found["ratios"] += ratios
-        yield
+        if path:
+            path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def machine() -> dict[str, Any]:
+    """Return what the figures are of."""
     info = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*:\s*(.*)", info.read_text()) if info.exists() else None
     described = environment.describe(0, "cpu")
-    load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
     kept = {name: described[name] for name in ("started", "system", "python", "packages", "commit")}
+    load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
     return {"processor": model[1] if model else described["system"], "threads": N_THREADS, "load": load, **kept}
+
+
+def nothing_found(args: argparse.Namespace, chosen: Sequence[str]) -> dict[str, Any]:
+    """Return what the JSON has before anything is measured: with --only, what it had of other works."""
+    found = {"quick": args.quick, "sst2": "real" if args.sst2 else "embedded sentences"}
+    found |= {"machine": machine(), "results": [], "ratios": []}
+    if args.only and args.json and args.json.exists():
+        kept = read_found("--json", args.json)
+        if kept["quick"] != args.quick:
+            raise UserError(
+                f"--json {args.json}: it was made with{'' if kept['quick'] else 'out'} --quick; name another"
+            )
+        for part in ("results", "ratios"):
+            found[part] = [row for row in kept[part] if not row["work"].startswith(tuple(chosen))]
+    return found
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise UserError for what would only be found out after hours."""
+    for name in args.only or []:
+        if not any(x.startswith(name) for x in NAMES):
+            raise UserError(f"--only {name}: there is no such work; there are {', '.join(NAMES)}")
+    for file in ("train.tsv", "dev.tsv") if args.sst2 else ():
+        if not (args.sst2 / file).is_file():
+            raise UserError(f"--sst2 {args.sst2}: it has no {file}; give the folder of SST-2 as in GLUE")
+    for flag in ("json", "plot"):
+        path = getattr(args, flag)
+        if path and not path.parent.is_dir():
+            raise UserError(f"--{flag} {path}: there is no folder {path.parent}; make it first")
+    if args.markdown:
+        read_page(args.markdown)
+    if importlib.util.find_spec("torch") is None and not args.read:
+        raise UserError("torch is not installed; pip install -e '.[bench]'")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python scripts/benchmark.py", description=__doc__.partition("\n")[0])
+
+    def file(flag: str, metavar: str, help: str) -> None:
+        parser.add_argument(flag, type=Path, metavar=metavar, help=help)
+
+    parser.add_argument("--only", action="append", metavar="NAME", help=f"{', '.join(NAMES)}; again for several")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, and only what ratios need: does it work?")
+    file("--sst2", "FOLDER", "train.tsv and dev.tsv of SST-2; else embedded sentences")
+    file("--json", "FILE", "write it after each work; with --only, rows of others stay")
+    file("--read", "FILE", "measure nothing: show what --json has written")
+    file("--compare", "OLD.json", "exit with 1 if a ratio became worse")
+    file("--plot", "FILE", "picture of the speeds")
+    file("--markdown", "FILE", "page between whose marks the tables go")
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Measure, tell and compare as the command line says; return the exit status."""
-    names = [*WORKS, *OTHERS]
-    parser = argparse.ArgumentParser("python scripts/benchmark.py", description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "--only", action="append", metavar="NAME", help=f"{', '.join(names)}; more than once for several"
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="tiny sizes, and only what ratios need: whether it works, not how fast"
-    )
-    parser.add_argument(
-        "--sst2", type=Path, metavar="FOLDER", help="train.tsv and dev.tsv of SST-2; else embedded data"
-    )
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write it after each work; with --only, rows of others stay"
-    )
-    parser.add_argument("--read", type=Path, metavar="FILE", help="measure nothing: show what --json has written")
-    parser.add_argument("--compare", type=Path, metavar="OLD.json", help="exit with 1 if a ratio became worse")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="picture of the speeds")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="page between whose marks the tables go")
-    args = parser.parse_args(argv)
+    args = parse(argv)
     console = Console(width=None if sys.stdout.isatty() else 170)  # wide enough for the tables, in a file
+    progress = Console(stderr=True, highlight=False)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # not without ending the children
     with reported(debug=False), tempfile.TemporaryDirectory() as folder:
-        chosen = [name for name in names if not args.only or any(name.startswith(x) for x in args.only)]
-        for name in args.only or []:
-            if not any(x.startswith(name) for x in names):
-                raise UserError(f"--only {name}: there is no such work; there are {', '.join(names)}")
+        check(args)
         old = read_found("--compare", args.compare) if args.compare else None
-        for file in ("train.tsv", "dev.tsv") if args.sst2 else ():
-            if not (args.sst2 / file).is_file():
-                raise UserError(f"--sst2 {args.sst2}: it has no {file}; give the folder of SST-2 as in GLUE")
-        if importlib.util.find_spec("torch") is None and not args.read:
-            raise UserError("torch is not installed; pip install -e '.[bench]'")
         if args.read:
             found = read_found("--read", args.read)
         else:
-            found = {"quick": args.quick, "machine": machine(), "results": [], "ratios": []}
-            if args.only and args.json and args.json.exists():
-                kept = read_found("--json", args.json)
-                if kept["quick"] != args.quick:
-                    raise UserError(
-                        f"--json {args.json}: it was made {'' if kept['quick'] else 'without '}--quick; name another"
-                    )
-                works = [row["work"].partition(", cold")[0].partition(", warm")[0] for row in kept["results"]]
-                found["results"] = [
-                    r for r, work in zip(kept["results"], works, strict=True) if not _is_of(work, chosen)
-                ]
-                found["ratios"] = [row for row in kept["ratios"] if not _is_of(row["work"], chosen)]
-            say = Console(stderr=True, highlight=False).print
-            options = Options(
-                args.quick,
-                args.sst2,
-                Path(folder),
-                lambda text: say(f"[{time.strftime('%H:%M:%S')}] {text}", markup=False),
-            )
-            if (found["machine"]["load"] or 0) > BUSY and not args.quick:
-                options.say(f"warning: the machine is busy (load {found['machine']['load']}); figures will be wrong")
-            for _ in measure(chosen, options, found):
-                if args.json:
-                    args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            chosen = [name for name in NAMES if not args.only or name.startswith(tuple(args.only))]
+            found = nothing_found(args, chosen)
+
+            def say(text: str) -> None:
+                progress.print(f"[{time.strftime('%H:%M:%S')}] {text}", markup=False)
+
+            measure(chosen, Options(args.quick, args.sst2, Path(folder), say), found, args.json)
         console.print(about(found))
         show(console, *results_table(found["results"]))
         show(console, *ratios_table(found["ratios"]))
@@ -604,19 +495,15 @@ def main(argv: list[str] | None = None) -> int:
             draw(args.plot, found)
         if args.markdown:
             write_markdown(args.markdown, found)
-        if old:
-            if old["quick"] != found["quick"]:
-                raise UserError(f"--compare {args.compare}: one of both was made with --quick, the other was not")
-            cells, is_worse = compare(old, found)
-            if not cells:
-                raise UserError(f"--compare {args.compare}: it has no ratio that was measured now; leave out --only")
-            show(console, ["work", "quantity", "against", "before", "now", "change", "noise", ""], cells)
-            return int(is_worse)
-    return 0
-
-
-def _is_of(work: str, chosen: Sequence[str]) -> bool:
-    return any(work.startswith(name) for name in chosen)
+        if old is None:
+            return 0
+        if old["quick"] != found["quick"]:
+            raise UserError(f"--compare {args.compare}: one of both was made with --quick, the other was not")
+        cells, is_worse = compare(old, found)
+        if not cells:
+            raise UserError(f"--compare {args.compare}: it has no ratio that was measured now; leave out --only")
+        show(console, ["work", "quantity", "against", "before", "now", "change", "noise", ""], cells)
+        return int(is_worse)
 
 
 if __name__ == "__main__":

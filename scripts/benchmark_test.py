@@ -52,6 +52,7 @@ def found(rows: list[bench_tables.Row]) -> dict[str, Any]:
     }
     return {
         "quick": False,
+        "sst2": "real",
         "machine": machine,
         "results": rows,
         "ratios": benchmark.ratios_to_reach("mlm", rows),
@@ -127,6 +128,8 @@ def test_page_and_picture(tmp_path: Path) -> None:
     [
         ("--only bert", "--only bert: there is no such work; there are mlm, "),
         ("--compare nowhere.json", "--compare nowhere.json: cannot be read"),
+        ("--json nowhere/new.json", "--json nowhere/new.json: there is no folder nowhere"),
+        ("--markdown README.md", "--markdown README.md: it needs the lines <!-- benchmark --> and"),
         ("--sst2 nowhere", "--sst2 nowhere: it has no train.tsv"),
         ("--read pyproject.toml", "--read pyproject.toml: cannot be read as what --json writes"),
     ],
