@@ -168,12 +168,12 @@ def test_memory_is_that_of_this_process() -> None:
 @pytest.mark.slow
 def test_a_measurement_of_real_processes(tmp_path: Path) -> None:
     results = tmp_path / "new.json"
-    command = [sys.executable, "scripts/benchmark.py", "--quick", "--only", "evaluation", "--only", "host"]
+    command = [sys.executable, "scripts/benchmark.py", "--quick", "--only", "generation of 1 row", "--only", "host"]
     done = subprocess.run([*command, "--json", str(results)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     measured = json.loads(results.read_text())
     assert {x["system"] for x in measured["results"]} == {"jaxlm", "transformers"}
     for x in measured["results"]:
         speed = x["tokens_per_s"]
-        assert 0 < speed["min"] <= speed["median"] <= speed["max"] and x["peak_mb"] > 100 and 5 < x["loss"] < 9
-    assert [x["work"] for x in measured["ratios"]] == ["evaluation", "host", "host"]
+        assert 0 < speed["min"] <= speed["median"] <= speed["max"] and x["peak_mb"] > 100
+    assert [x["work"] for x in measured["ratios"]] == ["generation of 1 row", "host", "host"]
