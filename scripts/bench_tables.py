@@ -59,7 +59,7 @@ def ratios_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     cells = []
     for row in rows:
         target = f"{'at most' if row['at_most'] else 'at least'} {row['target']:g}"
-        numbers = [f"{row['ratio']:.3g}", f"{row['low']:.3g} to {row['high']:.3g}", target]
+        numbers = [_number(row["ratio"]), f"{_number(row['low'])} to {_number(row['high'])}", target]
         cells.append(
             [row["work"], row["quantity"], row["against"], *numbers, "yes" if row["reached"] else "no", row["note"]]
         )
@@ -144,10 +144,11 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> tuple[list[list[str]], 
     Ratios to other systems in the same run, not speeds: those are of a machine and what else it does. A ratio is worse
     if it is so by more than THRESHOLD and the ranges of the rounds do not meet.
     """
-    before = {(row["work"], row["against"], row["quantity"], row["note"]): row for row in old["ratios"]}
+    # Not by what it is against: the fastest of several systems may be another one now.
+    before = {(row["work"], row["quantity"], row["target"]): row for row in old["ratios"]}
     cells, is_worse = [], False
     for row in new["ratios"]:
-        was = before.get((row["work"], row["against"], row["quantity"], row["note"]))
+        was = before.get((row["work"], row["quantity"], row["target"]))
         if was is None:
             continue
         change, low, high = row["ratio"] / was["ratio"], row["low"] / was["high"], row["high"] / was["low"]
@@ -156,6 +157,10 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> tuple[list[list[str]], 
         worse = change < 1 - THRESHOLD and high < 1
         is_worse |= worse
         verdict = "worse" if worse else "better" if change > 1 + THRESHOLD and low > 1 else "same"
-        numbers = [f"{was['ratio']:.3g}", f"{row['ratio']:.3g}", f"{change:.2f}", f"{low:.2f} to {high:.2f}"]
+        numbers = [_number(was["ratio"]), _number(row["ratio"]), f"{change:.2f}", f"{low:.2f} to {high:.2f}"]
         cells.append([row["work"], row["quantity"], row["against"], *numbers, verdict])
     return cells, is_worse
+
+
+def _number(x: float) -> str:
+    return f"{x:,.0f}" if x >= 1000 else f"{x:.3g}"

@@ -91,6 +91,12 @@ def test_every_target_is_of_systems_that_are_measured() -> None:
         assert sum(target.is_of(system) for system in benchmark.WORKS[target.work].systems) > 1, target
 
 
+def test_compare_can_tell_the_targets_apart() -> None:
+    assert len({(target.work, target.quantity, target.target) for target in benchmark.TARGETS}) == len(
+        benchmark.TARGETS
+    )
+
+
 def test_compare_tells_noise_from_a_slower_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     noisy, slower = copy.deepcopy(ROWS), copy.deepcopy(ROWS)
     noisy[1] = row("jaxlm", "bfloat16", [560.0, 700.0, 720.0], True)  # medians 7 for 9, but up to 9 for at least 7
