@@ -20,6 +20,7 @@ def read_found(flag: str, path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         assert all(isinstance(found[name], list) for name in ("results", "ratios"))
+        assert {"quick", "sst2", "machine"} <= found.keys()
     except (OSError, ValueError, TypeError, KeyError, AssertionError) as error:
         raise UserError(f"{flag} {path}: cannot be read as what --json writes; measure it again") from error
     return found
