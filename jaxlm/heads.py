@@ -40,6 +40,7 @@ class LanguageModelHead(nnx.Module):
             x_BTD = self.layernorm(x_BTD)
         if not self.is_tied:
             return constrain(self.linear(x_BTD), BATCH, None, "tensor")
+        assert table_VD is not None, "it is the output layer"
         logits_BTV = products.linear(x_BTD, table_VD, self.bias[...], self.dtype, 1)
         return constrain(logits_BTV, BATCH, None, "tensor")
 

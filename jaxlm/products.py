@@ -6,11 +6,13 @@ and keep logits and their gradient whole, the largest arrays of a step.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+from jaxlm.parallel import is_one_cpu
 
 
 def sum_dtype(dtype: Any) -> Any:
@@ -18,34 +20,48 @@ def sum_dtype(dtype: Any) -> Any:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+class _How(NamedTuple):
+    """How a linear layer computes: in which type, with n_in as which axis of its kernel, and whether on one CPU."""
+
+    dtype: Any
+    axis: int
+    is_on_cpu: bool
+
+
 def linear(x: Array, kernel: Array, bias: Array, dtype: Any, axis: int = 0) -> Array:
     """Return x [..., n_in] times kernel, plus bias [n_out]; kernel [n_in, n_out], or with `axis` 1 [n_out, n_in]."""
-    return _linear(x, kernel, bias, dtype, axis)[0]
+    return _linear(x, kernel, bias, _How(dtype, axis, is_one_cpu()))
 
 
-def _linear(x: Array, kernel: Array, bias: Array, dtype: Any, axis: int) -> tuple[Array, tuple[Array, Array]]:
-    x, kernel = x.astype(dtype), kernel.astype(dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _linear(x: Array, kernel: Array, bias: Array, how: _How) -> Array:
+    return _linear_forward(x, kernel, bias, how)[0]
+
+
+def _linear_forward(x: Array, kernel: Array, bias: Array, how: _How) -> tuple[Array, tuple[Array, Array]]:
+    x, kernel = x.astype(how.dtype), kernel.astype(how.dtype)
     # All axes but the last as one: XLA's products on a CPU take half the time so.
-    y = _dot(x.reshape(-1, x.shape[-1]), kernel, (1,), (axis,)) + bias[None]
+    y = _dot(x.reshape(-1, x.shape[-1]), kernel, (1,), (how.axis,)) + bias[None]
     return y.reshape(*x.shape[:-1], y.shape[-1]), (x, kernel)
 
 
-def _linear_back(dtype: Any, axis: int, kept: tuple[Array, Array], grad: Array) -> tuple[Array, Array, Array]:
+def _linear_back(how: _How, kept: tuple[Array, Array], grad: Array) -> tuple[Array, Array, Array]:
     x, kernel = kept
     rows = grad.reshape(-1, grad.shape[-1])
-    # As a product, because XLA sums columns many times slower on a CPU; in full, since it is no product of the model.
-    dbias = jnp.matmul(jnp.ones((1, len(rows)), rows.dtype), rows, precision=jax.lax.Precision.HIGHEST)[0]
-    grad, rows = grad.astype(dtype), rows.astype(dtype)
-    dx = _dot(rows, kernel, (1,), (1 - axis,)).reshape(x.shape)
-    if dtype == jnp.bfloat16:
+    if how.is_on_cpu:  # where XLA sums columns many times slower than it multiplies
+        dbias = jnp.matmul(jnp.ones((1, len(rows)), rows.dtype), rows)[0]
+    else:
+        dbias = jnp.sum(rows, axis=0)
+    grad, rows = grad.astype(how.dtype), rows.astype(how.dtype)
+    dx = _dot(rows, kernel, (1,), (1 - how.axis,)).reshape(x.shape)
+    if how.is_on_cpu and how.dtype == jnp.bfloat16:
         # Summed over two axes, bfloat16 is transposed first, and then takes a fraction of the time; float32 does not.
         if x.ndim == 2 and len(x) % 16 == 0:
             x, grad = (a.reshape(-1, 16, a.shape[-1]) for a in (x, grad))
     else:
         x, grad = x.reshape(-1, x.shape[-1]), rows
     summed = tuple(range(x.ndim - 1))
-    dkernel = _dot(x, grad, summed, summed) if axis == 0 else _dot(grad, x, summed, summed)
+    dkernel = _dot(x, grad, summed, summed) if how.axis == 0 else _dot(grad, x, summed, summed)
     return dx, dkernel, dbias
 
 
@@ -53,7 +69,7 @@ def _dot(a: Array, b: Array, axes_a: tuple[int, ...], axes_b: tuple[int, ...]) -
     return jax.lax.dot_general(a, b, ((axes_a, axes_b), ((), ())), preferred_element_type=sum_dtype(a.dtype))
 
 
-linear.defvjp(_linear, _linear_back)
+_linear.defvjp(_linear_forward, _linear_back)
 
 
 def einsum(subscripts: str, a: Array, b: Array, dtype: Any) -> Array:

@@ -443,7 +443,7 @@ def _model() -> list[Fault]:
             "GPT-2 of transformers",
             edit(
                 jax_heads.LanguageModelHead.__call__,
-                ("table_VD.astype(self.dtype)", "jax.lax.stop_gradient(table_VD).astype(self.dtype)"),
+                ("linear(x_BTD, table_VD,", "linear(x_BTD, jax.lax.stop_gradient(table_VD),"),
             ),
             edit(
                 torch_heads.LanguageModelHead.forward,
@@ -454,7 +454,7 @@ def _model() -> list[Fault]:
             "no bias in a tied head",
             "a tied output layer without its bias",
             "BERT of transformers",
-            edit(jax_heads.LanguageModelHead.__call__, (" + self.bias[...][None, None]", "")),
+            edit(jax_heads.LanguageModelHead.__call__, ("self.bias[...], self", "0 * self.bias[...], self")),
             edit(torch_heads.LanguageModelHead.forward, ("table_VD, self.bias", "table_VD")),
         ),
         *both(
@@ -490,12 +490,14 @@ def _model() -> list[Fault]:
             edit(jax_heads.ClassifierHead.__call__, ("x_BTD[:, 0]", "x_BTD.mean(axis=1)")),
             edit(torch_heads.ClassifierHead.forward, ("x_BTD[:, 0]", "x_BTD.mean(axis=1)")),
         ),
-        *mirrored(
+        *both(
             "masked positions off by one",
             "logits of mlm taken one position to the right",
             mlm,
-            "heads.LanguageModel",
-            ("positions_BM[:, :, None]", "(positions_BM[:, :, None] + 1) % x_BTD.shape[1]"),
+            *(
+                edit(function, ("positions_BM[:, :, None]", "(positions_BM[:, :, None] + 1) % x_BTD.shape[1]"))
+                for function in (jax_heads.LanguageModel._hidden, torch_heads.LanguageModel.forward)
+            ),
         ),
         *both(
             "square kernels as they are",
@@ -921,7 +923,7 @@ def _random() -> list[Fault]:
             "rate for share",
             "the share that is kept for the one that is dropped",
             masks,
-            edit(jax_model.dropout, ("(key, 1 - rate", "(key, rate")),
+            edit(jax_model.dropout, ("keeps(key, rate", "keeps(key, 1 - rate")),
             edit(torch_model.dropout, ("(x, rate,", "(x, 1 - rate,")),
         ),
         *both(
