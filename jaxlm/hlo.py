@@ -27,7 +27,7 @@ class Instruction:
     name: str
     shape: str  # as in the text, with the layout
     opcode: str
-    operands: tuple[str, ...]  # names; those of a parameter: its number
+    operands: tuple[str, ...]  # names; that of a parameter is its number, that of a constant its value
     attributes: str
     is_root: bool
 
@@ -66,7 +66,8 @@ def parse(text: str) -> Program:
     def visit(name: str, times: int) -> None:
         runs[name] += times
         for instruction in computations[name].values():
-            for called, n in _called(instruction):
+            n = _trips(computations, name, instruction) if instruction.opcode == "while" else 1
+            for called in _called(instruction):
                 visit(called, times * n)
                 if instruction.opcode == "fusion" or name in inlined:
                     inlined.add(called)
@@ -133,8 +134,8 @@ def _instruction(line: str, start: re.Match[str]) -> Instruction:
     opcode_end = line.index("(", shape_end)
     operands_end = _balanced(line, opcode_end)
     inside = line[opcode_end + 1 : operands_end - 1]
-    operands = (inside,) if line[shape_end:opcode_end].strip() == "parameter" else re.findall(r"%([\w.\-]+)", inside)
     shape, opcode = line[start.end() : shape_end], line[shape_end:opcode_end].strip()
+    operands = (inside,) if opcode in ("parameter", "constant") else re.findall(r"%([\w.\-]+)", inside)
     return Instruction(start[2], shape, opcode, tuple(operands), line[operands_end:], bool(start[1]))
 
 
@@ -148,13 +149,32 @@ def _balanced(line: str, start: int) -> int:
     raise ValueError(f"no instruction of a program: {line}")
 
 
-def _called(x: Instruction) -> Iterator[tuple[str, int]]:
-    """Yield the computations that an instruction runs, and how often. Those of a reduction are no more than a sum."""
-    trips = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', x.attributes)
+def _called(x: Instruction) -> Iterator[str]:
+    """Yield the computations that an instruction runs. Those of a reduction are no more than a sum."""
     for key, names in re.findall(r"(calls|body|to_apply|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)", x.attributes):
         if key != "to_apply" or x.opcode == "call":
-            for name in re.findall(r"[\w.\-]+", names):
-                yield name, int(trips[1]) if key == "body" and trips else 1
+            yield from re.findall(r"[\w.\-]+", names)
+
+
+def _trips(computations: dict[str, dict[str, Instruction]], within: str, x: Instruction) -> int:
+    """Return how often a loop runs: as XLA says, or where it does not, as on TPUs, until its counter is at a constant.
+
+    Raises ValueError for any other loop, whose work cannot be told.
+    """
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', x.attributes):
+        return int(known[1])
+    condition = computations[(re.search(r"condition=%?([\w.\-]+)", x.attributes) or ["", ""])[1]]
+    test = next(y for y in condition.values() if y.is_root)
+    if test.opcode == "compare" and "direction=LT" in test.attributes:
+        counter, limit = (condition[name] for name in test.operands)
+        place = re.search(r"index=(\d+)", counter.attributes)
+        outside = computations[within]
+        start = outside[outside[x.operands[0]].operands[int(place[1])]] if place else counter
+        while start.opcode == "copy":
+            start = outside[start.operands[0]]
+        if limit.opcode == start.opcode == "constant":
+            return int(limit.operands[0]) - int(start.operands[0])
+    raise ValueError(f"the loop {x.name} runs while {test}")
 
 
 def _group(attributes: str) -> tuple[int, ...]:
@@ -208,7 +228,7 @@ def _moved(program: Program, instructions: dict[str, Instruction], x: Instructio
         return 2 * n_bytes(shapes[1 if x.opcode == "dynamic-update-slice" else 2], True)
     if x.opcode != "fusion":
         return sum(n_bytes(shape, True) for shape in shapes) + n_bytes(x.shape, True)
-    inside = program.computations[next(_called(x))[0]]
+    inside = program.computations[next(_called(x))]
     read = 0
     for number, name in enumerate(x.operands):
         whole = n_bytes(instructions[name].shape, True)
@@ -237,7 +257,7 @@ def _read(program: Program, inside: dict[str, Instruction], number: int) -> int:
                 elif x.opcode in ("slice", "dynamic-slice", "gather") and place == 0:
                     total += n_bytes(x.shape)
                 elif x.opcode == "fusion":
-                    total += _read(program, program.computations[next(_called(x))[0]], place)
+                    total += _read(program, program.computations[next(_called(x))], place)
                 elif x.opcode != "dynamic-update-slice" or place:
                     return n_bytes(parameter.shape)
     return total

@@ -138,6 +138,27 @@ def test_groups_of_devices_are_read_in_each_form_and_loops_are_counted(groups: s
     assert found.n_bytes == 5 * 2 * 128 * (len(first) - 1) // len(first)
 
 
+def test_loops_of_tpus_are_counted_by_their_condition_and_others_are_refused() -> None:
+    condition = """
+%condition (state: (s32[], f32[4,8])) -> pred[] {
+  %state.1 = (s32[], f32[4,8]{1,0}) parameter(0)
+  %i.1 = s32[] get-tuple-element(%state.1), index=0
+  %n = s32[] constant(9)
+  ROOT %lt = pred[] compare(%i.1, %n), direction=LT
+}
+"""
+    known = ', backend_config={"known_trip_count":{"n":"5"}}'
+    text = (
+        LOOP.replace("GROUPS", "[1,8]<=[8]")
+        .replace("\n%body", condition + "\n%body")
+        .replace("constant(0)", "constant(2)")
+    )
+    (found,) = hlo.collectives(hlo.parse(text.replace(known, ", condition=%condition")))
+    assert found.n_bytes == (9 - 2) * 2 * 128 * 7 // 8
+    with pytest.raises(ValueError, match="the loop while runs while .*NE"):
+        hlo.parse(text.replace(known, ", condition=%condition").replace("direction=LT", "direction=NE"))
+
+
 def test_groups_tell_the_axes_that_they_extend_over() -> None:
     mesh = {"data": 2, "fsdp": 2, "tensor": 2}
     found = [hlo.axes(group, mesh) for group in ((0, 1), (0, 2), (0, 4), (0, 4, 2, 6), tuple(range(8)))]
