@@ -59,10 +59,13 @@ def measure(config: Config, topology: str) -> Step:
             raise
         return dataclasses.replace(step, too_large=_told(str(error)))
     memory, program = compiled.memory_analysis(), hlo.parse(compiled.as_text())
+    temporary = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    if found[0].platform == "tpu":  # it has temporary arrays in the place of arguments that are needed no more
+        temporary = memory.peak_memory_in_bytes - memory.argument_size_in_bytes
     return dataclasses.replace(
         step,
         batches=memory.argument_size_in_bytes - step.weights - step.moments,
-        temporary=memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        temporary=temporary,
         code=memory.generated_code_size_in_bytes,
         traffic=hlo.traffic(program),
         sent=_sent(mesh, program, known),

@@ -16,23 +16,13 @@ from jaxlm import plan, roofline
 from jaxlm.errors import UserError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-SHAPES = {  # of 8 to 256 chips
-    "v4": ("2x2x2", "2x4x4", "4x4x4", "4x8x8"),
-    "v5e": ("2x4", "4x8", "8x8", "16x16"),
-    "v5p": ("2x2x2", "2x4x4", "4x4x4", "4x8x8"),
-    "v6e": ("2x4", "4x8", "8x8", "16x16"),
+SHAPES = {  # of 8, 64 and 256 chips
+    "v4": ("2x2x2", "4x4x4", "4x8x8"),
+    "v5e": ("2x4", "8x8", "16x16"),
+    "v5p": ("2x2x2", "4x4x4", "4x8x8"),
+    "v6e": ("2x4", "8x8", "16x16"),
 }
-# Samples of a chip, and the axis fsdp, at the best setting that was found; all with remat "full".
-BEST: dict[tuple[str, str], tuple[int, int]] = {
-    ("gpt_base", "v4"): (8, 1),
-    ("gpt_base", "v5e"): (8, 1),
-    ("gpt_base", "v5p"): (8, 1),
-    ("gpt_base", "v6e"): (8, 8),
-    ("mlm_base", "v4"): (16, 1),
-    ("mlm_base", "v5e"): (16, 1),
-    ("mlm_base", "v5p"): (16, 1),
-    ("mlm_base", "v6e"): (16, 1),
-}
+BEST = {"gpt_base": (4, "full"), "mlm_base": (8, "full")}  # samples of a chip, and remat: the best that was found
 # Each size on a topology where it fits, as its file has it.
 SIZES = {
     "gpt_350m": "v5e:4x4",
@@ -79,12 +69,11 @@ def main(folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     heads = ["memory, GB", "compute, ms", "memory, ms", "interconnect, ms", "bound", "utilization"]
     lines = [row(["configuration", "topology", "chips", "mesh", "batch", *heads]), row(["---"] * 11)]
-    for (name, kind), (per_chip, fsdp) in BEST.items():
-        for shape in SHAPES[kind]:
-            topology = f"{kind}:{shape}"
+    for name, (per_chip, remat) in BEST.items():
+        for topology in (f"{kind}:{shape}" for kind, shapes in SHAPES.items() for shape in shapes):
             n_chips = roofline.named(topology)[1]
             n = per_chip * n_chips
-            values = {"train.batch_size": n, "train.accumulate": 1, "model.remat": "full", "mesh.fsdp": fsdp}
+            values = {"train.batch_size": n, "train.accumulate": 1, "model.remat": remat}
             try:
                 found = planned(folder, name, topology, values)
             except UserError as error:
