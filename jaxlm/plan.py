@@ -30,8 +30,6 @@ from jaxlm.roofline import LOCAL, Plan, Step
 SWEPT = ("mesh", "batch", "remat")
 TOO_LARGE = 1  # exit status where the step does not fit
 VOCABULARIES = {"openai-community/gpt2": 50257, "google-bert/bert-base-uncased": 30522}  # not to ask the hub for
-# The compiler overflows the small stacks of its threads where dropout makes random numbers for large attention.
-LIBTPU_FLAGS = "--fibers_default_thread_stack_size=67108864"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -64,7 +62,6 @@ def measure(config: Config, topology: str) -> Step:
     env = dict(os.environ)
     if topology != LOCAL:
         env |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-        env["LIBTPU_INIT_ARGS"] = f"{LIBTPU_FLAGS} {env.get('LIBTPU_INIT_ARGS', '')}"
     asked = json.dumps({"settings": configs.flat(config), "topology": topology})
     command = [sys.executable, "-m", "jaxlm.ahead"]
     done = subprocess.run(command, input=asked, env=env, text=True, capture_output=True)
