@@ -48,10 +48,8 @@ def rows(task: str, mesh: str) -> list[tuple[str, str, int]]:
         # Sums after attention and after the feed-forward; backward, one for the feed-forward, and one each for query,
         # key and value, which XLA on a CPU sums up only then. Once for the embedding, once for the output layer.
         found.append(("all-reduce", "tensor", A * reduce(tensor, (6 * L + 1) * b * T * D + N * D)))
-        # The loss: the largest logit, the sum of exponentials, and the label's logit; never the logits.
-        found.append(("all-reduce", "tensor", A * reduce(tensor, 3 * N)))
-        # Which is the largest: value and place of each part's.
-        found.append(("all-gather", "tensor", A * gather(tensor, tensor * 2 * N)))
+        # The loss: the largest logit and its place, the sum of exponentials, the label's logit; never the logits.
+        found.append(("all-reduce", "tensor", A * reduce(tensor, 4 * N)))
         # The squares of 8 matrices and 5 biases, for the norm of the gradients.
         found.append(("all-reduce", "tensor", reduce(tensor, 13)))
     # Gradients, after each batch. That of the table of tokens is whole over fsdp, as the table is at the lookup. XLA

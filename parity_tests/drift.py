@@ -22,6 +22,7 @@ from parity_tests.trajectory import Row, Trajectory
 
 CLIP_NORM = 1.5  # amid the norms that gradients have here: some updates are clipped and some are not
 SEEDS = {"mlm": 1, "gpt": 2, "sst2": 3, "cola": 4}
+N_DRIFTS = 3
 
 
 def config_of(task: str, **changes: Any) -> Config:
@@ -173,30 +174,38 @@ def dropout_statistics() -> list[Row]:
 class Drift:
     """Losses of all updates in both precisions, by package, and how far the weights have gone apart."""
 
-    float32: dict[str, np.ndarray]
+    float32: dict[str, np.ndarray]  # [runs, updates]
     bfloat16: dict[str, np.ndarray]
     weights: dict[str, float]  # norm of the difference of the final weights over that of the movement in float32
 
     def losses(self, package: str) -> np.ndarray:
-        """Return the drift of the loss at each update."""
-        return np.abs(self.bfloat16[package] - self.float32[package])
+        """Return the drift of the loss at each update, the mean over runs."""
+        return np.abs(self.bfloat16[package] - self.float32[package]).mean(axis=0)
 
 
 def bfloat16(task: str, n_updates: int = 200) -> Drift:
-    """Return the drift of both packages' bfloat16 from their float32; torchlm's is that of torch.autocast."""
+    """Return the drift of both packages' bfloat16 from their float32; torchlm's is that of torch.autocast.
+
+    The mean over N_DRIFTS starts: how far one run drifts is by chance twice as much, or half.
+    """
     sizes = {"model.d_model": 48, "model.n_heads": 4, "model.vocab_size": 61, "model.seq_len": 16}
     config = config_of(task, **sizes, **{"train.max_steps": n_updates, "train.accumulate": 1})
-    plan = random_plan(f"{task} in bfloat16", config, SEEDS[task])
+    plans = [random_plan(f"{task} in bfloat16", config, SEEDS[task] + 100 * i) for i in range(N_DRIFTS)]
     exact, rounded = {}, {}
     weights = {}
     for package in PACKAGES:
-        single, half = trajectory.run(package, plan, "float32"), trajectory.run(package, plan, "bfloat16")
-        apart, moved = (
-            trajectory.norm({name: np.asarray(x, np.float64) - other[name] for name, x in single.final.items()})
-            for other in (half.final, plan.start)
-        )
-        exact[package.name], rounded[package.name] = single.losses, half.losses
-        weights[package.name] = apart / moved
+        shares, singles, halves = [], [], []
+        for plan in plans:
+            single, half = trajectory.run(package, plan, "float32"), trajectory.run(package, plan, "bfloat16")
+            apart, moved = (
+                trajectory.norm({name: np.asarray(x, np.float64) - other[name] for name, x in single.final.items()})
+                for other in (half.final, plan.start)
+            )
+            shares.append(apart / moved)
+            singles.append(single.losses)
+            halves.append(half.losses)
+        exact[package.name], rounded[package.name] = np.array(singles), np.array(halves)
+        weights[package.name] = float(np.mean(shares))
     return Drift(exact, rounded, weights)
 
 

@@ -22,7 +22,8 @@ FAULTS = [
 
 
 EXACT = {"jaxlm": np.array([1.0, 2.0]), "torchlm": np.array([1.0, 2.0])}
-DRIFT = Drift(EXACT, {"jaxlm": np.array([1.1, 2.5]), "torchlm": np.array([0.9, 2.1])}, {"jaxlm": 0.01, "torchlm": 0.02})
+ROUNDED = {"jaxlm": np.array([[1.1, 2.5]]), "torchlm": np.array([[0.9, 2.1]])}
+DRIFT = Drift({name: x[None] for name, x in EXACT.items()}, ROUNDED, {"jaxlm": 0.01, "torchlm": 0.02})
 
 
 class Page(HTMLParser):
