@@ -22,7 +22,7 @@ from parity_tests.trajectory import Row, Trajectory
 
 CLIP_NORM = 1.5  # amid the norms that gradients have here: some updates are clipped and some are not
 SEEDS = {"mlm": 1, "gpt": 2, "sst2": 3, "cola": 4}
-N_DRIFTS = 3
+N_DRIFTS = 6
 
 
 def config_of(task: str, **changes: Any) -> Config:
