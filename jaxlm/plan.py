@@ -159,7 +159,10 @@ def show(found: Plan, config: Config) -> None:
             ("model flops", _flops(found.model_flops / step.n_devices), "products of matrices, each once"),
             ("flops", _flops(step.flops), "with those made anew (remat)"),
             ("memory traffic", _size(step.traffic), ""),
-            *((f"{x.kind} over {x.axes}", _size(x.n_bytes), f"sent over {x.n_links} links") for x in sent),
+            *(
+                (f"{x.kind} over {x.axes}", _size(x.n_bytes), f"sent over {x.n_links} link{'s'[: x.n_links != 1]}")
+                for x in sent
+            ),
         ],
     )
     section(
@@ -191,7 +194,7 @@ def _bytes(found: Plan) -> Iterator[tuple[str, str, str]]:
     step = found.step
     yield "weights", _size(step.weights), "float32"
     yield "moments", _size(step.moments), "of AdamW"
-    yield "batches", _size(step.batches), ""
+    yield "batches", _size(step.batches), "and what fills the tiles of all arguments"
     yield "activations", _size(step.activations), "that JAX keeps for gradients, at most"
     yield "temporary", _size(step.temporary), "XLA's: activations, gradients and the rest"
     yield "program", _size(step.code), ""
