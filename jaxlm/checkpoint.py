@@ -79,7 +79,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Return the steps of all that is whole."""
-        return distributed.from_first([step for step, path in checksums.finished_in(self.folder) if path.is_dir()])
+        return distributed.from_first(self._found())
 
     def best_step(self, losses: Mapping[int, float]) -> int | None:
         """Return the step with the lowest of the losses among the checkpoints, None if there is none."""
@@ -116,6 +116,9 @@ class Checkpoints:
         with contextlib.suppress(Exception):  # of a save that failed, which was told then
             self.checkpointer.close()
 
+    def _found(self) -> list[int]:
+        return [step for step, path in checksums.finished_in(self.folder) if path.is_dir()]
+
     def _start(self, step: int, state: TrainState, info: dict[str, Any]) -> None:
         items = parts_of(state)
         if not storage.is_remote(self.folder) and distributed.is_first():
@@ -137,7 +140,7 @@ class Checkpoints:
             if not distributed.is_first():
                 return
             checksums.write(self.folder / str(step))
-            steps = [step for step, path in checksums.finished_in(self.folder) if path.is_dir()]
+            steps = self._found()
             for old in set(steps[: -self.keep]) - {start.best(steps, losses)}:
                 _remove(self.folder / str(old))
         except Exception as error:
