@@ -147,8 +147,16 @@ def product_flops(jaxpr: Any) -> int:
         for part in inner:
             if isinstance(part, Jaxpr | ClosedJaxpr):
                 program = part.jaxpr if isinstance(part, ClosedJaxpr) else part
-                total += equation.params.get("length", 1) * product_flops(program)
+                total += _times(equation) * product_flops(program)
     return total
+
+
+def _times(equation: Any) -> int:
+    """Return how often an operation of JAX, such as a loop or a kernel of Pallas, runs the program in it."""
+    params = equation.params
+    if equation.primitive.name == "pallas_call":
+        return math.prod(params["grid_mapping"].grid)
+    return params["mesh"].size if equation.primitive.name == "shard_map" else params.get("length", 1)
 
 
 def _devices(topology: str) -> Sequence[Any]:

@@ -19,7 +19,8 @@ from jaxlm.step import Totals, cross_entropy
 def head_linear(n_in: int, n_out: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> Linear:
     """Return an output layer with the original's start values: normal(0, 0.02) weights, zero bias."""
     init = jax.nn.initializers.normal(0.02)
-    return Linear(n_in, n_out, kernel_init=init, dtype=dtype, rngs=rngs)
+    sums = products.sum_dtype(dtype)  # logits are not rounded
+    return Linear(n_in, n_out, kernel_init=init, dtype=dtype, preferred_element_type=sums, rngs=rngs)
 
 
 class LanguageModelHead(nnx.Module):

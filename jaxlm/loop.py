@@ -10,14 +10,13 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxlm import backend, checkpoint, chips, distributed, optim, parallel, schedule, step, storage, trace
+from jaxlm import backend, checkpoint, chips, distributed, fused, optim, parallel, schedule, step, storage, trace
 from jaxlm import run as runs
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.config import Config
 from jaxlm.data import loader
 from jaxlm.data.position import Position
 from jaxlm.errors import UserError
-from jaxlm.model import without_cudnn
 from jaxlm.run import Run
 from jaxlm.start import Start
 from jaxlm.step import TrainState
@@ -207,10 +206,10 @@ def finish(
 
 def _describe(mesh: Mesh, config: Config) -> str:
     """Return a line on the devices and how they are used. Raises UserError if the attention is not to be had."""
-    attention = "; attention by cuDNN"
-    if why := without_cudnn(config.model, TASKS[config.task](config).dtype):
-        if config.model.attention == "cudnn":
-            raise UserError(f"model.attention=cudnn: {why}; or set model.attention=auto")
+    attention = "; fused attention"
+    if why := fused.hindrance(config.model, TASKS[config.task](config).dtype, config.model.seq_len):
+        if config.model.attention == "fused":
+            raise UserError(f"model.attention=fused: {why}; or set model.attention=auto")
         attention = ""
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
     processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""

@@ -2,9 +2,7 @@
 
 import functools
 import math
-from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -291,35 +289,3 @@ def test_bfloat16_is_of_products_only() -> None:
     assert outputs.dtype == jnp.float32
     error = np.abs(outputs - expected).max() / np.abs(expected).max()
     assert 1e-4 < error < 2e-2  # an input of a product is rounded by up to 4e-3
-
-
-@pytest.mark.parametrize("is_causal", [False, True])
-def test_fused_attention_is_the_plain_one(is_causal: bool) -> None:
-    # By XLA here; cuDNN's has the same arguments, and needs a GPU.
-    config = ModelConfig(d_model=32, n_heads=4, vocab_size=9, dropout=0.0)
-    attention = models.Attention(config, is_causal, jnp.dtype("float32"), nnx.Rngs(0))
-    x_BTD = jax.random.normal(jax.random.key(1), (3, 7, 32))
-    is_pad_BT = np.arange(7)[None] >= np.array([[7], [4], [1]])
-    seen = []
-    attention._fused = lambda *args: seen.append(args) or models.Attention._fused(attention, *args[:-1], "xla")
-    plain = attention(x_BTD, is_pad_BT, None)
-    assert not seen
-    with mock.patch.object(models, "without_cudnn", lambda config, dtype: ""):
-        fused = attention(x_BTD, is_pad_BT, None)
-    assert [args[-1] for args in seen] == ["cudnn"]
-    np.testing.assert_allclose(fused, plain, rtol=0, atol=2e-6)
-
-
-def test_what_keeps_cudnn_from_attending_is_told() -> None:
-    def why(dtype: Any = jnp.bfloat16, capability: str = "9.0", platform: str = "gpu", **settings: Any) -> str:
-        device = SimpleNamespace(platform=platform, compute_capability=capability)
-        with mock.patch.object(jax, "devices", lambda: [device]):
-            values: dict[str, Any] = {"d_model": 64, "n_heads": 4, "dropout": 0.0} | settings
-            return models.without_cudnn(ModelConfig(**values), dtype)
-
-    assert why() == why(attention="cudnn") == ""
-    assert why(attention="plain") == "it is to be plain"
-    assert "NVIDIA GPU" in why(platform="cpu") and "NVIDIA GPU" in why(capability="7.5")
-    assert "train.precision" in why(dtype=jnp.float32)
-    assert "model.dropout=0" in why(dropout=0.1)
-    assert "heads of 256" in why(d_model=1024) and "heads of 4" in why(n_heads=16)

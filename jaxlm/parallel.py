@@ -118,10 +118,17 @@ def is_one_device() -> bool:
     return mesh.empty or mesh.size == 1
 
 
+def platform() -> str:
+    """Return what is compiled for: cpu, gpu or tpu."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None:
+        return jax.default_backend()
+    return "cpu" if device.device_kind == "cpu" else "tpu" if device.device_kind.startswith("TPU") else "gpu"
+
+
 def is_one_cpu() -> bool:
     """Return whether it is for one CPU."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return is_one_device() and (jax.default_backend() if device is None else device.device_kind) == "cpu"
+    return is_one_device() and platform() == "cpu"
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxlm.parallel import is_one_cpu
+from jaxlm.parallel import is_one_cpu, platform
 
 
 def sum_dtype(dtype: Any) -> Any:
@@ -30,7 +30,7 @@ class _How(NamedTuple):
 
 def linear(x: Array, kernel: Array, bias: Array, dtype: Any, axis: int = 0) -> Array:
     """Return x [..., n_in] times kernel, plus bias [n_out]; kernel [n_in, n_out], or with `axis` 1 [n_out, n_in]."""
-    return _linear(x, kernel, bias, _How(dtype, axis, is_one_cpu()))
+    return _linear(x.astype(dtype), kernel, bias, _How(dtype, axis, is_one_cpu()))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -39,7 +39,7 @@ def _linear(x: Array, kernel: Array, bias: Array, how: _How) -> Array:
 
 
 def _linear_forward(x: Array, kernel: Array, bias: Array, how: _How) -> tuple[Array, tuple[Array, Array]]:
-    x, kernel = x.astype(how.dtype), kernel.astype(how.dtype)
+    kernel = kernel.astype(how.dtype)
     # All axes but the last as one: XLA's products on a CPU take half the time so.
     y = _dot(x.reshape(-1, x.shape[-1]), kernel, (1,), (how.axis,)) + bias[None]
     return y.reshape(*x.shape[:-1], y.shape[-1]), (x, kernel)
@@ -47,13 +47,13 @@ def _linear_forward(x: Array, kernel: Array, bias: Array, how: _How) -> tuple[Ar
 
 def _linear_back(how: _How, kept: tuple[Array, Array], grad: Array) -> tuple[Array, Array, Array]:
     x, kernel = kept
+    dtype, grad = grad.dtype, grad.astype(how.dtype)
     rows = grad.reshape(-1, grad.shape[-1])
     if how.is_on_cpu:  # where XLA sums columns many times slower than it multiplies
-        dbias = jnp.matmul(jnp.ones((1, len(rows)), rows.dtype), rows)[0]
+        dbias = _dot(jnp.ones((1, len(rows)), rows.dtype), rows, (1,), (0,))[0]
     else:
-        dbias = jnp.sum(rows, axis=0)
-    grad, rows = grad.astype(how.dtype), rows.astype(how.dtype)
-    dx = _dot(rows, kernel, (1,), (1 - how.axis,)).reshape(x.shape)
+        dbias = jnp.sum(rows, axis=0, dtype=dtype)
+    dx = _dot(rows, kernel, (1,), (1 - how.axis,)).reshape(x.shape).astype(how.dtype)
     if how.is_on_cpu and how.dtype == jnp.bfloat16:
         # Summed over two axes, bfloat16 is transposed first, and then takes a fraction of the time; float32 does not.
         if x.ndim == 2 and len(x) % 16 == 0:
@@ -92,7 +92,7 @@ def by_chunks(totals_of: Callable[..., Any], weights: Any, x_RD: Array, labels_R
 def _by_chunks(function: Callable[..., Any], weights: Any, x_RD: Array, labels_R: Array) -> Any:
     """Return the sums of what a function returns first over chunks of rows, and what it returns second of all rows."""
     R, D = x_RD.shape
-    n = -(-R // (256 if jax.default_backend() == "cpu" else 1024))  # rows of logits that are there at a time
+    n = -(-R // (256 if platform() == "cpu" else 1024))  # rows of logits that are there at a time
     size = -(-R // (16 * n)) * 16
     x_CND = jnp.pad(x_RD, ((0, n * size - R), (0, 0))).reshape(n, size, D)
     labels_CN = jnp.pad(labels_R, (0, n * size - R), constant_values=-1).reshape(n, size)

@@ -285,14 +285,14 @@ def _model() -> list[Fault]:
             "tanh GELU",
             "GELU by its tanh approximation, not erf",
             mlm,
-            edit(jax_model.FeedForward.__call__, ("approximate=False", "approximate=True")),
+            edit(jax_model.FeedForward.__call__, ("gelu(self.fc1(x_BTD))", "jax.nn.gelu(self.fc1(x_BTD))")),
             edit(torch_model.FeedForward.forward, ('"none"', '"tanh"')),
         ),
         *both(
             "ReLU",
             "ReLU for GELU",
             mlm,
-            edit(jax_model.FeedForward.__call__, ("gelu(self.fc1(x_BTD), approximate=False)", "relu(self.fc1(x_BTD))")),
+            edit(jax_model.FeedForward.__call__, ("gelu(self.fc1(x_BTD))", "jax.nn.relu(self.fc1(x_BTD))")),
             edit(
                 torch_model.FeedForward.forward, ('gelu(self.fc1(x_BTD), approximate="none")', "relu(self.fc1(x_BTD))")
             ),

@@ -37,8 +37,8 @@ def run(config: Config, origins: dict[str, str], start: Start, started_s: float)
     """Train as the settings say; return the exit status. Raises UserError, and then leaves no run folder."""
     if config.profile:
         raise UserError(f"profile={config.profile}: torchlm makes no trace; leave it, or use PyTorch's own profiler")
-    if config.model.attention == "cudnn":
-        raise UserError("model.attention=cudnn: torchlm has the plain one alone; leave it, or use jaxlm")
+    if config.model.attention == "fused":
+        raise UserError("model.attention=fused: torchlm has the plain one alone; leave it, or use jaxlm")
     mesh = parallel.make_mesh(config)
     device = f"{mesh.size} x {parallel.device_kind(mesh)}"
     with contextlib.ExitStack() as stack:

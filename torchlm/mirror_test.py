@@ -26,9 +26,9 @@ MIRRORED = (
 ONLY_JAX = {
     "model": {
         "Linear": "a layout that XLA's products want",
+        "gelu": "PyTorch has it",
         "keeps": "PyTorch draws the masks of its dropout itself",
         "split_key": "explicit keys",
-        "without_cudnn": "JAX has cuDNN's attention; here it is written out",
     },
     "heads": {"LanguageModel.loss": "logits and loss in one pass that never has all logits"},
     "optim": {
@@ -38,7 +38,7 @@ ONLY_JAX = {
     "parallel": dict.fromkeys(
         (
             *("AXES", "BATCH", "RULES", "rule", "shardings", "rows_of_table", "table", "constrain"),
-            *("is_one_device", "is_one_cpu"),
+            *("is_one_device", "platform", "is_one_cpu"),
         ),
         "parameters in parts, which DDP has not",
     ),

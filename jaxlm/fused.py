@@ -1,0 +1,87 @@
+"""Attention in one kernel that keeps no scores: cuDNN's on NVIDIA GPUs, JAX's Splash Attention on TPUs.
+
+Letters as in model.py.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import PartitionSpec
+
+from jaxlm.config import ModelConfig
+from jaxlm.parallel import BATCH, platform
+
+TILE = 128  # a TPU's kernel takes sequences of a multiple of it
+
+
+def hindrance(config: ModelConfig, dtype: Any, seq_len: int) -> str:
+    """Return why attention is not the fused one where this is compiled for, "" if it is."""
+    if config.attention == "plain":
+        return "it is to be plain"
+    where = platform()
+    if where == "cpu" or (where == "gpu" and float(getattr(jax.devices()[0], "compute_capability", 0)) < 8):
+        return "it needs a TPU, or an NVIDIA GPU of compute capability 8.0"
+    if dtype != jnp.bfloat16:
+        return "it needs train.precision=bfloat16"
+    if config.dropout:
+        return "it has no dropout on attention weights; set model.dropout=0"
+    size = config.d_model // config.n_heads
+    if where == "gpu" and (size % 8 or size > 128):
+        return f"heads of {size} dimensions are none of 8, 16, ... 128"
+    return f"{seq_len} positions are no multiple of {TILE}" if where == "tpu" and seq_len % TILE else ""
+
+
+def attend(q_BTHK: Array, k_BTHK: Array, v_BTHK: Array, is_pad_BT: Array | None, is_causal: bool) -> Array:
+    """Return the values [B, T, H, K] that each position attends to, of bfloat16 arrays."""
+    if platform() == "tpu":
+        return splash(q_BTHK, k_BTHK, v_BTHK, is_pad_BT, is_causal)
+    return by_xla(q_BTHK, k_BTHK, v_BTHK, is_pad_BT, is_causal, "cudnn")
+
+
+def by_xla(
+    q_BTHK: Array, k_BTHK: Array, v_BTHK: Array, is_pad_BT: Array | None, is_causal: bool, implementation: Any
+) -> Array:
+    mask_B11S = None if is_pad_BT is None else ~is_pad_BT[:, None, None, :]
+    return jax.nn.dot_product_attention(
+        q_BTHK, k_BTHK, v_BTHK, mask=mask_B11S, is_causal=is_causal, implementation=implementation
+    )
+
+
+def splash(
+    q_BTHK: Array,
+    k_BTHK: Array,
+    v_BTHK: Array,
+    is_pad_BT: Array | None,
+    is_causal: bool,
+    interpreted: bool = False,
+) -> Array:
+    """Attend by Pallas; `interpreted` runs the kernel where there is no TPU."""
+    # Not at the top: it takes half a second that others need not wait.
+    from jax.experimental.pallas.ops.tpu import splash_attention
+
+    T, K = q_BTHK.shape[1], q_BTHK.shape[3]
+    block = next(size for size in (512, 256, TILE) if T % size == 0)
+    blocks = splash_attention.BlockSizes(
+        block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, use_fused_bwd_kernel=True
+    )
+    mask = (splash_attention.CausalMask if is_causal else splash_attention.FullMask)((T, T))
+
+    def on_device(*arrays: Array) -> Array:
+        q_BHTK, k_BHTK, v_BHTK = (x.transpose(0, 2, 1, 3) for x in arrays[:3])
+        masks = splash_attention.MultiHeadMask([mask] * q_BHTK.shape[1])
+        kernel = splash_attention.make_splash_mha(
+            masks, block_sizes=blocks, head_shards=1, q_seq_shards=1, interpret=interpreted
+        )
+        # Each position attends to those of its segment: pads are none of segment 0, and all positions ask for that.
+        segments = [splash_attention.SegmentIds(jnp.zeros_like(x), x) for x in arrays[3:]]
+        return jax.vmap(kernel)(q_BHTK, k_BHTK, v_BHTK, *segments).transpose(0, 2, 1, 3)
+
+    arrays = [q_BTHK * K**-0.5, k_BTHK, v_BTHK, *([] if is_pad_BT is None else [is_pad_BT.astype(jnp.int32)])]
+    if jax.sharding.get_abstract_mesh().empty:
+        return on_device(*arrays)
+    # XLA cannot split a kernel; each device runs it on its own samples and heads.
+    of_heads, of_rows = PartitionSpec(BATCH, None, "tensor"), PartitionSpec(BATCH)
+    specs = (of_heads, of_heads, of_heads, of_rows)[: len(arrays)]
+    return jax.shard_map(on_device, in_specs=specs, out_specs=of_heads, check_vma=False)(*arrays)
