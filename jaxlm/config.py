@@ -100,6 +100,7 @@ class TrainConfig:
     beta1: Share = 0.9  # AdamW, first moment
     beta2: Share = 0.999  # AdamW, second moment
     epsilon: Annotated[float, Meta(gt=0, le=1)] = 1e-8  # AdamW
+    group_by_length: bool = False  # samples of like length share a batch, which is cut to the longest, not to seq_len
     clip_norm: Annotated[float, Meta(gt=0)] = 1.0  # global gradient norm is clipped to this
     eval_interval: Positive = 100  # updates between evaluations, each with a checkpoint and samples
     log_interval: Positive = 10  # updates between rows of metrics.jsonl

@@ -7,27 +7,31 @@ what is computed again to save memory counts nothing, and attention counts whole
 from jaxlm.config import Config
 
 
-def forward_flops(config: Config) -> int:
-    """Return the flops of one sample's logits; those of an addition and a multiplication are two."""
-    T, D, L = config.model.seq_len, config.model.d_model, config.model.n_layers
+def forward_flops(config: Config, seq_len: int = 0) -> int:
+    """Return the flops of one sample's logits; those of an addition and a multiplication are two.
+
+    `seq_len` is the length of the sample; 0: model.seq_len.
+    """
+    T, D, L = seq_len or config.model.seq_len, config.model.d_model, config.model.n_layers
     # Query, key, value and output, then d -> 4d -> d; scores of all pairs of positions, and the sums they weight.
     block = 2 * T * (4 * D * D + 8 * D * D) + 2 * (2 * T * T * D)
-    positions, outputs = n_logits(config)
+    positions, outputs = n_logits(config, T)
     return L * block + 2 * positions * D * outputs
 
 
-def n_logits(config: Config) -> tuple[int, int]:
+def n_logits(config: Config, seq_len: int = 0) -> tuple[int, int]:
     """Return how many positions of a sample have logits, and how many outputs each of them has."""
     model, data = config.model, config.data
-    n_masks = max(1, int(data.mask_fraction * model.seq_len))
+    seq_len = seq_len or model.seq_len
+    n_masks = max(1, int(data.mask_fraction * seq_len))
     classes = model.vocab_size if model.head_outputs == "vocabulary" else data.n_labels
-    of_task = {"mlm": (n_masks, model.vocab_size), "gpt": (model.seq_len, model.vocab_size)}
+    of_task = {"mlm": (n_masks, model.vocab_size), "gpt": (seq_len, model.vocab_size)}
     return of_task.get(config.task, (1, classes))  # all others classify
 
 
-def flops_per_sample(config: Config) -> int:
+def flops_per_sample(config: Config, seq_len: int = 0) -> int:
     """Return the model flops of a sample's part in an update: the gradients of a product are two more products."""
-    return 3 * forward_flops(config)
+    return 3 * forward_flops(config, seq_len)
 
 
 def flops_per_update(config: Config) -> int:

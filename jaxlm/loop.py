@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxlm import backend, checkpoint, chips, distributed, fused, optim, parallel, schedule, step, storage, trace
+from jaxlm import backend, checkpoint, chips, distributed, flops, fused, optim, parallel, schedule, step, storage, trace
 from jaxlm import run as runs
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.config import Config
@@ -130,8 +130,9 @@ def fit(
             state, metrics = compiled.update(state, on_devices, key)
             tracer.end(metrics, compiled.update, state, on_devices, key)
             # Metrics of the update before are read only now that this one is under way: the device never waits.
-            n_samples = len(batch["labels"]) * train.batch_size
-            bad = meter.add(i, metrics, samples.n_tokens(batch) * train.batch_size // len(rows), n_samples)
+            A, _, T = batch["tokens"].shape
+            n_flops = A * train.batch_size * flops.flops_per_sample(run.config, T)
+            bad = meter.add(i, metrics, samples.n_tokens(batch) * train.batch_size // len(rows), n_flops)
 
             is_interrupted = bool(status())  # looked at once: a signal between two looks would cost an evaluation
             is_last = is_interrupted or bool(take("stop")) or i == train.max_steps
@@ -167,7 +168,8 @@ def evaluate(run: Run, compiled: Compiled, params: Any, split: str, status: Call
     sums: dict[str, Any] = {}
     ahead: list[Any] = []
     samples, batch_size = run.data.samples[split], run.config.train.batch_size
-    for batch in loader.evaluation_batches(samples, batch_size, parallel.rows(compiled.mesh, batch_size)):
+    rows = parallel.rows(compiled.mesh, batch_size)
+    for batch in loader.evaluation_batches(samples, batch_size, rows, run.config.train.group_by_length):
         ahead.append(compiled.totals(params, parallel.put_batch(compiled.mesh, batch)))
         if len(ahead) > 1:
             _add(sums, ahead.pop(0))

@@ -20,7 +20,7 @@ from typing import Any, TextIO
 import numpy as np
 from rich.table import Table
 
-from jaxlm import checksums, environment, flops, history, log, metrics, storage
+from jaxlm import checksums, environment, history, log, metrics, storage
 from jaxlm import config as configs
 from jaxlm.config import Config
 from jaxlm.data import cache, prepare
@@ -261,20 +261,23 @@ class Meter:
         self.is_first = True
         self.last_finite = 0
         self.norms: deque[float] = deque(maxlen=SPIKE_WINDOW)
-        self.tokens, self.samples = 0, 0
+        self.tokens, self.flops = 0, 0
         self.clock_s = time.monotonic()
 
-    def add(self, i: int, metrics: Any, n_tokens: int, n_samples: int) -> int:
-        """Read the update before `i`, and keep the metrics of `i` for the next call; return what `flush` does."""
+    def add(self, i: int, metrics: Any, n_tokens: int, n_flops: int) -> int:
+        """Read the update before `i`, and keep the metrics of `i` for the next call; return what `flush` does.
+
+        Update `i` is of `n_tokens` that are no padding.
+        """
         bad = self.flush()
         self.pending = (i, metrics)
         if self.is_first:
             # The first update includes the compile, so it is waited for, shown at once, and not timed.
             bad = self.flush()
-            self.tokens, self.samples, self.clock_s, self.is_first = 0, 0, time.monotonic(), False
+            self.tokens, self.flops, self.clock_s, self.is_first = 0, 0, time.monotonic(), False
         else:
             self.tokens += n_tokens
-            self.samples += n_samples
+            self.flops += n_flops
             self.show(i, "")
         return bad
 
@@ -318,9 +321,9 @@ class Meter:
             row["tokens_per_s"] = self.tokens / seconds
             speed = f"  {row['tokens_per_s']:,.0f} tokens/s"
             if self.peak_flops:
-                row["mfu"] = self.samples * flops.flops_per_sample(self.run.config) / seconds / self.peak_flops
+                row["mfu"] = self.flops / seconds / self.peak_flops
                 speed += f"  {row['mfu']:.1%} of peak flops"
-            self.tokens, self.samples, self.clock_s = 0, 0, time.monotonic()
+            self.tokens, self.flops, self.clock_s = 0, 0, time.monotonic()
         self.run.log.row(i, "train", row)
         self.show(i, f"loss {_number('loss', row['loss'])}  rate {row['rate']:.2e}{speed}")
 

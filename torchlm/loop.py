@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from jaxlm import chips, storage
+from jaxlm import chips, flops, storage
 from jaxlm import run as runs
 from jaxlm.config import Config
 from jaxlm.data import loader
@@ -113,8 +113,9 @@ def fit(
             batch, i = next(batches), i + 1
             state, metrics = compiled.update(state, parallel.put_batch(mesh, batch), key)
             # Metrics of the update before are read only now that this one is under way: a GPU never waits.
-            n_samples = len(batch["labels"]) * train.batch_size
-            bad = meter.add(i, metrics, samples.n_tokens(batch) * train.batch_size // len(rows), n_samples)
+            A, _, T = batch["tokens"].shape
+            n_flops = A * train.batch_size * flops.flops_per_sample(run.config, T)
+            bad = meter.add(i, metrics, samples.n_tokens(batch) * train.batch_size // len(rows), n_flops)
 
             is_interrupted = bool(status())  # looked at once: a signal between two looks would cost an evaluation
             is_last = is_interrupted or take("stop") or i == train.max_steps
@@ -153,7 +154,8 @@ def evaluate(
     sums: dict[str, Any] = {}
     ahead: list[Any] = []
     samples, batch_size = run.data.samples[split], run.config.train.batch_size
-    for batch in loader.evaluation_batches(samples, batch_size, parallel.rows(compiled.mesh, batch_size)):
+    rows = parallel.rows(compiled.mesh, batch_size)
+    for batch in loader.evaluation_batches(samples, batch_size, rows, run.config.train.group_by_length):
         ahead.append(compiled.totals(model, parallel.put_batch(compiled.mesh, batch)))
         if len(ahead) > 1:
             _add(sums, ahead.pop(0))

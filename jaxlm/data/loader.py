@@ -1,6 +1,7 @@
 """The order of samples and the batches made of them, ahead of the device, with grain."""
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 
 import grain
 import numpy as np
@@ -8,9 +9,10 @@ import numpy as np
 from jaxlm.config import TrainConfig
 from jaxlm.data import position as positions
 from jaxlm.data.position import Position
-from jaxlm.data.samples import Batch, Samples
+from jaxlm.data.samples import Batch, Samples, uniform
 
 START = Position()
+GROUP = 64  # updates whose samples are sorted by length, with train.group_by_length
 
 
 def training_batches(
@@ -22,17 +24,29 @@ def training_batches(
 
     Each epoch is a new permutation of all samples. Which samples an update uses is a function of the position alone,
     so that there is no other state, and no process or device has a say in it.
+
+    With train.group_by_length the samples of some updates in a row are dealt out to them anew, those of like length to
+    one, and the arrays of an update are cut to its longest sample.
     """
     n, B = len(samples), train.batch_size
     rows = np.arange(B) if rows is None else rows
     # shuffle permutes each pass over the range anew.
     order = grain.MapDataset.range(n).seed(train.seed).shuffle().repeat()
 
+    def at(places: np.ndarray) -> np.ndarray:
+        return np.array([order[int(place)] for place in places.ravel()])
+
+    regrouped = _by_length(samples, at, train)
+
     def load(step: int) -> Batch:
         first, n_batches = position.first(step, train), positions.n_batches(step, train)
-        places = (first + B * np.arange(n_batches)[:, None] + rows).ravel()
-        indices = np.array([order[int(place)] for place in places])
-        batch = samples.batch(indices, places // n)
+        places = (first + np.arange(n_batches * B)).reshape(n_batches, B)
+        if train.group_by_length:
+            places = regrouped(places)
+        own = places[:, rows].ravel()
+        batch = samples.batch(at(own), own // n)
+        if train.group_by_length:
+            batch = samples.cut(batch, _shape(samples, at(places)))
         return {name: x.reshape(n_batches, len(rows), *x.shape[1:]) for name, x in batch.items()}
 
     most = np.iinfo(np.int64).max // (2 * train.accumulate * B)
@@ -40,14 +54,48 @@ def training_batches(
     return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))
 
 
-def evaluation_batches(samples: Samples, batch_size: int, rows: np.ndarray | None = None) -> Iterator[Batch]:
+def evaluation_batches(
+    samples: Samples, batch_size: int, rows: np.ndarray | None = None, are_cut: bool = False
+) -> Iterator[Batch]:
     """Yield batches [B, ...] with every sample once, in order; the last is filled up with rows that count nothing.
 
-    `rows` as in training_batches.
+    `rows` as in training_batches. If they `are_cut`, each has no more positions than its longest sample needs.
     """
     rows = np.arange(batch_size) if rows is None else rows
     for start in range(0, len(samples), batch_size):
         indices = np.minimum(start + rows, len(samples) - 1)
         batch = samples.batch(indices, np.zeros_like(indices))
         batch["labels"][start + rows >= len(samples)] = -1
+        if are_cut:
+            batch = samples.cut(batch, _shape(samples, np.arange(start, min(start + batch_size, len(samples)))))
         yield batch
+
+
+def _by_length(
+    samples: Samples, at: Callable[[np.ndarray], np.ndarray], train: TrainConfig
+) -> Callable[[np.ndarray], np.ndarray]:
+    """Return a permutation of places in the order of samples, within groups of updates, that sorts them by length."""
+    size = GROUP * train.accumulate * train.batch_size
+
+    @functools.lru_cache(maxsize=2)
+    def group(number: int) -> np.ndarray:
+        places = np.arange(number * size, (number + 1) * size)
+        sorted_places = places[np.argsort(samples.lengths(at(places)), kind="stable")]
+        shuffled = np.argsort(uniform(train.seed, np.full(GROUP, number), np.arange(GROUP), 1)[:, 0])
+        return sorted_places.reshape(GROUP, -1)[shuffled].ravel()
+
+    def regrouped(places: np.ndarray) -> np.ndarray:
+        numbers = places // size
+        found = np.zeros_like(places)
+        for number in np.unique(numbers).tolist():
+            found = np.where(numbers == number, group(number)[places % size], found)
+        return found
+
+    return regrouped
+
+
+def _shape(samples: Samples, indices: np.ndarray) -> int:
+    """Return how many positions a batch of these samples gets: few different numbers, as each compiles a step."""
+    longest = int(samples.lengths(indices).max())
+    step = max(8, 2 ** (longest - 1).bit_length() // 4)  # at most 4 between a power of two and the next
+    return min(-(-longest // step) * step, samples.seq_len)

@@ -7,6 +7,7 @@ import pytest
 
 from jaxlm import config as configs
 from jaxlm.config import TrainConfig
+from jaxlm.data import loader
 from jaxlm.data.cache import Split
 from jaxlm.data.loader import evaluation_batches, training_batches
 from jaxlm.data.position import Position
@@ -149,3 +150,90 @@ def test_a_changed_batch_size_uses_each_sample_once(samples):
     rest = islice(training_batches(samples, TrainConfig(batch_size=1), Position(3, 12)), N - 12)
     labels = [*first.ravel().tolist(), *(int(batch["labels"][0, 0]) for batch in rest)]
     assert sorted(labels) == list(range(N))
+
+
+# Grouped by length
+
+
+@pytest.fixture(scope="module")
+def ragged() -> Split:
+    """60 articles of 1 to 40 tokens, not in order of length; the one of number i is of the id 100 + i."""
+    sizes = 1 + np.arange(60) * 17 % 40
+    tokens = np.repeat(np.arange(100, 160), sizes).astype(np.uint16)
+    return Split(tokens, np.append(0, np.cumsum(sizes)), np.arange(60, dtype=np.int32) % N, 3 * sizes)
+
+
+def ragged_samples(kind: type, split: Split) -> Samples:
+    config = configs.build({"model.seq_len": 32, "data.n_labels": N, "model.pad_id": 0})
+    return kind(split, config, SPECIALS | {"article": 200}, 300)
+
+
+KINDS = [CausalSamples, MaskedSamples, ClassifiedSamples]
+
+
+def stream(batches: list) -> list:
+    """Return the rows of batches of updates, without padding, sorted; of a causal one the labels."""
+    rows = []
+    for batch in batches:
+        is_causal = batch["tokens"].shape == batch["labels"].shape
+        names = ["labels"] if is_causal else sorted(batch)
+        for arrays in zip(*(batch[name].reshape(-1, *batch[name].shape[2:]) for name in names), strict=True):
+            rows.append(tuple(tuple(x[x > 0].tolist()) if x.ndim else int(x) for x in arrays))
+    return sorted(rows)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_grouping_keeps_the_samples_of_a_group_and_wastes_few_positions(kind: type, ragged: Split) -> None:
+    samples = ragged_samples(kind, ragged)
+    plain, grouped = (TrainConfig(batch_size=4, accumulate=2, group_by_length=x) for x in (False, True))
+    for first in (0, loader.GROUP):
+        position = Position(first, 8 * first)
+        one, other = (list(islice(training_batches(samples, x, position), loader.GROUP)) for x in (plain, grouped))
+        assert stream(other) == stream(one)
+    assert {batch["tokens"].shape[:2] for batch in other} == {(2, 4)}
+    shapes = {batch["tokens"].shape[2] for batch in other}
+    assert 2 <= len(shapes) <= 5 and shapes <= {8, 16, 24, 32}
+    n_real = sum(samples.n_tokens(batch) for batch in one)
+    # Of 32 positions each; grouped, at most 7 of a sample's are lost to the multiple of 8.
+    assert sum(samples.n_tokens(batch) for batch in other) == n_real
+    assert sum(batch["tokens"].size for batch in other) - n_real < 8 * 8 * loader.GROUP
+    lengths = [batch["tokens"].shape[2] for batch in other]
+    assert lengths != sorted(lengths)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_lengths_are_the_positions_that_are_no_padding(kind: type, ragged: Split) -> None:
+    samples = ragged_samples(kind, ragged)
+    indices = np.arange(len(samples))
+    lengths = samples.lengths(indices)
+    assert len(set(lengths.tolist())) > 15
+    for i, length in zip(indices, lengths, strict=True):
+        batch = samples.batch(indices[i : i + 1], np.zeros(1, int))
+        name = "labels" if kind is CausalSamples else "tokens"
+        assert np.flatnonzero(batch[name][0] > 0)[-1] + 1 == length
+        assert stream([{k: x[None] for k, x in samples.cut(batch, int(length)).items()}]) == stream(
+            [{k: x[None] for k, x in batch.items()}]
+        )
+
+
+def test_grouped_batches_go_on_alike_and_each_process_reads_its_rows(ragged: Split) -> None:
+    samples = ragged_samples(MaskedSamples, ragged)
+    train = TrainConfig(batch_size=4, accumulate=2, group_by_length=True)
+    whole = list(islice(training_batches(samples, train), 70))
+    later = islice(training_batches(samples, train, Position(61, 8 * 61)), 9)
+    rows = islice(training_batches(samples, train, rows=np.array([1, 3])), 70)
+    for one, other in zip(whole[61:], later, strict=True):
+        assert all(np.array_equal(one[name], other[name]) for name in one)
+    for one, other in zip(whole, rows, strict=True):
+        assert all(np.array_equal(one[name][:, [1, 3]], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cut_evaluation_has_every_sample_once_and_in_order(kind: type, ragged: Split) -> None:
+    samples = ragged_samples(kind, ragged)
+    whole, cut = (list(evaluation_batches(samples, 2, are_cut=x)) for x in (False, True))
+    assert len({batch["tokens"].shape for batch in cut}) > 1
+    for one, other in zip(whole, cut, strict=True):
+        assert stream([{k: x[None] for k, x in one.items()}]) == stream([{k: x[None] for k, x in other.items()}])
+    for one, other in zip(cut, evaluation_batches(samples, 2, np.array([1]), are_cut=True), strict=True):
+        assert all(np.array_equal(one[name][[1]], other[name]) for name in one)

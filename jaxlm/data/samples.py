@@ -2,7 +2,8 @@
 
 A samples object knows its length and makes any batch of samples: `batch(indices, epochs)` returns the arrays of a
 model's input by name, each with a leading axis of samples. A label of -1 is ignored by the loss. Nothing depends on
-which samples share a batch, so that order, batch size and number of processes are free.
+which samples share a batch, so that order, batch size and number of processes are free. `lengths(indices)` are the
+positions of samples that are no padding, and `cut(batch, length)` a batch without what lies beyond.
 """
 
 from typing import Any
@@ -35,10 +36,14 @@ class Windows:
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
 
+    def lengths(self, indices: np.ndarray) -> np.ndarray:
+        """Return how many ids of each window are in the article."""
+        article, start = self._places(indices)
+        return np.minimum(self.length, self.sizes[article] - start)
+
     def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the ids [B, length], int32, of the windows `indices` [B], and which of them are in the article."""
-        article = np.searchsorted(self.ends, indices, side="right")
-        start = (indices - np.where(article > 0, self.ends[article - 1], 0)) * self.stride
+        article, start = self._places(indices)
         place = start[:, None] + np.arange(self.length)
         is_real = place < self.sizes[article][:, None]
         first, last = self.split.offsets[article][:, None], self.split.offsets[article + 1][:, None] - 1
@@ -48,6 +53,10 @@ class Windows:
         if self.after is not None:
             ids = np.where(place == self.sizes[article][:, None] - 1, self.after, ids)
         return ids, is_real
+
+    def _places(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        article = np.searchsorted(self.ends, indices, side="right")
+        return article, (indices - np.where(article > 0, self.ends[article - 1], 0)) * self.stride
 
 
 class CausalSamples:
@@ -76,6 +85,12 @@ class CausalSamples:
         if self.pad_id >= 0:  # the original's slip: a real token with the id of the pad is not learned either
             labels = np.where(labels == self.pad_id, IGNORED, labels)
         return {"tokens": ids[:, :-1], "labels": labels}
+
+    def lengths(self, indices: np.ndarray) -> np.ndarray:
+        return self.windows.lengths(indices) - 1
+
+    def cut(self, batch: Batch, length: int) -> Batch:
+        return {name: x[:, :length] for name, x in batch.items()}
 
     def n_tokens(self, batch: Batch) -> int:
         """Return how many positions are no padding."""
@@ -126,6 +141,13 @@ class MaskedSamples:
         if self.n_end:
             tokens[np.arange(B), self.n_start + n_real] = self.specials["end"]
         return self._mask(tokens, n_real, indices, epochs)
+
+    def lengths(self, indices: np.ndarray) -> np.ndarray:
+        return self.windows.lengths(indices) + self.n_start + self.n_end
+
+    def cut(self, batch: Batch, length: int) -> Batch:
+        n_masks = max(1, int(self.config.data.mask_fraction * length))
+        return {name: x[:, : length if name == "tokens" else n_masks] for name, x in batch.items()}
 
     def _mask(self, tokens: np.ndarray, n_real: np.ndarray, indices: np.ndarray, epochs: np.ndarray) -> Batch:
         if self.config.data.n_maskings:
@@ -195,6 +217,13 @@ class ClassifiedSamples:
         if self.n_end:
             tokens[np.arange(len(indices)), n_real[:, 0] + 1] = self.specials["end"]
         return {"tokens": tokens, "labels": self.split.labels[indices].astype(np.int32)}
+
+    def lengths(self, indices: np.ndarray) -> np.ndarray:
+        sizes = self.split.offsets[indices + 1] - self.split.offsets[indices]
+        return np.minimum(sizes + 1 + self.n_end, self.seq_len)
+
+    def cut(self, batch: Batch, length: int) -> Batch:
+        return batch | {"tokens": batch["tokens"][:, :length]}
 
 
 Samples = CausalSamples | MaskedSamples | ClassifiedSamples

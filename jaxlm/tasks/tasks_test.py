@@ -120,8 +120,9 @@ def test_evaluation_counts_every_sample_once_at_any_batch_size(name: str, prepar
     fresh, compiled = loop.build(run.config, run.task, parallel.make_mesh(run.config))
     state = fresh()
     results = []
-    for batch_size in (1, 3, 7, 100):
-        config = dataclasses.replace(run.config, train=dataclasses.replace(run.config.train, batch_size=batch_size))
+    for batch_size, are_cut in ((1, False), (3, True), (7, False), (100, False)):
+        train = dataclasses.replace(run.config.train, batch_size=batch_size, group_by_length=are_cut)
+        config = dataclasses.replace(run.config, train=train)
         this = dataclasses.replace(run, config=config)
         results.append(loop.evaluate(this, compiled, state.params, "validation", lambda: False))
 
