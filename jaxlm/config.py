@@ -78,6 +78,7 @@ class ModelConfig:
     post_norm: bool = False  # LayerNorm after each residual sum, as BERT has it, instead of before
     pad_id: Annotated[int, Meta(ge=-1, le=MOST)] = 0  # token id that attention and loss leave out; -1: none
     head_outputs: Literal["labels", "vocabulary"] = "labels"  # classifier outputs; vocabulary: the original's slip
+    pooling: Literal["first", "last"] = "first"  # what a classifier reads: first token, or last one of a causal model
     attention: Literal["auto", "plain", "fused"] = "auto"  # auto: in one kernel where a device has it for the settings
     remat: Literal["none", "dots", "full"] = "none"  # made anew for gradients, to save memory: all but products, or all
 

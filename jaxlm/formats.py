@@ -226,7 +226,7 @@ def _info_of_1_2(tree: dict[str, Any], weights: Arrays) -> dict[str, Any]:
     group = tree["optimizer"]["param_groups"][0]
     settings |= {"train.beta1": group["betas"][0], "train.beta2": group["betas"][1], "train.epsilon": group["eps"]}
     settings |= {"task": task, "model.vocab_size": len(weights["base.embedding.token.weight"])}
-    if task not in ("mlm", "gpt") and "head.linear.bias" in weights:
+    if task not in names.LANGUAGE_MODELS and "head.linear.bias" in weights:
         n_outputs = len(weights["head.linear.bias"])
         is_slip = n_outputs == settings["model.vocab_size"]
         settings |= {"model.head_outputs": "vocabulary"} if is_slip else {"data.n_labels": n_outputs}

@@ -82,23 +82,28 @@ class LanguageModel(nnx.Module):
 
 
 class ClassifierHead(nnx.Module):
-    """Hidden state of position 0 ([CLS]) to class logits [B, C]."""
+    """Hidden state of one position, 0 ([CLS]) or `last_B`, to class logits [B, C]."""
 
     def __init__(self, d_model: int, n_outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.linear = head_linear(d_model, n_outputs, dtype, rngs)
 
     @jax.named_scope("output layer")
-    def __call__(self, x_BTD: Array) -> Array:
-        return self.linear(x_BTD[:, 0])
+    def __call__(self, x_BTD: Array, last_B: Array | None) -> Array:
+        if last_B is None:
+            return self.linear(x_BTD[:, 0])
+        return self.linear(jnp.take_along_axis(x_BTD, last_B[:, None, None], axis=1).squeeze(1))
 
 
 class Classifier(nnx.Module):
-    """Token ids, [CLS] first, to class logits [B, C]."""
+    """Token ids to class logits [B, C]: bidirectional and read at the first token, or causal and read at the last."""
 
     def __init__(self, config: ModelConfig, n_labels: int, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.base = Transformer(config, False, dtype, rngs)
+        self.is_causal = config.pooling == "last"
+        self.base = Transformer(config, self.is_causal, dtype, rngs)
         n_outputs = config.vocab_size if config.head_outputs == "vocabulary" else n_labels
         self.head = ClassifierHead(config.d_model, n_outputs, dtype, rngs)
 
-    def __call__(self, tokens_BT: Array, key: Array | None = None) -> Array:
-        return self.head(self.base(tokens_BT, key))
+    def __call__(self, tokens_BT: Array, key: Array | None = None, last_B: Array | None = None) -> Array:
+        """Return logits; `last_B` is where the last token of each text is, which a causal model needs."""
+        assert self.is_causal == (last_B is not None), "the last tokens go with model.pooling=last"
+        return self.head(self.base(tokens_BT, key), last_B)

@@ -95,8 +95,30 @@ def test_only_the_head_of_mlm_has_a_layernorm() -> None:
 
 def test_a_classifier_reads_the_first_position_only() -> None:
     head = ClassifierHead(D, C, jnp.float32, nnx.Rngs(0))
-    gradient = jax.grad(lambda x_BTD: jnp.sum(head(x_BTD) ** 2))(jnp.ones((B, T, D)))
+    gradient = jax.grad(lambda x_BTD: jnp.sum(head(x_BTD, None) ** 2))(jnp.ones((B, T, D)))
     assert np.all(gradient[:, 0] != 0) and np.all(gradient[:, 1:] == 0)
+
+
+@pytest.mark.parametrize("pad_id", [-1, 0])
+def test_a_causal_classifier_reads_the_last_token_and_nothing_behind_it(pad_id: int) -> None:
+    model = Classifier(config(pooling="last", pad_id=pad_id, n_layers=2), C, jnp.float32, nnx.Rngs(0))
+    graphdef, params = split(model)
+    last = np.array([4, 2])
+    tokens = TOKENS.copy()
+    tokens[1, 3:] = 9
+    logits = np.asarray(run(graphdef, params, tokens, None, last))
+    tokens[1, 3:] = [5, 6]
+    np.testing.assert_allclose(run(graphdef, params, tokens, None, last), logits, rtol=0, atol=1e-6)
+    for b in range(B):  # each text alone, without what fills it up
+        alone = run(graphdef, params, tokens[b : b + 1, : last[b] + 1], None, last[b : b + 1])
+        np.testing.assert_allclose(alone[0], logits[b], rtol=0, atol=1e-6)
+    for place in range(3):  # it sees all that is before
+        other = tokens.copy()
+        other[1, place] = 10
+        moved = np.asarray(run(graphdef, params, other, None, last)) - logits
+        assert np.abs(moved[1]).max() > 1e-4 and np.abs(moved[0]).max() < 1e-6
+    with pytest.raises(AssertionError, match="pooling"):
+        model(tokens)
 
 
 @pytest.mark.parametrize(("outputs", "n"), [("labels", C), ("vocabulary", V)])

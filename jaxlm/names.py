@@ -19,6 +19,9 @@ from jaxlm.errors import UserError
 Arrays = dict[str, np.ndarray]
 Shapes = dict[str, tuple[int, ...]]
 
+CAUSAL = ("gpt",)  # tasks of a causal language model
+LANGUAGE_MODELS = ("mlm", *CAUSAL)  # tasks with outputs for the vocabulary; all others classify
+
 # Settings by their names in the original's files, which have all of these.
 ORIGINAL_SETTINGS = {
     "model": {"seq_len": "seq_len", "d_model": "d_model", "n_layers": "n_layers", "heads": "n_heads"},
@@ -42,7 +45,7 @@ _MOST_TOLD = 6  # differences in one error message
 
 
 def shapes(config: Config) -> Shapes:
-    """Return torchlm's name and shape of every parameter, in model order; of a classifier but for mlm and gpt.
+    """Return torchlm's name and shape of every parameter, in model order; of a classifier but for LANGUAGE_MODELS.
 
     The order is PyTorch's, where a module's own parameters come before those of its parts.
     """
@@ -66,7 +69,7 @@ def shapes(config: Config) -> Shapes:
         result |= linear(f"{block}.feed_forward.fc1", D, F) | linear(f"{block}.feed_forward.fc2", F, D)
     if model.final_norm:
         result |= layernorm("base.final_norm")
-    if config.task not in ("mlm", "gpt"):
+    if config.task not in LANGUAGE_MODELS:
         return result | linear("head.linear", D, V if model.head_outputs == "vocabulary" else config.data.n_labels)
     if model.tied_embedding:
         result["head.bias"] = (V,)

@@ -90,11 +90,6 @@ class Predictor:
             raise UserError(f"the text is no Unicode at character {error.start + 1}; write it as UTF-8") from None
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
-    def _around(self, ids: list[int]) -> list[int]:
-        """Return the ids with the tokens before and after that training has put there."""
-        first, last = ([self.specials[name]] if name in self.specials else [] for name in ("start", "end"))
-        return first + ids + last
-
     def _checked(self, ids: list[int]) -> list[int]:
         if len(ids) > self.model.seq_len:
             raise UserError(
@@ -103,11 +98,13 @@ class Predictor:
             )
         return ids
 
-    def _batches(self, texts: Sequence[str]) -> Iterator[tuple[slice, np.ndarray]]:
-        """Yield which texts are in a batch, and their ids [B, T], filled up to one of few shapes."""
+    def _batches(self, texts: Sequence[str]) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+        """Yield which texts are in a batch, their ids [B, T] and last positions [B], filled up to one of few shapes."""
         all_ids = [self.encode(text) for text in texts]
         for first in range(0, len(texts), N_ROWS):
-            yield slice(first, first + N_ROWS), self._padded(_filled_up(all_ids[first : first + N_ROWS]))
+            rows = _filled_up(all_ids[first : first + N_ROWS])
+            last_B = np.array([len(ids) - 1 for ids in rows], np.int32)
+            yield slice(first, first + N_ROWS), self._padded(rows), last_B
 
     def _padded(self, rows: Sequence[list[int]]) -> np.ndarray:
         ids_BT = np.full((len(rows), self.model.seq_len), max(self.model.pad_id, 0), np.int32)
@@ -137,7 +134,7 @@ class FillMasks(Predictor):
         """`top_k` is the number of guesses for each mask."""
         _check("top_k", top_k, 1 <= top_k <= self.model.vocab_size, f"1 to {self.model.vocab_size}")
         answers = []
-        for some, ids_BT in self._batches(texts):
+        for some, ids_BT, _ in self._batches(texts):
             x_BTD = self.compiled_base(self.trained.model, ids_BT)
             guesses = self._guesses(x_BTD, np.argwhere(ids_BT == self.mask), top_k)
             for text, ids_T in zip(texts[some], ids_BT, strict=False):
@@ -154,7 +151,8 @@ class FillMasks(Predictor):
     def encode_any(self, text: str) -> list[int]:
         parts = self._parts(text)
         ids = itertools.chain.from_iterable([*self._ids(part), self.mask] for part in parts[:-1])
-        return self._checked(self._around([*ids, *self._ids(parts[-1])]))
+        first, last = ([self.specials[name]] if name in self.specials else [] for name in ("start", "end"))
+        return self._checked([*first, *ids, *self._ids(parts[-1]), *last])
 
     def shown(self, answer: Answer) -> str:
         lines = [answer["filled"]]
@@ -200,13 +198,14 @@ class Classify(Predictor):
         import jax
 
         super().__init__(trained)
-        self.compiled = jax.jit(lambda model, ids_BT: jax.nn.softmax(model(ids_BT)))
+        self.compiled = jax.jit(lambda model, *args: jax.nn.softmax(model(*args)))
 
     def __call__(self, texts: Sequence[str]) -> list[Answer]:
         answers = []
         n_labels = self.trained.config.data.n_labels
-        for some, ids_BT in self._batches(texts):
-            p_BC = np.asarray(self.compiled(self.trained.model, ids_BT))
+        is_last = self.model.pooling == "last"
+        for some, ids_BT, last_B in self._batches(texts):
+            p_BC = np.asarray(self.compiled(self.trained.model, ids_BT, None, last_B if is_last else None))
             for text, p_C in zip(texts[some], p_BC, strict=False):
                 # The original's head has an output for each token of the vocabulary: those are no class.
                 label = int(p_C.argmax()) if p_C.argmax() < n_labels else None
@@ -214,7 +213,10 @@ class Classify(Predictor):
         return answers
 
     def encode(self, text: str) -> list[int]:
-        return self._checked(self._around(self._ids(text)))
+        from jaxlm.data.samples import marks
+
+        first, last = marks(self.model, self.specials)
+        return self._checked([first, *self._ids(text), *([] if last is None else [last])])
 
     def shown(self, answer: Answer) -> str:
         told = "  ".join(f"{i}: {p:.3f}" for i, p in enumerate(answer["probabilities"]))

@@ -17,6 +17,8 @@ import pytest
 from jaxlm import checkpoint, predict, used_runs
 from jaxlm.config import TokenizerConfig
 from jaxlm.data import tokenizer as tokenizers
+from jaxlm.data.cache import Split
+from jaxlm.data.samples import ClassifiedSamples
 from jaxlm.errors import UserError
 
 Told = tuple[int, str, str]  # exit status, stdout, stderr
@@ -92,6 +94,27 @@ def test_classes_are_those_of_the_whole_model(task: str, runs: Path, predictors:
         np.testing.assert_allclose(answer["probabilities"], p[:n], rtol=1e-4)
         assert answer["label"] == (int(p.argmax()) if p.argmax() < n else None)
     assert len({answer["label"] for answer in classify(texts)}) > 1 or task == "cola"
+
+
+def test_a_causal_classifier_answers_as_it_was_trained(tmp_path: Path) -> None:
+    settings = {"tokenizer.kind": "bpe", "model.pad_id": -1, "model.pooling": "last"}
+    run = used_runs.write(tmp_path / "run", "sst2", **settings)
+    classify = predict.load(run)
+    texts = ["the cat", "", "a dog and a cat sat on the mat"]
+    ids = [classify.encode(text) for text in texts]
+    split = Split(
+        np.concatenate([row[1:-1] for row in ids]),
+        np.cumsum([0, *(len(row) - 2 for row in ids)]),
+        *[np.zeros(3, int)] * 2,
+    )
+    samples = ClassifiedSamples(split, classify.trained.config, classify.specials, 300)
+    batch = samples.batch(np.arange(3), np.zeros(3, int))
+    expected = jax.nn.softmax(classify.trained.model(batch["tokens"], None, batch["last"]))
+    for answer, row, p, tokens in zip(classify(texts), ids, np.asarray(expected), batch["tokens"], strict=True):
+        assert tokens[: len(row)].tolist() == row
+        np.testing.assert_allclose(answer["probabilities"], p, rtol=1e-4)
+    seen = np.array(classify.attention(texts[0], 1, 0)["weights"])
+    assert np.triu(seen, 1).max() == 0 and seen[-1].min() > 0
 
 
 def test_several_prompts_are_continued_as_one_by_one(predictors: dict[str, Any]) -> None:

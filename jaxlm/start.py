@@ -14,7 +14,7 @@ from jaxlm import config as configs
 from jaxlm.config import Config, Layer, TrainConfig
 from jaxlm.data.position import Position
 from jaxlm.errors import UserError
-from jaxlm.names import Arrays, Shapes
+from jaxlm.names import CAUSAL, LANGUAGE_MODELS, Arrays, Shapes
 
 if TYPE_CHECKING:  # settings are read before anything that takes long to import
     from rich.table import Table
@@ -31,7 +31,7 @@ BASE_SETTINGS = (
 )
 # What a run cannot change when it goes on. Its data and tokenizer it cannot either, which is seen in their contents.
 FIXED = (
-    *(*BASE_SETTINGS, "model.seq_len", "model.tied_embedding", "model.head_outputs", "data.n_labels"),
+    *(*BASE_SETTINGS, "model.seq_len", "model.tied_embedding", "model.head_outputs", "model.pooling", "data.n_labels"),
     "train.seed",
 )
 SCHEDULE = (
@@ -62,8 +62,8 @@ class Start:
         """Return them as Config."""
         return convert.config_of(self.info["config"], self.path or Path())
 
-    def layers(self) -> list[Layer]:
-        """Return the settings that a run takes from the checkpoint."""
+    def layers(self, task: str = "") -> list[Layer]:
+        """Return the settings that a run of a task takes from the checkpoint."""
         if self.path is None:
             return []
         stored = self.settings()
@@ -71,7 +71,10 @@ class Start:
             names: tuple[str, ...] = BASE_SETTINGS
             if stored.get("model.positions") == "learned":
                 names = (*names, "model.seq_len")
+            is_causal = stored["task"] in CAUSAL or stored["model.pooling"] == "last"
             stored = {name: stored[name] for name in names}
+            if is_causal and task not in LANGUAGE_MODELS:
+                stored["model.pooling"] = "last"
             folder = self.run or self.path.parent
             if not storage.is_remote(folder) and (folder / "tokenizer.json").is_file():
                 stored["tokenizer.path"] = str(folder / "tokenizer.json")
@@ -151,8 +154,10 @@ def load(argv: list[str], prog: str, form: str) -> tuple[Config, dict[str, str],
     """
     if any(arg in configs.HELP or arg.startswith("--tyro") for arg in argv):
         configs.load(argv, prog)  # prints, and exits
-    start = find(configs.given(argv), form)
-    config, origins = configs.load(argv, prog, start.layers(), has_preset=start.kind != "resume")
+    given = configs.given(argv)
+    start = find(given, form)
+    layers = start.layers(given.get("task", Config().task))
+    config, origins = configs.load(argv, prog, layers, has_preset=start.kind != "resume")
     start.changes(config)
     return config, origins, start
 

@@ -237,6 +237,7 @@ OTHER = {
     "model.seq_len": 6,
     "model.tied_embedding": "true",
     "model.head_outputs": "vocabulary",
+    "model.pooling": "last",
     "data.n_labels": 3,
     "train.seed": 1,
 }
@@ -263,6 +264,19 @@ def test_a_base_brings_its_shape_and_its_tokenizer(run: Path) -> None:
     }
     assert config.tokenizer.path == str(run / "tokenizer.json")
     assert {origin for _, _, origin in start.layers()} == {str(run / "checkpoints" / "9")}
+
+
+def test_a_causal_base_makes_a_classifier_read_the_last_token(run: Path, tmp_path: Path) -> None:
+    def pooling(settings: dict[str, Any], *argv: Any) -> str:
+        path = tmp_path / "base.safetensors"
+        formats.WRITERS[SAFETENSORS](path, snapshot_of(3, **settings))
+        return loaded("--init-from", path, *argv)[0].model.pooling
+
+    assert pooling({"task": "gpt"}, "--task", "cola") == "last"
+    assert pooling({"task": "sst2", "model.pooling": "last"}, "--task", "cola") == "last"  # a gpt, tuned once before
+    assert pooling({"task": "gpt"}, "--task", "cola", "--model.pooling", "first") == "first"
+    assert pooling({"task": "gpt"}, "--task", "gpt") == "first"  # which has no use for it
+    assert pooling({"task": "mlm"}, "--task", "cola") == pooling({"task": "sst2"}, "--task", "cola") == "first"
 
 
 def test_learned_positions_bring_their_number(tmp_path: Path) -> None:

@@ -220,6 +220,7 @@ CHECKS: dict[str, Callable[[type[Package]], list[Row]]] = {
     ),
     "BERT of transformers": of_one(references, references.bert),
     "GPT-2 of transformers": of_one(references, references.gpt2),
+    "GPT-2 of transformers that classifies": of_one(references, lambda: references.gpt2("sst2")),
     "inputs at the edges": of_two(lambda: inputs.edges("mlm")),
     "AdamW of NumPy and PyTorch": of_two(lambda: references.adamw(n_updates=8)),
     "start values": of_one(randomness, lambda: randomness.start_values("mlm")),
@@ -273,6 +274,7 @@ _RUNS: dict[Any, Any] = {}
 
 def _model() -> list[Fault]:
     mlm, gpt, cola = "batch 0 of mlm", "batch 0 of gpt", "batch 0 of cola"
+    last_token = "GPT-2 of transformers that classifies"
     attention, block = "model.Attention", "model.Block"
     output = "self.output(x_BTD)"
     table = "model.fixed_positions"
@@ -489,6 +491,35 @@ def _model() -> list[Fault]:
             cola,
             edit(jax_heads.ClassifierHead.__call__, ("x_BTD[:, 0]", "x_BTD.mean(axis=1)")),
             edit(torch_heads.ClassifierHead.forward, ("x_BTD[:, 0]", "x_BTD.mean(axis=1)")),
+        ),
+        *both(
+            "last position for last token",
+            "causal classifier on the last position, behind the text",
+            last_token,
+            edit(
+                jax_heads.ClassifierHead.__call__,
+                ("jnp.take_along_axis(x_BTD, last_B[:, None, None], axis=1).squeeze(1)", "x_BTD[:, -1]"),
+            ),
+            edit(
+                torch_heads.ClassifierHead.forward,
+                ("x_BTD.take_along_dim(last_B[:, None, None], dim=1).squeeze(1)", "x_BTD[:, -1]"),
+            ),
+        ),
+        *mirrored(
+            "one before the last token",
+            "causal classifier a token early, which has not seen that the text ends",
+            last_token,
+            "heads.ClassifierHead",
+            ("last_B[:, None, None]", "last_B[:, None, None] - 1"),
+        ),
+        *both(
+            "causal classifier sees what follows",
+            "classifier on the last token without a causal mask",
+            last_token,
+            edit(jax_heads.Classifier.__init__, ("Transformer(config, self.is_causal,", "Transformer(config, False,")),
+            edit(
+                torch_heads.Classifier.__init__, ("Transformer(config, self.is_causal,", "Transformer(config, False,")
+            ),
         ),
         *both(
             "masked positions off by one",

@@ -87,6 +87,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "three labels": {"data.n_labels": 3},
     "as GPT-2": {"model.positions": "learned", "model.tied_embedding": True, "model.final_norm": True},
     "as BERT": {"model.positions": "learned", "model.tied_embedding": True, "model.post_norm": True},
+    "the last token": {"model.pooling": "last", "model.pad_id": -1},
     "rotary, no pad": {"model.positions": "rotary", "model.final_norm": True, "model.pad_id": -1},
 }
 

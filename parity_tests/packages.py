@@ -129,7 +129,7 @@ class Jaxlm:
     def _evaluate(self, params: Any, batch: Any) -> tuple[Any, Any, Any]:
         def mean_loss(params: Any) -> tuple[Any, tuple[Any, Any]]:
             totals = self._loss(params, batch, None)
-            logits = nnx.merge(self.graphdef, params)(batch["tokens"])
+            logits = nnx.merge(self.graphdef, params)(*_inputs(batch))
             return totals["loss"] / jnp.maximum(totals["count"], 1), (totals, logits)
 
         gradients, (totals, logits) = jax.grad(mean_loss, has_aux=True)(params)
@@ -184,7 +184,7 @@ class Torchlm:
         gradients = {name: x.grad.numpy().copy() for name, x in self.model.named_parameters() if x.grad is not None}
         self.model.zero_grad()
         with torch.no_grad():
-            logits = self.model(tensors["tokens"])
+            logits = self.model(*_inputs(tensors))
         if logits.dtype == torch.bfloat16:  # which NumPy has not
             logits = logits.float()
         return {name: x.detach().numpy() for name, x in totals.items()}, logits.numpy(), gradients
@@ -213,6 +213,11 @@ class Torchlm:
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 PACKAGES = (Jaxlm, Torchlm)
 Package = Jaxlm | Torchlm
+
+
+def _inputs(batch: Any) -> tuple[Any, ...]:
+    """Return what a model has logits of."""
+    return (batch["tokens"], None, batch["last"]) if "last" in batch else (batch["tokens"],)
 
 
 def _tensors(batch: Batch) -> dict[str, torch.Tensor]:

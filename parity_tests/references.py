@@ -145,14 +145,16 @@ def _compare(name: str, config: Config, weights: Arrays, batch: Batch, want: Fir
 TIED = {"model.positions": "learned", "model.tied_embedding": True}
 
 
-def gpt2() -> list[Row]:
+def gpt2(task: str = "gpt") -> list[Row]:
     """Return how far both packages are from transformers' GPT-2, with the exact GELU, in float64."""
     import transformers
 
-    config = config_of("gpt", **TIED, **{"model.final_norm": True, "model.pad_id": -1})
+    config = config_of(task, **TIED, **{"model.final_norm": True, "model.pad_id": -1, "model.pooling": "last"})
     model, weights = config.model, random_weights(config, 8)
-    weights["head.bias"][:] = 0  # GPT-2 has none
-    theirs = transformers.GPT2LMHeadModel(
+    is_classifier = "head.linear.bias" in weights
+    weights["head.linear.bias" if is_classifier else "head.bias"][:] = 0  # GPT-2 has none
+    gpt2_class: Any = transformers.GPT2ForSequenceClassification if is_classifier else transformers.GPT2LMHeadModel
+    theirs = gpt2_class(
         transformers.GPT2Config(
             vocab_size=model.vocab_size,
             n_positions=model.seq_len,
@@ -162,9 +164,11 @@ def gpt2() -> list[Row]:
             activation_function="gelu",
             bos_token_id=None,
             eos_token_id=None,
+            pad_token_id=0 if is_classifier else None,
         )
     )
-    renamed = {
+    renamed = {"score.weight": "head.linear.weight"} if is_classifier else {}
+    renamed |= {
         "transformer.wte.weight": "base.embedding.token.weight",
         "transformer.wpe.weight": "base.embedding.position",
     }
@@ -188,6 +192,9 @@ def gpt2() -> list[Row]:
             parts = [weights[f"base.blocks.{i}.attention.{name}.{kind}"] for name in ("query", "key", "value")]
             state[f"transformer.h.{i}.attn.c_attn.{kind}"] = np.concatenate(parts).T
     batch = random_batch(config, np.random.default_rng(8), batch_size=3)
+    if is_classifier:  # its last token is the last that is no pad
+        is_behind = np.arange(model.seq_len) > batch["last"][:, None]
+        batch["tokens"] = np.where(is_behind, 0, np.maximum(batch["tokens"], 1))
 
     def back(gradients: Arrays) -> Arrays:
         result = {}
@@ -201,7 +208,7 @@ def gpt2() -> list[Row]:
         return result
 
     want = _of_transformers(theirs, state, batch, back)
-    return _compare("gpt as transformers' GPT-2", config, weights, batch, want)
+    return _compare(f"{task} as transformers' GPT-2", config, weights, batch, want)
 
 
 def bert() -> list[Row]:

@@ -59,29 +59,34 @@ class LanguageModel(nn.Module):
 
 
 class ClassifierHead(nn.Module):
-    """Hidden state of position 0 ([CLS]) to class logits [B, C]."""
+    """Hidden state of one position, 0 ([CLS]) or `last_B`, to class logits [B, C]."""
 
     def __init__(self, d_model: int, n_outputs: int, rngs: torch.Generator):
         super().__init__()
         self.linear = head_linear(d_model, n_outputs, rngs)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.linear(x_BTD[:, 0])
+    def forward(self, x_BTD: Tensor, last_B: Tensor | None) -> Tensor:
+        if last_B is None:
+            return self.linear(x_BTD[:, 0])
+        return self.linear(x_BTD.take_along_dim(last_B[:, None, None], dim=1).squeeze(1))
 
 
 class Classifier(nn.Module):
-    """Token ids, [CLS] first, to class logits [B, C]."""
+    """Token ids to class logits [B, C]: bidirectional and read at the first token, or causal and read at the last."""
 
     def __init__(self, config: ModelConfig, n_labels: int, dtype: torch.dtype, rngs: torch.Generator):
         super().__init__()
         self.dtype = dtype
-        self.base = Transformer(config, False, rngs)
+        self.is_causal = config.pooling == "last"
+        self.base = Transformer(config, self.is_causal, rngs)
         n_outputs = config.vocab_size if config.head_outputs == "vocabulary" else n_labels
         self.head = ClassifierHead(config.d_model, n_outputs, rngs)
 
-    def forward(self, tokens_BT: Tensor, key: None = None) -> Tensor:
+    def forward(self, tokens_BT: Tensor, key: None = None, last_B: Tensor | None = None) -> Tensor:
+        """Return logits; `last_B` is where the last token of each text is, which a causal model needs."""
+        assert self.is_causal == (last_B is not None), "the last tokens go with model.pooling=last"
         with _autocast(tokens_BT.device, self.dtype):
-            return self.head(self.base(tokens_BT))
+            return self.head(self.base(tokens_BT), last_B)
 
 
 def _autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

@@ -59,6 +59,17 @@ def test_a_classifier_reads_the_first_position_only() -> None:
     assert Classifier(config_of(head_outputs="vocabulary"), C, F32, seeded())(TOKENS).shape == (B, V)
 
 
+@torch.no_grad()
+def test_a_causal_classifier_reads_the_last_token_and_nothing_behind_it() -> None:
+    model = Classifier(config_of(pooling="last", pad_id=-1), C, F32, seeded())
+    last_B, tokens = torch.tensor([4, 2]), TOKENS.clone()
+    logits_BC = model(tokens, None, last_B)
+    tokens[1, 3:] = torch.tensor([9, 8])
+    torch.testing.assert_close(model(tokens, None, last_B), logits_BC, rtol=0, atol=1e-6)
+    alone = model.head.linear(model.base(tokens[1:, :3])[:, -1])
+    torch.testing.assert_close(logits_BC[1:], alone, rtol=0, atol=1e-6)
+
+
 def test_start_values_of_the_heads_are_small() -> None:
     model = LanguageModel(config_of(vocab_size=500, d_model=24), True, F32, seeded())
     assert float(model.head.linear.weight.detach().std()) == pytest.approx(0.02, rel=0.03)

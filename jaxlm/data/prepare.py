@@ -109,7 +109,8 @@ def _with_vocab_size(config: Config, tokenizer: Tokenizer) -> Config:
 def _specials(config: Config, tokenizer: Tokenizer, samples_class: type[Any]) -> dict[str, int]:
     """Return the ids of the special tokens by role."""
     specials = tokenizers.special_ids(tokenizer)
-    for role in samples_class.roles:
+    roles = samples_class.roles(config.model)
+    for role in roles:
         if role not in specials:
             names = " or ".join(tokenizers.NAMES[role])
             setting = (
@@ -117,10 +118,11 @@ def _specials(config: Config, tokenizer: Tokenizer, samples_class: type[Any]) ->
                 if config.tokenizer.path
                 else f"tokenizer.kind={config.tokenizer.kind}"
             )
-            raise UserError(
-                f"{setting}: the tokenizer has no {names}, which task={config.task} needs; choose another tokenizer"
-            )
-    if "pad" in samples_class.roles and specials["pad"] != config.model.pad_id:
+            needs, mend = f"task={config.task}", "choose another tokenizer"
+            if samples_class.is_labelled and config.model.pooling == "last":
+                needs, mend = f"{needs} with model.pooling=last", f"start from a GPT with --init-from, or {mend}"
+            raise UserError(f"{setting}: the tokenizer has no {names}, which {needs} needs; {mend}")
+    if "pad" in roles and specials["pad"] != config.model.pad_id:
         raise UserError(
             f"model.pad_id={config.model.pad_id}, but the tokenizer's pad has the id {specials['pad']}; "
             f"use --model.pad-id {specials['pad']}"

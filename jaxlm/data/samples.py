@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm.config import Config
+from jaxlm.config import Config, ModelConfig
 from jaxlm.data.cache import Split
 
 IGNORED = -1
@@ -66,7 +66,6 @@ class CausalSamples:
     is a label once.
     """
 
-    roles = ("article",)  # special tokens that the tokenizer must have
     is_labelled = False  # whether articles have a class label
 
     def __init__(self, split: Split, config: Config, specials: dict[str, int], vocab_size: int):
@@ -74,6 +73,11 @@ class CausalSamples:
         self.article = specials["article"]
         self.windows = Windows(split, self.seq_len + 1, self.seq_len, before=self.article, after=self.article)
         self.constants = {"bytes": int(np.sum(split.n_bytes))}
+
+    @staticmethod
+    def roles(model: ModelConfig) -> tuple[str, ...]:
+        """Return the special tokens that the tokenizer must have."""
+        return ("article",)
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -114,7 +118,6 @@ class MaskedSamples:
     a function of seed, epoch and sample only. Short windows have fewer masks; the rest of their M labels is ignored.
     """
 
-    roles = ("pad", "mask")
     is_labelled = False
 
     def __init__(self, split: Split, config: Config, specials: dict[str, int], vocab_size: int):
@@ -126,6 +129,11 @@ class MaskedSamples:
         self.n_masks = max(1, int(config.data.mask_fraction * self.seq_len))
         self.replacements = np.setdiff1d(np.arange(vocab_size), list(specials.values())).astype(np.int32)
         self.constants: dict[str, int] = {}
+
+    @staticmethod
+    def roles(model: ModelConfig) -> tuple[str, ...]:
+        """Return the special tokens that the tokenizer must have."""
+        return ("pad", "mask")
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -183,22 +191,33 @@ class MaskedSamples:
 
 
 class ClassifiedSamples:
-    """One sample an article: `tokens` [B, T] = [CLS] ids [SEP], cut to seq_len, and its class, `labels` [B]."""
+    """One sample an article: `tokens` [B, T] = [CLS] ids [SEP], cut to seq_len, and its class, `labels` [B].
 
-    roles = ("pad", "start")
+    With model.pooling=last, `tokens` are [end of text] ids [end of text], and `last` [B] is where the second of these
+    is; there is no pad, since a causal model does not see what follows.
+    """
+
     is_labelled = True
 
     def __init__(self, split: Split, config: Config, specials: dict[str, int], vocab_size: int):
-        self.split, self.seq_len, self.specials = split, config.model.seq_len, specials
-        self.n_end = int("end" in specials)
+        self.split, self.seq_len = split, config.model.seq_len
+        self.is_last = config.model.pooling == "last"
+        self.start, end = marks(config.model, specials)
+        self.pad = self.start if self.is_last else specials["pad"]
+        self.end, self.n_end = end, int(end is not None)
         self.constants: dict[str, int] = {}
+
+    @staticmethod
+    def roles(model: ModelConfig) -> tuple[str, ...]:
+        """Return the special tokens that the tokenizer must have."""
+        return ("article",) if model.pooling == "last" else ("pad", "start")
 
     def __len__(self) -> int:
         return len(self.split)
 
     def n_tokens(self, batch: Batch) -> int:
         """Return how many positions are no padding."""
-        return int(np.count_nonzero(batch["tokens"] != self.specials["pad"]))
+        return int(np.sum(batch["last"] + 1) if self.is_last else np.count_nonzero(batch["tokens"] != self.pad))
 
     @property
     def n_cut(self) -> int:
@@ -212,11 +231,19 @@ class ClassifiedSamples:
         ids = np.zeros((len(indices), self.seq_len), np.int32)
         if len(self.split.tokens):  # else every text is empty
             ids[...] = self.split.tokens[np.clip(first + place - 1, 0, len(self.split.tokens) - 1)]
-        tokens = np.where(place <= n_real, ids, self.specials["pad"])
-        tokens[:, 0] = self.specials["start"]
-        if self.n_end:
-            tokens[np.arange(len(indices)), n_real[:, 0] + 1] = self.specials["end"]
-        return {"tokens": tokens, "labels": self.split.labels[indices].astype(np.int32)}
+        tokens = np.where(place <= n_real, ids, self.pad)
+        tokens[:, 0] = self.start
+        if self.end is not None:
+            tokens[np.arange(len(indices)), n_real[:, 0] + 1] = self.end
+        batch = {"tokens": tokens, "labels": self.split.labels[indices].astype(np.int32)}
+        return batch | ({"last": (n_real[:, 0] + 1).astype(np.int32)} if self.is_last else {})
+
+
+def marks(model: ModelConfig, specials: dict[str, int]) -> tuple[int, int | None]:
+    """Return the tokens before and after a text that is classified."""
+    if model.pooling == "last":
+        return specials["article"], specials["article"]
+    return specials["start"], specials.get("end")
 
     def lengths(self, indices: np.ndarray) -> np.ndarray:
         sizes = self.split.offsets[indices + 1] - self.split.offsets[indices]

@@ -365,6 +365,22 @@ def test_sentences_without_sep_have_room_for_one_more():
     assert samples.n_cut == 1
 
 
+def test_a_causal_model_is_told_where_each_sentence_ends():
+    config = config_of(model__seq_len=6, model__pooling="last", model__pad_id=-1)
+    articles = [[10], [11, 12, 13, 14], [20, 21, 22, 23, 24, 25, 26], []]
+    samples = ClassifiedSamples(split_of(articles, [1, 0, 1, 0]), config, {"article": END, "start": 2, "pad": 0}, 100)
+    batch = every(samples)
+    assert batch["tokens"].tolist() == [
+        [END, 10, END, END, END, END],
+        [END, 11, 12, 13, 14, END],
+        [END, 20, 21, 22, 23, END],
+        [END, END, END, END, END, END],
+    ]
+    assert batch["last"].tolist() == [2, 5, 5, 1] and batch["last"].dtype == np.int32
+    assert samples.n_cut == 1 and samples.n_tokens(batch) == 3 + 6 + 6 + 2
+    assert samples.roles(config.model) == ("article",) and "last" not in every(classified([[10]], [0]))
+
+
 def test_a_part_of_empty_sentences():
     batch = every(classified([[], []], [0, 1]))
     assert batch["tokens"].tolist() == [[2, 3, 0, 0, 0, 0]] * 2 and batch["labels"].tolist() == [0, 1]

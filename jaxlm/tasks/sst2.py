@@ -20,7 +20,7 @@ from jaxlm.tasks.base import Task
 
 class Sst2(Task):
     samples = ClassifiedSamples
-    settings = ("data.n_labels", "data.label_column", "model.head_outputs")
+    settings = ("data.n_labels", "data.label_column", "model.head_outputs", "model.pooling")
     baseline_name = "always the most frequent class"
 
     def embedded(self) -> Source:
@@ -30,7 +30,7 @@ class Sst2(Task):
         return Classifier(self.config.model, self.config.data.n_labels, self.dtype, rngs)
 
     def loss(self, model: Classifier, batch: dict[str, Array], key: Array | None) -> Totals:
-        logits_BC, labels_B = model(batch["tokens"], key), batch["labels"]
+        logits_BC, labels_B = model(batch["tokens"], key, batch.get("last")), batch["labels"]
         C = self.config.data.n_labels
         # The original's head has an output for each token of the vocabulary: those are no class.
         predictions_B = jnp.minimum(logits_BC.argmax(axis=-1), C)
@@ -40,7 +40,7 @@ class Sst2(Task):
         return {**cross_entropy(logits_BC, labels_B), "confusion": rows_BC.T @ columns_BC}
 
     def predict(self, model: Classifier, batch: dict[str, Array]) -> Array:
-        return model(batch["tokens"]).argmax(axis=-1)
+        return model(batch["tokens"], None, batch.get("last")).argmax(axis=-1)
 
     def scores(self, totals: Any) -> metrics.Scores:
         return {

@@ -89,7 +89,7 @@ def test_classification_scores_are_those_of_scikit_learn(n_labels: int, n_output
     labels = random.integers(-1, n_labels, 100)
     logits = random.normal(size=(100, n_outputs)).astype(np.float32) + np.eye(n_labels, n_outputs)[labels]
     config = configs.build({"data.n_labels": n_labels})
-    totals = TASKS["sst2"](config).loss(lambda tokens, key: logits, {"tokens": None, "labels": labels}, None)
+    totals = TASKS["sst2"](config).loss(lambda *inputs: logits, {"tokens": None, "labels": labels}, None)
 
     is_counted = labels >= 0
     labels, logits = labels[is_counted], logits[is_counted]

@@ -14,7 +14,7 @@ class Sst2(Task, sst2.Sst2):
         return Classifier(self.config.model, self.config.data.n_labels, self.dtype, rngs)
 
     def loss(self, model: Classifier, batch: dict[str, Tensor], key: None) -> Totals:
-        logits_BC, labels_B = model(batch["tokens"], key), batch["labels"]
+        logits_BC, labels_B = model(batch["tokens"], key, batch.get("last")), batch["labels"]
         C = self.config.data.n_labels
         # The original's head has an output for each token of the vocabulary: those are no class.
         predictions_B = logits_BC.argmax(dim=-1).clamp(max=C)
@@ -24,4 +24,4 @@ class Sst2(Task, sst2.Sst2):
         return {**cross_entropy(logits_BC, labels_B), "confusion": (rows_BC.T @ columns_BC).long()}
 
     def predict(self, model: Classifier, batch: dict[str, Tensor]) -> Tensor:
-        return model(batch["tokens"]).argmax(dim=-1)
+        return model(batch["tokens"], None, batch.get("last")).argmax(dim=-1)
