@@ -47,6 +47,8 @@ class DataConfig:
     header: Literal["auto", "yes", "no"] = "auto"  # first row of CSV and TSV files names the columns
     text_column: str = ""  # name, or number from 0, of the column with the text; "": by usual names
     label_column: str = ""  # name, or number from 0, of the column with the label; "": by usual names
+    prompt_column: str = ""  # name, or number from 0, of the column with the prompt; "": by usual names
+    answer_column: str = ""  # name, or number from 0, of the column with the answer; "": by usual names
     n_labels: Annotated[int, Meta(ge=2, le=MOST)] = 2  # classes of a classification task; labels are 0 and on
     validation_fraction: Share = 0.1  # share of articles split off where the source has no validation part
     test_fraction: Share = 0.1  # share of articles split off where the source has no test part
@@ -135,7 +137,7 @@ class LogConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
-    task: str = "mlm"  # mlm, gpt, sst2, cola, or your own (jaxlm/tasks/README.md)
+    task: str = "mlm"  # mlm, gpt, sst2, cola, pairs, or your own (jaxlm/tasks/README.md)
     resume: str = ""  # run, or one of its checkpoints, that goes on; auto: that in run.dir, a new run if there is none
     init_from: str = ""  # run or checkpoint whose base model a new run starts with
     debug: bool = False  # show the traceback of an error in the input
@@ -418,6 +420,8 @@ def warnings(config: Config, origins: dict[str, str], of_other_tasks: Iterable[s
         "data.header": not has_files and "no local file is read",
         "data.text_column": not given and "the data is the embedded default",
         "data.label_column": not given and "the data is the embedded default",
+        "data.prompt_column": not given and "the data is the embedded default",
+        "data.answer_column": not given and "the data is the embedded default",
         "data.validation_path": not given and "the data is the embedded default (give data.path too)",
         "data.test_path": not given and "the data is the embedded default (give data.path too)",
         "data.validation_fraction": data.validation_path and "data.validation_path is given",

@@ -202,10 +202,13 @@ def main(argv: list[str] | None = None) -> int:
     with reported(debug=False):
         args, given = _parse(sys.argv[1:] if argv is None else argv)
         from jaxlm import trained as trains
+        from jaxlm.data import prepare
 
         tokenizer, batch_size = given.pop("tokenizer.path", ""), given.pop("train.batch_size", BATCH_SIZE)
         trained = trains.load(args.checkpoint, tokenizer)
         source, samples = part(trained, args.split, given)
+        for note in prepare.length_notes(trained.config, [samples]):
+            print(f"note: {note}", file=sys.stderr)
         found = Evaluation(
             checkpoint=str(trained.start.path),
             task=trained.config.task,

@@ -5,6 +5,7 @@ what is computed again to save memory counts nothing, and attention counts whole
 """
 
 from jaxlm.config import Config
+from jaxlm.names import CAUSAL, LANGUAGE_MODELS
 
 
 def forward_flops(config: Config, seq_len: int = 0) -> int:
@@ -25,8 +26,9 @@ def n_logits(config: Config, seq_len: int = 0) -> tuple[int, int]:
     seq_len = seq_len or model.seq_len
     n_masks = max(1, int(data.mask_fraction * seq_len))
     classes = model.vocab_size if model.head_outputs == "vocabulary" else data.n_labels
-    of_task = {"mlm": (n_masks, model.vocab_size), "gpt": (seq_len, model.vocab_size)}
-    return of_task.get(config.task, (1, classes))  # all others classify
+    if config.task in LANGUAGE_MODELS:
+        return seq_len if config.task in CAUSAL else n_masks, model.vocab_size
+    return 1, classes
 
 
 def flops_per_sample(config: Config, seq_len: int = 0) -> int:

@@ -7,16 +7,20 @@ from jax import Array
 from jaxlm.heads import LanguageModel
 
 
-def continue_greedily(model: LanguageModel, prompt_BT: Array, n_new: int) -> Array:
+def continue_greedily(model: LanguageModel, prompt_BT: Array, n_new: int, n_B: Array | None = None) -> Array:
     """Return [B, n_new] token ids that continue the prompts, each the likeliest after what comes before.
 
+    `n_B` is how many tokens of each row are its prompt, by default all; what is behind them is overwritten.
     One compiled loop over a buffer of fixed length; each step runs the whole buffer, so keep n_new small.
     """
     B, T = prompt_BT.shape
+    n_B = jnp.full(B, T) if n_B is None else n_B
     tokens_BT = jnp.pad(prompt_BT, ((0, 0), (0, n_new)))
 
     def step(i: Array, tokens_BT: Array) -> Array:
-        logits_BMV = model(tokens_BT, positions_BM=jnp.full((B, 1), i - 1))
-        return tokens_BT.at[:, i].set(jnp.argmax(logits_BMV[:, 0], axis=-1).astype(tokens_BT.dtype))
+        logits_BMV = model(tokens_BT, positions_BM=(n_B + i - 1)[:, None])
+        new_B = jnp.argmax(logits_BMV[:, 0], axis=-1).astype(tokens_BT.dtype)
+        return tokens_BT.at[jnp.arange(B), n_B + i].set(new_B)
 
-    return jax.lax.fori_loop(T, T + n_new, step, tokens_BT)[:, T:]
+    tokens_BT = jax.lax.fori_loop(0, n_new, step, tokens_BT)
+    return jnp.take_along_axis(tokens_BT, n_B[:, None] + jnp.arange(n_new)[None], axis=1)

@@ -27,4 +27,11 @@ def test_continuation_is_that_of_the_growing_prompt() -> None:
     continued = jax.jit(lambda prompts: continue_greedily(model, prompts, N_NEW))(prompts)
     np.testing.assert_array_equal(continued, expected[:, T:])
     assert len(np.unique(continued)) > 3
+    # Prompts of other lengths, with anything behind them, are continued as each would be alone.
+    filled = np.concatenate([prompts[:1], prompts[1:] * [1, 0]]).astype(np.int32)
+    by_length = jax.jit(lambda prompts, n_B: continue_greedily(model, prompts, N_NEW, n_B))
+    mixed = np.asarray(by_length(filled, np.array([2, 1, 1])))
+    np.testing.assert_array_equal(mixed[0], continued[0])
+    alone = jax.jit(lambda prompts: continue_greedily(model, prompts, N_NEW))(prompts[1:, :1])
+    np.testing.assert_array_equal(mixed[1:], alone)
     assert continued.dtype == prompts.dtype

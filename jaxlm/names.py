@@ -19,7 +19,7 @@ from jaxlm.errors import UserError
 Arrays = dict[str, np.ndarray]
 Shapes = dict[str, tuple[int, ...]]
 
-CAUSAL = ("gpt",)  # tasks of a causal language model
+CAUSAL = ("gpt", "pairs")  # tasks of a causal language model
 LANGUAGE_MODELS = ("mlm", *CAUSAL)  # tasks with outputs for the vocabulary; all others classify
 
 # Settings by their names in the original's files, which have all of these.
@@ -38,8 +38,8 @@ ORIGINAL_SETTINGS = {
 
 # The original's words for modules that torchlm calls otherwise.
 _WORDS = {"blocks": "encoder_blocks", "attention": "self_multihead", "layernorm": "normlayer"}
-_HEADS = {"mlm": "mask_lm", "gpt": "gen_lm", "sst2": "classifier_model", "cola": "classifier_model"}
-_BASES = {"mlm": "bert", "gpt": "gpt", "sst2": "bert", "cola": "bert"}
+_HEADS = {"mlm": "mask_lm", "gpt": "gen_lm", "pairs": "gen_lm", "sst2": "classifier_model", "cola": "classifier_model"}
+_BASES = {"mlm": "bert", "gpt": "gpt", "pairs": "gpt", "sst2": "bert", "cola": "bert"}
 _BUFFERS = ("embedding.position.pe", "self_multihead.bias")  # in the original's state dict, but no parameters
 _MOST_TOLD = 6  # differences in one error message
 

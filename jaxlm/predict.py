@@ -1,7 +1,7 @@
 """The command `python -m jaxlm.predict`: what a trained model makes of a text. USING.md has examples.
 
-In Python: `predict.load(RUN)` returns what answers the model's kind of question, FillMasks, Continue or Classify.
-Numbers are computed in float32, whatever precision the model was trained in.
+In Python: `predict.load(RUN)` returns what answers the model's kind of question, FillMasks, Continue, Reply or
+Classify. Numbers are computed in float32, whatever precision the model was trained in.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxlm.convert import Parser
+from jaxlm.data.sources import PROMPT_END
 from jaxlm.errors import UserError, reported
 
 if TYPE_CHECKING:  # the command line is looked at before anything that takes long to import
@@ -27,7 +28,7 @@ N_ROWS = 16  # texts that go through the model together, at most
 N_MASKS = 16  # masks that are guessed together, whatever texts they are of
 STREAMED = 4  # tokens made between looks at what has been made
 ENDINGS = {
-    "article": "the end of the article",
+    "article": "the end of the text",
     "length": "as many tokens as asked for",
     "positions": "the model has no more positions",
 }
@@ -228,6 +229,7 @@ class Continue(Predictor):
     """Continues prompts."""
 
     task, wants = "gpt", "the beginning of a text"
+    between = ""  # what stands between a prompt and what continues it
     options = {"max_new_tokens": 100, "temperature": 0.8, "top_k": 0, "top_p": 0.95, "seed": None}
 
     def __init__(self, trained: "Trained"):
@@ -268,10 +270,10 @@ class Continue(Predictor):
         yield answer
 
     def encode(self, text: str) -> list[int]:
-        return self._checked([self.stop, *self._ids(text)])
+        return self._checked([self.stop, *self._ids(text + self.between)])
 
     def shown(self, answer: Answer) -> str:
-        return f"{answer['prompt']}{answer['continuation']}"
+        return f"{answer['prompt']}{self.between}{answer['continuation']}"
 
     def _made(self, prompts: Sequence[list[int]], options: dict[str, Any], n_at_once: int) -> Iterator[list[list[int]]]:
         """Yield what has been made so far of each prompt, again and again."""
@@ -329,6 +331,14 @@ class Continue(Predictor):
         return options
 
 
+class Reply(Continue):
+    """Answers prompts, by default with the likeliest tokens."""
+
+    task, wants = "pairs", "a prompt to answer"
+    between = PROMPT_END
+    options = Continue.options | {"temperature": 0.0}
+
+
 def _probabilities(model: Any, x_BTD: "Array", places_N2: "Array") -> "Array":
     """Return the probabilities of the tokens at each place, [N, V]."""
     import jax
@@ -346,15 +356,16 @@ def load(checkpoint: str | Path, tokenizer: str = "") -> Predictor:
     from jaxlm import trained
     from jaxlm.tasks.gpt import Gpt
     from jaxlm.tasks.mlm import Mlm
+    from jaxlm.tasks.pairs import Pairs
     from jaxlm.tasks.sst2 import Sst2
 
     found = trained.load(checkpoint, tokenizer, precision="float32")
-    kinds: dict[type[Any], type[Predictor]] = {Mlm: FillMasks, Gpt: Continue, Sst2: Classify}
+    kinds: dict[type[Any], type[Predictor]] = {Mlm: FillMasks, Pairs: Reply, Gpt: Continue, Sst2: Classify}
     for task, kind in kinds.items():
         if isinstance(found.task, task):
             return kind(found)
     raise UserError(
-        f"{checkpoint}: task={found.config.task} is none of mlm, gpt, sst2, cola or of a class made of them"
+        f"{checkpoint}: task={found.config.task} is none of mlm, gpt, sst2, cola, pairs or of a class made of them"
     )
 
 
@@ -406,7 +417,7 @@ def _answer_all(predictor: Predictor, texts: Iterable[Numbered], options: dict[s
 def _tell_as_made(predictor: Continue, text: str, options: dict[str, Any]) -> None:
     pieces = predictor.stream(text, **options)
     first = next(pieces)  # which raises what is wrong with the options
-    print(text, end="", flush=True)
+    print(text, end=predictor.between, flush=True)
     for piece in itertools.chain([first], pieces):
         if isinstance(piece, str):
             print(piece, end="", flush=True)
@@ -488,7 +499,7 @@ def _start(text: str, most: int = 40) -> str:
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser(
         prog="python -m jaxlm.predict",
-        description="Uses a trained model: mlm fills [MASK]s, gpt continues a text, sst2 and cola classify one.",
+        description="Uses a trained model: mlm fills [MASK]s, gpt continues a text, pairs replies, sst2, cola label.",
         epilog="Without a text, lines of standard input are read; in a terminal, they are asked for.",
     )
     parser.add_argument(

@@ -16,6 +16,7 @@ import pytest
 
 from jaxlm import checkpoint, predict, used_runs
 from jaxlm.config import TokenizerConfig
+from jaxlm.data import sources
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data.cache import Split
 from jaxlm.data.samples import ClassifiedSamples
@@ -129,6 +130,19 @@ def test_several_prompts_are_continued_as_one_by_one(predictors: dict[str, Any])
     assert go_on(["the"], seed=4) != go_on(["the"], seed=5)
     assert go_on(["the"])[0]["seed"] != go_on(["the"])[0]["seed"]
     assert (go_on.decoder._extend._cache_size(), go_on.decoder._fill._cache_size()) == (2, 2)  # for 4 rows and for 1
+
+
+def test_a_prompt_is_answered_as_in_training(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reply = predict.load(runs / "pairs")
+    ids = reply.encode("the cat?")
+    article, tokenizer = reply.specials["article"], reply.tokenizer
+    assert ids == [article, *tokenizer.encode(sources.pair("train", "the cat?", "yes")[0].text).ids]
+    (answer,) = reply(["the cat?"], max_new_tokens=3)
+    logits = reply.trained.model(np.array([ids + [0] * (16 - len(ids))]))[0, len(ids) - 1]
+    assert tokenizer.decode([int(logits.argmax())]) == answer["continuation"][:1]
+    assert reply(["the cat?"], max_new_tokens=3, seed=answer["seed"] + 1) == [answer | {"seed": answer["seed"] + 1}]
+    _, output, _ = told(capsys, "--checkpoint", runs / "pairs", "--prompt", "the cat?", "--max-new-tokens", 3)
+    assert output == f"the cat?\n{answer['continuation']}\n" == f"{reply.shown(answer)}\n"
 
 
 def test_how_a_continuation_ends(runs: Path, predictors: dict[str, Any]) -> None:

@@ -595,5 +595,5 @@ def _next_command(run: Run) -> str:
         again += " --run.checkpoint-dir NEW"
     if run.config.data.path or run.config.data.hub:
         return f"train for longer: {again} --train.max-steps {2 * run.config.train.max_steps}"
-    own = "reviews.tsv" if run.task.samples.is_labelled else "your_text.txt"
+    own = {"text": "your_text.txt", "labels": "reviews.tsv", "pairs": "questions.jsonl"}[run.task.samples.reads]
     return f"train on a file of yours: {run.program} --task {run.config.task} --data.path {own}"

@@ -68,7 +68,7 @@ class Start:
             return []
         stored = self.settings()
         if self.kind == "base":
-            names: tuple[str, ...] = BASE_SETTINGS
+            names = self._fixed()
             if stored.get("model.positions") == "learned":
                 names = (*names, "model.seq_len")
             is_causal = stored["task"] in CAUSAL or stored["model.pooling"] == "last"
@@ -99,13 +99,17 @@ class Start:
                 )
         found = [(name, old, configs.get(config, name)) for name, old in self.settings().items()]
         found = [(name, old, new) for name, old, new in found if old != new]
-        fixed = FIXED if self.kind == "resume" else BASE_SETTINGS
+        fixed = FIXED if self.kind == "resume" else self._fixed()
         for name, old, new in found:
             if name in fixed and not (name == "model.vocab_size" and old == 0):
                 raise UserError(
                     f"{name}={new}, but {self.path} has {old}, which cannot change; leave it, or start a new run"
                 )
         return found if self.kind == "resume" else []
+
+    def _fixed(self) -> tuple[str, ...]:
+        """Return the settings that the tensors of a base depend on."""
+        return (*BASE_SETTINGS, "model.tied_embedding") if "head" in self.parts else BASE_SETTINGS
 
     def check(self, data: "Data") -> None:
         """Raise UserError if the data or the tokenizer are not those of the checkpoint."""
@@ -183,8 +187,11 @@ def find(given: Mapping[str, Any], form: str) -> Start:
     if base:
         source = storage.path(base)
         path, stored_form, info, damaged = _newest(source, ("base", "info"))
+        parts = _parts_of_base(given, info)
+        if "head" in parts:
+            path, stored_form, info, damaged = _newest(source, (*parts, "info"))
         run, damaged = _run_of(path, source), (*start.damaged, *damaged)
-        return Start("base", path, stored_form, info, ("base",), run, is_retry=start.is_retry, damaged=damaged)
+        return Start("base", path, stored_form, info, parts, run, is_retry=start.is_retry, damaged=damaged)
     return start
 
 
@@ -265,7 +272,7 @@ def _resume(source: Path, given: Mapping[str, Any], form: str) -> Start:
     path, stored_form, info, damaged = _newest(source, None)
     run = _run_of(path, source)
     if given.get("task", info["task"]) != info["task"] or given.get("train.switch_training"):
-        return Start("base", path, stored_form, info, ("base",), run, damaged=damaged)
+        return Start("base", path, stored_form, info, _parts_of_base(given, info), run, damaged=damaged)
     parts = PARTS[:2] if given.get("train.reset_optimizer") else PARTS
     start = Start("resume", path, stored_form, info, parts, run, damaged=damaged)
     new_dir = given.get("run.dir", "")
@@ -278,6 +285,12 @@ def _resume(source: Path, given: Mapping[str, Any], form: str) -> Start:
             "go on in a new folder with --run.dir"
         )
     return dataclasses.replace(start, run_dir=str(run))
+
+
+def _parts_of_base(given: Mapping[str, Any], info: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return what a new run takes: its base, and of a causal language model that goes on as one the output layer."""
+    goes_on = given.get("task", Config().task) in CAUSAL and info["task"] in CAUSAL
+    return PARTS[:2] if goes_on and not given.get("train.switch_training") else PARTS[:1]
 
 
 def _run_of(path: Path, source: Path) -> Path | None:

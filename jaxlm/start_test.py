@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer, models
 
 from jaxlm import config as configs
-from jaxlm import formats, names
+from jaxlm import formats, names, used_runs
 from jaxlm import start as starts
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data.position import Position
@@ -277,6 +277,31 @@ def test_a_causal_base_makes_a_classifier_read_the_last_token(run: Path, tmp_pat
     assert pooling({"task": "gpt"}, "--task", "cola", "--model.pooling", "first") == "first"
     assert pooling({"task": "gpt"}, "--task", "gpt") == "first"  # which has no use for it
     assert pooling({"task": "mlm"}, "--task", "cola") == pooling({"task": "sst2"}, "--task", "cola") == "first"
+
+
+def test_a_causal_language_model_goes_on_with_its_output_layer(tmp_path: Path) -> None:
+    def begun(task: str, *argv: Any) -> tuple[tuple[str, ...], bool]:
+        path = tmp_path / "base.safetensors"
+        formats.WRITERS[SAFETENSORS](path, snapshot_of(3, **{"task": task, "model.tied_embedding": True}))
+        config, start = loaded(*argv[:1], path, *argv[1:])
+        return start.parts, config.model.tied_embedding
+
+    for before, after in (("gpt", "gpt"), ("gpt", "pairs"), ("pairs", "gpt")):
+        assert begun(before, "--init-from", "--task", after) == (("base", "head"), True)
+    assert begun("gpt", "--resume", "--task", "pairs") == (("base", "head"), True)
+    for before, after in (("gpt", "cola"), ("mlm", "mlm"), ("mlm", "gpt")):
+        assert begun(before, "--init-from", "--task", after) == (("base",), False)
+    assert begun("gpt", "--resume", "--task", "gpt", "--train.switch-training") == (("base",), False)
+    with pytest.raises(UserError, match="^model.tied_embedding=False, but .* has True, which cannot change"):
+        begun("gpt", "--init-from", "--task", "gpt", "--model.tied-embedding", "false")
+
+
+def test_a_damaged_head_is_passed_over_where_it_is_needed(tmp_path: Path) -> None:
+    run = used_runs.write(tmp_path / "run", "gpt", {3: None, 6: None, 9: None})
+    damage(run, 9)
+    assert loaded("--init-from", run, "--task", "cola")[1].path == run / "checkpoints" / "9"
+    start = loaded("--init-from", run, "--task", "gpt")[1]
+    assert start.path == run / "checkpoints" / "6" and start.damaged[0][0] == run / "checkpoints" / "9"
 
 
 def test_learned_positions_bring_their_number(tmp_path: Path) -> None:

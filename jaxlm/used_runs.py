@@ -19,6 +19,7 @@ OF_TASK: dict[str, dict[str, Any]] = {
     "mlm": {},
     "gpt": {"tokenizer.kind": "bpe", "model.pad_id": -1},
     "sst2": {"data.n_labels": 3},
+    "pairs": {"tokenizer.kind": "bpe", "model.pad_id": -1},
     "cola": {"model.head_outputs": "vocabulary"},
 }
 

@@ -154,7 +154,7 @@ def _checks() -> dict[str, Callable[[], list[Row]]]:
         add(f"float64: {task}", drift.float64, task)
         add(f"dropout: {task}", drift.dropout, task)
         add(f"bfloat16: {task}", bfloat16, task)
-        for length in (1024, 4096):
+        for length in (1024, 4096) if task != "pairs" else ():  # which the original has not
             add(f"{length} positions: {task}", inputs.long, task, length)
         for name in inputs.OPTIONS:
             add(f"{name}: {task}", inputs.option, task, name)

@@ -61,9 +61,11 @@ def random_batch(config: Config, random: np.random.Generator, batch_size: int, p
     is_pad = np.arange(T) >= lengths[:, None]
     if model.pad_id >= 0:
         tokens[is_pad] = model.pad_id
-    if config.task == "gpt":
-        labels = np.roll(tokens, -1, axis=1)
-        return {"tokens": tokens, "labels": np.where(np.roll(is_pad, -1, axis=1), -1, labels).astype(np.int32)}
+    if config.task in names.CAUSAL:
+        labels = np.where(np.roll(is_pad, -1, axis=1), -1, np.roll(tokens, -1, axis=1)).astype(np.int32)
+        if config.task == "pairs":  # the first are of the prompt
+            labels[np.arange(T) < random.integers(0, lengths)[:, None]] = -1
+        return {"tokens": tokens, "labels": labels}
     if config.task == "mlm":
         M = max(1, int(0.25 * T))
         positions = np.stack([random.permutation(T)[:M] for _ in range(batch_size)]).astype(np.int32)

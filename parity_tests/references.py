@@ -16,7 +16,7 @@ from jaxlm import optim as jax_optim
 from jaxlm import schedule as jax_schedule
 from jaxlm import step as jax_step
 from jaxlm.config import Config
-from jaxlm.names import Arrays
+from jaxlm.names import CAUSAL, Arrays
 from parity_tests import trajectory
 from parity_tests.drift import config_of
 from parity_tests.original import position_table
@@ -64,7 +64,7 @@ def scaled_dot_product_attention(config: Config, weights: Weights, hidden: Tenso
     """Run pre-norm blocks on PyTorch's attention."""
     (B, T, D), H = hidden.shape, config.model.n_heads
     mask = ~is_pad[:, None, None, :]
-    if config.task == "gpt":
+    if config.task in CAUSAL:
         mask = mask & torch.ones(T, T, dtype=torch.bool).tril()
     for i in range(config.model.n_layers):
         linear, norm = (functools.partial(f, _part(weights, f"base.blocks.{i}.")) for f in (_linear, _norm))
@@ -93,7 +93,7 @@ def transformer_encoder_layer(config: Config, weights: Weights, hidden: Tensor, 
         norm_first=not config.model.post_norm,
         dtype=torch.float64,
     )
-    is_future = torch.ones(T, T, dtype=torch.bool).triu(1) if config.task == "gpt" else None
+    is_future = torch.ones(T, T, dtype=torch.bool).triu(1) if config.task in CAUSAL else None
     renamed = {
         "self_attn.out_proj": "attention.output",
         "linear1": "feed_forward.fc1",

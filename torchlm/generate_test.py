@@ -18,3 +18,6 @@ def test_each_new_token_is_the_likeliest_after_those_before() -> None:
     tokens = torch.cat([prompt, new], dim=1)
     assert torch.equal(model(tokens)[:, 2:-1].argmax(dim=-1), new)
     assert len(set(new.flatten().tolist())) > 2
+    mixed = continue_greedily(model, torch.tensor([[3, 1, 10], [7, 9, 9]]), 6, torch.tensor([3, 1]))
+    assert torch.equal(mixed[0], new[0])
+    assert torch.equal(mixed[1:], continue_greedily(model, prompt[1:, :1], 6))

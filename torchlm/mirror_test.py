@@ -19,7 +19,7 @@ from torchlm import tasks as torchlm_tasks
 ROOT = Path(__file__).parent.parent
 MIRRORED = (
     *("__init__", "model", "heads", "step", "optim", "schedule", "parallel", "generate", "checkpoint", "loop", "train"),
-    *("tasks/__init__", "tasks/base", "tasks/mlm", "tasks/gpt", "tasks/sst2", "tasks/cola"),
+    *("tasks/__init__", "tasks/base", "tasks/mlm", "tasks/gpt", "tasks/sst2", "tasks/cola", "tasks/pairs"),
 )
 
 # What one framework needs and the other does not, with the reason. All else must be in both.
@@ -127,7 +127,7 @@ def test_public_names_their_order_and_arguments_are_the_same(name: str) -> None:
         # Inherited from jaxlm; a task of torchlm has its model, loss and prediction only.
         assert {own for own in ours if "." in own} <= {
             f"{kind}.{method}"
-            for kind in ("Task", "Mlm", "Gpt", "Sst2", "Cola")
+            for kind in ("Task", "Mlm", "Gpt", "Sst2", "Cola", "Pairs")
             for method in ("__init__", "build_model", "loss", "predict")
         }
         assert not extra
@@ -154,7 +154,7 @@ def test_public_names_their_order_and_arguments_are_the_same(name: str) -> None:
         {"model.positions": "rotary", "model.final_norm": True, "model.head_outputs": "vocabulary"},
     ],
 )
-@pytest.mark.parametrize("task", ["mlm", "gpt", "sst2", "cola"])
+@pytest.mark.parametrize("task", list(jaxlm_tasks.TASKS))
 def test_parameters_are_the_same_up_to_the_naming_rules(task: str, options: dict[str, Any]) -> None:
     sizes = {"vocab_size": 11, "d_model": 12, "n_heads": 3, "seq_len": 5, "n_layers": 3}
     config = configs.build({"task": task, **{f"model.{name}": x for name, x in sizes.items()}, **options})

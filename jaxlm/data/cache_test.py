@@ -51,7 +51,7 @@ class Counted:
 
 
 def source_of(path: Path, **settings) -> Counted:
-    return Counted(sources.open_source(DataConfig(path=str(path), **settings), False))
+    return Counted(sources.open_source(DataConfig(path=str(path), **settings), "text"))
 
 
 def memory_source(articles: list[Article]) -> Source:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 from jaxlm.config import DataConfig
 from jaxlm.data import grammar
-from jaxlm.data.sources import Article, Source, hash_of
+from jaxlm.data.sources import Article, Source, hash_of, pair
 
 
 def python_reference(config: DataConfig) -> Source:
@@ -67,6 +67,20 @@ def sentences(task: str) -> Source:
     n_bytes = sum(len(text.encode()) for rows in splits.values() for text, _ in rows)
     n_sentences = sum(len(rows) for rows in splits.values())
     return _source(f"{n_sentences} sentences of the project's own grammar for {task}", articles, n_bytes)
+
+
+def pairs() -> Source:
+    """Return the prompts and answers of the project's grammar."""
+
+    def articles() -> Iterator[Article]:
+        for split, rows in splits.items():
+            for prompt, answer in rows:
+                yield from pair(split, prompt, answer)
+
+    splits = grammar.sentences("pairs")
+    n_bytes = sum(len(article.text.encode()) for article in articles())
+    n_pairs = sum(len(rows) for rows in splits.values())
+    return _source(f"{n_pairs} prompts and answers of the project's own grammar", articles, n_bytes)
 
 
 def _source(description: str, articles: Callable[[], Iterator[Article]], n_bytes: int) -> Source:

@@ -1,12 +1,14 @@
-"""Embedded demonstration data for two sentence classification tasks, made in memory from a small grammar of our own.
+"""Embedded demonstration data for sentences with labels and prompts with answers, from a small grammar of our own.
 
 The tasks have the form of two GLUE tasks (Wang et al. 2018, https://arxiv.org/abs/1804.07461) but share no text with
 them: `sst2` asks whether a film review is positive (1) or negative (0), `cola` whether a sentence is acceptable (1) or
-not (0). Labels depend on how words are put together, so that word counts alone do not give them. Every test sentence
-has a word that train lacks; half of validation is as new, with new words of its own.
+not (0). Labels depend on how words are put together, so that word counts alone do not give them. A third one, `pairs`,
+tells a fact and asks for a part of it, or for the same in other words. Every test sentence has a word that train lacks;
+half of validation is as new, with new words of its own.
 """
 
 import random
+from typing import Any
 
 SPLITS = ("train", "validation", "test")
 SIZES = {"train": 60000, "validation": 800, "test": 1000}
@@ -131,15 +133,18 @@ COLA_FRAMES = {
 }
 
 
-def sentences(task: str) -> dict[str, list[tuple[str, int]]]:
-    """Return the (sentence, label) pairs of `task` ("sst2" or "cola") by split, the same ones on every call."""
-    make = {"sst2": _review, "cola": _acceptability}[task]
+def sentences(task: str) -> dict[str, list[tuple[str, Any]]]:
+    """Return the (sentence, label) pairs of sst2 or cola, or the (prompt, answer) pairs of pairs, by split.
+
+    They are the same ones on every call.
+    """
+    make = {"sst2": _review, "cola": _acceptability, "pairs": _request}[task]
     rng = random.Random(0)
     seen: set[str] = set()
     train_words: set[str] = set()
     splits = {}
     for split in SPLITS:
-        rows: list[tuple[str, int]] = []
+        rows: list[tuple[str, Any]] = []
         while len(rows) < SIZES[split]:
             # Half of validation is like train, which keeps the best checkpoint from being one that is lucky on names.
             source = "train" if split == "validation" and len(rows) < SIZES[split] // 2 else split
@@ -322,3 +327,26 @@ def _auxiliary(rng, split):
     endings = {"will": ("", "ed", "ing"), "had": ("ed", "", "ing")}.get(auxiliary, ("ing", "", "s"))
     start = f"{_modified(rng, split, _person(rng, split, is_plural))} {auxiliary} {verb}"
     return f"{start}{endings[0]} {thing}", f"{start}{rng.choice(endings[1:])} {thing}"
+
+
+# Requests
+
+
+def _request(rng, split):
+    """Return a fact with a request about it, and the answer: a part of the fact, or the fact in other words."""
+    who, what, when = _name(rng, split), _object(rng, split), _word(rng, split, "time")
+    verb, order = rng.choice(TRANSITIVE), rng.choice(["{who} {verb} {what} {when}.", "{when}, {who} {verb} {what}."])
+
+    def said(verb):
+        text = order.format(who=who, verb=verb, what=what, when=when)
+        return text[0].upper() + text[1:]
+
+    answers = {
+        "Who was it?": who,
+        "What was it?": what,
+        "When was it?": when,
+        "Deny it.": said(f"did not {verb}"),
+        "Promise it.": said(f"will {verb}"),
+    }
+    request = rng.choice(list(answers))
+    return [(f"{said(f'{verb}ed')} {request}", answers[request])]

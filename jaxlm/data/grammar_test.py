@@ -70,6 +70,21 @@ def test_sentences_are_tidy(made, task):
                 assert text[0].isupper() and text.endswith(".") and ".." not in text
 
 
+def test_answers_are_in_their_prompts_and_names_are_new():
+    made = grammar.sentences("pairs")
+    known = {word for text, _ in made["train"] for word in words(text)}
+    prompts = [text for rows in made.values() for text, _ in rows]
+    assert len(set(prompts)) == len(prompts) and {split: len(rows) for split, rows in made.items()} == grammar.SIZES
+    kinds = Counter()
+    for prompt, answer in made["test"]:
+        fact, request = re.fullmatch(r"(.+\.) (.+[?.])", prompt).groups()
+        kinds[request] += 1
+        assert set(words(fact)) - known  # so that what is known by heart does not do
+        new = set(words(answer)) - set(words(fact))
+        assert not new if request.endswith("?") else len(new - {"did", "not", "will"}) == 1, (prompt, answer)
+    assert len(kinds) == 5 and min(kinds.values()) > 100
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_word_counts_do_not_give_the_label(made, task):

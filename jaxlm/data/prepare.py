@@ -1,7 +1,7 @@
 """From settings to samples: source, tokenizer, token cache, and all checks that need no model."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -87,7 +87,7 @@ def part(
 def _source(config: Config, samples_class: type[Any], embedded: Callable[[], Source]) -> Source:
     if not (config.data.path or config.data.hub):
         return embedded()
-    return sources.open_source(config.data, samples_class.is_labelled)
+    return sources.open_source(config.data, samples_class.reads)
 
 
 def _with_vocab_size(config: Config, tokenizer: Tokenizer) -> Config:
@@ -119,7 +119,7 @@ def _specials(config: Config, tokenizer: Tokenizer, samples_class: type[Any]) ->
                 else f"tokenizer.kind={config.tokenizer.kind}"
             )
             needs, mend = f"task={config.task}", "choose another tokenizer"
-            if samples_class.is_labelled and config.model.pooling == "last":
+            if samples_class.reads == "labels" and config.model.pooling == "last":
                 needs, mend = f"{needs} with model.pooling=last", f"start from a GPT with --init-from, or {mend}"
             raise UserError(f"{setting}: the tokenizer has no {names}, which {needs} needs; {mend}")
     if "pad" in roles and specials["pad"] != config.model.pad_id:
@@ -140,7 +140,9 @@ def _check_sizes(config: Config, splits: dict[str, Split], samples: dict[str, Sa
                 f"{len(splits[split].tokens)} tokens make {len(samples[split])} samples of "
                 f"model.seq_len={config.model.seq_len}, but {needed} are needed"
                 + (
-                    " for one update; give more text, or lower train.batch_size or model.seq_len"
+                    " for one update; give more text, or lower train.batch_size, or raise model.seq_len"
+                    if getattr(samples[split], "n_left_out", 0)
+                    else " for one update; give more text, or lower train.batch_size or model.seq_len"
                     if split == "train"
                     else "; give more text, or raise data.validation_fraction, or name a file with data.validation_path"
                 )
@@ -148,14 +150,20 @@ def _check_sizes(config: Config, splits: dict[str, Split], samples: dict[str, Sa
 
 
 def _notes(config: Config, samples: dict[str, Samples], source: Source, is_embedded: bool) -> Iterator[str]:
-    if is_embedded and samples["train"].is_labelled:
+    if is_embedded and samples["train"].reads != "text":
         for name in ("validation_fraction", "test_fraction", "split_seed"):
             if getattr(config.data, name) != getattr(DataConfig(), name):
                 value = getattr(config.data, name)
                 yield f"data.{name}={value} has no effect: the embedded sentences have parts of their own"
     if not len(samples["test"]) and not source.test_refusal:
         yield "there is no test part, so there will be no test score"
-    n_cut = sum(getattr(part, "n_cut", 0) for part in samples.values())
-    if n_cut:
-        n = sum(len(part) for part in samples.values())
-        yield f"{n_cut} of {n} texts are longer than model.seq_len={config.model.seq_len} and are cut"
+    yield from length_notes(config, samples.values())
+
+
+def length_notes(config: Config, samples: Collection[Samples]) -> Iterator[str]:
+    """Yield a line on texts that are longer than a sample, if there are any."""
+    n = sum(map(len, samples))
+    for name, kind, what in (("n_cut", "texts", "are cut"), ("n_left_out", "pairs", "are left out")):
+        if n_longer := sum(getattr(part, name, 0) for part in samples):
+            n += n_longer if name == "n_left_out" else 0
+            yield f"{n_longer} of {n} {kind} are longer than model.seq_len={config.model.seq_len} and {what}"

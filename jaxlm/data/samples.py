@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxlm.config import Config, ModelConfig
 from jaxlm.data.cache import Split
+from jaxlm.data.sources import Reads
 
 IGNORED = -1
 Batch = dict[str, np.ndarray]
@@ -66,7 +67,7 @@ class CausalSamples:
     is a label once.
     """
 
-    is_labelled = False  # whether articles have a class label
+    reads: Reads = "text"
 
     def __init__(self, split: Split, config: Config, specials: dict[str, int], vocab_size: int):
         self.seq_len, self.pad_id = config.model.seq_len, config.model.pad_id
@@ -118,7 +119,7 @@ class MaskedSamples:
     a function of seed, epoch and sample only. Short windows have fewer masks; the rest of their M labels is ignored.
     """
 
-    is_labelled = False
+    reads: Reads = "text"
 
     def __init__(self, split: Split, config: Config, specials: dict[str, int], vocab_size: int):
         self.config, self.seq_len = config, config.model.seq_len
@@ -197,7 +198,7 @@ class ClassifiedSamples:
     is; there is no pad, since a causal model does not see what follows.
     """
 
-    is_labelled = True
+    reads: Reads = "labels"
 
     def __init__(self, split: Split, config: Config, specials: dict[str, int], vocab_size: int):
         self.split, self.seq_len = split, config.model.seq_len
@@ -253,7 +254,55 @@ def marks(model: ModelConfig, specials: dict[str, int]) -> tuple[int, int | None
         return batch | {"tokens": batch["tokens"][:, :length]}
 
 
-Samples = CausalSamples | MaskedSamples | ClassifiedSamples
+class PairSamples:
+    """A prompt and its answer a sample: the first seq_len and, as `labels`, the last seq_len of seq_len + 1 ids.
+
+    These are [end of text] prompt answer [end of text]; only those of the answer and behind it are labels. Pair i is
+    of articles 2i and 2i + 1. A pair that is longer is left out: cut, it would teach to stop anywhere.
+    """
+
+    reads: Reads = "pairs"
+
+    def __init__(self, split: Split, config: Config, specials: dict[str, int], vocab_size: int):
+        self.split, self.seq_len, self.article = split, config.model.seq_len, specials["article"]
+        sizes = np.diff(split.offsets).reshape(-1, 2).sum(axis=1) + 1  # the last id is a label only
+        self.pairs = np.flatnonzero(sizes <= self.seq_len)
+        self.n_left_out = len(sizes) - len(self.pairs)
+        self.constants: dict[str, int] = {}
+
+    @staticmethod
+    def roles(model: ModelConfig) -> tuple[str, ...]:
+        """Return the special tokens that the tokenizer must have."""
+        return ("article",)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def batch(self, indices: np.ndarray, epochs: np.ndarray) -> Batch:
+        first, middle, end = (self.split.offsets[2 * self.pairs[indices] + i][:, None] for i in range(3))
+        place = first - 1 + np.arange(self.seq_len + 1)
+        ids = self.split.tokens[np.clip(place, first, end - 1)].astype(np.int32)
+        ids = np.where((place >= first) & (place < end), ids, self.article)
+        is_label = (place >= middle) & (place <= end)
+        return {"tokens": ids[:, :-1], "labels": np.where(is_label, ids, IGNORED)[:, 1:]}
+
+    def n_tokens(self, batch: Batch) -> int:
+        """Return how many positions are no padding."""
+        n_behind = np.argmax(batch["labels"][..., ::-1] >= 0, axis=-1)
+        return int(np.sum(self.seq_len - n_behind))
+
+    def counted_tokens(self) -> np.ndarray:
+        """Return how often each id is a label, for the baseline."""
+        _, middle, end = (self.split.offsets[2 * self.pairs + i] for i in range(3))
+        steps = np.zeros(len(self.split.tokens) + 1, np.int8)
+        steps[middle] = 1
+        steps[end] -= 1
+        counts = np.bincount(self.split.tokens[np.cumsum(steps[:-1], dtype=np.int8) > 0], minlength=self.article + 1)
+        counts[self.article] += len(self.pairs)
+        return counts.astype(np.int64)
+
+
+Samples = CausalSamples | MaskedSamples | ClassifiedSamples | PairSamples
 
 
 def uniform(seed: int, epochs: np.ndarray, indices: np.ndarray, n: int) -> np.ndarray:

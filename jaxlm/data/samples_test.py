@@ -8,7 +8,16 @@ import pytest
 from jaxlm import config as configs
 from jaxlm.config import Config
 from jaxlm.data.cache import Split
-from jaxlm.data.samples import IGNORED, Batch, CausalSamples, ClassifiedSamples, MaskedSamples, Windows, uniform
+from jaxlm.data.samples import (
+    IGNORED,
+    Batch,
+    CausalSamples,
+    ClassifiedSamples,
+    MaskedSamples,
+    PairSamples,
+    Windows,
+    uniform,
+)
 
 BERT = {"pad": 0, "unknown": 1, "start": 2, "end": 3, "mask": 4}
 PLAIN = {"pad": 0, "unknown": 1, "mask": 4}  # a tokenizer without [CLS] and [SEP]
@@ -394,6 +403,37 @@ def test_pads_have_the_id_of_the_tokenizer():
     assert unmasked(batch).tolist() == [[2, 10, 3, 1, 1, 1]]
 
 
+# Pairs
+
+
+def paired(articles: list[list[int]], seq_len: int) -> PairSamples:
+    return PairSamples(split_of(articles), config_of(model__seq_len=seq_len), {"article": END}, 100)
+
+
+def test_labels_are_of_the_answer_and_that_it_ends():
+    samples = paired([[10, 11], [20], [12], [21, 22, 23]], seq_len=7)
+    batch = every(samples)
+    assert batch["tokens"].tolist() == [[END, 10, 11, 20, END, END, END], [END, 12, 21, 22, 23, END, END]]
+    no = IGNORED
+    assert batch["labels"].tolist() == [[no, no, 20, END, no, no, no], [no, 21, 22, 23, END, no, no]]
+    assert samples.n_tokens(batch) == 4 + 5
+    counts = samples.counted_tokens()
+    assert {token: n for token, n in enumerate(counts) if n} == {20: 1, 21: 1, 22: 1, 23: 1, END: 2}
+    again = samples.batch(np.array([1, 0]), np.zeros(2, int))
+    assert all(again[name].tolist() == batch[name][::-1].tolist() for name in batch)
+
+
+def test_pairs_that_are_too_long_are_left_out_whole():
+    # An answer may end at the last position; one that has to be told after it may not.
+    samples = paired([[10, 11], [20, 21, 22], [10, 11], [20, 21, 22, 23], [10] * 9, [20], [12], [24]], seq_len=6)
+    assert (len(samples), samples.n_left_out) == (2, 2)
+    batch = every(samples)
+    assert batch["labels"].tolist() == [[-1, -1, 20, 21, 22, END], [-1, 24, END, -1, -1, -1]]
+    assert samples.counted_tokens().sum() == 6 and samples.counted_tokens()[23] == 0
+    assert samples.n_tokens(batch) == 6 + 3
+    assert paired([[10] * 9, [20]], seq_len=6).counted_tokens().sum() == 0
+
+
 def test_shared_arrays_are_not_written_to():
     split = split_of(numbered([40, 3]), [1, 0])
     for array in dataclasses.astuple(split):
@@ -401,3 +441,4 @@ def test_shared_arrays_are_not_written_to():
     every(MaskedSamples(split, config_of(model__seq_len=10), BERT, 100))["tokens"][:] = 0
     every(CausalSamples(split, config_of(model__seq_len=10), {"article": END}, 100))["tokens"][:] = 0
     every(ClassifiedSamples(split, config_of(model__seq_len=10), BERT, 100))["labels"][:] = -1
+    every(PairSamples(split, config_of(model__seq_len=50), {"article": END}, 100))["labels"][:] = -1

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 from jaxlm.config import DataConfig
 from jaxlm.errors import UserError, nearest
@@ -38,10 +38,16 @@ STEMS |= dict.fromkeys(("test", "out_of_domain_dev"), "test")
 FORMATS = {"txt": "text", "csv": "csv", "tsv": "tsv", "jsonl": "jsonl", "json": "jsonl", "parquet": "parquet"}
 TEXT_COLUMNS = ("text", "sentence", "content", "document", "article", "review")
 LABEL_COLUMNS = ("label", "labels", "acceptability", "target")
+PROMPT_COLUMNS = ("prompt", "question", "instruction", "input")
+ANSWER_COLUMNS = ("answer", "completion", "response", "output", "reply")
 TITLE = re.compile(r"\s*= [^=].* =\s*")  # a full line; "= = Section = =" has "=" where a title has a word
 CHECK_LIMIT = 200_000_000  # bytes; rows of a larger file are checked as they are used, not at the start
 PROBE_S = 2  # that the hub has to answer; bad input is told within 5
 BATCH = 1000  # rows
+PROMPT_END = "\n"  # between a prompt and its answer
+
+
+Reads = Literal["text", "labels", "pairs"]  # what of a source is used: texts, these with labels, or prompts and answers
 
 
 class Article(NamedTuple):
@@ -62,29 +68,29 @@ class Source:
 
 @dataclass(frozen=True)
 class _Part:
-    """A file, or a split of a hub set. `rows` yields (number, text, label), with text and label as they are found."""
+    """A file, or a split of a hub set. `rows` yields (number, text, label), or (number, prompt, answer), as found."""
 
     name: str
     split: str
     format: str
     content: str  # hash
     size: int  # bytes, decompressed
-    columns: tuple[Any, ...]  # text, label (None: there is none), is there a header
+    columns: tuple[Any, ...]  # text or prompt, label or answer (None: there is none), is there a header
     rows: Callable[[], Iterator[tuple[int, Any, Any]]]
 
     def place(self, number: int) -> str:
         return f"{self.name}, {'row' if self.format in ('parquet', 'hub') else 'line'} {number}"
 
 
-def open_source(config: DataConfig, is_labelled: bool) -> Source:
+def open_source(config: DataConfig, reads: Reads) -> Source:
     """Return the source that `config.path` or `config.hub` names; files of up to CHECK_LIMIT bytes are checked in full.
 
     Raises UserError for what cannot be found, read or understood, and for a label that is none.
     """
     assert config.path or config.hub, "the embedded data is not a source"
     root, files, notes = _files(config)
-    parts = _hub_parts(config, is_labelled, {split for split, _ in files}, notes) if config.hub else []
-    parts += [_file_part(path, split, config, is_labelled) for split, path in files]
+    parts = _hub_parts(config, reads, {split for split, _ in files}, notes) if config.hub else []
+    parts += [_file_part(path, split, config, reads) for split, path in files]
     parts.sort(key=lambda part: SPLITS.index(part.split))
     given = {part.split for part in parts}
     if "train" not in given:
@@ -97,9 +103,9 @@ def open_source(config: DataConfig, is_labelled: bool) -> Source:
     for name in unused:
         if getattr(config, name) != getattr(DataConfig(), name):
             notes.append(f"data.{name}={getattr(config, name)} has no effect: the source has parts of its own")
-    refusal = _check_rows(parts, config, is_labelled, shares, notes)
+    refusal = _check_rows(parts, config, reads, shares, notes)
     contents = [(p.split, p.format, p.columns, p.content) for p in parts]
-    settings = (config.hub, config.hub_config, is_labelled, config.split_seed if shares else 0, shares, contents)
+    settings = (config.hub, config.hub_config, reads == "labels", config.split_seed if shares else 0, shares, contents)
     kinds = {part.format for part in parts}
     kind = f"{kinds.pop()} " if len(kinds) == 1 else ""
     size = f"{len(parts)} {kind}{'files' if len(parts) > 1 else 'file'}, {sum(p.size for p in parts) / 1e6:.1f} MB"
@@ -108,7 +114,7 @@ def open_source(config: DataConfig, is_labelled: bool) -> Source:
     return Source(
         description=f"{root} ({size})",
         fingerprint=hashlib.sha256(json.dumps(settings).encode()).hexdigest(),
-        articles=partial(_articles, parts, config, is_labelled, shares),
+        articles=partial(_articles, parts, config, reads, shares),
         n_bytes=sum(part.size for part in parts),
         notes=tuple(notes),
         test_refusal=refusal,
@@ -150,8 +156,11 @@ def hash_of(text: str, seed: int) -> float:
 # Rows to articles
 
 
-def _articles(parts: list[_Part], config: DataConfig, is_labelled: bool, shares: dict[str, float]) -> Iterator[Article]:
+def _articles(parts: list[_Part], config: DataConfig, reads: Reads, shares: dict[str, float]) -> Iterator[Article]:
     """Yield the articles of all parts. Raises UserError for a text that is none and for a label out of range."""
+    if reads == "pairs":
+        yield from _pairs(parts, config, shares)
+        return
     for part in parts:
         hidden_at = 0  # number of the first row of a test part, if its label is -1; then all must be
         for index, (number, text, label) in enumerate(part.rows()):
@@ -159,10 +168,10 @@ def _articles(parts: list[_Part], config: DataConfig, is_labelled: bool, shares:
             if not isinstance(text, str):
                 kind = type(text).__name__
                 raise UserError(f"{part.place(number)}: the text is of type {kind}, not a string; set data.text_column")
-            if not is_labelled and not text.strip():
+            if reads == "text" and not text.strip():
                 continue  # a blank line; a labelled row counts in the score, so it is kept
             value = -1
-            if is_labelled and part.columns[1] is not None:
+            if reads == "labels" and part.columns[1] is not None:
                 is_integer = not isinstance(label, bool) and re.fullmatch(r"\s*-?[0-9]+\s*", str(label))
                 value = int(label) if is_integer else -2
                 if index == 0 and part.split == "test" and value == -1:
@@ -180,18 +189,39 @@ def _articles(parts: list[_Part], config: DataConfig, is_labelled: bool, shares:
             yield Article(split, text, value)
 
 
+def _pairs(parts: list[_Part], config: DataConfig, shares: dict[str, float]) -> Iterator[Article]:
+    """Yield a prompt and its answer in turn. Raises UserError for one that is none."""
+    for part in parts:
+        for number, *texts in part.rows():
+            for name, text in zip(("prompt", "answer"), texts, strict=True):
+                if not isinstance(text, str):
+                    what = "missing" if text is None else f"of type {type(text).__name__}, not a string"
+                    raise UserError(f"{part.place(number)}: the {name} is {what}; mend it or set data.{name}_column")
+                if not text.strip():
+                    raise UserError(f"{part.place(number)}: the {name} is empty; write one, or leave the row out")
+            prompt, answer = texts
+            # By the prompt alone: one that has several answers is in one part only.
+            split = part.split if part.split != "train" else _hash_split(prompt, config.split_seed, shares)
+            yield from pair(split, prompt, answer)
+
+
+def pair(split: str, prompt: str, answer: str) -> tuple[Article, Article]:
+    """Return the two articles that a pair is."""
+    return Article(split, prompt + PROMPT_END, -1), Article(split, answer, -1)
+
+
 def _check_rows(
-    parts: list[_Part], config: DataConfig, is_labelled: bool, shares: dict[str, float], notes: list[str]
+    parts: list[_Part], config: DataConfig, reads: Reads, shares: dict[str, float], notes: list[str]
 ) -> str:
     """Return why there can be no test score, or "", and note parts without articles. Raises UserError for bad rows."""
     counts: Counter[str] = Counter()
     hidden = ""
     for part in parts:
-        articles = _articles([part], config, is_labelled, shares)
+        articles = _articles([part], config, reads, shares)
         n_before = counts.total()
         for article in articles if part.size <= CHECK_LIMIT else islice(articles, 1):
             counts[article.split] += 1
-            if is_labelled and article.label == -1:
+            if reads == "labels" and article.label == -1:
                 hidden = f"the test labels of {part.name} are hidden (-1)"
                 hidden = hidden if part.columns[1] is not None else f"{part.name} has no label column"
         if counts.total() == n_before:
@@ -298,7 +328,7 @@ def _suffix_format(path: Path) -> str:
 # Local files: reading
 
 
-def _file_part(path: Path, split: str, config: DataConfig, is_labelled: bool) -> _Part:
+def _file_part(path: Path, split: str, config: DataConfig, reads: Reads) -> _Part:
     """Return the part that a file is. Raises UserError for a file that cannot be read or lacks a wanted column."""
     if not path.is_file():
         raise UserError(f"{path}: is not a regular file; name a file")
@@ -309,17 +339,16 @@ def _file_part(path: Path, split: str, config: DataConfig, is_labelled: bool) ->
     content, size, head = _scan(path, is_text=kind != "parquet")
     if config.format == "auto" and kind == "text" and any(TITLE.fullmatch(line) for line in head.splitlines()[:50]):
         kind = "wikitext"
-    if is_labelled and kind in ("text", "wikitext"):
-        raise UserError(
-            f"{path}: a {kind} file has no labels; give a table (csv, tsv, jsonl, parquet) with a label column"
-        )
+    if reads != "text" and kind in ("text", "wikitext"):
+        needed = "a label column" if reads == "labels" else "a column of prompts and one of answers"
+        raise UserError(f"{path}: a {kind} file has no {reads}; give a table (csv, tsv, jsonl, parquet) with {needed}")
     failure = f"{path}: cannot be read as {kind}"
     rows: Any
     text: Any = None
     label: Any = None
     is_header = False
     if kind in ("csv", "tsv"):
-        n_columns, is_header, text, label = _csv_columns(path, kind, head, split, config, is_labelled)
+        n_columns, is_header, text, label = _csv_columns(path, kind, head, split, config, reads)
         rows = partial(_csv_rows, path, kind, n_columns, is_header, text, label)
     elif kind in ("jsonl", "parquet"):
         names: list[str] = next(
@@ -327,7 +356,7 @@ def _file_part(path: Path, split: str, config: DataConfig, is_labelled: bool) ->
         )
         if not names:
             raise UserError(f"{path}: no article in it; give a file with text")
-        text, label = _columns(str(path), names, split, config, is_labelled)
+        text, label = _columns(str(path), names, split, config, reads)
         rows = partial(_json_rows if kind == "jsonl" else _parquet_rows, path, text, label)
     else:
         rows = partial(_wikitext_rows if kind == "wikitext" else _text_rows, path)
@@ -493,7 +522,7 @@ def _csv_rows(
 
 
 def _csv_columns(
-    path: Path, kind: str, head: str, split: str, config: DataConfig, is_labelled: bool
+    path: Path, kind: str, head: str, split: str, config: DataConfig, reads: Reads
 ) -> tuple[int, bool, int, int | None]:
     """Return the number of columns, whether a header names them, and the numbers of the text and label columns."""
     quoting: Any = csv.QUOTE_NONE if kind == "tsv" else csv.QUOTE_MINIMAL
@@ -505,16 +534,19 @@ def _csv_columns(
     if not rows:
         raise UserError(f"{path}: no article in it; give a file with text")
     first = rows[0]
-    given = {name for name in (config.text_column, config.label_column) if name and not name.isdecimal()}
-    given |= set() if config.text_column and not config.text_column.isdecimal() else set(TEXT_COLUMNS)
+    wanted = (config.text_column, config.label_column)
+    wanted = (config.prompt_column, config.answer_column) if reads == "pairs" else wanted
+    given = {name for name in wanted if name and not name.isdecimal()}
+    if not wanted[0] or wanted[0].isdecimal():
+        given |= set(PROMPT_COLUMNS if reads == "pairs" else TEXT_COLUMNS)
     is_header = not given.isdisjoint(first) or not given.isdisjoint(cell.lower() for cell in first)
     is_header = is_header if config.header == "auto" else config.header == "yes"
     names = first if is_header else [str(column) for column in range(len(first))]
     shown = names if is_header else [f"{column} ({cell[:30]})" for column, cell in enumerate(first)]
     # The raw release of CoLA: source, label, mark, text.
-    is_cola = all(len(row) == 4 and row[1] in ("0", "1") for row in rows)
-    usual = (TEXT_COLUMNS, LABEL_COLUMNS) if is_header else (("3",), ("1",)) if is_cola else ((), ())
-    text, label = _columns(str(path), names, split, config, is_labelled, usual, shown)
+    is_cola = reads != "pairs" and all(len(row) == 4 and row[1] in ("0", "1") for row in rows)
+    usual = None if is_header else (("3",), ("1",)) if is_cola else ((), ())
+    text, label = _columns(str(path), names, split, config, reads, usual, shown)
     return len(first), is_header, names.index(text), None if label is None else names.index(label)
 
 
@@ -558,13 +590,13 @@ def _columns(
     names: list[str],
     split: str,
     config: DataConfig,
-    is_labelled: bool,
-    usual: tuple[tuple[str, ...], tuple[str, ...]] = (TEXT_COLUMNS, LABEL_COLUMNS),
+    reads: Reads,
+    usual: tuple[tuple[str, ...], tuple[str, ...]] | None = None,
     shown: list[str] | None = None,
 ) -> tuple[str, str | None]:
     """Return which of the columns `names` hold the text and the label; None: it is not wanted or, in test, not there.
 
-    Raises UserError for a column that is not there.
+    Of pairs, they are prompt and answer. Raises UserError for a column that is not there.
     """
     there = f"there are {', '.join((shown or names)[:20])}"
 
@@ -581,11 +613,16 @@ def _columns(
                 return lower[key]
         raise UserError(f"{name}: no column has a usual name; set data.{setting}; {there}")
 
+    if reads == "pairs":
+        usual = usual or (PROMPT_COLUMNS, ANSWER_COLUMNS)
+        prompt = choose("prompt_column", config.prompt_column, usual[0])
+        return prompt, choose("answer_column", config.answer_column, usual[1])
+    usual = usual or (TEXT_COLUMNS, LABEL_COLUMNS)
     only = names[:1] if len(names) == 1 and not config.text_column else []
     text = only[0] if only else choose("text_column", config.text_column, usual[0])
     # GLUE publishes test files without labels.
     is_hidden = split == "test" and not config.label_column and not {key.lower() for key in names} & set(usual[1])
-    if not is_labelled or is_hidden:
+    if reads == "text" or is_hidden:
         return text, None
     return text, choose("label_column", config.label_column, usual[1])
 
@@ -593,7 +630,7 @@ def _columns(
 # Data sets of the hub
 
 
-def _hub_parts(config: DataConfig, is_labelled: bool, named: set[str], notes: list[str]) -> list[_Part]:
+def _hub_parts(config: DataConfig, reads: Reads, named: set[str], notes: list[str]) -> list[_Part]:
     """Return the parts of a hub set but those in `named`. Raises UserError for one that cannot be had."""
     name = " ".join(filter(None, (config.hub, config.hub_config)))
     is_local = Path(config.hub).is_dir()
@@ -612,7 +649,7 @@ def _hub_parts(config: DataConfig, is_labelled: bool, named: set[str], notes: li
         cache = reason if isinstance(error, ValueError) else "it is not in the cache"
         mend = "use a local file with --data.path FILE"
         raise UserError(f"data.hub={name}: the hub cannot be reached ({failure}) and {cache}; {mend}") from error
-    is_wikitext = not is_labelled and (config.hub_config or Path(config.hub).name).startswith("wikitext")
+    is_wikitext = reads == "text" and (config.hub_config or Path(config.hub).name).startswith("wikitext")
     parts = []
     for key, rows in data.items():
         split = STEMS.get(str(key).lower(), "")
@@ -621,7 +658,7 @@ def _hub_parts(config: DataConfig, is_labelled: bool, named: set[str], notes: li
         if not split or split in named:
             continue
         part = f"{name}, {key}"
-        text, label = _columns(part, rows.column_names, split, config, is_labelled)
+        text, label = _columns(part, rows.column_names, split, config, reads)
         parts.append(
             _Part(
                 name=part,

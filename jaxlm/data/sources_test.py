@@ -18,7 +18,7 @@ import pytest
 
 from jaxlm.config import DataConfig
 from jaxlm.data import sources
-from jaxlm.data.sources import Article, open_source, split_of
+from jaxlm.data.sources import Article, Reads, open_source, split_of
 from jaxlm.errors import UserError
 
 PACK = {"": lambda data: data, ".gz": gzip.compress, ".xz": lzma.compress}
@@ -39,8 +39,8 @@ def write_parquet(path: Path, **columns: list) -> str:
     return str(path)
 
 
-def articles(is_labelled: bool = False, **settings) -> list[Article]:
-    return list(open_source(DataConfig(**settings), is_labelled).articles())
+def articles(reads: Reads = "text", **settings) -> list[Article]:
+    return list(open_source(DataConfig(**settings), reads).articles())
 
 
 def texts(path: str, **settings) -> list[str]:
@@ -50,13 +50,13 @@ def texts(path: str, **settings) -> list[str]:
 
 
 def rows(path: str, **settings) -> list[tuple[str, int]]:
-    found = articles(is_labelled=True, path=path, **WHOLE | settings)
+    found = articles(reads="labels", path=path, **WHOLE | settings)
     return [(article.text, article.label) for article in found]
 
 
-def failure(is_labelled: bool = False, **settings) -> str:
+def failure(reads: Reads = "text", **settings) -> str:
     with pytest.raises(UserError) as caught:
-        articles(is_labelled, **settings)
+        articles(reads, **settings)
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -151,7 +151,7 @@ import sys
 socket.getaddrinfo = lambda *args, **settings: print("look-up of", args)
 from jaxlm.config import DataConfig
 from jaxlm.data.sources import open_source
-source = open_source(DataConfig(path={path!r}, validation_fraction=0, test_fraction=0), False)
+source = open_source(DataConfig(path={path!r}, validation_fraction=0, test_fraction=0), "text")
 print([article.text for article in source.articles()], [name for name in ("jax", "torch") if name in sys.modules])
 """
     assert run(code, HF_HOME=str(tmp_path / "home"), HF_HUB_OFFLINE="0") == "['one'] []\n"
@@ -187,10 +187,10 @@ def test_header_auto_yes_and_no(tmp_path):
 def test_missing_column_names_setting_file_and_columns(tmp_path):
     path = write(tmp_path / "a.csv", "text,stars\ngood,1\n")
     assert f"data.text_column=txt: no such column in {path}" in failure(path=path, text_column="txt")
-    message = failure(True, path=path)
+    message = failure("labels", path=path)
     assert path in message and "data.label_column" in message and "text, stars" in message
     assert "there are 0 (good), 1 (1)" in failure(path=write(tmp_path / "b.csv", "good,1\n"))
-    assert "data.label_column=5" in failure(True, path=path, label_column="5")
+    assert "data.label_column=5" in failure("labels", path=path, label_column="5")
     assert "'text'" in failure(path=write(tmp_path / "a.jsonl", '{"text": "a"}\n{"txt": "b"}\n'))
     assert "type int" in failure(path=write(tmp_path / "b.jsonl", '{"text": 5}\n'))
     assert "type int" in failure(path=write_parquet(tmp_path / "a.parquet", text=[1]))
@@ -202,7 +202,7 @@ def test_row_with_too_many_fields_is_an_error(tmp_path):
 
 
 def test_text_has_no_labels(tmp_path):
-    message = failure(True, path=write(tmp_path / "a.txt", "one\n"))
+    message = failure("labels", path=write(tmp_path / "a.txt", "one\n"))
     assert "a.txt" in message and "label column" in message
 
 
@@ -216,6 +216,69 @@ def cola(folder: Path) -> Path:
     return folder
 
 
+# Pairs
+
+
+PAIRS = [("one and one?", "two"), ("2020-01-01", "007"), ('a "lone quote', "null"), ("one and one?", "2")]
+
+
+def pairs(path: str, **settings) -> list[tuple[str, str]]:
+    found = articles(reads="pairs", path=path, **WHOLE | settings)
+    assert {(article.split, article.label) for article in found} == {("train", -1)}
+    assert all(article.text.endswith("\n") for article in found[::2])
+    return [
+        (prompt.text.removesuffix("\n"), answer.text) for prompt, answer in zip(found[::2], found[1::2], strict=True)
+    ]
+
+
+def test_pairs_of_every_format(tmp_path):
+    lines = [json.dumps({"id": i, "response": b, "instruction": a}) for i, (a, b) in enumerate(PAIRS)]
+    assert pairs(write(tmp_path / "a.jsonl", "\n".join(lines))) == PAIRS
+    prompts, answers = zip(*PAIRS, strict=True)
+    assert pairs(write_parquet(tmp_path / "a.parquet", prompt=list(prompts), answer=list(answers))) == PAIRS
+    rows = "".join(f"{a}\t{b}\n" for a, b in PAIRS)
+    assert pairs(write(tmp_path / "a.tsv", f"Question\tAnswer\n{rows}")) == PAIRS
+    assert pairs(write(tmp_path / "b.tsv", rows), prompt_column="0", answer_column="1") == PAIRS
+    path = write(tmp_path / "c.tsv", f"ask\treply\n{rows}")
+    assert pairs(path, prompt_column="ask") == PAIRS
+    source = open_source(DataConfig(path=path, prompt_column="ask", **WHOLE), "pairs")
+    swapped = DataConfig(path=path, prompt_column="reply", answer_column="ask", **WHOLE)
+    assert source.fingerprint != open_source(swapped, "pairs").fingerprint
+
+
+def test_equal_prompts_are_in_one_part(tmp_path):
+    lines = [json.dumps({"prompt": f"prompt {i % 50}", "answer": f"answer {i}"}) for i in range(500)]
+    path = write(tmp_path / "a.jsonl", "\n".join(lines))
+    found = articles(reads="pairs", path=path, validation_fraction=0.2, test_fraction=0.2)
+    assert [article.split for article in found[::2]] == [article.split for article in found[1::2]]
+    of_prompt: dict[str, set[str]] = {}
+    for article in found[::2]:
+        of_prompt.setdefault(article.text, set()).add(article.split)
+    assert len(of_prompt) == 50 and all(len(parts) == 1 for parts in of_prompt.values())
+    assert len({article.split for article in found}) == 3
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "a", "answer": 7}, "line 2: the answer is of type int, not a string"),
+        ({"prompt": None, "answer": "b"}, "line 2: the prompt is missing; mend it or set data.prompt_column"),
+        ({"prompt": "a", "answer": " "}, "line 2: the answer is empty; write one, or leave the row out"),
+        ({"prompt": "a"}, "line 2: the object has no 'answer'"),
+    ],
+)
+def test_a_bad_pair_names_the_line(row, message, tmp_path):
+    path = write(tmp_path / "a.jsonl", "\n".join([json.dumps({"prompt": "a", "answer": "b"}), json.dumps(row)]))
+    assert message in failure("pairs", path=path)
+
+
+def test_what_has_no_pairs(tmp_path):
+    assert "a text file has no pairs; give a table" in failure("pairs", path=write(tmp_path / "a.txt", "one\ntwo\n"))
+    path = write(tmp_path / "a.csv", "prompt,text\na,b\n")
+    assert "no column has a usual name; set data.answer_column; there are prompt, text" in failure("pairs", path=path)
+    assert "data.answer_column=txt: no such column" in failure("pairs", path=path, answer_column="txt")
+
+
 def test_cola_raw_release_needs_no_settings(tmp_path):
     expected = [
         Article("train", "It's \"fine.", 1),
@@ -223,7 +286,7 @@ def test_cola_raw_release_needs_no_settings(tmp_path):
         Article("validation", "Good.", 1),
         Article("test", "Bad it.", 0),
     ]
-    assert articles(True, path=str(cola(tmp_path))) == expected
+    assert articles("labels", path=str(cola(tmp_path))) == expected
     assert articles(path=str(tmp_path)) == [article._replace(label=-1) for article in expected]
 
 
@@ -234,7 +297,7 @@ def test_folder_names_tell_the_parts(tmp_path, names):
     for name in names:
         write(tmp_path / name, name)
     write(tmp_path / "other.txt", "other")
-    source = open_source(DataConfig(path=str(tmp_path)), False)
+    source = open_source(DataConfig(path=str(tmp_path)), "text")
     assert [article[:2] for article in source.articles()] == list(zip(sources.SPLITS, names, strict=True))
     assert any("other.txt" in note for note in source.notes)
 
@@ -245,7 +308,7 @@ def test_folder_of_unnamed_files_is_one_source(tmp_path):
     write(tmp_path / ".hidden.txt", "hidden\n")
     write(tmp_path / "c.log", "log\n")
     assert texts(str(tmp_path)) == ["one", "two", "three"]
-    assert open_source(DataConfig(path=str(tmp_path), **WHOLE), False).description == f"{tmp_path} (2 files, 0.0 MB)"
+    assert open_source(DataConfig(path=str(tmp_path), **WHOLE), "text").description == f"{tmp_path} (2 files, 0.0 MB)"
 
 
 def test_folder_without_train_is_an_error(tmp_path):
@@ -261,11 +324,11 @@ def test_named_file_wins_over_the_folder(tmp_path):
     train = "".join(f"train {i}\t{i % 2}\n" for i in range(200))
     write(tmp_path / "train.tsv", "sentence\tlabel\n" + train)
     write(tmp_path / "dev.tsv", "sentence\tlabel\ndev\t1\n")
-    source = open_source(DataConfig(path=str(tmp_path)), True)
+    source = open_source(DataConfig(path=str(tmp_path)), "labels")
     found = parts(list(source.articles()))
     assert found["validation"] == ["dev"] and len(found["test"]) > 5
     assert source.notes == ("no test part: 10 % of articles split off by hash (data.test_fraction)",)
-    source = open_source(DataConfig(path=str(tmp_path), test_path="dev.tsv"), True)
+    source = open_source(DataConfig(path=str(tmp_path), test_path="dev.tsv"), "labels")
     found = parts(list(source.articles()))
     assert found["test"] == ["dev"] and len(found["validation"]) > 5 and "dev" not in found["validation"]
     assert source.description == f"{tmp_path} (2 tsv files, 0.0 MB)"
@@ -310,15 +373,15 @@ def test_split_is_the_documented_hash():
 def test_articles_can_be_called_again_and_fingerprint_follows_content(tmp_path):
     path = write(tmp_path / "a.txt", "one\ntwo\nthree\n")
     config = DataConfig(path=path, **WHOLE)
-    source = open_source(config, False)
+    source = open_source(config, "text")
     assert list(source.articles()) == list(source.articles())
     assert re.fullmatch("[0-9a-f]{64}", source.fingerprint)
-    assert open_source(config, False).fingerprint == source.fingerprint
-    assert open_source(DataConfig(path=path), False).fingerprint != source.fingerprint
+    assert open_source(config, "text").fingerprint == source.fingerprint
+    assert open_source(DataConfig(path=path), "text").fingerprint != source.fingerprint
     packed = write(tmp_path / "b.txt.gz", "one\ntwo\nthree\n")
-    assert open_source(DataConfig(path=packed, **WHOLE), False).fingerprint == source.fingerprint
+    assert open_source(DataConfig(path=packed, **WHOLE), "text").fingerprint == source.fingerprint
     write(tmp_path / "a.txt", "one\ntwo\nThree\n")
-    assert open_source(config, False).fingerprint != source.fingerprint
+    assert open_source(config, "text").fingerprint != source.fingerprint
 
 
 def test_split_that_leaves_nothing_to_train_on_is_an_error(tmp_path):
@@ -326,7 +389,7 @@ def test_split_that_leaves_nothing_to_train_on_is_an_error(tmp_path):
     seed = next(s for s in range(100) if split_of("one", DataConfig(split_seed=s)) == "test")
     assert "1 articles all fall" in failure(path=path, split_seed=seed)
     seed = next(s for s in range(100) if split_of("one", DataConfig(split_seed=s)) == "train")
-    notes = open_source(DataConfig(path=path, split_seed=seed), False).notes
+    notes = open_source(DataConfig(path=path, split_seed=seed), "text").notes
     assert "no article fell into the validation part" in notes and "no article fell into the test part" in notes
 
 
@@ -336,20 +399,20 @@ def test_split_that_leaves_nothing_to_train_on_is_an_error(tmp_path):
 @pytest.mark.parametrize("value", ["2", "-1", "1.0", "yes", "", "-2"])
 def test_bad_label_names_the_line(tmp_path, value):
     path = write(tmp_path / "a.tsv", f"text\tlabel\none\t1\n\ntwo\t{value}\n")
-    message = failure(True, path=path)
+    message = failure("labels", path=path)
     assert f"{path}, line 4: label {value!r} is not an integer from 0 to 1" in message
     assert "data.n_labels" in message and "data.label_column" in message
 
 
 def test_bad_label_is_found_in_every_format(tmp_path):
     path = write(tmp_path / "a.csv", '\ntext,label\n"a\nb",1\n"c\n\nd",0\ne,9\n')
-    assert f"{path}, line 8: label '9'" in failure(True, path=path)
+    assert f"{path}, line 8: label '9'" in failure("labels", path=path)
     path = write(tmp_path / "a.jsonl", '{"text": "a", "label": 1}\n\n{"text": "b", "label": true}\n')
-    assert f"{path}, line 3: label True" in failure(True, path=path)
+    assert f"{path}, line 3: label True" in failure("labels", path=path)
     path = write_parquet(tmp_path / "a.parquet", text=["a", "b"], label=[1, None])
-    assert f"{path}, row 2: label None" in failure(True, path=path)
+    assert f"{path}, row 2: label None" in failure("labels", path=path)
     path = write(tmp_path / "b.csv", "body,stars\na,1\n")
-    assert "data.header=yes" in failure(True, path=path, text_column="0", label_column="1")
+    assert "data.header=yes" in failure("labels", path=path, text_column="0", label_column="1")
 
 
 def test_more_labels_where_n_labels_says_so(tmp_path):
@@ -366,7 +429,7 @@ def glue(folder: Path, test: str) -> str:
 
 def test_hidden_test_labels_refuse_a_test_score(tmp_path):
     path = glue(tmp_path, "sentence\tlabel\nfour\t-1\nfive\t-1\n")
-    source = open_source(DataConfig(path=path), True)
+    source = open_source(DataConfig(path=path), "labels")
     assert source.test_refusal == (
         f"the test labels of {path}/test.tsv are hidden (-1): no test score; use --data.test-path with a labelled file"
     )
@@ -374,17 +437,17 @@ def test_hidden_test_labels_refuse_a_test_score(tmp_path):
         Article("test", "four", -1),
         Article("test", "five", -1),
     ]
-    assert open_source(DataConfig(path=path, test_path="dev.tsv", validation_fraction=0.0), True).test_refusal == ""
-    assert open_source(DataConfig(path=path), False).test_refusal == ""
-    source = open_source(DataConfig(path=glue(tmp_path, "index\tsentence\n0\tfour\n")), True)
+    assert open_source(DataConfig(path=path, test_path="dev.tsv", validation_fraction=0.0), "labels").test_refusal == ""
+    assert open_source(DataConfig(path=path), "text").test_refusal == ""
+    source = open_source(DataConfig(path=glue(tmp_path, "index\tsentence\n0\tfour\n")), "labels")
     assert "test.tsv has no label column: no test score" in source.test_refusal
 
 
 def test_some_hidden_labels_are_an_error(tmp_path):
     path = glue(tmp_path, "sentence\tlabel\nfour\t-1\nfive\t1\n")
-    assert "test.tsv, line 2: label -1" in failure(True, path=path)
+    assert "test.tsv, line 2: label -1" in failure("labels", path=path)
     path = glue(tmp_path, "sentence\tlabel\nfour\t1\nfive\t-1\n")
-    assert "test.tsv, line 3: label '-1'" in failure(True, path=path)
+    assert "test.tsv, line 3: label '-1'" in failure("labels", path=path)
 
 
 # Files that cannot be used
@@ -468,7 +531,7 @@ def test_damaged_tables(tmp_path):
 def test_large_files_are_checked_as_they_are_used(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "CHECK_LIMIT", 10)
     path = write(tmp_path / "a.tsv", "text\tlabel\none\t1\ntwo\t7\n")
-    source = open_source(DataConfig(path=path), True)
+    source = open_source(DataConfig(path=path), "labels")
     with pytest.raises(UserError, match="line 3: label '7'"):
         list(source.articles())
 
@@ -484,19 +547,19 @@ def hub_folder(folder: Path) -> str:
 
 def test_hub_set_with_hidden_labels(tmp_path):
     hub = hub_folder(tmp_path / "set")
-    source = open_source(DataConfig(hub=hub, **WHOLE), True)
+    source = open_source(DataConfig(hub=hub, **WHOLE), "labels")
     expected = [Article("train", "one", 1), Article("train", "two", 0), Article("test", "three", -1)]
     assert list(source.articles()) == list(source.articles()) == expected
     assert "are hidden (-1): no test score" in source.test_refusal
     assert source.description == f"{hub} (train, test)"
     assert any("no validation part" in note for note in source.notes)
-    assert open_source(DataConfig(hub=hub, **WHOLE), True).fingerprint == source.fingerprint
+    assert open_source(DataConfig(hub=hub, **WHOLE), "labels").fingerprint == source.fingerprint
     test = write(tmp_path / "mine.tsv", "text\tlabel\nfour\t1\n")
-    source = open_source(DataConfig(hub=hub, test_path=test, **WHOLE), True)
+    source = open_source(DataConfig(hub=hub, test_path=test, **WHOLE), "labels")
     assert source.test_refusal == "" and list(source.articles())[-1] == Article("test", "four", 1)
-    assert "data.text_column=nothing: no such column" in failure(True, hub=hub, text_column="nothing")
+    assert "data.text_column=nothing: no such column" in failure("labels", hub=hub, text_column="nothing")
     write_parquet(tmp_path / "set" / "train.parquet", sentence=["one", "two"], label=[1, 5], idx=[0, 1])
-    assert f"{hub}, train, row 2: label 5" in failure(True, hub=hub)
+    assert f"{hub}, train, row 2: label 5" in failure("labels", hub=hub)
 
 
 def test_hub_wikitext_is_grouped(tmp_path):
@@ -526,7 +589,7 @@ from jaxlm.config import DataConfig
 from jaxlm.data.sources import open_source
 from jaxlm.errors import UserError
 try:
-    print(list(open_source(DataConfig(hub="some-group/some-set", hub_config={config!r}), False).articles()))
+    print(list(open_source(DataConfig(hub="some-group/some-set", hub_config={config!r}), "text").articles()))
 except UserError as error:
     print(error)
 print([name for name in ("jax", "torch") if name in sys.modules])

@@ -4,6 +4,7 @@ from jaxlm.tasks.base import Task
 from jaxlm.tasks.cola import Cola
 from jaxlm.tasks.gpt import Gpt
 from jaxlm.tasks.mlm import Mlm
+from jaxlm.tasks.pairs import Pairs
 from jaxlm.tasks.sst2 import Sst2
 
 TASKS: dict[str, type[Task]] = {
@@ -11,4 +12,5 @@ TASKS: dict[str, type[Task]] = {
     "gpt": Gpt,
     "sst2": Sst2,
     "cola": Cola,
+    "pairs": Pairs,
 }

@@ -1,6 +1,6 @@
 """Causal language modelling: guess the next word (GPT-2)."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from flax import nnx
 from jax import Array
@@ -19,7 +19,7 @@ N_SHOWN = 24  # tokens of a shown continuation
 
 
 class Gpt(Task):
-    samples = CausalSamples
+    samples: ClassVar[type[Any]] = CausalSamples
     baseline_name = "guessing by word frequency"
 
     def embedded(self) -> Source:

@@ -4,6 +4,7 @@ from torchlm.tasks.base import Task
 from torchlm.tasks.cola import Cola
 from torchlm.tasks.gpt import Gpt
 from torchlm.tasks.mlm import Mlm
+from torchlm.tasks.pairs import Pairs
 from torchlm.tasks.sst2 import Sst2
 
 TASKS: dict[str, type[Task]] = {
@@ -11,4 +12,5 @@ TASKS: dict[str, type[Task]] = {
     "gpt": Gpt,
     "sst2": Sst2,
     "cola": Cola,
+    "pairs": Pairs,
 }
