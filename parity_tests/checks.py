@@ -144,6 +144,7 @@ def _checks() -> dict[str, Callable[[], list[Row]]]:
     add("AdamW", references.adamw)
     add("transformers: GPT-2", references.gpt2)
     add("transformers: GPT-2 that classifies", references.gpt2, "sst2")
+    add("transformers: GPT-2 that answers", references.gpt2, "pairs")
     add("transformers: BERT", references.bert)
     add("dropout statistics", drift.dropout_statistics)
     for task in TASKS:

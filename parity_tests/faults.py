@@ -32,6 +32,7 @@ from jaxlm import names
 from jaxlm import optim as jax_optim
 from jaxlm import schedule as jax_schedule
 from jaxlm import step as jax_step
+from jaxlm.data import samples
 from parity_tests import case as cases
 from parity_tests import drift, inputs, randomness, references, trajectory
 from parity_tests.packages import PACKAGES, Package
@@ -221,6 +222,7 @@ CHECKS: dict[str, Callable[[type[Package]], list[Row]]] = {
     "BERT of transformers": of_one(references, references.bert),
     "GPT-2 of transformers": of_one(references, references.gpt2),
     "GPT-2 of transformers that classifies": of_one(references, lambda: references.gpt2("sst2")),
+    "GPT-2 of transformers that answers": of_one(references, lambda: references.gpt2("pairs")),
     "inputs at the edges": of_two(lambda: inputs.edges("mlm")),
     "AdamW of NumPy and PyTorch": of_two(lambda: references.adamw(n_updates=8)),
     "start values": of_one(randomness, lambda: randomness.start_values("mlm")),
@@ -274,7 +276,7 @@ _RUNS: dict[Any, Any] = {}
 
 def _model() -> list[Fault]:
     mlm, gpt, cola = "batch 0 of mlm", "batch 0 of gpt", "batch 0 of cola"
-    last_token = "GPT-2 of transformers that classifies"
+    last_token, answers = "GPT-2 of transformers that classifies", "GPT-2 of transformers that answers"
     attention, block = "model.Attention", "model.Block"
     output = "self.output(x_BTD)"
     table = "model.fixed_positions"
@@ -520,6 +522,25 @@ def _model() -> list[Fault]:
             edit(
                 torch_heads.Classifier.__init__, ("Transformer(config, self.is_causal,", "Transformer(config, False,")
             ),
+        ),
+        *(
+            fault
+            for name, description, *edits in (
+                ("prompt in the loss", "prompts are learned as well", ("(place >= middle) & ", "")),
+                ("answer without its end", "that an answer ends is not learned", ("place <= end", "place < end")),
+                (
+                    "answer a token late",
+                    "the first token of an answer is not learned",
+                    ("place >= middle", "place > middle"),
+                ),
+                (
+                    "labels are inputs",
+                    "each token is to be guessed from itself",
+                    ("IGNORED)[:, 1:]", "IGNORED)[:, :-1]"),
+                ),
+            )
+            for plant in (edit(samples.PairSamples.batch, *edits),)  # which both packages have
+            for fault in both(name, description, answers, plant, plant)
         ),
         *both(
             "masked positions off by one",

@@ -16,6 +16,8 @@ from jaxlm import optim as jax_optim
 from jaxlm import schedule as jax_schedule
 from jaxlm import step as jax_step
 from jaxlm.config import Config
+from jaxlm.data.cache import Split
+from jaxlm.data.samples import PairSamples
 from jaxlm.names import CAUSAL, Arrays
 from parity_tests import trajectory
 from parity_tests.drift import config_of
@@ -195,6 +197,9 @@ def gpt2(task: str = "gpt") -> list[Row]:
     if is_classifier:  # its last token is the last that is no pad
         is_behind = np.arange(model.seq_len) > batch["last"][:, None]
         batch["tokens"] = np.where(is_behind, 0, np.maximum(batch["tokens"], 1))
+    written_out = batch
+    if task == "pairs":
+        batch, written_out = _pairs(config)
 
     def back(gradients: Arrays) -> Arrays:
         result = {}
@@ -207,8 +212,25 @@ def gpt2(task: str = "gpt") -> list[Row]:
                     result[f"base.blocks.{i}.attention.{name}.{kind}"] = part
         return result
 
-    want = _of_transformers(theirs, state, batch, back)
+    want = _of_transformers(theirs, state, written_out, back)
     return _compare(f"{task} as transformers' GPT-2", config, weights, batch, want)
+
+
+def _pairs(config: Config) -> tuple[Batch, Batch]:
+    """Return prompts with their answers as data/samples.py makes samples of them, and written out token by token."""
+    T, end = config.model.seq_len, config.model.vocab_size - 1
+    random = np.random.default_rng(8)
+    texts = [random.integers(0, end, n).tolist() for n in (1, 2, 3, 1, 2, 4)]  # prompt, answer, prompt, ...
+    offsets = np.cumsum([0, *map(len, texts)])
+    split = Split(np.concatenate(texts), offsets, np.full(len(texts), -1), np.ones(len(texts), np.int64))
+    samples = PairSamples(split, config, {"article": end}, end + 1)
+    batch = samples.batch(np.arange(len(samples)), np.zeros(len(samples), int))
+    tokens, labels = np.full((3, T), end, np.int32), np.full((3, T), -1, np.int32)
+    for i, (prompt, answer) in enumerate(zip(texts[::2], texts[1::2], strict=True)):
+        n = len(prompt) + len(answer) + 1
+        tokens[i, :n] = [end, *prompt, *answer]
+        labels[i, :n] = [-1] * len(prompt) + [*answer, end]
+    return batch, {"tokens": tokens, "labels": labels}
 
 
 def bert() -> list[Row]:

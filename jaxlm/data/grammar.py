@@ -101,6 +101,7 @@ REFLEXIVES = {
     "I": (["myself"], ["themselves", "himself", "ourselves"]),
     "we": (["ourselves"], ["themselves", "herself", "myself"]),
 }
+CONSONANTS, VOWELS = "bdfgklmnprstvz", "aeiou"
 PREPOSITIONS = "near behind beside under".split()
 SINGULAR = "this that every each".split()
 PLURAL = "these those many several".split()
@@ -333,8 +334,13 @@ def _auxiliary(rng, split):
 
 
 def _request(rng, split):
-    """Return a fact with a request about it, and the answer: a part of the fact, or the fact in other words."""
-    who, what, when = _name(rng, split), _object(rng, split), _word(rng, split, "time")
+    """Return a fact with a request about it, and the answer: a part of the fact, or the fact in other words.
+
+    Names are made up and times are numbers, in train as well: of few words, a model would learn each by heart instead
+    of how to find what is asked for.
+    """
+    who = "".join(rng.choice(CONSONANTS) + rng.choice(VOWELS) for _ in range(rng.choice([2, 3]))).title()
+    what, when = _person(rng, split, rng.random() < 0.5, "the"), f"at {rng.randrange(1, 13)}:{rng.randrange(60):02}"
     verb, order = rng.choice(TRANSITIVE), rng.choice(["{who} {verb} {what} {when}.", "{when}, {who} {verb} {what}."])
 
     def said(verb):

@@ -79,7 +79,7 @@ def test_answers_are_in_their_prompts_and_names_are_new():
     for prompt, answer in made["test"]:
         fact, request = re.fullmatch(r"(.+\.) (.+[?.])", prompt).groups()
         kinds[request] += 1
-        assert set(words(fact)) - known  # so that what is known by heart does not do
+        assert set(words(prompt)) - known  # so that what is known by heart does not do
         new = set(words(answer)) - set(words(fact))
         assert not new if request.endswith("?") else len(new - {"did", "not", "will"}) == 1, (prompt, answer)
     assert len(kinds) == 5 and min(kinds.values()) > 100

@@ -14,6 +14,8 @@ from jaxlm.generate import continue_greedily
 from jaxlm.heads import LanguageModel
 from jaxlm.tasks.gpt import Gpt
 
+MOST_SHOWN = 48  # tokens of a shown answer
+
 
 class Pairs(Gpt):
     samples = PairSamples
@@ -24,7 +26,7 @@ class Pairs(Gpt):
 
     def predict(self, model: LanguageModel, batch: dict[str, Array]) -> Array:
         """Return an answer to each prompt; the true one behind it is what a causal model does not see."""
-        _, n_new = self._shown()
+        n_new = min(MOST_SHOWN, self.config.model.seq_len // 2)
         tokens_BT = batch["tokens"][:, : self.config.model.seq_len - n_new]
         n_prompt_B = (batch["labels"] >= 0).argmax(axis=1) + 1
         return continue_greedily(model, tokens_BT, n_new, n_prompt_B.clip(max=tokens_BT.shape[1]))
