@@ -39,12 +39,18 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from jaxlm import page
 from jaxlm.engine import Engine, Failed
 from jaxlm.errors import UserError
-from jaxlm.predict import ENDINGS, Answer, Classify, Continue, FillMasks, Predictor
+from jaxlm.predict import ENDINGS, Answer, Classify, Continue, FillMasks, Predictor, Reply
 
 PATHS = ("/", "/predict", "/generate", "/attention", "/health", "/metrics", "/docs", "/openapi.json")
 OPEN = ("/", "/health", "/docs", "/openapi.json")  # need no token
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
-TITLES = {"fill": "Fill masks", "continue": "Continue a text", "classify": "Classify a text"}
+# What the page of a predictor does, and its title.
+PAGES: dict[type[Predictor], tuple[str, str]] = {
+    FillMasks: ("fill", "Fill masks"),
+    Continue: ("continue", "Continue a text"),
+    Reply: ("continue", "Answer a prompt"),
+    Classify: ("classify", "Classify a text"),
+}
 EVENTS = "text/event-stream"
 RETRY = {"Retry-After": "1"}  # seconds
 TOO_LONG = "it has taken too long; try again, or ask for less"
@@ -111,7 +117,12 @@ class Error(BaseModel):
     detail: str
 
 
-ANSWERS: dict[type[Predictor], type[BaseModel]] = {FillMasks: Filled, Continue: Continued, Classify: Classified}
+ANSWERS: dict[type[Predictor], type[BaseModel]] = {
+    FillMasks: Filled,
+    Continue: Continued,
+    Reply: Continued,
+    Classify: Classified,
+}
 ERRORS: dict[int | str, dict[str, Any]] = {
     401: {"model": Error, "description": "the token is missing or wrong"},
     413: {"model": Error, "description": "the body is too large"},
@@ -392,11 +403,12 @@ def _problem(status: int, detail: str, headers: dict[str, str] | None = None) ->
 
 def _page(predictor: Predictor, limits: Limits, wants_token: bool) -> tuple[str, dict[str, str]]:
     """Return the page for people, and its headers."""
-    kind = {FillMasks: "fill", Continue: "continue", Classify: "classify"}[type(predictor)]
+    kind, title = PAGES[type(predictor)]
     options = _asked(predictor, limits).model_json_schema()["properties"]
     about = {
         "kind": kind,
         "options": {name: field for name, field in options.items() if "default" in field},
+        "between": getattr(predictor, "between", ""),
         "isByteLevel": predictor.is_byte_level(),
         "layers": predictor.model.n_layers,
         "heads": predictor.model.n_heads,
@@ -406,7 +418,7 @@ def _page(predictor: Predictor, limits: Limits, wants_token: bool) -> tuple[str,
     fragment = (Path(__file__).parent / "serve.html").read_text(encoding="utf-8")
     script = re.search("<script>(.*?)</script>", fragment, re.DOTALL)
     assert script
-    title = f"{TITLES[kind]}: {_run_name(predictor)}"
+    title = f"{title}: {_run_name(predictor)}"
     data = json.dumps(about).replace("<", "\\u003c")
     parts = [f'<script type="application/json" id="about">{data}</script>', fragment]
     digest = base64.b64encode(hashlib.sha256(script[1].encode()).digest()).decode()

@@ -97,6 +97,13 @@ def servers(runs: Path, serving: Callable[..., Server]) -> dict[str, Server]:
     return {task: serving(predict.load(runs / task), requests=100, body=2000) for task in ("mlm", "sst2", "gpt")}
 
 
+def test_prompts_are_answered(serving: Callable[..., Server], tmp_path: Path) -> None:
+    server = serving(predict.load(used_runs.write(tmp_path / "run", "pairs")))
+    status, _, answer = server.ask("POST", "/predict", {"prompt": "the cat?", "seed": 3})
+    assert (status, answer) == (200, server.predictor(["the cat?"], seed=3)[0])
+    assert "<title>Answer a prompt: run" in str(server.ask("GET", "/")[2])
+
+
 def events(answer: http.client.HTTPResponse) -> Iterator[tuple[str, Any]]:
     while line := answer.readline():
         kind, data = line.decode(), answer.readline().decode()
