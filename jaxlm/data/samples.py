@@ -239,19 +239,19 @@ class ClassifiedSamples:
         batch = {"tokens": tokens, "labels": self.split.labels[indices].astype(np.int32)}
         return batch | ({"last": (n_real[:, 0] + 1).astype(np.int32)} if self.is_last else {})
 
-
-def marks(model: ModelConfig, specials: dict[str, int]) -> tuple[int, int | None]:
-    """Return the tokens before and after a text that is classified."""
-    if model.pooling == "last":
-        return specials["article"], specials["article"]
-    return specials["start"], specials.get("end")
-
     def lengths(self, indices: np.ndarray) -> np.ndarray:
         sizes = self.split.offsets[indices + 1] - self.split.offsets[indices]
         return np.minimum(sizes + 1 + self.n_end, self.seq_len)
 
     def cut(self, batch: Batch, length: int) -> Batch:
         return batch | {"tokens": batch["tokens"][:, :length]}
+
+
+def marks(model: ModelConfig, specials: dict[str, int]) -> tuple[int, int | None]:
+    """Return the tokens before and after a text that is classified."""
+    if model.pooling == "last":
+        return specials["article"], specials["article"]
+    return specials["start"], specials.get("end")
 
 
 class PairSamples:
@@ -286,10 +286,17 @@ class PairSamples:
         is_label = (place >= middle) & (place <= end)
         return {"tokens": ids[:, :-1], "labels": np.where(is_label, ids, IGNORED)[:, 1:]}
 
+    def lengths(self, indices: np.ndarray) -> np.ndarray:
+        first, end = (self.split.offsets[2 * self.pairs[indices] + i] for i in (0, 2))
+        return end - first + 1
+
+    def cut(self, batch: Batch, length: int) -> Batch:
+        return {name: x[:, :length] for name, x in batch.items()}
+
     def n_tokens(self, batch: Batch) -> int:
         """Return how many positions are no padding."""
         n_behind = np.argmax(batch["labels"][..., ::-1] >= 0, axis=-1)
-        return int(np.sum(self.seq_len - n_behind))
+        return int(np.sum(batch["labels"].shape[-1] - n_behind))
 
     def counted_tokens(self) -> np.ndarray:
         """Return how often each id is a label, for the baseline."""
