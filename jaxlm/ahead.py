@@ -20,9 +20,10 @@ import numpy as np
 from flax import nnx
 from jax.experimental import topologies
 from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.interpreters.partial_eval import dce_jaxpr
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from jaxlm import backend, hlo, loop, optim, parallel, roofline
+from jaxlm import backend, hlo, loop, optim, parallel, roofline, tune
 from jaxlm import config as configs
 from jaxlm.chips import GIB, Chip, chip
 from jaxlm.config import Config
@@ -107,7 +108,7 @@ def analytic(config: Config, mesh: Mesh | AbstractMesh, device: str, missing: st
         weights=weights,
         moments=moments,
         activations=activations(config, mesh.shape),
-        flops=product_flops(update.trace(state, batches, key).jaxpr) // mesh.size,
+        flops=product_flops(needed(update.trace(state, batches, key).jaxpr.jaxpr)) // mesh.size,
         missing=missing,
     )
 
@@ -122,9 +123,12 @@ def activations(config: Config, mesh: Mapping[str, int]) -> int:
     shapes, key = batch(task, (PRIME,)), jax.eval_shape(lambda: jax.random.key(0))
 
     def kept(params: Any, batch: Any, key: Any) -> Any:
-        return jax.tree.leaves(jax.vjp(lambda p: task.loss(nnx.merge(graphdef, p), batch, key)["loss"], params)[1])
+        def loss(trained: Any) -> Any:
+            return task.loss(nnx.merge(graphdef, tune.with_trained(params, trained)), batch, key)["loss"]
 
-    jaxpr = jax.make_jaxpr(kept)(params, shapes, key).jaxpr
+        return jax.tree.leaves(jax.vjp(loss, tune.trained(config.model, params))[1])
+
+    jaxpr = jax.make_jaxpr(kept)(nnx.to_pure_dict(params), shapes, key).jaxpr
     split = {config.model.n_heads, 4 * config.model.d_model, config.model.vocab_size}
     total = 0
     for x in {id(x): x for x in jaxpr.outvars if x not in jaxpr.invars}.values():
@@ -133,6 +137,11 @@ def activations(config: Config, mesh: Mapping[str, int]) -> int:
             n_bytes = x.aval.size // PRIME * x.aval.dtype.itemsize
             total += n_bytes // (mesh["tensor"] if split.intersection(others) else 1)
     return total * config.train.batch_size // (mesh["data"] * mesh["fsdp"])
+
+
+def needed(jaxpr: Jaxpr) -> Jaxpr:
+    """Return a program of JAX without what none of its results needs, such as the gradients of frozen weights."""
+    return dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]
 
 
 def product_flops(jaxpr: Any) -> int:

@@ -295,7 +295,8 @@ def _parts_of_file(path: Path, config: Config, parts: Sequence[str]) -> dict[str
     weights = names.check(*start.fitting(snapshot.weights, names.shapes(config), parts), str(path))
     found = names.to_jax(weights)
     if "optimizer" in parts:
-        first, second = snapshot.moments or [{name: np.zeros_like(x) for name, x in weights.items()}] * 2
+        trained = names.trained(config.model, weights)
+        first, second = snapshot.moments or [{name: np.zeros_like(x) for name, x in trained.items()}] * 2
         found["optimizer"] = {
             "first_moment": names.to_jax(first),
             "second_moment": names.to_jax(second),

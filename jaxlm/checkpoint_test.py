@@ -33,7 +33,7 @@ INFO = {
 
 def state_at(i: int, n: int = 7) -> step.TrainState:
     """Return a state with random numbers everywhere, a function of i; the kernel has n rows."""
-    optimizer = optim.adamw(TrainConfig(), lambda i: 0.1)
+    optimizer = optim.adamw(TrainConfig(), lambda i: 0.1, 2)
     state = step.init_state({"base": {"kernel": jnp.zeros((n, 50))}, "head": {"bias": jnp.zeros(50)}}, optimizer)
     random = np.random.default_rng(i)
     floats = lambda x: jnp.asarray(random.normal(size=x.shape), x.dtype) if x.ndim else jnp.full_like(x, i)  # noqa: E731

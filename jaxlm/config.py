@@ -83,6 +83,8 @@ class ModelConfig:
     pooling: Literal["first", "last"] = "first"  # what a classifier reads: first token, or last one of a causal model
     attention: Literal["auto", "plain", "fused"] = "auto"  # auto: in one kernel where a device has it for the settings
     remat: Literal["none", "dots", "full"] = "none"  # made anew for gradients, to save memory: all but products, or all
+    frozen_embedding: bool = False  # token table, also as a tied output layer, and learned positions are not trained
+    frozen_layers: Count = 0  # blocks, from the lowest, that are not trained
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,6 +101,7 @@ class TrainConfig:
     rewarmup_steps: Count = 0  # updates from the rate of a checkpoint to another schedule, linearly
     cycle_steps: Count = 0  # length of each of the original's cycles of 1, 1 and 2 batches an update; 0: none
     cycle_amplitude: Share = 0.03  # share by which the rate rises, or falls where batches are two, within a cycle
+    layer_decay: Annotated[float, Meta(gt=0, le=1)] = 1.0  # rate of a block over that of the one above; the head has 1
     weight_decay: Rate = 0.01  # decoupled, on matrices only
     beta1: Share = 0.9  # AdamW, first moment
     beta2: Share = 0.999  # AdamW, second moment
@@ -377,6 +380,10 @@ def _check(config: Config) -> None:
             f"model.positions=rotary needs an even head size, not model.d_model / model.n_heads = {size}; "
             "change one of these, or use --model.positions fixed"
         )
+    if model.frozen_layers > model.n_layers:
+        raise UserError(
+            f"model.frozen_layers={model.frozen_layers}: there are model.n_layers={model.n_layers} blocks; lower it"
+        )
     if train.min_learning_rate > train.learning_rate:
         raise UserError(
             f"train.min_learning_rate={train.min_learning_rate} is above train.learning_rate={train.learning_rate}; "
@@ -439,8 +446,10 @@ def warnings(config: Config, origins: dict[str, str], of_other_tasks: Iterable[s
         **dict.fromkeys(of_other_tasks, f"task={config.task} does not use it"),
     }
     presets = str(presets_dir())
-    train = config.train
+    train, model = config.train, config.model
     lines = []
+    if (model.frozen_embedding or model.frozen_layers) and not config.init_from and not config.resume:
+        lines.append("what is frozen keeps its random start values: there is no base to start from (--init-from)")
     if train.warmup_steps >= train.max_steps:
         lines.append(
             f"train.warmup_steps={train.warmup_steps} is not below train.max_steps={train.max_steps}: "

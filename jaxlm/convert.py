@@ -198,7 +198,8 @@ def _snapshot(stored: Stored, config: Config | None) -> Snapshot:
             config = configs.replace(config, "model.vocab_size", len(stored.weights[TABLE]))
     shapes = names.shapes(config)
     weights = _checked(stored.weights, shapes, str(path))
-    moments, n_updates = formats.moments(stored, shapes)
+    shapes = names.trained(config.model, shapes)
+    moments, n_updates = formats.moments(stored, shapes, config.model.frozen_layers)
     if moments is not None:
         first = _checked(moments[0], shapes, f"{path}: first moments of the optimizer")
         moments = first, _checked(moments[1], shapes, f"{path}: second moments of the optimizer")

@@ -40,6 +40,7 @@ MODELS = {
     "gpt, tied, norms after": ("gpt", {"model.tied_embedding": True, "model.post_norm": True, "model.pad_id": -1}),
     "sst2 of three labels": ("sst2", {"data.n_labels": 3, "model.positions": "learned", "model.final_norm": True}),
     "cola with the slip": ("cola", {"model.head_outputs": "vocabulary", "model.post_norm": True}),
+    "gpt in part": ("gpt", {"model.frozen_embedding": True, "model.frozen_layers": 1, "train.layer_decay": 0.5}),
 }
 SUFFIXES = {RUN: "", CHECKPOINT_1_2: ".pt", STATE_DICT: ".pt", SAFETENSORS: ".safetensors"}
 
@@ -61,7 +62,8 @@ def snapshot_of(config: Config) -> Snapshot:
         }
 
     info = {"step": 7, "task": config.task, "rate": 0.1 + 0.2, "tokenizer": "a hash", "sample_iter": 17}
-    return Snapshot(config, {**info, "val_loss": 1 / 3}, arrays(), (arrays(), arrays()), n_updates=5)
+    weights, *moments = arrays(), *(names.trained(config.model, arrays()) for _ in range(2))
+    return Snapshot(config, {**info, "val_loss": 1 / 3}, weights, (moments[0], moments[1]), n_updates=5)
 
 
 def assert_same_bits(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
@@ -167,7 +169,9 @@ def restored(run: Path, config: Config) -> step.TrainState:
     task = jax_tasks.TASKS[config.task](config)
     shapes = nnx.eval_shape(lambda: nnx.to_pure_dict(nnx.split(task.build_model(nnx.Rngs(0)), nnx.Param)[1]))
     params = jax.tree.map(lambda x: jax.numpy.asarray(np.zeros(x.shape, x.dtype)), shapes)
-    like = step.init_state(params, optim.adamw(config.train, schedule.learning_rate(config.train)))
+    like = step.init_state(
+        params, optim.adamw(config.train, schedule.learning_rate(config.train), config.model.n_layers)
+    )
     with Checkpoints(run / "checkpoints") as checkpoints:
         return checkpoints.restore(checkpoints.steps()[-1], like)
 

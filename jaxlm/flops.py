@@ -13,11 +13,8 @@ def forward_flops(config: Config, seq_len: int = 0) -> int:
 
     `seq_len` is the length of the sample; 0: model.seq_len.
     """
-    T, D, L = seq_len or config.model.seq_len, config.model.d_model, config.model.n_layers
-    # Query, key, value and output, then d -> 4d -> d; scores of all pairs of positions, and the sums they weight.
-    block = 2 * T * (4 * D * D + 8 * D * D) + 2 * (2 * T * T * D)
-    positions, outputs = n_logits(config, T)
-    return L * block + 2 * positions * D * outputs
+    layers, pairs, output = _products(config, seq_len)
+    return config.model.n_layers * (layers + pairs) + output
 
 
 def n_logits(config: Config, seq_len: int = 0) -> tuple[int, int]:
@@ -32,10 +29,28 @@ def n_logits(config: Config, seq_len: int = 0) -> tuple[int, int]:
 
 
 def flops_per_sample(config: Config, seq_len: int = 0) -> int:
-    """Return the model flops of a sample's part in an update: the gradients of a product are two more products."""
-    return 3 * forward_flops(config, seq_len)
+    """Return the model flops of a sample's part in an update: the gradients of a product are two more products.
+
+    A frozen weight has no gradient, and below the lowest parameter that is trained there is none at all.
+    """
+    model = config.model
+    layers, pairs, output = _products(config, seq_len)
+    n = model.frozen_layers
+    is_trained_below = n < model.n_layers or not model.frozen_embedding or model.final_norm or config.task == "mlm"
+    frozen = layers + pairs if model.frozen_embedding else 2 * layers + 3 * pairs
+    is_output_trained = not (model.tied_embedding and model.frozen_embedding and config.task in LANGUAGE_MODELS)
+    passes = 1 + is_trained_below + is_output_trained
+    return n * frozen + (model.n_layers - n) * 3 * (layers + pairs) + passes * output
 
 
 def flops_per_update(config: Config) -> int:
     """Return the model flops of an update over all devices; with train.cycle_steps, of one with train.accumulate."""
     return flops_per_sample(config) * config.train.batch_size * config.train.accumulate
+
+
+def _products(config: Config, seq_len: int) -> tuple[int, int, int]:
+    """Return the flops of a sample in the linear layers of a block, between its positions, and in the output layer."""
+    T, D = seq_len or config.model.seq_len, config.model.d_model
+    positions, outputs = n_logits(config, T)
+    # Query, key, value and output, then d -> 4d -> d; scores of all pairs of positions, and the sums they weight.
+    return 2 * T * (4 * D * D + 8 * D * D), 2 * (2 * T * T * D), 2 * positions * D * outputs

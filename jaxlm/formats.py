@@ -59,11 +59,15 @@ class Snapshot:
     n_updates: int
 
 
-def moments(stored: Stored, shapes: Shapes) -> tuple[Moments | None, int]:
-    """Return the moments of AdamW, not checked, and how many updates they are of; None if there are none."""
+def moments(stored: Stored, shapes: Shapes, first_block: int = 0) -> tuple[Moments | None, int]:
+    """Return the moments of AdamW, not checked, and how many updates they are of; None if there are none.
+
+    `shapes` are those of what is trained, with blocks from the first of these on.
+    """
     if stored.form == RUN:
         part = stored.tree["optimizer"]
-        return (names.to_torch(part["first_moment"]), names.to_torch(part["second_moment"])), int(part["count"])
+        first, second = (names.to_torch(part[f"{order}_moment"], first_block) for order in ("first", "second"))
+        return (first, second), int(part["count"])
     if stored.form == CHECKPOINT_1_2:
         return _moments_of_1_2(stored.tree["optimizer"], shapes, stored.path)
     if N_UPDATES not in stored.tree:
@@ -150,11 +154,13 @@ def _write_run(path: Path, snapshot: Snapshot) -> None:
     from jaxlm.checkpoint import Checkpoints
     from jaxlm.step import TrainState
 
-    zeros = {name: np.zeros_like(array) for name, array in snapshot.weights.items()}
+    trained = names.trained(snapshot.config.model, snapshot.weights)
+    zeros = {name: np.zeros_like(array) for name, array in trained.items()}
     params, first, second = (names.to_jax(x) for x in (snapshot.weights, *(snapshot.moments or (zeros, zeros))))
     step: Any = np.int32(snapshot.info["step"])  # Orbax takes NumPy's arrays as well as JAX's
     train = snapshot.config.train
-    opt_state = jax.eval_shape(optim.adamw(train, schedule.learning_rate(train)).init, params)
+    optimizer = optim.adamw(train, schedule.learning_rate(train), snapshot.config.model.n_layers)
+    opt_state = jax.eval_shape(optimizer.init, first)
     opt_state = optim.with_moments(opt_state, first, second, np.int32(snapshot.n_updates))
     path.mkdir()
     info = {"format": RUN_FORMAT, **snapshot.info, "config": configs.flat(snapshot.config)}
@@ -240,7 +246,8 @@ def _moments_of_1_2(optimizer: dict[str, Any], shapes: Shapes, path: Path) -> tu
         return None, 0
     numbers = [group["params"] for group in optimizer["param_groups"]]
     sizes, wanted = [len(group) for group in numbers], [len(group) for group in groups]
-    if sizes != wanted:
+    # With layer_decay, a group of ours is several.
+    if sizes != wanted and (len(sizes) <= len(wanted) or sum(sizes) != sum(wanted)):
         raise UserError(f"{path}: its optimizer has groups of {sizes} tensors, but the model {wanted}, decayed first")
     entries = {name: state.get(i, {}) for name, i in zip(sum(groups, []), sum(numbers, []), strict=True)}
     keys = ["exp_avg", "exp_avg_sq", "step"]

@@ -69,11 +69,11 @@ def build(
 
     `rewarmed` is as in schedule.learning_rate.
     """
-    train = config.train
+    train, n_layers = config.train, config.model.n_layers
 
     def fresh() -> TrainState:
         model = task.build_model(nnx.Rngs(train.seed))
-        return step.init_state(nnx.to_pure_dict(nnx.split(model, nnx.Param)[1]), optimizer)
+        return step.init_state(nnx.to_pure_dict(nnx.split(model, nnx.Param)[1]), optimizer, config.model)
 
     def with_model(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(params: Any, *args: Any) -> Any:
@@ -85,14 +85,15 @@ def build(
         return call
 
     rate = schedule.learning_rate(train, rewarmed)
-    optimizer = optim.adamw(train, rate)
+    optimizer = optim.adamw(train, rate, n_layers)
     abstract = nnx.eval_shape(lambda: task.build_model(nnx.Rngs(0)))
     graphdef, everywhere = nnx.graphdef(abstract), parallel.replicated(mesh)
     model = type(abstract).__name__
     shardings = parallel.shardings(mesh, jax.eval_shape(fresh), model, config.model)
     loss = with_model(task.loss)
+    skips = train.on_nonfinite == "skip"
     update = functools.partial(
-        step.train_step, loss, optimizer, rate, train.clip_norm, skips_nonfinite=train.on_nonfinite == "skip"
+        step.train_step, loss, optimizer, rate, train.clip_norm, skips_nonfinite=skips, model=config.model
     )
     compiled = Compiled(
         mesh=mesh,

@@ -225,5 +225,10 @@ class Transformer(nnx.Module):
             run_block = jax.checkpoint(run_block, policy=REMAT[self.config.remat], prevent_cse=False)
         layers = (self.blocks, None if keys is None else keys[1:])
         # One block is compiled, but on a CPU, where the stacks of what all blocks keep cost a tenth of a step.
-        x_BTD, _ = jax.lax.scan(run_block, x_BTD, layers, unroll=self.config.n_layers if is_one_cpu() else 1)
+        unroll = self.config.n_layers if is_one_cpu() else 1
+        if n := self.config.frozen_layers:  # in a scan of their own: one has the gradients of all its blocks
+            blocks, block_keys = jax.tree.map(lambda x: x[:n], layers)
+            x_BTD, _ = jax.lax.scan(run_block, x_BTD, (jax.lax.stop_gradient(blocks), block_keys), unroll=unroll)
+            layers = jax.tree.map(lambda x: x[n:], layers)
+        x_BTD, _ = jax.lax.scan(run_block, x_BTD, layers, unroll=unroll)
         return self.final_norm(x_BTD) if self.config.final_norm else x_BTD

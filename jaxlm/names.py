@@ -8,12 +8,12 @@ Arrays are NumPy; where only names change, tensors will do. Nothing here is roun
 equal bit for bit. Moments of an optimizer, one array a parameter, go the same ways.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from jaxlm.config import Config
+from jaxlm.config import Config, ModelConfig
 from jaxlm.errors import UserError
 
 Arrays = dict[str, np.ndarray]
@@ -78,6 +78,29 @@ def shapes(config: Config) -> Shapes:
     return result if model.tied_embedding else result | linear("head.linear", D, V)
 
 
+def first_trained(model: ModelConfig, path: Sequence[str]) -> int | None:
+    """Return from which block on a parameter is trained, None if it is in none.
+
+    `path` is its name in parts, without the number of a block; what is outside of blocks counts as block 0.
+    """
+    if tuple(path[:2]) == ("base", "blocks"):
+        return model.frozen_layers if model.frozen_layers < model.n_layers else None
+    return None if tuple(path[:2]) == ("base", "embedding") and model.frozen_embedding else 0
+
+
+def is_trained(model: ModelConfig, name: str) -> bool:
+    """Return whether a parameter, by torchlm's name, is trained."""
+    path = name.split(".")
+    block = int(path.pop(2)) if path[:2] == ["base", "blocks"] else 0
+    first = first_trained(model, path)
+    return first is not None and block >= first
+
+
+def trained(model: ModelConfig, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of a state dict, or of anything by torchlm's names, is trained: what an optimizer has moments of."""
+    return {name: x for name, x in state.items() if is_trained(model, name)}
+
+
 def decay_groups(wanted: Shapes) -> tuple[list[str], list[str]]:
     """Return the names that decay and those that do not, each in model order: PyTorch's optimizer counts them so."""
     decayed = [name for name, shape in wanted.items() if len(shape) > 1 and shape[0] > 1]
@@ -107,12 +130,15 @@ def check_shapes(found: Shapes, wanted: Shapes, source: str) -> None:
         raise UserError(f"{source}: weights of another model: {'; '.join(problems[:_MOST_TOLD])}{more}")
 
 
-def to_torch(params: Mapping[str, Any]) -> Arrays:
-    """Return jaxlm's tree of arrays as torchlm's state dict (in the tree's order; `check` puts it in the model's)."""
+def to_torch(params: Mapping[str, Any], first_block: int = 0) -> Arrays:
+    """Return jaxlm's tree of arrays as torchlm's state dict (in the tree's order; `check` puts it in the model's).
+
+    The blocks of a tree of moments begin with the first that is trained.
+    """
     state: Arrays = {}
     for path, array in _leaves(params):
         if path[:2] == ["base", "blocks"]:
-            blocks = {f"base.blocks.{i}.": block for i, block in enumerate(array)}
+            blocks = {f"base.blocks.{i}.": block for i, block in enumerate(array, first_block)}
             rest = path[2:]
         else:
             blocks, rest = {"": array}, path
@@ -124,7 +150,7 @@ def to_torch(params: Mapping[str, Any]) -> Arrays:
 
 
 def to_jax(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Return torchlm's state dict, with all blocks, as jaxlm's tree of arrays."""
+    """Return torchlm's state dict, with all blocks or all from one on, as jaxlm's tree of arrays."""
     leaves: dict[str, dict[int, np.ndarray]] = {}
     for name, array in state.items():
         path = name.split(".")
@@ -141,9 +167,7 @@ def to_jax(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
         for part in parents:
             place = place.setdefault(part, {})
         is_stacked = parents[:2] == ["base", "blocks"]
-        place[last] = (
-            np.stack([blocks[i] for i in range(len(blocks))]) if is_stacked else np.ascontiguousarray(blocks[0])
-        )
+        place[last] = np.stack([blocks[i] for i in sorted(blocks)]) if is_stacked else np.ascontiguousarray(blocks[0])
     return tree
 
 

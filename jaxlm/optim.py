@@ -6,17 +6,26 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
 from jaxlm.config import TrainConfig
 
 
-def adamw(config: TrainConfig, rate: optax.Schedule) -> optax.GradientTransformation:
-    """Return AdamW with decoupled decay (arXiv 1711.05101, algorithm 2); its count of updates drives the rate."""
+def adamw(config: TrainConfig, rate: optax.Schedule, n_layers: int) -> optax.GradientTransformation:
+    """Return AdamW with decoupled decay (arXiv 1711.05101, algorithm 2); its count of updates drives the rate.
+
+    `n_layers` are those of the model, also where some are frozen.
+    """
+
+    def scale_layers(updates: optax.Updates, params: optax.Params) -> optax.Updates:
+        return jax.tree.map(jnp.multiply, updates, layer_shares(params, config.layer_decay, n_layers))
+
     return optax.chain(
         scale_by_adam(config.beta1, config.beta2, config.epsilon),
         optax.add_decayed_weights(config.weight_decay, is_decayed),
+        *([optax.stateless(scale_layers)] if config.layer_decay < 1 else []),
         optax.scale_by_learning_rate(rate),
     )
 
@@ -53,6 +62,25 @@ def is_decayed(params: optax.Params) -> optax.Params:
         return name in rows and value.shape[rows[name]] > 1
 
     return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def layer_shares(params: optax.Params, layer_decay: float, n_layers: int) -> optax.Params:
+    """Return the share of the rate that each parameter has, arrays that broadcast; the head's and final norm's is 1.
+
+    That of the top block is `layer_decay`, that of each below it again so much less, and the embedding's the least
+    (BEiT, arXiv 2106.08254, appendix H). Of blocks of which the lowest are frozen, `params` has the others.
+    """
+
+    def share(path: tuple, value: Array) -> np.ndarray:
+        part = [part.key for part in path if isinstance(part, jax.tree_util.DictKey)][:2]
+        depths = [0]
+        if part == ["base", "embedding"]:
+            depths = [n_layers + 1]
+        elif part == ["base", "blocks"]:
+            depths = list(range(len(value), 0, -1))
+        return np.array([layer_decay**depth for depth in depths], value.dtype).reshape(-1, *[1] * (value.ndim - 1))
+
+    return jax.tree_util.tree_map_with_path(share, params)
 
 
 def moments(opt_state: optax.OptState) -> tuple[Any, Any, Any]:

@@ -76,7 +76,7 @@ def test_five_updates_of_adamw_follow_the_paper(beta1: float, beta2: float, epsi
     gradients = [{"kernel": numbers(3, 4), "bias": numbers(4)} for _ in range(5)]
     rates = [0.0, 0.05, 0.1, 0.07, 0.02]
 
-    optimizer = optim.adamw(config, lambda i: jnp.array(rates)[i])
+    optimizer = optim.adamw(config, lambda i: jnp.array(rates)[i], 1)
     state = optimizer.init(params)
     got = params
     for gradient in gradients:

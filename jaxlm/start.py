@@ -32,7 +32,7 @@ BASE_SETTINGS = (
 # What a run cannot change when it goes on. Its data and tokenizer it cannot either, which is seen in their contents.
 FIXED = (
     *(*BASE_SETTINGS, "model.seq_len", "model.tied_embedding", "model.head_outputs", "model.pooling", "data.n_labels"),
-    "train.seed",
+    *("train.seed", "model.frozen_embedding", "model.frozen_layers"),
 )
 SCHEDULE = (
     *("learning_rate", "min_learning_rate", "schedule", "warmup_steps", "stable_steps", "decay_steps"),

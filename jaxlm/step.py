@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from jaxlm import optim
+from jaxlm import optim, tune
+from jaxlm.config import ModelConfig
 
 # Sums over samples or tokens: "loss" and "count", and what a task adds, such as "correct". Quotients are taken last.
 Totals = dict[str, Array]
 # loss(params, batch, key) -> Totals; gradients are of totals["loss"] / totals["count"].
 LossFn = Callable[[Any, Any, Array | None], Totals]
+_ALL_TRAINED = ModelConfig()
 
 
 @jax.tree_util.register_dataclass
@@ -27,9 +29,9 @@ class TrainState:
     opt_state: Any
 
 
-def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    """Return the state before the first update."""
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+def init_state(params: Any, optimizer: optax.GradientTransformation, model: ModelConfig = _ALL_TRAINED) -> TrainState:
+    """Return the state before the first update; what `model` freezes has no moments."""
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(tune.trained(model, params)))
 
 
 def train_step(
@@ -41,26 +43,28 @@ def train_step(
     batches: Any,
     key: Array,
     skips_nonfinite: bool = False,
+    model: ModelConfig = _ALL_TRAINED,
 ) -> tuple[TrainState, Totals]:
     """Make one update from `batches`, arrays [A, B, ...] of A accumulated batches.
 
     The loss is the mean over all that the A batches count, as if they were one batch. Returns the new state and
     the totals, with the `rate` of this update and the `grad_norm` before clipping. With `skips_nonfinite`, an update
-    whose loss or norm is no number changes nothing but the count of updates.
+    whose loss or norm is no number changes nothing but the count of updates. What `model` freezes stays as it is.
     """
 
-    def loss(params: Any, batch: Any, key: Array) -> tuple[Array, Totals]:
-        totals = loss_fn(params, batch, key)
+    def loss(trained: Any, batch: Any, key: Array) -> tuple[Array, Totals]:
+        totals = loss_fn(tune.with_trained(state.params, trained), batch, key)
         return totals["loss"], totals
 
     def accumulate(sums: Any, batch_and_key: Any) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, sums, grad(state.params, *batch_and_key)), None
+        return jax.tree.map(jnp.add, sums, grad(trained, *batch_and_key)), None
 
+    trained = tune.trained(model, state.params)
     grad = jax.grad(loss, has_aux=True)
     n_batches = jax.tree.leaves(batches)[0].shape[0]
     keys = jax.random.split(jax.random.fold_in(key, state.step), n_batches)
     first, rest = (jax.tree.map(lambda x, part=part: x[part], (batches, keys)) for part in (0, slice(1, None)))
-    sums = grad(state.params, *first)
+    sums = grad(trained, *first)
     if n_batches > 1:
         sums, _ = jax.lax.scan(accumulate, sums, rest)
     grads, totals = sums
@@ -68,8 +72,8 @@ def train_step(
     with jax.named_scope("optimizer"):
         grads = jax.tree.map(lambda x: x / jnp.maximum(totals["count"], 1), grads)
         grads, grad_norm = optim.clip_by_global_norm(grads, clip_norm)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+        params = tune.with_trained(state.params, optax.apply_updates(trained, updates))
     if skips_nonfinite:
         is_finite = jnp.isfinite(totals["loss"]) & jnp.isfinite(grad_norm)
         new, old = (params, opt_state), (state.params, state.opt_state)

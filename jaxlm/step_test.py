@@ -249,7 +249,7 @@ def test_an_update_that_is_no_number_changes_nothing_but_the_count(bad: dict[str
         key = jax.random.key(0)
         return step.train_step(loss, optimizer, rate, 1.0, state, batch, key, skips_nonfinite=True)
 
-    optimizer = optim.adamw(TrainConfig(weight_decay=0.1), rate)
+    optimizer = optim.adamw(TrainConfig(weight_decay=0.1), rate, 1)
     state, _ = update(step.init_state({"w": jnp.arange(1.0, 5.0)}, optimizer), GOOD)
     after, metrics = update(state, GOOD | bad)
     assert np.isfinite(metrics["loss"]) == ("root" in bad) and not np.isfinite(metrics["grad_norm"])

@@ -159,6 +159,8 @@ def _checks() -> dict[str, Callable[[], list[Row]]]:
             add(f"{length} positions: {task}", inputs.long, task, length)
         for name in inputs.OPTIONS:
             add(f"{name}: {task}", inputs.option, task, name)
+        for name in inputs.PARTS:
+            add(f"{name} in float32: {task}", inputs.option, task, name, 10, "float32")
     return found
 
 
@@ -172,4 +174,5 @@ FAST = {
     *("attention of PyTorch: mlm", "layers of PyTorch: gpt", "post-norm layers of PyTorch: sst2"),
     *("finite differences: gpt", "edges: mlm", "4096 positions: mlm"),
     *("float64: mlm", "float64: gpt", "dropout: gpt", "dropout statistics", "rotary, no pad: gpt"),
+    "layer decay, frozen: gpt",
 }

@@ -32,6 +32,7 @@ from jaxlm import names
 from jaxlm import optim as jax_optim
 from jaxlm import schedule as jax_schedule
 from jaxlm import step as jax_step
+from jaxlm import tune as jax_tune
 from jaxlm.data import samples
 from parity_tests import case as cases
 from parity_tests import drift, inputs, randomness, references, trajectory
@@ -231,6 +232,7 @@ CHECKS: dict[str, Callable[[type[Package]], list[Row]]] = {
     "dropout with the same masks": of_two(lambda: drift.dropout("gpt", n_updates=2)),
     "gpt in float64": of_two(lambda: float64("gpt", n_updates=3)),
     "rotary positions": of_two(lambda: inputs.option("gpt", "rotary positions", n_updates=1)),
+    "frozen layers and layer decay": of_two(lambda: inputs.option("gpt", "layer decay, frozen", n_updates=2)),
     **{f"replay of {name}": functools.partial(all_of, name) for name in ("mlm_cycle", "gpt_resume", "cola")},
 }
 
@@ -568,7 +570,7 @@ def _model() -> list[Fault]:
             "blocks reversed",
             "conversion stacks the blocks from the last",
             mlm,
-            edit(names.to_jax, ("for i in range(len(blocks))", "for i in reversed(range(len(blocks)))")),
+            edit(names.to_jax, ("for i in sorted(blocks)", "for i in sorted(blocks, reverse=True)")),
             None,
         ),
     ]
@@ -621,6 +623,51 @@ def _loss() -> list[Fault]:
                 ("- label_logits)", "- 0.9 * label_logits - 0.1 * jnp.mean(logits, axis=-1))"),
             ),
             edit(torch_step.cross_entropy, ('reduction="sum"', 'reduction="sum", label_smoothing=0.1')),
+        ),
+    ]
+
+
+def _part() -> list[Fault]:
+    check = "frozen layers and layer decay"
+    return [
+        *both(
+            "layer decay upside down",
+            "the lowest block has the highest rate",
+            check,
+            edit(jax_optim.layer_shares, ("range(len(value), 0, -1)", "range(1, len(value) + 1)")),
+            edit(torch_optim.layer_shares, ("n_layers - int(", "1 + int(")),
+        ),
+        *both(
+            "layer decay from the head",
+            "the top block has the rate of the head",
+            check,
+            edit(jax_optim.layer_shares, ("range(len(value), 0, -1)", "range(len(value) - 1, -1, -1)")),
+            edit(torch_optim.layer_shares, ("n_layers - int(", "n_layers - 1 - int(")),
+        ),
+        *both(
+            "layer decay not of decay",
+            "the weight decay has the whole rate in all layers",
+            check,
+            edit(
+                jax_optim.adamw,
+                ("optax.add_decayed_weights(config.weight_decay, is_decayed),", ""),
+                ("< 1 else []),", "< 1 else []), optax.add_decayed_weights(config.weight_decay, is_decayed),"),
+            ),
+            edit(torch_optim.adamw, ("if decays else 0.0", "/ share if decays else 0.0")),
+        ),
+        *both(
+            "frozen weights decayed",
+            "frozen layers have no gradient, but moments and decay",
+            check,
+            edit(jax_tune.trained, ("cut(x, slice(first, None)) if first else x", "x")),
+            None,
+        ),
+        *both(
+            "frozen weights trained",
+            "what is frozen is trained as all else is",
+            check,
+            edit(jax_tune.trained, ("return None if", "return x if")),
+            edit(torch_model.Transformer.__init__, ('is_trained(config, f"base.{name}")', "True")),
         ),
     ]
 
@@ -740,8 +787,8 @@ def _optimizer() -> list[Fault]:
                 jax_step_function,
                 (jax_clipped, jax_clipped.replace("grads,", "_,", 1)),
                 (
-                    "params = optax.apply",
-                    "updates, _ = optim.clip_by_global_norm(updates, clip_norm)\n    params = optax.apply",
+                    "params = tune.with_trained(",
+                    "updates, _ = optim.clip_by_global_norm(updates, clip_norm)\n    params = tune.with_trained(",
                 ),
             ),
             edit(
@@ -804,8 +851,8 @@ def _optimizer() -> list[Fault]:
             edit(
                 jax_step_function,
                 (
-                    "jax.tree.map(jnp.add, sums, grad(state.params, *batch_and_key))",
-                    "grad(state.params, *batch_and_key)",
+                    "jax.tree.map(jnp.add, sums, grad(trained, *batch_and_key))",
+                    "grad(trained, *batch_and_key)",
                 ),
             ),
             edit(
@@ -1043,7 +1090,7 @@ def _random() -> list[Fault]:
     ]
 
 
-FAULTS = [*_model(), *_loss(), *_optimizer(), *_schedule(), *_random()]
+FAULTS = [*_model(), *_loss(), *_part(), *_optimizer(), *_schedule(), *_random()]
 
 # Running them
 

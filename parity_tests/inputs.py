@@ -90,12 +90,25 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "the last token": {"model.pooling": "last", "model.pad_id": -1},
     "rotary, no pad": {"model.positions": "rotary", "model.final_norm": True, "model.pad_id": -1},
 }
+# Settings that train a part.
+PARTS: dict[str, dict[str, Any]] = {
+    "frozen embedding": {"model.frozen_embedding": True, "model.positions": "learned", "model.final_norm": True},
+    "frozen layers": {"model.n_layers": 3, "model.frozen_layers": 2},
+    "frozen base": {"model.frozen_embedding": True, "model.frozen_layers": 2},
+    "layer decay": {"model.n_layers": 3, "train.layer_decay": 0.6, "model.final_norm": True},
+    "layer decay, frozen": {
+        **{"model.n_layers": 3, "model.frozen_layers": 1, "model.frozen_embedding": True},
+        **{"train.layer_decay": 0.6, "model.tied_embedding": True},
+    },
+}
+OPTIONS |= PARTS
 
 
-def option(task: str, name: str, n_updates: int = 5) -> list[Row]:
-    """Return how far the packages are apart in float64 with an optional setting."""
+def option(task: str, name: str, n_updates: int = 5, precision: Precision = "float64") -> list[Row]:
+    """Return how far the packages are apart with an optional setting."""
     sizes = {"train.max_steps": n_updates, "train.warmup_steps": 1, "model.n_heads": 2, "train.accumulate": 1}
     config = config_of(task, **sizes, **OPTIONS[name])
     plan = random_plan(f"{task}, {name}", config, seed=6)
-    jaxlm, torchlm = (trajectory.run(package, plan, "float64") for package in PACKAGES)
-    return trajectory.compare(plan.name, "jaxlm, torchlm", jaxlm, torchlm, FLOAT64)
+    jaxlm, torchlm = (trajectory.run(package, plan, precision) for package in PACKAGES)
+    bounds = FLOAT64 if precision == "float64" else FLOAT32
+    return trajectory.compare(plan.name, "jaxlm, torchlm", jaxlm, torchlm, bounds)

@@ -20,6 +20,7 @@ from jaxlm import optim as jax_optim
 from jaxlm import schedule as jax_schedule
 from jaxlm import step as jax_step
 from jaxlm import tasks as jax_tasks
+from jaxlm import tune as jax_tune
 from jaxlm.config import Config
 from jaxlm.names import Arrays
 from parity_tests.plan import Batch
@@ -74,14 +75,15 @@ class Jaxlm:
         self.loss = mean_of_each(self._loss) if is_mean_of_means else self._loss
         self.set_rate(rate)
         with self._precision():
-            self.state = jax_step.init_state(self.params, self.optimizer)
+            self.state = jax_step.init_state(self.params, self.optimizer, self.config.model)
 
     def set_rate(self, rate: Rate) -> None:
         """Let the rate of further updates be another function of their numbers."""
         self.rate = rate
-        self.optimizer = jax_optim.adamw(self.config.train, rate)
-        clip_norm = self.config.train.clip_norm
-        self.step = jax.jit(functools.partial(jax_step.train_step, self.loss, self.optimizer, rate, clip_norm))
+        model, clip_norm = self.config.model, self.config.train.clip_norm
+        self.optimizer = jax_optim.adamw(self.config.train, rate, model.n_layers)
+        step = functools.partial(jax_step.train_step, self.loss, self.optimizer, rate, clip_norm, model=model)
+        self.step = jax.jit(step)
 
     def exact_rate(self, i: int) -> float:
         """Return the rate of update i in float64, which the update itself computes in float32."""
@@ -99,7 +101,7 @@ class Jaxlm:
         """Return totals and logits of a batch without dropout, and the gradients of its mean loss."""
         with self._precision():
             totals, logits, gradients = jax.device_get(self.evaluate(self.params, batch))
-            return totals, logits, names.to_torch(gradients)
+            return totals, logits, names.to_torch(gradients, self.config.model.frozen_layers)
 
     def dropped(self, tokens: np.ndarray, seed: int) -> np.ndarray:
         """Return the hidden states of the base model with dropout."""
@@ -113,7 +115,7 @@ class Jaxlm:
     def moments(self) -> tuple[Arrays, Arrays]:
         """Return the optimizer's first and second moments."""
         moments = [optax.tree.get(self.state.opt_state, name) for name in ("mu", "nu")]
-        first, second = (names.to_torch(jax.device_get(x)) for x in moments)
+        first, second = (names.to_torch(jax.device_get(x), self.config.model.frozen_layers) for x in moments)
         return first, second
 
     def counts(self) -> list[int]:
@@ -126,13 +128,15 @@ class Jaxlm:
     def _loss(self, params: Any, batch: Any, key: Any) -> Any:
         return self.task.loss(nnx.merge(self.graphdef, params), batch, key)
 
-    def _evaluate(self, params: Any, batch: Any) -> tuple[Any, Any, Any]:
-        def mean_loss(params: Any) -> tuple[Any, tuple[Any, Any]]:
+    def _evaluate(self, whole: Any, batch: Any) -> tuple[Any, Any, Any]:
+        def mean_loss(trained: Any) -> tuple[Any, tuple[Any, Any]]:
+            params = jax_tune.with_trained(whole, trained)
             totals = self._loss(params, batch, None)
             logits = nnx.merge(self.graphdef, params)(*_inputs(batch))
             return totals["loss"] / jnp.maximum(totals["count"], 1), (totals, logits)
 
-        gradients, (totals, logits) = jax.grad(mean_loss, has_aux=True)(params)
+        trained = jax_tune.trained(self.config.model, whole)
+        gradients, (totals, logits) = jax.grad(mean_loss, has_aux=True)(trained)
         return totals, logits, gradients
 
 
@@ -201,7 +205,8 @@ class Torchlm:
 
     def moments(self) -> tuple[Arrays, Arrays]:
         """Return the optimizer's first and second moments."""
-        states = {name: self.state.optimizer.state[x] for name, x in self.model.named_parameters()}
+        trained = {name: x for name, x in self.model.named_parameters() if x.requires_grad}
+        states = {name: self.state.optimizer.state[x] for name, x in trained.items()}
         first, second = ({name: s[key].numpy().copy() for name, s in states.items()} for key in _MOMENTS)
         return first, second
 

@@ -340,7 +340,7 @@ def _adamw_of_jaxlm(config: Config, start: Arrays, gradients: list[Arrays]) -> A
 
     with jax.enable_x64(True):
         rate = jax_schedule.learning_rate(config.train)
-        optimizer = jax_optim.adamw(config.train, rate)
+        optimizer = jax_optim.adamw(config.train, rate, config.model.n_layers)
         update = jax.jit(functools.partial(jax_step.train_step, loss, optimizer, rate, config.train.clip_norm))
         state = jax_step.init_state(names.to_jax(start), optimizer)
         for gradient in gradients:

@@ -113,7 +113,8 @@ def begin(run: Run, fresh: Callable[[], TrainState]) -> TrainState:
     state = restore(begun.path, state, begun.parts, begun.position().step)
     numbers = {name: x.numel() for name, x in parallel.single(state.model).named_parameters()}
     sizes = {part: [n for name, n in numbers.items() if name.startswith(part)] for part in PARTS[:2]}
-    run.log.say(start.table(begun, sizes | {"optimizer": [*numbers.values()] * 2}))
+    moments = [*names.trained(run.config.model, numbers).values()] * 2
+    run.log.say(start.table(begun, sizes | {"optimizer": moments}))
     return state
 
 
@@ -132,6 +133,7 @@ def with_snapshot(
     """Return `like`, changed in place to have parts of what was read; an error begins with `source`."""
     model = parallel.single(like.model)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+    trained = {name: shapes[name] for name, tensor in model.named_parameters() if tensor.requires_grad}
     weights = names.check(*start.fitting(snapshot.weights, shapes, parts), source)
     model.load_state_dict(model.state_dict() | {name: torch.tensor(x) for name, x in weights.items()})
     if "optimizer" in parts and snapshot.moments is not None:
@@ -142,7 +144,7 @@ def with_snapshot(
                 "exp_avg": torch.tensor(first[name]),
                 "exp_avg_sq": torch.tensor(second[name]),
             }
-            for i, name in enumerate(sum(names.decay_groups(shapes), []))
+            for i, name in enumerate(sum(names.decay_groups(trained), []))
         }
         like.optimizer.load_state_dict(like.optimizer.state_dict() | {"state": states})
     if "optimizer" in parts:

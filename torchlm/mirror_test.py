@@ -68,13 +68,14 @@ ONLY_TORCH = {
 JAX_ARGUMENTS = {"dtype", "key", "rngs"}
 ARGUMENTS = {  # (jaxlm's, torchlm's) where they differ otherwise
     "model.dropout": (["x", "rate", "key"], ["x", "rate", "is_training"]),
-    "optim.adamw": (["config", "rate"], ["config", "model"]),
+    "optim.adamw": (["config", "rate", "n_layers"], ["config", "model"]),
+    "optim.layer_shares": (["params", "layer_decay", "n_layers"], ["model", "layer_decay"]),
     "optim.is_decayed": (["params"], ["parameter"]),
     "optim.clip_by_global_norm": (["grads", "max_norm"], ["parameters", "max_norm"]),
     "parallel.replicated": (["mesh"], ["mesh", "model"]),
-    "step.init_state": (["params", "optimizer"], ["model", "optimizer"]),
+    "step.init_state": (["params", "optimizer", "model"], ["model", "optimizer"]),
     "step.train_step": (
-        ["loss_fn", "optimizer", "schedule", "clip_norm", "state", "batches", "key", "skips_nonfinite"],
+        ["loss_fn", "optimizer", "schedule", "clip_norm", "state", "batches", "key", "skips_nonfinite", "model"],
         ["loss_fn", "schedule", "clip_norm", "state", "batches", "key", "skips_nonfinite"],
     ),
     "checkpoint.restore": (

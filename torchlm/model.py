@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from jaxlm.config import ModelConfig
+from jaxlm.names import is_trained
 
 REMAT: dict[str, list[Any]] = {  # what is kept of a block for its gradients
     "dots": [torch.ops.aten.mm.default, torch.ops.aten.addmm.default],
@@ -170,6 +171,8 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList([Block(config, is_causal, rngs) for _ in range(config.n_layers)])
         if config.final_norm:
             self.final_norm = layernorm(config.d_model)
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(is_trained(config, f"base.{name}"))
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         is_pad_BT = tokens_BT == self.config.pad_id if self.config.pad_id >= 0 else None

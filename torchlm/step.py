@@ -62,7 +62,7 @@ def train_step(
     grad_norm = optim.clip_by_global_norm(state.model.parameters(), clip_norm)
     rate = schedule(state.step)
     for group in state.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("share", 1.0)
     if not skips_nonfinite or torch.isfinite(totals["loss"]) & torch.isfinite(grad_norm):
         state.optimizer.step()
     state.optimizer.zero_grad()

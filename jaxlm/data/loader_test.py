@@ -158,7 +158,7 @@ def test_a_changed_batch_size_uses_each_sample_once(samples):
 @pytest.fixture(scope="module")
 def ragged() -> Split:
     """60 articles of 1 to 40 tokens, not in order of length; the one of number i is of the id 100 + i."""
-    sizes = 1 + np.arange(60) * 17 % 40
+    sizes = 1 + np.arange(60) ** 2 * 7 % 40
     tokens = np.repeat(np.arange(100, 160), sizes).astype(np.uint16)
     return Split(tokens, np.append(0, np.cumsum(sizes)), np.arange(60, dtype=np.int32) % N, 3 * sizes)
 
