@@ -85,6 +85,9 @@ class ModelConfig:
     remat: Literal["none", "dots", "full"] = "none"  # made anew for gradients, to save memory: all but products, or all
     frozen_embedding: bool = False  # token table, also as a tied output layer, and learned positions are not trained
     frozen_layers: Count = 0  # blocks, from the lowest, that are not trained
+    lora_rank: Count = 0  # of adapters, trained in place of the base; 0: none
+    lora_alpha: Annotated[float, Meta(gt=0, le=1e6)] = 16.0  # adapters are scaled by this over lora_rank
+    lora_products: str = "query,value"  # what has adapters, of query, key, value, output, fc1, fc2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -176,6 +179,7 @@ TRANSIENT = (
 )
 BARE = {"profile": "5"}  # values of flags that are given without one
 AXES = ("data", "fsdp", "tensor")  # of the mesh of devices
+LORA_PRODUCTS = ("query", "key", "value", "output", "fc1", "fc2")
 COMMAND_LINE = "command line"
 HELP = ("-h", "--help")
 Layer = tuple[str, Any, str]  # dotted name, value, and where it came from
@@ -384,6 +388,24 @@ def _check(config: Config) -> None:
         raise UserError(
             f"model.frozen_layers={model.frozen_layers}: there are model.n_layers={model.n_layers} blocks; lower it"
         )
+    if model.lora_rank:
+        named = [name.strip() for name in model.lora_products.split(",")]
+        for name in named:
+            if name not in LORA_PRODUCTS:
+                raise UserError(
+                    f"model.lora_products={model.lora_products}: {name!r} is none{nearest(name, LORA_PRODUCTS)}; "
+                    f"give some of {','.join(LORA_PRODUCTS)}"
+                )
+        if model.lora_rank > model.d_model:
+            raise UserError(
+                f"model.lora_rank={model.lora_rank} is above model.d_model={model.d_model}, the rank that a product "
+                "can have; lower it"
+            )
+        if model.frozen_layers == model.n_layers:
+            raise UserError(
+                f"model.frozen_layers={model.frozen_layers} leaves no block with adapters that are trained; lower it, "
+                "or set model.lora_rank=0"
+            )
     if train.min_learning_rate > train.learning_rate:
         raise UserError(
             f"train.min_learning_rate={train.min_learning_rate} is above train.learning_rate={train.learning_rate}; "
@@ -440,6 +462,9 @@ def warnings(config: Config, origins: dict[str, str], of_other_tasks: Iterable[s
             or (not config.tokenizer.path and config.tokenizer.kind == "bpe" and "tokenizer.kind=bpe keeps case")
         ),
         "train.stable_steps": config.train.schedule != "wsd" and f"train.schedule={config.train.schedule}",
+        "model.frozen_embedding": config.model.lora_rank and "model.lora_rank freezes the base",
+        "model.lora_alpha": not config.model.lora_rank and "model.lora_rank=0",
+        "model.lora_products": not config.model.lora_rank and "model.lora_rank=0",
         "train.cycle_amplitude": not config.train.cycle_steps and "train.cycle_steps=0",
         "train.reset_optimizer": config.resume in ("", "auto") and "it goes with --resume PATH",
         "train.switch_training": config.resume in ("", "auto") and "it goes with --resume PATH",
@@ -448,7 +473,11 @@ def warnings(config: Config, origins: dict[str, str], of_other_tasks: Iterable[s
     presets = str(presets_dir())
     train, model = config.train, config.model
     lines = []
-    if (model.frozen_embedding or model.frozen_layers) and not config.init_from and not config.resume:
+    if (
+        (model.frozen_embedding or model.frozen_layers or model.lora_rank)
+        and not config.init_from
+        and not config.resume
+    ):
         lines.append("what is frozen keeps its random start values: there is no base to start from (--init-from)")
     if train.warmup_steps >= train.max_steps:
         lines.append(

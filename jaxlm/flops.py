@@ -5,7 +5,7 @@ what is computed again to save memory counts nothing, and attention counts whole
 """
 
 from jaxlm.config import Config
-from jaxlm.names import CAUSAL, LANGUAGE_MODELS
+from jaxlm.names import CAUSAL, LANGUAGE_MODELS, lora_products
 
 
 def forward_flops(config: Config, seq_len: int = 0) -> int:
@@ -13,8 +13,8 @@ def forward_flops(config: Config, seq_len: int = 0) -> int:
 
     `seq_len` is the length of the sample; 0: model.seq_len.
     """
-    layers, pairs, output = _products(config, seq_len)
-    return config.model.n_layers * (layers + pairs) + output
+    layers, pairs, adapters, output = _products(config, seq_len)
+    return config.model.n_layers * (layers + pairs + adapters) + output
 
 
 def n_logits(config: Config, seq_len: int = 0) -> tuple[int, int]:
@@ -34,13 +34,15 @@ def flops_per_sample(config: Config, seq_len: int = 0) -> int:
     A frozen weight has no gradient, and below the lowest parameter that is trained there is none at all.
     """
     model = config.model
-    layers, pairs, output = _products(config, seq_len)
+    layers, pairs, adapters, output = _products(config, seq_len)
     n = model.frozen_layers
-    is_trained_below = n < model.n_layers or not model.frozen_embedding or model.final_norm or config.task == "mlm"
-    frozen = layers + pairs if model.frozen_embedding else 2 * layers + 3 * pairs
-    is_output_trained = not (model.tied_embedding and model.frozen_embedding and config.task in LANGUAGE_MODELS)
+    is_embedding_frozen = model.frozen_embedding or model.lora_rank > 0
+    is_trained_below = n < model.n_layers or not is_embedding_frozen or model.final_norm or config.task == "mlm"
+    frozen = layers + pairs + adapters if is_embedding_frozen else 2 * layers + 3 * pairs
+    upper = (2 if model.lora_rank else 3) * layers + 3 * (pairs + adapters)
+    is_output_trained = not (model.tied_embedding and is_embedding_frozen and config.task in LANGUAGE_MODELS)
     passes = 1 + is_trained_below + is_output_trained
-    return n * frozen + (model.n_layers - n) * 3 * (layers + pairs) + passes * output
+    return n * frozen + (model.n_layers - n) * upper + passes * output
 
 
 def flops_per_update(config: Config) -> int:
@@ -48,9 +50,11 @@ def flops_per_update(config: Config) -> int:
     return flops_per_sample(config) * config.train.batch_size * config.train.accumulate
 
 
-def _products(config: Config, seq_len: int) -> tuple[int, int, int]:
-    """Return the flops of a sample in the linear layers of a block, between its positions, and in the output layer."""
+def _products(config: Config, seq_len: int) -> tuple[int, int, int, int]:
+    """Return the flops of a sample in a block's linear layers, between positions, in adapters, and in the output."""
     T, D = seq_len or config.model.seq_len, config.model.d_model
     positions, outputs = n_logits(config, T)
     # Query, key, value and output, then d -> 4d -> d; scores of all pairs of positions, and the sums they weight.
-    return 2 * T * (4 * D * D + 8 * D * D), 2 * (2 * T * T * D), 2 * positions * D * outputs
+    layers, pairs = 2 * T * (4 * D * D + 8 * D * D), 2 * (2 * T * T * D)
+    ends = sum(5 * D if name in ("fc1", "fc2") else 2 * D for name in lora_products(config.model))
+    return layers, pairs, 2 * T * config.model.lora_rank * ends, 2 * positions * D * outputs

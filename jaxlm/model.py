@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm import fused, products
 from jaxlm.config import ModelConfig
+from jaxlm.names import lora_products
 from jaxlm.parallel import BATCH, constrain, is_one_cpu, platform
 
 REMAT = {  # what is kept of a block for its gradients
@@ -23,12 +24,19 @@ REMAT = {  # what is kept of a block for its gradients
 
 
 class Linear(nnx.Linear):
-    """nnx.Linear on [..., n_in], with the derivatives of products.py."""
+    """nnx.Linear on [..., n_in], with the derivatives of products.py; its kernel may have an adapter (add_adapters)."""
+
+    lora_scale = 0.0  # of the adapter; 0: there is none
+    lora_a: nnx.Param
+    lora_b: nnx.Param
 
     def __call__(self, x: Array) -> Array:  # type: ignore[override]
         assert self.bias is not None, "all layers here have one"
-        sums = products.linear(x, self.kernel[...], self.bias[...], self.dtype)
-        return checkpoint_name(sums.astype(self.preferred_element_type), "product")
+        y = products.linear(x, self.kernel[...], self.bias[...], self.dtype)
+        if self.lora_scale:
+            lora_a, lora_b = self.lora_a[...], self.lora_b[...]
+            y += self.lora_scale * products.unbiased(products.unbiased(x, lora_a, self.dtype), lora_b, self.dtype)
+        return checkpoint_name(y.astype(self.preferred_element_type), "product")
 
 
 def linear(n_in: int, n_out: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> Linear:
@@ -43,6 +51,17 @@ def linear(n_in: int, n_out: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> Linear:
         preferred_element_type=dtype,
         rngs=rngs,
     )
+
+
+def add_adapters(blocks: "Block", config: ModelConfig, rngs: nnx.Rngs) -> None:
+    """Let kernels W of stacked blocks be W + alpha / rank A B, where B is zero at first (LoRA, arXiv 2106.09685)."""
+    for name in lora_products(config):
+        layer = getattr(blocks.attention if hasattr(blocks.attention, name) else blocks.feed_forward, name)
+        L, n_in, n_out = layer.kernel.shape
+        bound = n_in**-0.5
+        lora_a = jax.random.uniform(rngs.params(), (L, n_in, config.lora_rank), minval=-bound, maxval=bound)
+        layer.lora_a, layer.lora_b = nnx.Param(lora_a), nnx.Param(jnp.zeros((L, config.lora_rank, n_out)))
+        layer.lora_scale = config.lora_alpha / config.lora_rank
 
 
 def layernorm(d_model: int, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -209,6 +228,7 @@ class Transformer(nnx.Module):
         self.config = config
         self.embedding = Embedding(config, rngs)
         self.blocks = jax.vmap(lambda rngs: Block(config, is_causal, dtype, rngs))(rngs.split(config.n_layers))
+        add_adapters(self.blocks, config, rngs)
         if config.final_norm:
             self.final_norm = layernorm(config.d_model, rngs)
 

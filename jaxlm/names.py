@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm.config import Config, ModelConfig
+from jaxlm.config import LORA_PRODUCTS, Config, ModelConfig
 from jaxlm.errors import UserError
 
 Arrays = dict[str, np.ndarray]
@@ -41,6 +41,8 @@ _WORDS = {"blocks": "encoder_blocks", "attention": "self_multihead", "layernorm"
 _HEADS = {"mlm": "mask_lm", "gpt": "gen_lm", "pairs": "gen_lm", "sst2": "classifier_model", "cola": "classifier_model"}
 _BASES = {"mlm": "bert", "gpt": "gpt", "pairs": "gpt", "sst2": "bert", "cola": "bert"}
 _BUFFERS = ("embedding.position.pe", "self_multihead.bias")  # in the original's state dict, but no parameters
+_LORA = ("lora_a", "lora_b")
+_TRANSPOSED = ("kernel", *_LORA)
 _MOST_TOLD = 6  # differences in one error message
 
 
@@ -49,14 +51,17 @@ def shapes(config: Config) -> Shapes:
 
     The order is PyTorch's, where a module's own parameters come before those of its parts.
     """
-    model, D = config.model, config.model.d_model
+    model, D, adapted = config.model, config.model.d_model, lora_products(config.model)
     F, V = 4 * D, config.model.vocab_size
 
     def layernorm(name: str) -> Shapes:
         return {f"{name}.weight": (D,), f"{name}.bias": (D,)}
 
     def linear(name: str, n_in: int, n_out: int) -> Shapes:
-        return {f"{name}.weight": (n_out, n_in), f"{name}.bias": (n_out,)}
+        found: Shapes = {f"{name}.weight": (n_out, n_in), f"{name}.bias": (n_out,)}
+        if name.startswith("base.") and name.rpartition(".")[2] in adapted:
+            found |= {f"{name}.lora_a": (model.lora_rank, n_in), f"{name}.lora_b": (n_out, model.lora_rank)}
+        return found
 
     result: Shapes = {"base.embedding.position": (model.seq_len, D)} if model.positions == "learned" else {}
     result["base.embedding.token.weight"] = (V, D)
@@ -78,11 +83,19 @@ def shapes(config: Config) -> Shapes:
     return result if model.tied_embedding else result | linear("head.linear", D, V)
 
 
+def lora_products(model: ModelConfig) -> list[str]:
+    """Return the names of the linear layers of a block that have adapters."""
+    named = [name.strip() for name in model.lora_products.split(",")] if model.lora_rank else []
+    return [name for name in LORA_PRODUCTS if name in named]
+
+
 def first_trained(model: ModelConfig, path: Sequence[str]) -> int | None:
     """Return from which block on a parameter is trained, None if it is in none.
 
     `path` is its name in parts, without the number of a block; what is outside of blocks counts as block 0.
     """
+    if path[0] == "base" and model.lora_rank and path[-1] not in _LORA:
+        return None
     if tuple(path[:2]) == ("base", "blocks"):
         return model.frozen_layers if model.frozen_layers < model.n_layers else None
     return None if tuple(path[:2]) == ("base", "embedding") and model.frozen_embedding else 0
@@ -144,7 +157,7 @@ def to_torch(params: Mapping[str, Any], first_block: int = 0) -> Arrays:
             blocks, rest = {"": array}, path
         name = {"kernel": "weight", "scale": "weight", "embedding": "weight"}.get(rest[-1], rest[-1])
         for start, block in blocks.items():
-            block = block.T if rest[-1] == "kernel" else block
+            block = block.T if rest[-1] in _TRANSPOSED else block
             state[start + ".".join([*rest[:-1], name])] = np.ascontiguousarray(block)
     return state
 
@@ -159,7 +172,7 @@ def to_jax(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
             block = int(path.pop(2))
         if path[-1] == "weight":
             path[-1] = "embedding" if path[-2] == "token" else "scale" if "norm" in path[-2] else "kernel"
-        leaves.setdefault("/".join(path), {})[block] = array.T if path[-1] == "kernel" else array
+        leaves.setdefault("/".join(path), {})[block] = array.T if path[-1] in _TRANSPOSED else array
     tree: dict[str, Any] = {}
     for name, blocks in leaves.items():
         *parents, last = name.split("/")

@@ -31,6 +31,11 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     ("(query|key|value|fc1)/kernel", ("fsdp", "tensor")),
     ("(query|key|value|fc1)/bias", ("tensor",)),
     ("(attention/output|fc2)/kernel", ("tensor", "fsdp")),
+    # Adapters are split as their kernels are, but not along the rank.
+    ("(query|key|value|fc1)/lora_a", ("fsdp", None)),
+    ("(query|key|value|fc1)/lora_b", (None, "tensor")),
+    ("(attention/output|fc2)/lora_a", ("tensor", None)),
+    ("(attention/output|fc2)/lora_b", (None, "fsdp")),
     ("LanguageModel/head/linear/kernel", ("fsdp", "tensor")),
     ("LanguageModel/head/(linear/)?bias", ("tensor",)),
     ("", ()),  # all else is whole on every device: norms, biases of sums, the few classes of a classifier

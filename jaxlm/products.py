@@ -33,6 +33,11 @@ def linear(x: Array, kernel: Array, bias: Array, dtype: Any, axis: int = 0) -> A
     return _linear(x.astype(dtype), kernel, bias, _How(dtype, axis, is_one_cpu()))
 
 
+def unbiased(x: Array, kernel: Array, dtype: Any) -> Array:
+    """Return x [..., n_in] times kernel [n_in, n_out]."""
+    return linear(x, kernel, jnp.zeros(kernel.shape[1], sum_dtype(dtype)), dtype)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _linear(x: Array, kernel: Array, bias: Array, how: _How) -> Array:
     return _linear_forward(x, kernel, bias, how)[0]

@@ -33,6 +33,7 @@ BASE_SETTINGS = (
 FIXED = (
     *(*BASE_SETTINGS, "model.seq_len", "model.tied_embedding", "model.head_outputs", "model.pooling", "data.n_labels"),
     *("train.seed", "model.frozen_embedding", "model.frozen_layers"),
+    *("model.lora_rank", "model.lora_alpha", "model.lora_products"),
 )
 SCHEDULE = (
     *("learning_rate", "min_learning_rate", "schedule", "warmup_steps", "stable_steps", "decay_steps"),

@@ -174,5 +174,5 @@ FAST = {
     *("attention of PyTorch: mlm", "layers of PyTorch: gpt", "post-norm layers of PyTorch: sst2"),
     *("finite differences: gpt", "edges: mlm", "4096 positions: mlm"),
     *("float64: mlm", "float64: gpt", "dropout: gpt", "dropout statistics", "rotary, no pad: gpt"),
-    "layer decay, frozen: gpt",
+    *("layer decay, frozen: gpt", "LoRA of rank 1 everywhere: gpt"),
 }

@@ -232,6 +232,7 @@ CHECKS: dict[str, Callable[[type[Package]], list[Row]]] = {
     "dropout with the same masks": of_two(lambda: drift.dropout("gpt", n_updates=2)),
     "gpt in float64": of_two(lambda: float64("gpt", n_updates=3)),
     "rotary positions": of_two(lambda: inputs.option("gpt", "rotary positions", n_updates=1)),
+    "LoRA": of_two(lambda: inputs.option("gpt", "LoRA", n_updates=2)),
     "frozen layers and layer decay": of_two(lambda: inputs.option("gpt", "layer decay, frozen", n_updates=2)),
     **{f"replay of {name}": functools.partial(all_of, name) for name in ("mlm_cycle", "gpt_resume", "cola")},
 }
@@ -560,8 +561,8 @@ def _model() -> list[Fault]:
             edit(
                 names.to_jax,
                 (
-                    'array.T if path[-1] == "kernel" else',
-                    'array.T if path[-1] == "kernel" and len(set(array.shape)) > 1 else',
+                    "array.T if path[-1] in _TRANSPOSED else",
+                    "array.T if path[-1] in _TRANSPOSED and len(set(array.shape)) > 1 else",
                 ),
             ),
             None,
@@ -627,6 +628,9 @@ def _loss() -> list[Fault]:
     ]
 
 
+_MODELS = (jax_model, torch_model)
+
+
 def _part() -> list[Fault]:
     check = "frozen layers and layer decay"
     return [
@@ -668,6 +672,32 @@ def _part() -> list[Fault]:
             check,
             edit(jax_tune.trained, ("return None if", "return x if")),
             edit(torch_model.Transformer.__init__, ('is_trained(config, f"base.{name}")', "True")),
+        ),
+        *both(
+            "LoRA without its scale",
+            "adapters are not scaled by alpha / rank",
+            "LoRA",
+            *(edit(module.add_adapters, ("config.lora_alpha / config.lora_rank", "1.0")) for module in _MODELS),
+        ),
+        *both(
+            "LoRA scaled by the root",
+            "alpha / sqrt(rank), as rsLoRA has it",
+            "LoRA",
+            *(edit(module.add_adapters, ("/ config.lora_rank", "/ config.lora_rank**0.5")) for module in _MODELS),
+        ),
+        *both(
+            "LoRA beside the base",
+            "the base is trained with its adapters",
+            "LoRA",
+            edit(jax_tune.trained, ("return None if", "return x if")),
+            edit(torch_model.Transformer.__init__, ('is_trained(config, f"base.{name}")', "True")),
+        ),
+        *both(
+            "adapters spared from decay",
+            "adapters have no weight decay",
+            "LoRA",
+            edit(jax_optim.is_decayed, ('"lora_a": -1, "lora_b": -1,', "")),
+            edit(torch_optim.is_decayed, ("return parameter.ndim > 1", "return min(parameter.shape) > 2")),
         ),
     ]
 

@@ -100,6 +100,13 @@ PARTS: dict[str, dict[str, Any]] = {
         **{"model.n_layers": 3, "model.frozen_layers": 1, "model.frozen_embedding": True},
         **{"train.layer_decay": 0.6, "model.tied_embedding": True},
     },
+    "LoRA": {"model.lora_rank": 2, "model.lora_alpha": 3.0},
+    "LoRA of rank 1 everywhere": {
+        **{"model.lora_rank": 1, "model.lora_alpha": 1.0, "model.lora_products": "query,key,value,output,fc1,fc2"},
+        **{"model.n_layers": 3, "model.frozen_layers": 1, "train.layer_decay": 0.6, "model.positions": "rotary"},
+        "model.final_norm": True,
+    },
+    "LoRA, tied": {"model.lora_rank": 3, "model.lora_products": "output,fc1,fc2", "model.tied_embedding": True},
 }
 OPTIONS |= PARTS
 

@@ -25,7 +25,6 @@ MIRRORED = (
 # What one framework needs and the other does not, with the reason. All else must be in both.
 ONLY_JAX = {
     "model": {
-        "Linear": "a layout that XLA's products want",
         "gelu": "PyTorch has it",
         "keeps": "PyTorch draws the masks of its dropout itself",
         "split_key": "explicit keys",
@@ -153,6 +152,7 @@ def test_public_names_their_order_and_arguments_are_the_same(name: str) -> None:
         {},
         {"model.positions": "learned", "model.tied_embedding": True, "model.post_norm": True, "model.pad_id": -1},
         {"model.positions": "rotary", "model.final_norm": True, "model.head_outputs": "vocabulary"},
+        {"model.lora_rank": 2, "model.lora_products": "fc2,key"},
     ],
 )
 @pytest.mark.parametrize("task", list(jaxlm_tasks.TASKS))

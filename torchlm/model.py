@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from jaxlm.config import ModelConfig
-from jaxlm.names import is_trained
+from jaxlm.names import is_trained, lora_products
 
 REMAT: dict[str, list[Any]] = {  # what is kept of a block for its gradients
     "dots": [torch.ops.aten.mm.default, torch.ops.aten.addmm.default],
@@ -22,13 +22,39 @@ REMAT: dict[str, list[Any]] = {  # what is kept of a block for its gradients
 }
 
 
-def linear(n_in: int, n_out: int, rngs: torch.Generator) -> nn.Linear:
+class Linear(nn.Linear):
+    """nn.Linear on [..., n_in]; its weight may have an adapter (add_adapters)."""
+
+    lora_scale = 0.0  # of the adapter; 0: there is none
+    lora_a: Tensor
+    lora_b: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        if self.lora_scale:
+            lora_a, lora_b = self.lora_a, self.lora_b
+            y = y + self.lora_scale * nn.functional.linear(nn.functional.linear(x, lora_a), lora_b)
+        return y
+
+
+def linear(n_in: int, n_out: int, rngs: torch.Generator) -> Linear:
     """Return a linear layer with the original's start values: Xavier-uniform weights, PyTorch's default bias."""
     bound = n_in**-0.5
-    layer = nn.utils.skip_init(nn.Linear, n_in, n_out)
+    layer: Linear = nn.utils.skip_init(Linear, n_in, n_out)
     nn.init.xavier_uniform_(layer.weight, generator=rngs)
     nn.init.uniform_(layer.bias, -bound, bound, generator=rngs)
     return layer
+
+
+def add_adapters(blocks: nn.ModuleList, config: ModelConfig, rngs: torch.Generator) -> None:
+    """Let weights W of blocks be W + alpha / rank B A, where B is zero at first (LoRA, arXiv 2106.09685)."""
+    for block in blocks:
+        for name in lora_products(config):
+            layer = getattr(block.attention if hasattr(block.attention, name) else block.feed_forward, name)
+            lora_a, bound = torch.empty(config.lora_rank, layer.in_features), layer.in_features**-0.5
+            layer.lora_a = nn.Parameter(nn.init.uniform_(lora_a, -bound, bound, generator=rngs))
+            layer.lora_b = nn.Parameter(torch.zeros(layer.out_features, config.lora_rank))
+            layer.lora_scale = config.lora_alpha / config.lora_rank
 
 
 def layernorm(d_model: int) -> nn.LayerNorm:
@@ -169,6 +195,7 @@ class Transformer(nn.Module):
         self.config = config
         self.embedding = Embedding(config, rngs)
         self.blocks = nn.ModuleList([Block(config, is_causal, rngs) for _ in range(config.n_layers)])
+        add_adapters(self.blocks, config, rngs)
         if config.final_norm:
             self.final_norm = layernorm(config.d_model)
         for name, parameter in self.named_parameters():
