@@ -78,6 +78,11 @@ class ModelConfig:
     tied_embedding: bool = False  # the output layer shares the token table
     final_norm: bool = False  # LayerNorm after the last block
     post_norm: bool = False  # LayerNorm after each residual sum, as BERT has it, instead of before
+    embedding_norm: bool = False  # LayerNorm on the sum of tokens and positions, as BERT has it
+    norm_epsilon: Annotated[float, Meta(gt=0, le=1)] = 1e-5  # of all LayerNorms; BERT has 1e-12
+    gelu: Literal["exact", "tanh"] = "exact"  # tanh: its approximation, as GPT-2 has it
+    head_dense: Literal["none", "bert", "distilbert"] = "none"  # layer before the output: GELU (mlm), tanh or ReLU
+    output_bias: bool = True  # of a tied output layer; false: it stays zero, since GPT-2 has none
     pad_id: Annotated[int, Meta(ge=-1, le=MOST)] = 0  # token id that attention and loss leave out; -1: none
     head_outputs: Literal["labels", "vocabulary"] = "labels"  # classifier outputs; vocabulary: the original's slip
     pooling: Literal["first", "last"] = "first"  # what a classifier reads: first token, or last one of a causal model
@@ -461,6 +466,7 @@ def warnings(config: Config, origins: dict[str, str], of_other_tasks: Iterable[s
             (config.tokenizer.path and not reads_vocab_txt and "tokenizer.path is given")
             or (not config.tokenizer.path and config.tokenizer.kind == "bpe" and "tokenizer.kind=bpe keeps case")
         ),
+        "model.output_bias": not config.model.tied_embedding and "model.tied_embedding=False",
         "train.stable_steps": config.train.schedule != "wsd" and f"train.schedule={config.train.schedule}",
         "model.frozen_embedding": config.model.lora_rank and "model.lora_rank freezes the base",
         "model.lora_alpha": not config.model.lora_rank and "model.lora_rank=0",

@@ -151,6 +151,8 @@ def forward(parts: Parts, tokens_BC: Array, positions_BC: Array, rows: Rows) -> 
         x_BCD += jnp.asarray(fixed_positions(S, config.d_model))[positions_BC]
     elif config.positions == "learned":
         x_BCD += parts.embedding.position[...][positions_BC]
+    if config.embedding_norm:
+        x_BCD = parts.embedding.layernorm(x_BCD)
     is_pad_BS = rows.tokens_BS == config.pad_id
     is_future_BCS = jnp.arange(S)[None, None] > positions_BC[:, :, None]
 

@@ -57,4 +57,5 @@ def _products(config: Config, seq_len: int) -> tuple[int, int, int, int]:
     # Query, key, value and output, then d -> 4d -> d; scores of all pairs of positions, and the sums they weight.
     layers, pairs = 2 * T * (4 * D * D + 8 * D * D), 2 * (2 * T * T * D)
     ends = sum(5 * D if name in ("fc1", "fc2") else 2 * D for name in lora_products(config.model))
-    return layers, pairs, 2 * T * config.model.lora_rank * ends, 2 * positions * D * outputs
+    dense = D * D if config.model.head_dense != "none" and config.task not in CAUSAL else 0
+    return layers, pairs, 2 * T * config.model.lora_rank * ends, 2 * positions * (dense + D * outputs)

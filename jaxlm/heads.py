@@ -11,7 +11,7 @@ from jax import Array
 
 from jaxlm import products
 from jaxlm.config import ModelConfig
-from jaxlm.model import Linear, Transformer, layernorm
+from jaxlm.model import Linear, Transformer, gelu, layernorm
 from jaxlm.parallel import BATCH, constrain, is_one_device
 from jaxlm.step import Totals, cross_entropy
 
@@ -24,12 +24,15 @@ def head_linear(n_in: int, n_out: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> Line
 
 
 class LanguageModelHead(nnx.Module):
-    """Hidden states to vocabulary logits; LayerNorm first if `has_norm` (mlm)."""
+    """Hidden states to vocabulary logits; LayerNorm first if `has_norm` (mlm), before it the dense layer of BERT."""
 
     def __init__(self, config: ModelConfig, has_norm: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.is_tied, self.has_norm, self.dtype = config.tied_embedding, has_norm, dtype
+        self.config, self.is_tied, self.has_norm, self.dtype = config, config.tied_embedding, has_norm, dtype
+        self.has_dense = has_norm and config.head_dense != "none"
+        if self.has_dense:
+            self.dense = head_linear(config.d_model, config.d_model, dtype, rngs)
         if has_norm:
-            self.layernorm = layernorm(config.d_model, rngs)
+            self.layernorm = layernorm(config, rngs)
         if self.is_tied:
             self.bias = nnx.Param(jnp.zeros(config.vocab_size))
         else:
@@ -37,12 +40,15 @@ class LanguageModelHead(nnx.Module):
 
     @jax.named_scope("output layer")
     def __call__(self, x_BTD: Array, table_VD: Array | None) -> Array:
+        if self.has_dense:
+            x_BTD = gelu(self.dense(x_BTD), self.config.gelu)
         if self.has_norm:
             x_BTD = self.layernorm(x_BTD)
         if not self.is_tied:
             return constrain(self.linear(x_BTD), BATCH, None, "tensor")
         assert table_VD is not None, "it is the output layer"
-        logits_BTV = products.linear(x_BTD, table_VD, self.bias[...], self.dtype, 1)
+        bias_V = self.bias[...] * self.config.output_bias
+        logits_BTV = products.linear(x_BTD, table_VD, bias_V, self.dtype, 1)
         return constrain(logits_BTV, BATCH, None, "tensor")
 
 
@@ -82,16 +88,24 @@ class LanguageModel(nnx.Module):
 
 
 class ClassifierHead(nnx.Module):
-    """Hidden state of one position, 0 ([CLS]) or `last_B`, to class logits [B, C]."""
+    """Hidden state of one position, 0 ([CLS]) or `last_B`, to class logits [B, C]; BERT's dense layer is between."""
 
-    def __init__(self, d_model: int, n_outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.linear = head_linear(d_model, n_outputs, dtype, rngs)
+    def __init__(self, config: ModelConfig, n_outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.config = config
+        if config.head_dense != "none":
+            self.dense = head_linear(config.d_model, config.d_model, dtype, rngs)
+        self.linear = head_linear(config.d_model, n_outputs, dtype, rngs)
 
     @jax.named_scope("output layer")
     def __call__(self, x_BTD: Array, last_B: Array | None) -> Array:
         if last_B is None:
-            return self.linear(x_BTD[:, 0])
-        return self.linear(jnp.take_along_axis(x_BTD, last_B[:, None, None], axis=1).squeeze(1))
+            x_BD = x_BTD[:, 0]
+        else:
+            x_BD = jnp.take_along_axis(x_BTD, last_B[:, None, None], axis=1).squeeze(1)
+        if self.config.head_dense != "none":
+            activation = jnp.tanh if self.config.head_dense == "bert" else jax.nn.relu
+            x_BD = activation(self.dense(x_BD))
+        return self.linear(x_BD)
 
 
 class Classifier(nnx.Module):
@@ -101,7 +115,7 @@ class Classifier(nnx.Module):
         self.is_causal = config.pooling == "last"
         self.base = Transformer(config, self.is_causal, dtype, rngs)
         n_outputs = config.vocab_size if config.head_outputs == "vocabulary" else n_labels
-        self.head = ClassifierHead(config.d_model, n_outputs, dtype, rngs)
+        self.head = ClassifierHead(config, n_outputs, dtype, rngs)
 
     def __call__(self, tokens_BT: Array, key: Array | None = None, last_B: Array | None = None) -> Array:
         """Return logits; `last_B` is where the last token of each text is, which a causal model needs."""

@@ -94,7 +94,7 @@ def test_only_the_head_of_mlm_has_a_layernorm() -> None:
 
 
 def test_a_classifier_reads_the_first_position_only() -> None:
-    head = ClassifierHead(D, C, jnp.float32, nnx.Rngs(0))
+    head = ClassifierHead(config(), C, jnp.float32, nnx.Rngs(0))
     gradient = jax.grad(lambda x_BTD: jnp.sum(head(x_BTD, None) ** 2))(jnp.ones((B, T, D)))
     assert np.all(gradient[:, 0] != 0) and np.all(gradient[:, 1:] == 0)
 

@@ -65,6 +65,8 @@ def shapes(config: Config) -> Shapes:
 
     result: Shapes = {"base.embedding.position": (model.seq_len, D)} if model.positions == "learned" else {}
     result["base.embedding.token.weight"] = (V, D)
+    if model.embedding_norm:
+        result |= layernorm("base.embedding.layernorm")
     for i in range(model.n_layers):
         block = f"base.blocks.{i}"
         result |= layernorm(f"{block}.layernorm1")
@@ -74,10 +76,13 @@ def shapes(config: Config) -> Shapes:
         result |= linear(f"{block}.feed_forward.fc1", D, F) | linear(f"{block}.feed_forward.fc2", F, D)
     if model.final_norm:
         result |= layernorm("base.final_norm")
+    dense = linear("head.dense", D, D) if model.head_dense != "none" and config.task not in CAUSAL else {}
     if config.task not in LANGUAGE_MODELS:
-        return result | linear("head.linear", D, V if model.head_outputs == "vocabulary" else config.data.n_labels)
+        n_outputs = V if model.head_outputs == "vocabulary" else config.data.n_labels
+        return result | dense | linear("head.linear", D, n_outputs)
     if model.tied_embedding:
         result["head.bias"] = (V,)
+    result |= dense
     if config.task == "mlm":
         result |= layernorm("head.layernorm")
     return result if model.tied_embedding else result | linear("head.linear", D, V)

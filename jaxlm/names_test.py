@@ -20,6 +20,7 @@ OPTIONS = [
     {},
     {"model.positions": "learned", "model.tied_embedding": True, "model.post_norm": True},
     {"model.positions": "rotary", "model.final_norm": True, "model.head_outputs": "vocabulary"},
+    {"model.embedding_norm": True, "model.head_dense": "bert"},
 ]
 
 

@@ -27,7 +27,8 @@ DAMAGED = ".damaged"  # at the end of the name of a checkpoint that was set asid
 # What the tensors of a base model depend on; a run that starts from one has it from there.
 BASE_SETTINGS = (
     *("model.d_model", "model.n_layers", "model.n_heads", "model.vocab_size", "model.positions"),
-    *("model.final_norm", "model.post_norm", "model.pad_id"),
+    *("model.final_norm", "model.post_norm", "model.embedding_norm", "model.norm_epsilon", "model.gelu"),
+    "model.pad_id",
 )
 # What a run cannot change when it goes on. Its data and tokenizer it cannot either, which is seen in their contents.
 FIXED = (

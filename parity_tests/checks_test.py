@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import torchlm.model
-from jaxlm.config import Config
+from jaxlm.config import Config, ModelConfig
 from parity_tests import case as cases
 from parity_tests import checks, rounding, trajectory
 from parity_tests.checks import CHECKS, FAST
@@ -71,8 +71,8 @@ def test_rounding_is_still_what_was_measured(name: str) -> None:
 
 
 def test_a_mistake_in_one_package_is_noticed() -> None:
-    exact = torchlm.model.layernorm(12)
-    with mock.patch.object(torchlm.model, "layernorm", lambda d_model: type(exact)(d_model, eps=1e-6)):
+    exact = torchlm.model.layernorm(ModelConfig(d_model=12))
+    with mock.patch.object(torchlm.model, "layernorm", lambda config: type(exact)(config.d_model, eps=1e-6)):
         rows = CHECKS["edges: mlm"]()
     assert not all(row.passes for row in rows)
 

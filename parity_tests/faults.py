@@ -234,6 +234,7 @@ CHECKS: dict[str, Callable[[type[Package]], list[Row]]] = {
     "rotary positions": of_two(lambda: inputs.option("gpt", "rotary positions", n_updates=1)),
     "LoRA": of_two(lambda: inputs.option("gpt", "LoRA", n_updates=2)),
     "frozen layers and layer decay": of_two(lambda: inputs.option("gpt", "layer decay, frozen", n_updates=2)),
+    "head of DistilBERT": of_two(lambda: inputs.option("sst2", "parts of DistilBERT", n_updates=1)),
     **{f"replay of {name}": functools.partial(all_of, name) for name in ("mlm_cycle", "gpt_resume", "cola")},
 }
 
@@ -292,24 +293,22 @@ def _model() -> list[Fault]:
             "tanh GELU",
             "GELU by its tanh approximation, not erf",
             mlm,
-            edit(jax_model.FeedForward.__call__, ("gelu(self.fc1(x_BTD))", "jax.nn.gelu(self.fc1(x_BTD))")),
-            edit(torch_model.FeedForward.forward, ('"none"', '"tanh"')),
+            edit(jax_model.gelu, ('kind == "tanh"', "True")),
+            edit(torch_model.gelu, ('"none"', '"tanh"')),
         ),
         *both(
             "ReLU",
             "ReLU for GELU",
             mlm,
-            edit(jax_model.FeedForward.__call__, ("gelu(self.fc1(x_BTD))", "jax.nn.relu(self.fc1(x_BTD))")),
-            edit(
-                torch_model.FeedForward.forward, ('gelu(self.fc1(x_BTD), approximate="none")', "relu(self.fc1(x_BTD))")
-            ),
+            edit(jax_model.gelu, ("x * (0.5 + 0.5 * jax.lax.erf(x * 0.5**0.5))", "jax.nn.relu(x)")),
+            edit(torch_model.gelu, ('gelu(x, approximate="tanh" if kind == "tanh" else "none")', "relu(x)")),
         ),
         *mirrored(
             "epsilon of norms",
             "LayerNorm with epsilon 1e-6, flax's default",
             "blocks of PyTorch's attention",
             "model.layernorm",
-            ("=1e-5", "=1e-6"),
+            ("=config.norm_epsilon", "=1e-6"),
         ),
         *both(
             "unbiased variance",
@@ -422,6 +421,41 @@ def _model() -> list[Fault]:
             mlm,
             "heads.LanguageModelHead",
             ("x_BTD = self.layernorm(x_BTD)", "pass"),
+        ),
+        *mirrored(
+            "no norm in the embedding",
+            "BERT's LayerNorm of the embedding is skipped",
+            "BERT of transformers",
+            "model.Embedding",
+            ("x_BTD = self.layernorm(x_BTD)", "pass"),
+        ),
+        *mirrored(
+            "exact GELU for GPT-2's",
+            "the setting gelu is ignored",
+            "GPT-2 of transformers",
+            "model.FeedForward",
+            ("self.config.gelu", '"exact"'),
+        ),
+        *mirrored(
+            "no dense layer in the head",
+            "mlm's output without BERT's dense layer",
+            "BERT of transformers",
+            "heads.LanguageModelHead",
+            ("gelu(self.dense(x_BTD), self.config.gelu)", "x_BTD"),
+        ),
+        *mirrored(
+            "tanh for ReLU",
+            "DistilBERT's head with BERT's tanh",
+            "head of DistilBERT",
+            "heads.ClassifierHead",
+            ('== "bert"', '!= "none"'),
+        ),
+        *mirrored(
+            "bias for GPT-2",
+            "the setting output_bias is ignored",
+            "GPT-2 of transformers",
+            "heads.LanguageModelHead",
+            (" * self.config.output_bias", ""),
         ),
         *both(
             "embedding scaled",

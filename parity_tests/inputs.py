@@ -88,6 +88,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "as GPT-2": {"model.positions": "learned", "model.tied_embedding": True, "model.final_norm": True},
     "as BERT": {"model.positions": "learned", "model.tied_embedding": True, "model.post_norm": True},
     "the last token": {"model.pooling": "last", "model.pad_id": -1},
+    "parts of BERT": {"model.embedding_norm": True, "model.norm_epsilon": 1e-12, "model.head_dense": "bert"},
+    "parts of DistilBERT": {"model.embedding_norm": True, "model.head_dense": "distilbert"},
+    "parts of GPT-2": {"model.tied_embedding": True, "model.gelu": "tanh", "model.output_bias": False},
     "rotary, no pad": {"model.positions": "rotary", "model.final_norm": True, "model.pad_id": -1},
 }
 # Settings that train a part.

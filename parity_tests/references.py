@@ -148,13 +148,15 @@ TIED = {"model.positions": "learned", "model.tied_embedding": True}
 
 
 def gpt2(task: str = "gpt") -> list[Row]:
-    """Return how far both packages are from transformers' GPT-2, with the exact GELU, in float64."""
+    """Return how far both packages are from transformers' GPT-2, in float64."""
     import transformers
 
-    config = config_of(task, **TIED, **{"model.final_norm": True, "model.pad_id": -1, "model.pooling": "last"})
+    changes = {"model.final_norm": True, "model.pad_id": -1, "model.gelu": "tanh", "model.output_bias": False}
+    config = config_of(task, **TIED, **changes, **{"model.pooling": "last"})
     model, weights = config.model, random_weights(config, 8)
     is_classifier = "head.linear.bias" in weights
-    weights["head.linear.bias" if is_classifier else "head.bias"][:] = 0  # GPT-2 has none
+    if is_classifier:
+        weights["head.linear.bias"][:] = 0  # GPT-2 has none
     gpt2_class: Any = transformers.GPT2ForSequenceClassification if is_classifier else transformers.GPT2LMHeadModel
     theirs = gpt2_class(
         transformers.GPT2Config(
@@ -163,7 +165,7 @@ def gpt2(task: str = "gpt") -> list[Row]:
             n_embd=model.d_model,
             n_layer=model.n_layers,
             n_head=model.n_heads,
-            activation_function="gelu",
+            activation_function="gelu_new",
             bos_token_id=None,
             eos_token_id=None,
             pad_token_id=0 if is_classifier else None,
@@ -234,14 +236,11 @@ def _pairs(config: Config) -> tuple[Batch, Batch]:
 
 
 def bert() -> list[Row]:
-    """Return how far both packages are from transformers' BERT, in float64.
-
-    It has parts that we have not: a LayerNorm and segments in the embedding, a transform before the output layer. They
-    are made the identity, but for the LayerNorm of the transform, which is that of our head.
-    """
+    """Return how far both packages are from transformers' BERT without its segments, in float64."""
     import transformers
 
-    config = config_of("mlm", **TIED, **{"model.post_norm": True})
+    changes = {"model.post_norm": True, "model.embedding_norm": True, "model.head_dense": "bert"}
+    config = config_of("mlm", **TIED, **changes, **{"model.norm_epsilon": 1e-12})
     model, weights = config.model, random_weights(config, 9)
     theirs = transformers.BertForMaskedLM(
         transformers.BertConfig(
@@ -252,20 +251,19 @@ def bert() -> list[Row]:
             num_attention_heads=model.n_heads,
             intermediate_size=4 * model.d_model,
             hidden_act="gelu",
-            layer_norm_eps=1e-5,
+            layer_norm_eps=config.model.norm_epsilon,
             pad_token_id=0,
         )
     )
-    theirs.bert.embeddings.LayerNorm = nn.Identity()
     nn.init.zeros_(theirs.bert.embeddings.token_type_embeddings.weight)
-    theirs.cls.predictions.transform.dense = nn.Identity()
-    theirs.cls.predictions.transform.transform_act_fn = nn.Identity()
     renamed = {
         "bert.embeddings.word_embeddings.weight": "base.embedding.token.weight",
         "bert.embeddings.position_embeddings.weight": "base.embedding.position",
         "cls.predictions.bias": "head.bias",
     }
     for kind in ("weight", "bias"):
+        renamed[f"bert.embeddings.LayerNorm.{kind}"] = f"base.embedding.layernorm.{kind}"
+        renamed[f"cls.predictions.transform.dense.{kind}"] = f"head.dense.{kind}"
         renamed[f"cls.predictions.transform.LayerNorm.{kind}"] = f"head.layernorm.{kind}"
         for i in range(model.n_layers):
             layer, block = f"bert.encoder.layer.{i}", f"base.blocks.{i}"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from jaxlm.config import ModelConfig
-from torchlm.model import Transformer, layernorm
+from torchlm.model import Transformer, gelu, layernorm
 
 
 def head_linear(n_in: int, n_out: int, rngs: torch.Generator) -> nn.Linear:
@@ -20,24 +20,30 @@ def head_linear(n_in: int, n_out: int, rngs: torch.Generator) -> nn.Linear:
 
 
 class LanguageModelHead(nn.Module):
-    """Hidden states to vocabulary logits; LayerNorm first if `has_norm` (mlm)."""
+    """Hidden states to vocabulary logits; LayerNorm first if `has_norm` (mlm), before it the dense layer of BERT."""
 
     def __init__(self, config: ModelConfig, has_norm: bool, rngs: torch.Generator):
         super().__init__()
-        self.is_tied, self.has_norm = config.tied_embedding, has_norm
+        self.config, self.is_tied, self.has_norm = config, config.tied_embedding, has_norm
+        self.has_dense = has_norm and config.head_dense != "none"
+        if self.has_dense:
+            self.dense = head_linear(config.d_model, config.d_model, rngs)
         if has_norm:
-            self.layernorm = layernorm(config.d_model)
+            self.layernorm = layernorm(config)
         if self.is_tied:
             self.bias = nn.Parameter(torch.zeros(config.vocab_size))
         else:
             self.linear = head_linear(config.d_model, config.vocab_size, rngs)
 
     def forward(self, x_BTD: Tensor, table_VD: Tensor) -> Tensor:
+        if self.has_dense:
+            x_BTD = gelu(self.dense(x_BTD), self.config.gelu)
         if self.has_norm:
             x_BTD = self.layernorm(x_BTD)
         if not self.is_tied:
             return self.linear(x_BTD)
-        return nn.functional.linear(x_BTD, table_VD, self.bias)
+        bias_V = self.bias * self.config.output_bias
+        return nn.functional.linear(x_BTD, table_VD, bias_V)
 
 
 class LanguageModel(nn.Module):
@@ -59,16 +65,24 @@ class LanguageModel(nn.Module):
 
 
 class ClassifierHead(nn.Module):
-    """Hidden state of one position, 0 ([CLS]) or `last_B`, to class logits [B, C]."""
+    """Hidden state of one position, 0 ([CLS]) or `last_B`, to class logits [B, C]; BERT's dense layer is between."""
 
-    def __init__(self, d_model: int, n_outputs: int, rngs: torch.Generator):
+    def __init__(self, config: ModelConfig, n_outputs: int, rngs: torch.Generator):
         super().__init__()
-        self.linear = head_linear(d_model, n_outputs, rngs)
+        self.config = config
+        if config.head_dense != "none":
+            self.dense = head_linear(config.d_model, config.d_model, rngs)
+        self.linear = head_linear(config.d_model, n_outputs, rngs)
 
     def forward(self, x_BTD: Tensor, last_B: Tensor | None) -> Tensor:
         if last_B is None:
-            return self.linear(x_BTD[:, 0])
-        return self.linear(x_BTD.take_along_dim(last_B[:, None, None], dim=1).squeeze(1))
+            x_BD = x_BTD[:, 0]
+        else:
+            x_BD = x_BTD.take_along_dim(last_B[:, None, None], dim=1).squeeze(1)
+        if self.config.head_dense != "none":
+            activation = torch.tanh if self.config.head_dense == "bert" else torch.relu
+            x_BD = activation(self.dense(x_BD))
+        return self.linear(x_BD)
 
 
 class Classifier(nn.Module):
@@ -80,7 +94,7 @@ class Classifier(nn.Module):
         self.is_causal = config.pooling == "last"
         self.base = Transformer(config, self.is_causal, rngs)
         n_outputs = config.vocab_size if config.head_outputs == "vocabulary" else n_labels
-        self.head = ClassifierHead(config.d_model, n_outputs, rngs)
+        self.head = ClassifierHead(config, n_outputs, rngs)
 
     def forward(self, tokens_BT: Tensor, key: None = None, last_B: Tensor | None = None) -> Tensor:
         """Return logits; `last_B` is where the last token of each text is, which a causal model needs."""

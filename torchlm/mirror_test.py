@@ -153,6 +153,7 @@ def test_public_names_their_order_and_arguments_are_the_same(name: str) -> None:
         {"model.positions": "learned", "model.tied_embedding": True, "model.post_norm": True, "model.pad_id": -1},
         {"model.positions": "rotary", "model.final_norm": True, "model.head_outputs": "vocabulary"},
         {"model.lora_rank": 2, "model.lora_products": "fc2,key"},
+        {"model.embedding_norm": True, "model.head_dense": "bert", "model.tied_embedding": True},
     ],
 )
 @pytest.mark.parametrize("task", list(jaxlm_tasks.TASKS))

@@ -57,14 +57,19 @@ def add_adapters(blocks: nn.ModuleList, config: ModelConfig, rngs: torch.Generat
             layer.lora_scale = config.lora_alpha / config.lora_rank
 
 
-def layernorm(d_model: int) -> nn.LayerNorm:
-    """Return LayerNorm with scale and bias, eps 1e-5, in float32."""
-    return nn.LayerNorm(d_model, eps=1e-5)
+def layernorm(config: ModelConfig) -> nn.LayerNorm:
+    """Return LayerNorm with scale and bias, in float32."""
+    return nn.LayerNorm(config.d_model, eps=config.norm_epsilon)
 
 
 def dropout(x: Tensor, rate: float, is_training: bool) -> Tensor:
     """Zero a share `rate` of the elements and scale up the rest; outside training, return `x`."""
     return nn.functional.dropout(x, rate, is_training)
+
+
+def gelu(x: Tensor, kind: str) -> Tensor:
+    """Return x times the share of a normal distribution below x, exactly or by tanh. Source: arXiv 1606.08415."""
+    return nn.functional.gelu(x, approximate="tanh" if kind == "tanh" else "none")
 
 
 def fixed_positions(seq_len: int, d_model: int) -> np.ndarray:
@@ -88,7 +93,7 @@ def rotate(x_BTHK: Tensor) -> Tensor:
 
 
 class Embedding(nn.Module):
-    """Token table plus positions, then dropout. The row of `pad_id` starts at zero and gets no gradient."""
+    """Token table plus positions, LayerNorm, dropout. The row of `pad_id` starts at zero and gets no gradient."""
 
     table_TD: Tensor
 
@@ -107,6 +112,8 @@ class Embedding(nn.Module):
         elif config.positions == "fixed":
             table_TD = torch.from_numpy(fixed_positions(config.seq_len, config.d_model))
             self.register_buffer("table_TD", table_TD, persistent=False)
+        if config.embedding_norm:
+            self.layernorm = layernorm(config)
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         T = tokens_BT.shape[1]
@@ -115,6 +122,8 @@ class Embedding(nn.Module):
             x_BTD = x_BTD + self.table_TD[None, :T]
         elif self.config.positions == "learned":
             x_BTD = x_BTD + self.position[None, :T]
+        if self.config.embedding_norm:
+            x_BTD = self.layernorm(x_BTD)
         return dropout(x_BTD, self.config.dropout, self.training)
 
 
@@ -152,7 +161,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """d -> 4d, exact GELU, dropout, 4d -> d."""
+    """d -> 4d, GELU, dropout, 4d -> d."""
 
     def __init__(self, config: ModelConfig, rngs: torch.Generator):
         super().__init__()
@@ -161,7 +170,7 @@ class FeedForward(nn.Module):
         self.fc2 = linear(4 * config.d_model, config.d_model, rngs)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        x_BTF = nn.functional.gelu(self.fc1(x_BTD), approximate="none")
+        x_BTF = gelu(self.fc1(x_BTD), self.config.gelu)
         return self.fc2(dropout(x_BTF, self.config.dropout, self.training))
 
 
@@ -171,9 +180,9 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, is_causal: bool, rngs: torch.Generator):
         super().__init__()
         self.config = config
-        self.layernorm1 = layernorm(config.d_model)
+        self.layernorm1 = layernorm(config)
         self.attention = Attention(config, is_causal, rngs)
-        self.layernorm2 = layernorm(config.d_model)
+        self.layernorm2 = layernorm(config)
         self.feed_forward = FeedForward(config, rngs)
 
     def forward(self, x_BTD: Tensor, is_pad_BT: Tensor | None) -> Tensor:
@@ -197,7 +206,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList([Block(config, is_causal, rngs) for _ in range(config.n_layers)])
         add_adapters(self.blocks, config, rngs)
         if config.final_norm:
-            self.final_norm = layernorm(config.d_model)
+            self.final_norm = layernorm(config)
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(is_trained(config, f"base.{name}"))
 

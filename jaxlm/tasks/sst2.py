@@ -20,7 +20,10 @@ from jaxlm.tasks.base import Task
 
 class Sst2(Task):
     samples = ClassifiedSamples
-    settings = ("data.n_labels", "data.label_column", "model.head_outputs", "model.pooling")
+    settings = (
+        *("data.n_labels", "data.label_column", "model.head_outputs", "model.pooling"),
+        "model.head_dense",
+    )
     baseline_name = "always the most frequent class"
 
     def embedded(self) -> Source:
