@@ -244,7 +244,7 @@ def load_model(path: str | Path) -> tuple[nnx.Module, Config]:
 
     A run has that of its best checkpoint. Nothing of jaxlm's optimizer is read.
     """
-    found = start.to_use(storage.path(path))
+    found = start.to_use(path)
     return model_of(found, found.config()), found.config()
 
 

@@ -14,10 +14,11 @@ from typing import Any, NoReturn
 
 import msgspec
 import numpy as np
+from tokenizers import Tokenizer
 
 from jaxlm import config as configs
-from jaxlm import formats, names, storage
-from jaxlm.config import Config
+from jaxlm import formats, names, public, storage
+from jaxlm.config import Config, TokenizerConfig
 from jaxlm.errors import UserError, nearest, reported
 from jaxlm.formats import CHECKPOINT_1_2, RUN, SAFETENSORS, STATE_DICT, Snapshot, Stored
 from jaxlm.names import Arrays
@@ -31,10 +32,10 @@ def main(argv: list[str] | None = None) -> int:
     with reported(debug=False):
         args = _parse(sys.argv[1:] if argv is None else argv)
         if args.inspect:
-            inspect(load(storage.path(args.inspect)))
+            inspect(load(public.find(args.inspect)))
         else:
             config = configs.load(["--config", args.config])[0] if args.config else None
-            _convert(storage.path(args.source), Path(args.target), config, args.state_dict)
+            _convert(public.find(args.source), Path(args.target), config, args.state_dict, args.family)
     return 0
 
 
@@ -46,8 +47,10 @@ def read(path: Path, config: Config | None = None) -> Snapshot:
     return _snapshot(load(path), config)
 
 
-def write(path: Path, snapshot: Snapshot, form: str) -> None:
+def write(path: Path, snapshot: Snapshot, form: str, tokenizer: Tokenizer | None = None) -> None:
     """Write a training state in a form of formats.py. Raises UserError if `path` exists or cannot be written.
+
+    With the form of a model of transformers, its weights alone, and a tokenizer.
 
     Under its name there is never half of one.
     """
@@ -63,7 +66,10 @@ def write(path: Path, snapshot: Snapshot, form: str) -> None:
         raise UserError(f"{path}: needs {n_bytes / 1e6:,.1f} MB, but {n_free / 1e6:,.1f} MB are free; free some space")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        formats.WRITERS[form](temporary, snapshot)
+        if form.startswith(formats.TRANSFORMERS):
+            public.write(temporary, snapshot, public.FAMILIES[form.removeprefix(formats.TRANSFORMERS)], tokenizer)
+        else:
+            formats.WRITERS[form](temporary, snapshot)
         temporary.rename(path)
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"{path}: cannot be written: {formats.reason(error)}") from error
@@ -78,7 +84,7 @@ def write(path: Path, snapshot: Snapshot, form: str) -> None:
 def load(path: Path) -> Stored:
     """Return what is in a file or folder, its form told by its content. Raises UserError if it is of none."""
     if path.is_dir():
-        return formats.load_run(path)
+        return public.load(path) if public.is_model(path) else formats.load_run(path)
     try:
         with open(path, "rb") as file:
             start = file.read(9)
@@ -129,7 +135,7 @@ class Parser(argparse.ArgumentParser):
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser(
         prog="python -m jaxlm.convert",
-        usage="%(prog)s SOURCE TARGET [--config FILE] [--state-dict]\n       %(prog)s --inspect FILE",
+        usage="%(prog)s SOURCE TARGET [--config FILE] [--state-dict | --as FAMILY]\n       %(prog)s --inspect FILE",
         description=(
             "Converts a training state between jaxlm, torchlm, the original's checkpoint file 1.2 and safetensors:\n"
             "weights, head, optimizer moments, counters, stored rate and settings. No bit changes on any way and back."
@@ -140,7 +146,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
             "  checkpoint), or of one checkpoint                        original have it\n"
             "  checkpoint file 1.2                    NAME.safetensors  all of it, settings as metadata\n"
             "  state dict of torchlm                  any other NAME    folder of a jaxlm run\n"
-            "  safetensors"
+            "  safetensors                            with --as: folder of a model of transformers\n"
+            "  folder or hub name of a model of\n"
+            "  transformers (PUBLIC_WEIGHTS.md)"
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -149,34 +157,61 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--config", metavar="FILE", help="settings of a SOURCE that has none: its run's config.toml")
     parser.add_argument("--state-dict", action="store_true", help="write TARGET as torchlm's state dict: weights alone")
     parser.add_argument(
+        "--as", dest="family", metavar="FAMILY", choices=public.FAMILIES, help=f"write {', '.join(public.FAMILIES)}"
+    )
+    parser.add_argument(
         "--inspect", metavar="FILE", help="print names, shapes, dtypes and norms of what is in a SOURCE, and stop"
     )
     args = parser.parse_args(argv)
-    if args.inspect and (args.source or args.config or args.state_dict):
+    if args.state_dict and args.family:
+        parser.error("--state-dict and --as are two forms; give one of them")
+    if args.inspect and (args.source or args.config or args.state_dict or args.family):
         parser.error("--inspect FILE goes alone")
     if not args.inspect and args.target is None:
         parser.error("SOURCE and TARGET are missing" if args.source is None else "TARGET is missing")
     return args
 
 
-def _convert(source: Path, target: Path, config: Config | None, as_state_dict: bool) -> None:
+def _convert(source: Path, target: Path, config: Config | None, as_state_dict: bool, family: str | None) -> None:
     form = {".pt": CHECKPOINT_1_2, ".safetensors": SAFETENSORS}.get(target.suffix, RUN)
     if as_state_dict:
         if form != CHECKPOINT_1_2:
             raise UserError(f"{target}: --state-dict writes a file of torch.save; give it a name that ends in .pt")
         form = STATE_DICT
+    if family:
+        if form != RUN:
+            raise UserError(
+                f"{target}: --as {family} makes a folder; give it a name that ends in neither .pt nor .safetensors"
+            )
+        form = formats.TRANSFORMERS + family
     stored = load(source)
     snapshot = _snapshot(stored, config)
-    write(target, snapshot, form)
+    tokenizer = _tokenizer(source, snapshot) if family else None
+    write(target, snapshot, form, tokenizer)
     n_parameters = sum(array.size for array in snapshot.weights.values())
     if form == STATE_DICT:
         kept = "nothing but weights"
+    elif family:
+        kept = "no optimizer moments" + ("" if tokenizer else f"; no tokenizer, since there is none with {source}")
     elif snapshot.moments is None:
         kept = f"step {snapshot.info['step']}, no optimizer moments: they start at zero"
     else:
         kept = f"step {snapshot.info['step']}, optimizer moments of {snapshot.n_updates} updates"
     print(f"{stored.path} ({stored.form}, task {snapshot.config.task}) -> {target} ({form})")
     print(f"{n_parameters:,} parameters in {len(snapshot.weights)} tensors; {kept}")
+
+
+def _tokenizer(source: Path, snapshot: Snapshot) -> Tokenizer | None:
+    """Return the tokenizer of a run, of the run of a checkpoint, or of a model of transformers; None if it is gone."""
+    from jaxlm.data import tokenizer as tokenizers
+
+    for folder in (source, source.parent.parent):
+        if not storage.is_remote(folder) and any((folder / name).is_file() for name in public.TOKENIZER):
+            config = TokenizerConfig(path=str(folder), lowercase=snapshot.config.tokenizer.lowercase)
+            tokenizer, wanted = tokenizers.read(config), snapshot.info["tokenizer"]
+            if wanted in (None, tokenizers.fingerprint(tokenizer)):
+                return tokenizer
+    return None
 
 
 def _snapshot(stored: Stored, config: Config | None) -> Snapshot:

@@ -31,6 +31,7 @@ from jaxlm.errors import UserError
 from jaxlm.names import Arrays, Shapes
 
 RUN, CHECKPOINT_1_2, STATE_DICT, SAFETENSORS = "jaxlm run", "checkpoint 1.2", "state dict", "safetensors"
+TRANSFORMERS = "transformers "  # and the kind of model: the forms of public.py begin with it
 RUN_FORMAT = 2  # of the checkpoints in a jaxlm run
 FIRST, SECOND, N_UPDATES = "optimizer.first_moment.", "optimizer.second_moment.", "optimizer.step"
 Moments = tuple[Arrays, Arrays]  # first and second
@@ -287,6 +288,7 @@ def _write_state_dict(path: Path, snapshot: Snapshot) -> None:
 
 def load_safetensors(path: Path) -> Stored:
     """Return what is in a file of safetensors; without the metadata `jaxlm`, it is one of bare weights."""
+    import ml_dtypes  # noqa: F401  # by which NumPy has bfloat16
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from jaxlm import checksums, convert, formats, storage
+from jaxlm import checksums, convert, formats, public, storage
 from jaxlm import config as configs
 from jaxlm.config import Config, Layer, TrainConfig
 from jaxlm.data.position import Position
@@ -30,9 +30,14 @@ BASE_SETTINGS = (
     *("model.final_norm", "model.post_norm", "model.embedding_norm", "model.norm_epsilon", "model.gelu"),
     "model.pad_id",
 )
+# What the tensors of a head depend on.
+HEAD_SETTINGS = (
+    *("model.tied_embedding", "model.head_outputs", "model.pooling", "model.head_dense", "model.output_bias"),
+    "data.n_labels",
+)
 # What a run cannot change when it goes on. Its data and tokenizer it cannot either, which is seen in their contents.
 FIXED = (
-    *(*BASE_SETTINGS, "model.seq_len", "model.tied_embedding", "model.head_outputs", "model.pooling", "data.n_labels"),
+    *(*BASE_SETTINGS, *HEAD_SETTINGS, "model.seq_len"),
     *("train.seed", "model.frozen_embedding", "model.frozen_layers"),
     *("model.lora_rank", "model.lora_alpha", "model.lora_products"),
 )
@@ -56,6 +61,10 @@ class Start:
     is_retry: bool = False  # the run folder may have what a run without a checkpoint has left
     damaged: tuple[tuple[Path, str], ...] = ()  # newer checkpoints that cannot be used, and why
 
+    def is_public(self) -> bool:
+        """Return whether it is a model of transformers, which is in a folder with its tokenizer."""
+        return self.form.startswith(formats.TRANSFORMERS)
+
     def settings(self) -> dict[str, Any]:
         """Return the settings of the run that made the checkpoint; those that it does not tell are the defaults."""
         return configs.flat(self.config())
@@ -73,12 +82,16 @@ class Start:
             names = self._fixed()
             if stored.get("model.positions") == "learned":
                 names = (*names, "model.seq_len")
+            if "head" not in self.parts:  # the layer before the output is a part of some bases' design
+                names = (*names, "model.head_dense")
+            if self.is_public():
+                names = (*names, "tokenizer.path", "tokenizer.lowercase")
             is_causal = stored["task"] in CAUSAL or stored["model.pooling"] == "last"
             stored = {name: stored[name] for name in names}
             if is_causal and task not in LANGUAGE_MODELS:
                 stored["model.pooling"] = "last"
             folder = self.run or self.path.parent
-            if not storage.is_remote(folder) and (folder / "tokenizer.json").is_file():
+            if not self.is_public() and not storage.is_remote(folder) and (folder / "tokenizer.json").is_file():
                 stored["tokenizer.path"] = str(folder / "tokenizer.json")
         if self.run_dir:
             stored["run.dir"] = self.run_dir
@@ -111,7 +124,7 @@ class Start:
 
     def _fixed(self) -> tuple[str, ...]:
         """Return the settings that the tensors of a base depend on."""
-        return (*BASE_SETTINGS, "model.tied_embedding") if "head" in self.parts else BASE_SETTINGS
+        return (*BASE_SETTINGS, *HEAD_SETTINGS) if "head" in self.parts else BASE_SETTINGS
 
     def check(self, data: "Data") -> None:
         """Raise UserError if the data or the tokenizer are not those of the checkpoint."""
@@ -187,9 +200,9 @@ def find(given: Mapping[str, Any], form: str) -> Start:
     elif resume:
         return _resume(storage.path(resume), given, form)
     if base:
-        source = storage.path(base)
+        source = public.find(base)
         path, stored_form, info, damaged = _newest(source, ("base", "info"))
-        parts = _parts_of_base(given, info)
+        parts = _parts_of_base(given, stored_form, info)
         if "head" in parts:
             path, stored_form, info, damaged = _newest(source, (*parts, "info"))
         run, damaged = _run_of(path, source), (*start.damaged, *damaged)
@@ -197,11 +210,12 @@ def find(given: Mapping[str, Any], form: str) -> Start:
     return start
 
 
-def to_use(source: Path) -> Start:
-    """Return the checkpoint that `source` is, or that of a run with the lowest validation loss; its last, without any.
+def to_use(named: str | Path) -> Start:
+    """Return the checkpoint or model named, or that of a run with the lowest validation loss; its last, without any.
 
     Its weights are checked to be whole, but nothing else of it. Raises UserError.
     """
+    source = public.find(named)
     paths = list(_candidates(source))
     if not paths:
         raise UserError(f"{source}: there is no checkpoint of a run")
@@ -289,9 +303,14 @@ def _resume(source: Path, given: Mapping[str, Any], form: str) -> Start:
     return dataclasses.replace(start, run_dir=str(run))
 
 
-def _parts_of_base(given: Mapping[str, Any], info: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return what a new run takes: its base, and of a causal language model that goes on as one the output layer."""
-    goes_on = given.get("task", Config().task) in CAUSAL and info["task"] in CAUSAL
+def _parts_of_base(given: Mapping[str, Any], form: str, info: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return what a new run takes: its base, and the output layer where that goes on as well.
+
+    It does of a causal language model as one, and of a public model for its own task.
+    """
+    task = given.get("task", Config().task)
+    is_own = form.startswith(formats.TRANSFORMERS) and task == info["task"]
+    goes_on = is_own or (task in CAUSAL and info["task"] in CAUSAL)
     return PARTS[:2] if goes_on and not given.get("train.switch_training") else PARTS[:1]
 
 
@@ -333,7 +352,7 @@ def _newest(source: Path, parts: Iterable[str] | None) -> tuple[Path, str, dict[
 def _candidates(source: Path) -> Iterator[Path]:
     if not source.exists():
         raise UserError(f"{source}: there is no such run or checkpoint")
-    if source.is_file() or (source / "info").is_dir():
+    if source.is_file() or (source / "info").is_dir() or public.is_model(source):
         yield source
         return
     for folder in (storage.checkpoints(source), source):
@@ -344,7 +363,7 @@ def _candidates(source: Path) -> Iterator[Path]:
 
 
 def _read(path: Path, parts: Iterable[str] | None) -> tuple[str, dict[str, Any]]:
-    if path.is_file():
+    if path.is_file() or public.is_model(path):
         stored = convert.load(path)
         if not stored.info:
             raise UserError(f"{path}: bare weights without settings; make a run of them with python -m jaxlm.convert")

@@ -39,6 +39,12 @@ def is_remote(path: str | Path) -> bool:
     return "://" in str(path)
 
 
+def is_hub_name(path: Path) -> bool:
+    """Return whether a path that is not there may be a name on the Hugging Face hub: NAME or OWNER/NAME."""
+    is_file = path.suffix in (".json", ".txt", ".pt", ".safetensors")
+    return not (is_file or path.is_absolute() or len(path.parts) > 2 or (len(path.parts) == 2 and path.parent.is_dir()))
+
+
 def absolute(path: Path) -> Path:
     """Return the absolute path; epath's own method makes a local one of gs://."""
     return path if is_remote(path) else path.absolute()

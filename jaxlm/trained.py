@@ -36,7 +36,7 @@ def load(source: str | Path, tokenizer: str = "", precision: str = "") -> Traine
     `tokenizer` is a path as in tokenizer.path; "": that of the run. `precision` is as in train.precision; "": that of
     the run. Raises UserError.
     """
-    found = starts.to_use(storage.path(source))
+    found = starts.to_use(source)
     config = found.config()
     if precision:
         config = configs.replace(config, "train.precision", precision)
@@ -48,6 +48,8 @@ def load(source: str | Path, tokenizer: str = "", precision: str = "") -> Traine
 
 def _tokenizer(found: Start, config: Config, named: str) -> Tokenizer:
     assert found.path is not None, "nothing was found"
+    if not named and found.is_public():
+        named = config.tokenizer.path
     own = (found.run or found.path.parent.parent) / "tokenizer.json"
     if not named and not storage.is_remote(own) and own.is_file():
         named = str(own)

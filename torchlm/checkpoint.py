@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jaxlm import checksums, convert, formats, names, start, storage
+from jaxlm import checksums, convert, formats, names, start
 from jaxlm.config import Config
 from jaxlm.errors import UserError
 from jaxlm.formats import Snapshot
@@ -161,7 +161,7 @@ def load_model(path: str | Path) -> tuple[torch.nn.Module, Config]:
     """
     from torchlm.tasks import TASKS
 
-    found = start.to_use(storage.path(path)).path
+    found = start.to_use(path).path
     assert found is not None, "nothing was found"
     snapshot = convert.read(found)
     model = TASKS[snapshot.config.task](snapshot.config).build_model(torch.Generator())

@@ -1,0 +1,520 @@
+"""Models of transformers: a folder with config.json, model.safetensors and a tokenizer. PUBLIC_WEIGHTS.md has examples.
+
+BERT, DistilBERT, RoBERTa and GPT-2 are read and written. transformers itself is not needed, and nothing is unpickled.
+Segments (token types) are not kept apart: the row of the first is added to the table of positions.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer, processors
+
+from jaxlm import config as configs
+from jaxlm import formats, names, storage
+from jaxlm.config import Config, TokenizerConfig
+from jaxlm.data import tokenizer as tokenizers
+from jaxlm.errors import UserError
+from jaxlm.formats import Snapshot, Stored
+from jaxlm.names import Arrays, Shapes
+
+CONFIG, WEIGHTS, TOKENIZER_CONFIG = "config.json", "model.safetensors", "tokenizer_config.json"
+TOKENIZER = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt")
+POSITION = "base.embedding.position"
+CLASSES = "sst2"  # the task of a model that classifies, whatever its classes are
+# Keys of config.json, and their only value that is read; where a key is not there, it has this value.
+FIXED = {
+    "is_decoder": False,
+    "is_encoder_decoder": False,
+    "add_cross_attention": False,
+    "tie_word_embeddings": True,
+    "position_embedding_type": "absolute",
+    "pruned_heads": {},
+    "quantization_config": None,
+}
+GELU = {"gelu": "exact", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
+# Neither weights of the model nor missed: constants, the sentence pairs of BERT's training, a layer that only it uses.
+UNUSED = r"(position_ids|token_type_ids|\.attn\.bias|\.attn\.masked_bias)$|^cls\.seq_relationship\."
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """What models of one kind are called, and what they have. A # is the number of a block."""
+
+    type: str  # model_type in config.json
+    keys: dict[str, str]  # of config.json, by what they say
+    dropouts: tuple[str, ...]  # keys of rates of dropout
+    settings: dict[str, Any]  # ours, the same for all of them
+    modules: dict[str, str]  # their names by ours
+    heads: dict[str, tuple[str, dict[str, str]]]  # by task: their class, and modules of the head
+    copies: dict[str, str]  # tensors that may be in the file a second time
+    activation: str = "gelu"  # where config.json does not tell
+    epsilon: float = 1e-12  # likewise
+    segments: str = ""  # table of token types
+    fixed: dict[str, Any] = dataclasses.field(default_factory=dict)  # further keys, as FIXED
+    transposed: str = "^$"  # weights that are [in, out]
+
+    def first_position(self, pad_id: int) -> int:
+        """Return the row of the first token in the table of positions."""
+        return pad_id + 1 if self.type == "roberta" else 0
+
+
+def _bert(prefix: str) -> dict[str, str]:
+    """Return the modules of BERT's base model."""
+    layer = f"{prefix}.encoder.layer.#"
+    return {
+        "base.embedding.token": f"{prefix}.embeddings.word_embeddings",
+        "base.embedding.position": f"{prefix}.embeddings.position_embeddings",
+        "base.embedding.layernorm": f"{prefix}.embeddings.LayerNorm",
+        **{f"base.blocks.#.attention.{x}": f"{layer}.attention.self.{x}" for x in ("query", "key", "value")},
+        "base.blocks.#.attention.output": f"{layer}.attention.output.dense",
+        "base.blocks.#.layernorm1": f"{layer}.attention.output.LayerNorm",
+        "base.blocks.#.feed_forward.fc1": f"{layer}.intermediate.dense",
+        "base.blocks.#.feed_forward.fc2": f"{layer}.output.dense",
+        "base.blocks.#.layernorm2": f"{layer}.output.LayerNorm",
+    }
+
+
+_BERT_KEYS = {
+    "d_model": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "vocab_size": "vocab_size",
+    "seq_len": "max_position_embeddings",
+    "width": "intermediate_size",
+    "gelu": "hidden_act",
+    "norm_epsilon": "layer_norm_eps",
+    "pad_id": "pad_token_id",
+}
+_BERT_SETTINGS = {
+    "model.positions": "learned",
+    "model.final_norm": False,
+    "model.post_norm": True,
+    "model.embedding_norm": True,
+    "model.head_dense": "bert",
+    "model.tied_embedding": True,
+    "model.output_bias": True,
+}
+
+BERT = Family(
+    type="bert",
+    keys=_BERT_KEYS,
+    dropouts=("hidden_dropout_prob", "attention_probs_dropout_prob"),
+    settings=_BERT_SETTINGS,
+    modules=_bert("bert"),
+    heads={
+        "mlm": (
+            "BertForMaskedLM",
+            {
+                "head": "cls.predictions",
+                "head.dense": "cls.predictions.transform.dense",
+                "head.layernorm": "cls.predictions.transform.LayerNorm",
+            },
+        ),
+        "sst2": ("BertForSequenceClassification", {"head.dense": "bert.pooler.dense", "head.linear": "classifier"}),
+    },
+    copies={
+        "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+        "cls.predictions.decoder.bias": "cls.predictions.bias",
+    },
+    segments="bert.embeddings.token_type_embeddings.weight",
+)
+DISTILBERT = Family(
+    type="distilbert",
+    keys={
+        "d_model": "dim",
+        "n_layers": "n_layers",
+        "n_heads": "n_heads",
+        "vocab_size": "vocab_size",
+        "seq_len": "max_position_embeddings",
+        "width": "hidden_dim",
+        "gelu": "activation",
+        "pad_id": "pad_token_id",
+    },
+    dropouts=("dropout", "attention_dropout"),
+    settings=_BERT_SETTINGS | {"model.head_dense": "distilbert", "model.norm_epsilon": 1e-12},
+    modules={
+        "base.embedding.token": "distilbert.embeddings.word_embeddings",
+        "base.embedding.position": "distilbert.embeddings.position_embeddings",
+        "base.embedding.layernorm": "distilbert.embeddings.LayerNorm",
+        "base.blocks.#.attention.query": "distilbert.transformer.layer.#.attention.q_lin",
+        "base.blocks.#.attention.key": "distilbert.transformer.layer.#.attention.k_lin",
+        "base.blocks.#.attention.value": "distilbert.transformer.layer.#.attention.v_lin",
+        "base.blocks.#.attention.output": "distilbert.transformer.layer.#.attention.out_lin",
+        "base.blocks.#.layernorm1": "distilbert.transformer.layer.#.sa_layer_norm",
+        "base.blocks.#.feed_forward.fc1": "distilbert.transformer.layer.#.ffn.lin1",
+        "base.blocks.#.feed_forward.fc2": "distilbert.transformer.layer.#.ffn.lin2",
+        "base.blocks.#.layernorm2": "distilbert.transformer.layer.#.output_layer_norm",
+    },
+    heads={
+        "mlm": (
+            "DistilBertForMaskedLM",
+            {"head": "vocab_projector", "head.dense": "vocab_transform", "head.layernorm": "vocab_layer_norm"},
+        ),
+        "sst2": ("DistilBertForSequenceClassification", {"head.dense": "pre_classifier", "head.linear": "classifier"}),
+    },
+    copies={"vocab_projector.weight": "distilbert.embeddings.word_embeddings.weight"},
+    fixed={"sinusoidal_pos_embds": False},
+)
+ROBERTA = Family(
+    type="roberta",
+    keys=_BERT_KEYS,
+    dropouts=BERT.dropouts,
+    settings=_BERT_SETTINGS | {"model.gelu": "exact"},  # of its head, whatever the blocks have
+    modules=_bert("roberta"),
+    heads={
+        "mlm": (
+            "RobertaForMaskedLM",
+            {"head": "lm_head", "head.dense": "lm_head.dense", "head.layernorm": "lm_head.layer_norm"},
+        ),
+        "sst2": (
+            "RobertaForSequenceClassification",
+            {"head.dense": "classifier.dense", "head.linear": "classifier.out_proj"},
+        ),
+    },
+    copies={
+        "lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight",
+        "lm_head.decoder.bias": "lm_head.bias",
+    },
+    segments="roberta.embeddings.token_type_embeddings.weight",
+)
+GPT2 = Family(
+    type="gpt2",
+    keys={
+        "d_model": "n_embd",
+        "n_layers": "n_layer",
+        "n_heads": "n_head",
+        "vocab_size": "vocab_size",
+        "seq_len": "n_positions",
+        "width": "n_inner",
+        "gelu": "activation_function",
+        "norm_epsilon": "layer_norm_epsilon",
+    },
+    dropouts=("resid_pdrop", "embd_pdrop", "attn_pdrop"),
+    settings={
+        "model.positions": "learned",
+        "model.final_norm": True,
+        "model.post_norm": False,
+        "model.embedding_norm": False,
+        "model.pad_id": -1,
+        "model.tied_embedding": True,
+        "model.output_bias": False,
+    },
+    modules={
+        "base.embedding.token": "transformer.wte",
+        "base.embedding.position": "transformer.wpe",
+        # Side by side, in this order.
+        **{f"base.blocks.#.attention.{x}": "transformer.h.#.attn.c_attn" for x in ("query", "key", "value")},
+        "base.blocks.#.attention.output": "transformer.h.#.attn.c_proj",
+        "base.blocks.#.layernorm1": "transformer.h.#.ln_1",
+        "base.blocks.#.feed_forward.fc1": "transformer.h.#.mlp.c_fc",
+        "base.blocks.#.feed_forward.fc2": "transformer.h.#.mlp.c_proj",
+        "base.blocks.#.layernorm2": "transformer.h.#.ln_2",
+        "base.final_norm": "transformer.ln_f",
+    },
+    heads={"gpt": ("GPT2LMHeadModel", {})},
+    copies={"lm_head.weight": "transformer.wte.weight"},
+    activation="gelu_new",
+    epsilon=1e-5,
+    fixed={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False},
+    transposed=r"\.(c_attn|c_proj|c_fc)\.weight$",
+)
+FAMILIES = {family.type: family for family in (BERT, DISTILBERT, ROBERTA, GPT2)}
+
+
+# Reading
+
+
+def find(source: str | Path) -> Path:
+    """Return the path of a run, a checkpoint or a model; one on the Hugging Face hub is downloaded by its name.
+
+    Raises UserError if the hub does not have it or cannot be reached.
+    """
+    path = storage.path(source)
+    if storage.is_remote(source) or path.exists() or not storage.is_hub_name(path):
+        return path
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    from jaxlm.data import sources
+
+    failure = sources.probe_hub(str(source))()
+    wanted = [CONFIG, WEIGHTS, TOKENIZER_CONFIG, *TOKENIZER]
+    try:
+        # What has been downloaded before needs no hub.
+        found = huggingface_hub.snapshot_download(
+            str(source), allow_patterns=wanted, etag_timeout=3, local_files_only=bool(failure)
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        why = failure or formats.reason(error)
+        raise UserError(
+            f"{source}: there is no such run or checkpoint, and no model on the hub that can be reached ({why})"
+        ) from error
+    return Path(found)
+
+
+def is_model(path: Path) -> bool:
+    """Return whether a folder is that of a model of transformers, whole or not."""
+    return any((path / name).is_file() for name in (CONFIG, WEIGHTS, "pytorch_model.bin"))
+
+
+def load(path: Path) -> Stored:
+    """Return the model in a folder. Raises UserError for what is not there, does not fit, or is not had here."""
+    values = _read_json(path / CONFIG)
+    family = FAMILIES.get(str(values.get("model_type")))
+    if family is None:
+        raise UserError(
+            f"{path / CONFIG}: model_type={values.get('model_type')}: can be read from {', '.join(FAMILIES)} only"
+        )
+    settings = _settings(family, values, path / CONFIG)
+    if not (path / WEIGHTS).is_file():
+        raise UserError(
+            f"{path}: there is no {WEIGHTS}; weights in several files are not read, nor is pytorch_model.bin, a pickle "
+            "that could run code: load it with transformers where that is safe, and save_pretrained makes one"
+        )
+    stored = formats.load_safetensors(path / WEIGHTS)
+    tensors = _tensors(family, stored.tree, path / WEIGHTS)
+    task = next((task for task in family.heads if _has_head(family, task, tensors)), "")
+    if not task:
+        classes = " or ".join(name for name, _ in family.heads.values())
+        raise UserError(f"{path / WEIGHTS}: it has not the output layer of a {classes}, which is needed")
+    settings["task"] = task
+    if task == CLASSES:
+        settings["data.n_labels"] = _n_labels(family, values, tensors, path / CONFIG)
+    fingerprint = None
+    if any((path / name).is_file() for name in TOKENIZER):
+        settings |= {"tokenizer.path": str(path), "tokenizer.lowercase": _ignores_case(path)}
+        config = TokenizerConfig(path=str(path), lowercase=settings["tokenizer.lowercase"])
+        fingerprint = tokenizers.fingerprint(tokenizers.read(config))
+    weights = _weights(family, configs.build(settings), tensors, values.get("type_vocab_size", 2), path / WEIGHTS)
+    info = {"step": 0, "task": task, "rate": 0.0, "tokenizer": fingerprint, "val_loss": None, "config": settings}
+    return Stored(f"{formats.TRANSFORMERS}{family.type}", path, stored.tree, weights, info)
+
+
+def _settings(family: Family, values: dict[str, Any], source: Path) -> dict[str, Any]:
+    """Return the settings that config.json tells."""
+    for key, value in (FIXED | family.fixed).items():
+        if values.get(key, value) != value:
+            raise UserError(f"{source}: {key}={json.dumps(values[key])}: can be read with {json.dumps(value)} only")
+    sizes = {}
+    for name in ("d_model", "n_layers", "n_heads", "vocab_size", "seq_len"):
+        key = family.keys[name]
+        if type(values.get(key)) is not int or values[key] < 1:
+            raise UserError(f"{source}: {key}={json.dumps(values.get(key))}: has to be a whole number above 0")
+        sizes[f"model.{name}"] = values[key]
+    width, n_heads, key = 4 * sizes["model.d_model"], sizes["model.n_heads"], family.keys["width"]
+    if values.get(key) not in (width, None if family is GPT2 else width):
+        raise UserError(f"{source}: {key}={json.dumps(values.get(key))}: can be read with 4 x the width, {width}, only")
+    if sizes["model.d_model"] % n_heads:
+        raise UserError(f"{source}: {family.keys['n_heads']}={n_heads} does not divide {sizes['model.d_model']}")
+    activation = values.get(family.keys["gelu"], family.activation)
+    found = {**family.settings, **sizes, "model.gelu": GELU.get(activation)}
+    if found["model.gelu"] != family.settings.get("model.gelu", found["model.gelu"]) or not found["model.gelu"]:
+        known = [name for name, kind in GELU.items() if kind == family.settings.get("model.gelu", kind)]
+        raise UserError(f"{source}: {family.keys['gelu']}={activation}: can be read with {', '.join(known)} only")
+    found |= {"model.dropout": values.get(family.dropouts[0], 0.1)}
+    if "norm_epsilon" in family.keys:
+        found["model.norm_epsilon"] = values.get(family.keys["norm_epsilon"], family.epsilon)
+    if "pad_id" in family.keys:
+        pad_id = values.get(family.keys["pad_id"], 1 if family is ROBERTA else 0)
+        found["model.pad_id"] = -1 if pad_id is None else pad_id
+        if not isinstance(found["model.pad_id"], int) or found["model.pad_id"] >= sizes["model.vocab_size"]:
+            raise UserError(f"{source}: pad_token_id={pad_id}: has to be a token of the vocabulary")
+    found["model.seq_len"] -= family.first_position(found["model.pad_id"])
+    # Types and ranges are looked at where all settings of checkpoints are.
+    return found
+
+
+def _tensors(family: Family, stored: Mapping[str, np.ndarray], source: Path) -> Arrays:
+    """Return the tensors of a file under the names that transformers gives them today, and none twice."""
+    prefix = family.modules["base.embedding.token"].partition(".")[0] + "."
+    is_bare = not any(name.startswith(prefix) for name in stored)  # as openai-community/gpt2 is
+    heads = tuple(x for _, modules in family.heads.values() for x in modules.values() if not x.startswith(prefix))
+    tensors: Arrays = {}
+    for name, array in stored.items():
+        name = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))  # as bert-base-uncased has it
+        if is_bare and not name.startswith(heads or ("lm_head.",)):
+            name = prefix + name
+        # No number that these types have is changed.
+        tensors[name] = array.astype(np.float32) if array.dtype in (np.float16, "bfloat16") else array
+    for copy, name in family.copies.items():
+        if copy in tensors and not np.array_equal(array := tensors.pop(copy), tensors.setdefault(name, array)):
+            raise UserError(f"{source}: {copy} is another than {name}, but can be read as the same only")
+    if not _has_head(family, CLASSES, tensors):
+        tensors = {name: x for name, x in tensors.items() if ".pooler.dense." not in name}
+    return {name: x for name, x in tensors.items() if not re.search(UNUSED, name)}
+
+
+def _has_head(family: Family, task: str, tensors: Mapping[str, np.ndarray]) -> bool:
+    if task not in family.heads:
+        return False
+    kinds = {"head": "bias"}
+    modules = family.heads[task][1]
+    return all(f"{theirs}.{kinds.get(ours, 'weight')}" in tensors for ours, theirs in modules.items())
+
+
+def _n_labels(family: Family, values: Mapping[str, Any], tensors: Arrays, source: Path) -> int:
+    kind = values.get("problem_type")
+    n_labels = len(tensors[f"{family.heads[CLASSES][1]['head.linear']}.weight"])
+    if kind not in (None, "single_label_classification") or n_labels < 2:
+        raise UserError(f"{source}: problem_type={json.dumps(kind)} with {n_labels} outputs: only classes can be read")
+    return n_labels
+
+
+def _ignores_case(path: Path) -> bool:
+    """Return whether a vocab.txt is one of words in lower case; a tokenizer.json says so itself."""
+    file = path / TOKENIZER_CONFIG
+    return not file.is_file() or _read_json(file).get("do_lower_case", True) is not False
+
+
+def _weights(family: Family, config: Config, tensors: Arrays, n_segments: Any, source: Path) -> Arrays:
+    """Return the tensors of a file under our names. Raises UserError unless they are all those of the model."""
+    places, wanted = _places(family, config), _shapes(family, config)
+    skipped, position = family.first_position(config.model.pad_id), f"{family.modules[POSITION]}.weight"
+    wanted[position] = (config.model.seq_len + skipped, config.model.d_model)
+    if family.segments:
+        wanted[family.segments] = (n_segments, config.model.d_model)
+    names.check_shapes({name: x.shape for name, x in tensors.items()}, wanted, str(source))
+    tensors = tensors | {position: tensors[position][skipped:]}
+    if family.segments and tensors[family.segments][0].any():
+        tensors[position] = tensors[position] + tensors[family.segments][0]
+    weights: Arrays = {}
+    for theirs, ours in places.items():
+        array = tensors[theirs].T if re.search(family.transposed, theirs) else tensors[theirs]
+        weights |= dict(zip(ours, np.split(array, len(ours)), strict=True))
+    weights = {name: np.ascontiguousarray(x) for name, x in weights.items()}
+    if family is GPT2:
+        weights["head.bias"] = np.zeros(config.model.vocab_size, np.float32)
+    return weights
+
+
+def _places(family: Family, config: Config) -> dict[str, list[str]]:
+    """Return the name of each tensor there, and of those here that are in it, one behind the other."""
+    modules = family.modules | family.heads[_task(config)][1]
+    places: dict[str, list[str]] = {}
+    for ours in names.shapes(config):
+        module, _, kind = (f"{ours}.weight" if ours == POSITION else ours).rpartition(".")
+        number = re.search(r"(?<=\.)\d+(?=\.)", module)
+        module = re.sub(r"(?<=\.)\d+(?=\.)", "#", module)
+        if module in modules:  # else it is the bias that GPT-2 has not
+            theirs = modules[module].replace("#", number[0] if number else "")
+            places.setdefault(f"{theirs}.{kind}", []).append(ours)
+    return places
+
+
+def _shapes(family: Family, config: Config) -> Shapes:
+    """Return the shape of each tensor there; of the positions, those that are here."""
+    shapes, result = names.shapes(config), {}
+    for theirs, ours in _places(family, config).items():
+        shape = (sum(shapes[name][0] for name in ours), *shapes[ours[0]][1:])
+        result[theirs] = shape[::-1] if re.search(family.transposed, theirs) else shape
+    return result
+
+
+def _task(config: Config) -> str:
+    """Return the task that a family has the head by."""
+    return config.task if config.task in ("mlm", "gpt") else CLASSES
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else formats.reason(error)
+        raise UserError(f"{path}: cannot be read ({why})") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: is no object of JSON")
+    return values
+
+
+# Writing
+
+
+def check(config: Config, family: Family) -> None:
+    """Raise UserError, which names the settings, unless a family has models with these."""
+    task = _task(config)
+    if task not in family.heads:
+        raise UserError(f"--as {family.type}: task={config.task}, but it has {' and '.join(family.heads)} only")
+    wanted = dict(family.settings)
+    if task == CLASSES:
+        wanted["model.head_outputs"] = "labels"
+        for name in ("model.tied_embedding", "model.output_bias"):  # which make no difference to it
+            del wanted[name]
+    problems = [
+        f"{name}={configs.get(config, name)}, but it has {value}"
+        for name, value in wanted.items()
+        if configs.get(config, name) != value
+    ]
+    if family is ROBERTA and config.model.pad_id < 0:
+        problems.append(f"model.pad_id={config.model.pad_id}, but its positions begin behind that of its pad")
+    if problems:
+        raise UserError(f"--as {family.type}: {'; '.join(problems)}; only models with such settings can be written so")
+
+
+def write(path: Path, snapshot: Snapshot, family: Family, tokenizer: Tokenizer | None) -> None:
+    """Make a folder that transformers loads. Raises UserError as `check` does."""
+    config, model = snapshot.config, snapshot.config.model
+    check(config, family)
+    skipped, position = family.first_position(model.pad_id), f"{family.modules[POSITION]}.weight"
+    tensors: Arrays = {}
+    for theirs, ours in _places(family, config).items():
+        array = np.concatenate([snapshot.weights[name] for name in ours])
+        tensors[theirs] = np.ascontiguousarray(array.T) if re.search(family.transposed, theirs) else array
+    tensors[position] = np.pad(tensors[position], ((skipped, 0), (0, 0)))
+    sizes = {name: getattr(model, name) for name in family.keys if hasattr(model, name)}
+    sizes |= {"seq_len": model.seq_len + skipped, "width": 4 * model.d_model}
+    sizes["gelu"] = next(name for name, kind in GELU.items() if kind == model.gelu)
+    values: dict[str, Any] = {
+        "architectures": [family.heads[_task(config)][0]],
+        "model_type": family.type,
+        "dtype": "float32",
+        **{key: sizes[name] for name, key in family.keys.items()},
+        **dict.fromkeys(family.dropouts, model.dropout),
+        "tie_word_embeddings": True,
+    }
+    if family.segments:
+        values["type_vocab_size"] = 2
+        tensors[family.segments] = np.zeros((2, model.d_model), np.float32)
+    if "pad_id" in family.keys and model.pad_id < 0:
+        values[family.keys["pad_id"]] = None
+    if _task(config) == CLASSES:
+        labels = {str(i): f"LABEL_{i}" for i in range(config.data.n_labels)}
+        values |= {"id2label": labels, "label2id": {name: int(i) for i, name in labels.items()}}
+    if family is GPT2:
+        article = tokenizers.special_ids(tokenizer).get("article") if tokenizer else None
+        values |= {"bos_token_id": article, "eos_token_id": article}
+
+    from safetensors.numpy import save
+
+    path.mkdir()
+    (path / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    (path / WEIGHTS).write_bytes(save(tensors, {"format": "pt"}))
+    if tokenizer is not None:
+        _write_tokenizer(path, tokenizer, model.seq_len)
+
+
+def _write_tokenizer(path: Path, tokenizer: Tokenizer, seq_len: int) -> None:
+    tokenizer = Tokenizer.from_str(tokenizer.to_str())
+    found = {role: (tokenizer.id_to_token(i), i) for role, i in tokenizers.special_ids(tokenizer).items()}
+    if tokenizer.post_processor is None and "start" in found and "end" in found:  # training puts them there itself
+        start, end = found["start"], found["end"]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{start[0]} $A {end[0]}",
+            pair=f"{start[0]} $A {end[0]} $B {end[0]}",
+            special_tokens=[start, end],
+        )
+    tokenizers.save(tokenizer, path / TOKENIZER[0])
+    roles = {"pad": "pad", "unknown": "unk", "start": "cls", "end": "sep", "mask": "mask"}
+    if "start" not in found:
+        roles = {"article": "eos"}
+    values = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": seq_len,
+        "model_input_names": ["input_ids", "attention_mask"],
+        **{f"{theirs}_token": found[ours][0] for ours, theirs in roles.items() if ours in found},
+    }
+    (path / TOKENIZER_CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
