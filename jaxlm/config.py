@@ -150,7 +150,7 @@ class LogConfig:
 class Config:
     task: str = "mlm"  # mlm, gpt, sst2, cola, pairs, or your own (jaxlm/tasks/README.md)
     resume: str = ""  # run, or one of its checkpoints, that goes on; auto: that in run.dir, a new run if there is none
-    init_from: str = ""  # run or checkpoint whose base model a new run starts with
+    init_from: str = ""  # run, checkpoint, or public model by folder or hub name, whose base a new run starts with
     debug: bool = False  # show the traceback of an error in the input
     profile: Count = 0  # updates to trace, for the viewers that JAX has, with a table of where their time goes
     run: RunConfig = field(default_factory=RunConfig)

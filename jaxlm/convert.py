@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from jaxlm import config as configs
 from jaxlm import formats, names, public, storage
 from jaxlm.config import Config, TokenizerConfig
+from jaxlm.data import tokenizer as tokenizers
 from jaxlm.errors import UserError, nearest, reported
 from jaxlm.formats import CHECKPOINT_1_2, RUN, SAFETENSORS, STATE_DICT, Snapshot, Stored
 from jaxlm.names import Arrays
@@ -50,7 +51,7 @@ def read(path: Path, config: Config | None = None) -> Snapshot:
 def write(path: Path, snapshot: Snapshot, form: str, tokenizer: Tokenizer | None = None) -> None:
     """Write a training state in a form of formats.py. Raises UserError if `path` exists or cannot be written.
 
-    With the form of a model of transformers, its weights alone, and a tokenizer.
+    With the form of a model of transformers, its weights alone; `tokenizer` is that of a folder.
 
     Under its name there is never half of one.
     """
@@ -70,6 +71,8 @@ def write(path: Path, snapshot: Snapshot, form: str, tokenizer: Tokenizer | None
             public.write(temporary, snapshot, public.FAMILIES[form.removeprefix(formats.TRANSFORMERS)], tokenizer)
         else:
             formats.WRITERS[form](temporary, snapshot)
+        if form == RUN and tokenizer is not None:
+            tokenizers.save(tokenizer, temporary / "tokenizer.json")
         temporary.rename(path)
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"{path}: cannot be written: {formats.reason(error)}") from error
@@ -186,7 +189,7 @@ def _convert(source: Path, target: Path, config: Config | None, as_state_dict: b
         form = formats.TRANSFORMERS + family
     stored = load(source)
     snapshot = _snapshot(stored, config)
-    tokenizer = _tokenizer(source, snapshot) if family else None
+    tokenizer = _tokenizer(source, snapshot) if family or form == RUN else None
     write(target, snapshot, form, tokenizer)
     n_parameters = sum(array.size for array in snapshot.weights.values())
     if form == STATE_DICT:
@@ -203,8 +206,6 @@ def _convert(source: Path, target: Path, config: Config | None, as_state_dict: b
 
 def _tokenizer(source: Path, snapshot: Snapshot) -> Tokenizer | None:
     """Return the tokenizer of a run, of the run of a checkpoint, or of a model of transformers; None if it is gone."""
-    from jaxlm.data import tokenizer as tokenizers
-
     for folder in (source, source.parent.parent):
         if not storage.is_remote(folder) and any((folder / name).is_file() for name in public.TOKENIZER):
             config = TokenizerConfig(path=str(folder), lowercase=snapshot.config.tokenizer.lowercase)

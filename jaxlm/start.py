@@ -286,6 +286,8 @@ def _resume_auto(run_dir: Path, given: Mapping[str, Any], form: str) -> Start:
 
 def _resume(source: Path, given: Mapping[str, Any], form: str) -> Start:
     path, stored_form, info, damaged = _newest(source, None)
+    if stored_form.startswith(formats.TRANSFORMERS):
+        raise UserError(f"resume={source}: is a model without a training state; start a new run with --init-from")
     run = _run_of(path, source)
     if given.get("task", info["task"]) != info["task"] or given.get("train.switch_training"):
         return Start("base", path, stored_form, info, _parts_of_base(given, info), run, damaged=damaged)

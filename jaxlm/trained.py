@@ -48,10 +48,10 @@ def load(source: str | Path, tokenizer: str = "", precision: str = "") -> Traine
 
 def _tokenizer(found: Start, config: Config, named: str) -> Tokenizer:
     assert found.path is not None, "nothing was found"
+    own = (found.run or found.path.parent.parent) / "tokenizer.json"
     if not named and found.is_public():
         named = config.tokenizer.path
-    own = (found.run or found.path.parent.parent) / "tokenizer.json"
-    if not named and not storage.is_remote(own) and own.is_file():
+    elif not named and not storage.is_remote(own) and own.is_file():
         named = str(own)
     if not named:
         raise UserError(f"{found.path}: there is no tokenizer.json of its run; give it with --tokenizer.path")
