@@ -422,7 +422,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
         "--data.header, --data.text-column, --data.label-column, --data.cache-dir, --tokenizer.path.",
     )
     parser.add_argument(
-        "--checkpoint", required=True, metavar="RUN", help="run folder (its best checkpoint is used), or a checkpoint"
+        "--checkpoint", required=True, metavar="RUN", help="run (its best checkpoint), checkpoint, or public model"
     )
     parser.add_argument("--split", choices=("validation", "test"), default="test", help="part to score (test)")
     parser.add_argument("--data.path", dest="path", metavar="FILE", help="score all of this file instead")

@@ -503,7 +503,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         epilog="Without a text, lines of standard input are read; in a terminal, they are asked for.",
     )
     parser.add_argument(
-        "--checkpoint", required=True, metavar="RUN", help="run folder (its best checkpoint is used), or a checkpoint"
+        "--checkpoint", required=True, metavar="RUN", help="run (its best checkpoint), checkpoint, or public model"
     )
     parser.add_argument("--text", "--prompt", action="append", dest="texts", metavar="TEXT", help="may be repeated")
     parser.add_argument("--file", metavar="FILE", help="a text in each line")

@@ -122,7 +122,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         epilog=f"On another host than loopback, clients need the token in the environment variable {TOKEN}.",
     )
     parser.add_argument(
-        "--checkpoint", required=True, metavar="RUN", help="run folder (its best checkpoint is used), or a checkpoint"
+        "--checkpoint", required=True, metavar="RUN", help="run (its best checkpoint), checkpoint, or public model"
     )
     parser.add_argument("--tokenizer.path", default="", metavar="FILE", help="where the run has none of its own")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1: this host alone)")
