@@ -1,5 +1,8 @@
 """Models of transformers, against transformers itself: small and random ones of each kind, made here."""
 
+import json
+import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,9 +12,13 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from jaxlm import convert, public
+from jaxlm import config as configs
+from jaxlm import convert, predict, public
+from jaxlm import start as starts
 from jaxlm.config import TokenizerConfig
 from jaxlm.data import tokenizer as tokenizers
+from jaxlm.errors import UserError
+from jaxlm.formats import RUN
 
 TEXTS = ["the cat sat on the mat and the dog sat on the log", "a dog and a cat, both of them old: what they saw"]
 T, D, C = 24, 24, 3
@@ -157,3 +164,286 @@ def test_what_is_written_back_is_loaded_by_transformers_and_here(kind: str, make
     for name, array in weights[0].items():
         np.testing.assert_array_equal(array, weights[1][name])
         np.testing.assert_array_equal(array, weights[2][name])
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "settings", "message"),
+    [
+        ("bert", "gpt", {}, "--as bert: task=gpt, but it has mlm and sst2 only"),
+        ("gpt2", "mlm", {}, "--as gpt2: task=mlm, but it has gpt only"),
+        ("gpt2", "gpt", {"model.positions": "rotary"}, "model.positions=rotary, but it has learned"),
+        ("gpt2", "gpt", {"model.positions": "fixed"}, "model.final_norm=False, but it has True"),
+        ("gpt2", "gpt", {"model.tied_embedding": True}, "model.output_bias=True, but it has False"),
+        ("bert", "mlm", {}, "model.post_norm=False, but it has True"),
+        ("bert", "cola", {"model.head_outputs": "vocabulary"}, "model.head_outputs=vocabulary, but it has labels"),
+        ("distilbert", "mlm", {}, "model.norm_epsilon=1e-05, but it has 1e-12"),
+        ("roberta", "mlm", {"model.pad_id": -1, "model.gelu": "tanh"}, "model.pad_id=-1, but its positions begin"),
+    ],
+)
+def test_what_transformers_has_not_is_refused_by_name(
+    family: str, task: str, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        public.check(configs.build({"task": task, **settings}), public.FAMILIES[family])
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+# Other files than those that transformers writes today
+
+
+def rewritten(folder: Path, to: Path, change: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]) -> Path:
+    """Return a copy of a model's folder with other tensors in it."""
+    from safetensors.numpy import load_file, save_file
+
+    shutil.copytree(folder, to)
+    save_file({name: x.copy() for name, x in change(load_file(to / public.WEIGHTS)).items()}, to / public.WEIGHTS)
+    return to
+
+
+def as_of_old(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return tensors of BERT as bert-base-uncased has them."""
+    table = tensors["bert.embeddings.word_embeddings.weight"]
+    more = {"cls.predictions.decoder.weight": table, "bert.embeddings.position_ids": np.arange(T)}
+    more |= {"bert.pooler.dense.weight": np.ones((D, D)), "cls.seq_relationship.bias": np.ones(2)}
+    old = {name: x for name, x in tensors.items() if "LayerNorm" not in name}
+    kinds = {"weight": "gamma", "bias": "beta"}
+    for name in tensors.keys() - old.keys():
+        before, _, kind = name.rpartition(".")
+        old[f"{before}.{kinds[kind]}"] = tensors[name]
+    return old | more
+
+
+def as_bare_gpt2(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return tensors of GPT-2 as openai-community/gpt2 has them."""
+    masks = {f"h.{i}.attn.bias": np.ones((1, 1, T, T)) for i in range(3)}
+    return {name.removeprefix("transformer."): x for name, x in tensors.items()} | masks
+
+
+@pytest.mark.parametrize(("kind", "change"), [("bert", as_of_old), ("gpt2", as_bare_gpt2)])
+def test_files_as_they_are_on_the_hub_are_read_as_well(kind: str, change: Any, make: Make, tmp_path: Path) -> None:
+    folder, _ = make(kind)
+    want, got = convert.read(folder), convert.read(rewritten(folder, tmp_path / "other", change))
+    for name, array in want.weights.items():
+        np.testing.assert_array_equal(array, got.weights[name])
+
+
+@pytest.mark.parametrize("dtype", [np.float16, "bfloat16"])
+def test_halves_are_read_without_a_change(dtype: Any, make: Make, tmp_path: Path) -> None:
+    import ml_dtypes
+
+    folder, _ = make("distilbert")
+    kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
+    halves = rewritten(folder, tmp_path / "half", lambda tensors: {name: x.astype(kind) for name, x in tensors.items()})
+    got = convert.read(halves).weights
+    for name, array in convert.read(folder).weights.items():
+        np.testing.assert_array_equal(array.astype(kind).astype(np.float32), got[name])
+    tensors = {name: x.astype(np.float64) for name, x in convert.load(folder).tree.items()}
+    with pytest.raises(UserError, match="is float64, but has to be float32 here; cast it first"):
+        convert.read(rewritten(folder, tmp_path / "double", lambda _: tensors))
+
+
+def test_a_vocab_txt_says_whether_it_has_case(make: Make, tmp_path: Path) -> None:
+    folder = shutil.copytree(make("bert")[0], tmp_path / "model")
+    vocab = tokenizers.read(TokenizerConfig(path=str(folder))).get_vocab()
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.txt").write_text("".join(f"{word}\n" for word in sorted(vocab, key=vocab.__getitem__)))
+    told = [convert.load(folder).info["config"]["tokenizer.lowercase"]]
+    (folder / "tokenizer_config.json").write_text('{"do_lower_case": false}')
+    told.append(convert.load(folder).info["config"]["tokenizer.lowercase"])
+    assert told == [True, False]
+
+
+# Used
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "gpt2"])
+def test_predictions_are_those_of_transformers(kind: str, make: Make) -> None:
+    folder, theirs = make(kind)
+    model = predict.load(folder)
+    text = "the cat" if kind == "gpt2" else "the [MASK] sat on"
+    ids = torch.tensor([model.encode(text)])
+    if kind == "gpt2":  # a token at a time, with the keys and values of those before
+        made = theirs.generate(ids, max_new_tokens=9, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
+        assert model([text], temperature=0, max_new_tokens=9)[0]["continuation"] == model.tokenizer.decode(
+            made.tolist()
+        )
+        return
+    with torch.no_grad():
+        p_V = theirs(ids).logits[0, ids[0].tolist().index(model.mask)].softmax(-1)
+    guesses = model([text], top_k=3)[0]["masks"][0]
+    assert [guess["id"] for guess in guesses] == p_V.topk(3).indices.tolist()
+    assert [guess["probability"] for guess in guesses] == pytest.approx(p_V.topk(3).values.tolist(), rel=1e-5)
+
+
+def loaded(*argv: Any) -> tuple[configs.Config, starts.Start]:
+    config, _, start = starts.load([str(arg) for arg in argv], "python -m jaxlm.train", RUN)
+    return config, start
+
+
+def test_a_run_starts_from_the_base_and_for_the_same_task_from_the_head_too(make: Make) -> None:
+    folder, _ = make("roberta")
+    config, start = loaded("--init-from", folder, "--task", "mlm", "--model.seq-len", 8)
+    assert (start.kind, start.parts, config.tokenizer.path) == ("base", ("base", "head"), str(folder))
+    model = config.model
+    assert (model.d_model, model.n_layers, model.positions, model.pad_id, model.seq_len) == (D, 3, "learned", 1, 8)
+    assert (model.norm_epsilon, model.embedding_norm, model.head_dense, model.tied_embedding) == (
+        1e-5,
+        True,
+        "bert",
+        True,
+    )
+    config, start = loaded("--init-from", folder, "--task", "sst2")
+    assert (start.parts, config.model.head_dense, config.model.tied_embedding) == (("base",), "bert", False)
+    config, start = loaded("--init-from", folder, "--task", "sst2", "--model.head-dense", "none")
+    assert config.model.head_dense == "none"
+    with pytest.raises(UserError, match="^model.tied_embedding=False, but .*roberta has True, which cannot change"):
+        loaded("--init-from", folder, "--task", "mlm", "--model.tied-embedding", "false")
+    with pytest.raises(UserError, match="^resume=.*roberta: is a model without a training state; .* --init-from"):
+        loaded("--resume", folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["bert", "distilbert", "roberta", "gpt2"])
+def test_a_model_is_trained_further_and_written_for_transformers(
+    kind: str, make: Make, launch: Any, tmp_path: Path
+) -> None:
+    """Its own task, and but for GPT-2 classification, by the real command; the loss begins where the model is."""
+    import transformers
+
+    folder, theirs = make(kind)
+    (tmp_path / "texts.txt").write_text("".join(f"{text}\n" for text in TEXTS * 30))
+    rows = "".join(f"{text}\t{i % 2}\n" for i, text in enumerate(TEXTS * 30))
+    (tmp_path / "texts.tsv").write_text(f"sentence\tlabel\n{rows}")
+    own = "gpt" if kind == "gpt2" else "mlm"
+    for task in [own] if kind == "gpt2" else [own, "sst2"]:
+        data = "texts.tsv" if task == "sst2" else "texts.txt"
+        args = (
+            f"--task {task} --init-from {folder} --run.dir {task} --data.path {data} --model.seq-len 16"
+            " --train.max-steps 4 --train.eval-interval 4 --train.warmup-steps 1 --train.batch-size 4 --model.dropout 0"
+        )
+        process = launch(args, tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        output, errors = process.communicate()
+        assert process.returncode == 0, errors
+        assert len([line for line in output.splitlines() if "restored" in line]) == (1 if task == "sst2" else 2)
+        back = written(tmp_path / task, tmp_path / f"{task}_{kind}", "--as", kind)
+        auto = {"mlm": "MaskedLM", "gpt": "CausalLM", "sst2": "SequenceClassification"}[task]
+        again = getattr(transformers, f"AutoModelFor{auto}").from_pretrained(back).eval()
+        tokens, is_real = inputs(theirs.config.pad_token_id or 0, theirs.config.vocab_size)
+        tokens, is_real = tokens[:, :16], is_real[:, :16]
+        got = ours(tmp_path / task, tokens, is_real)
+        assert apart(logits_of(again, tokens, is_real), got) < LOGITS
+        if task == own:  # it has moved, but not far
+            assert 1e-4 < apart(got, logits_of(theirs, tokens, is_real)) < 0.5
+        text = "the cat sat"
+        ids = transformers.AutoTokenizer.from_pretrained(back)(text)["input_ids"]
+        assert ids == predict.load(tmp_path / task).encode_any(text)[kind == "gpt2" :]
+
+
+# Refused
+
+CONFIGS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "kind": ("bert", {"model_type": "t5"}, "model_type=t5: can be read from bert, distilbert, roberta, gpt2 only"),
+    "activation": ("bert", {"hidden_act": "relu"}, "hidden_act=relu: can be read with gelu, gelu_new, "),
+    "activation of RoBERTa": ("roberta", {"hidden_act": "gelu_new"}, "hidden_act=gelu_new: can be read with gelu only"),
+    "positions": ("bert", {"position_embedding_type": "relative_key"}, 'position_embedding_type="relative_key": '),
+    "decoder": ("bert", {"is_decoder": True}, "is_decoder=true: can be read with false only"),
+    "cross-attention": ("gpt2", {"add_cross_attention": True}, "add_cross_attention=true: "),
+    "untied": ("roberta", {"tie_word_embeddings": False}, "tie_word_embeddings=false: can be read with true only"),
+    "scale": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=true: "),
+    "no scale": ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights=false: "),
+    "sines": ("distilbert", {"sinusoidal_pos_embds": True}, "sinusoidal_pos_embds=true: "),
+    "width": ("distilbert", {"hidden_dim": 100}, "hidden_dim=100: can be read with 4 x the width, 96, only"),
+    "heads": ("gpt2", {"n_head": 5}, "n_head=5 does not divide 24"),
+    "no size": ("bert", {"hidden_size": None}, "hidden_size=null: has to be a whole number above 0"),
+    "epsilon": ("bert", {"layer_norm_eps": "small"}, "in its settings: Expected `float`, got `str`"),
+    "pad": ("bert", {"pad_token_id": 1000}, "pad_token_id=1000: has to be a token of the vocabulary"),
+    "regression": ("bert classes", {"problem_type": "regression"}, 'problem_type="regression" with 3 outputs: only'),
+    "layers": ("bert", {"num_hidden_layers": 2}, "encoder.layer.2.attention.output.LayerNorm.bias [24] is not in"),
+    "more layers": ("gpt2", {"n_layer": 4}, "transformer.h.3.ln_1.weight [24] is missing"),
+    "vocabulary": (
+        "gpt2",
+        {"vocab_size": 9},
+        "transformer.wte.weight has the shape [290, 24], but the model needs [9, ",
+    ),
+    "segments": ("bert", {"type_vocab_size": 3}, "token_type_embeddings.weight has the shape [2, 24], but the model "),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_settings_that_are_not_had_here_are_refused_by_name(name: str, make: Make, tmp_path: Path) -> None:
+    kind, change, message = CONFIGS[name]
+    folder = shutil.copytree(make(kind)[0], tmp_path / "model")
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | change))
+    with pytest.raises(UserError) as caught:
+        convert.read(folder)
+    told = str(caught.value)
+    assert message in told and told.startswith(str(folder)) and "\n" not in told
+
+
+def test_files_that_are_missing_or_damaged_are_told(make: Make, tmp_path: Path) -> None:
+    folder = shutil.copytree(make("bert")[0], tmp_path / "model")
+
+    def failure() -> str:
+        with pytest.raises(UserError) as caught:
+            starts.to_use(folder)
+        return str(caught.value).removeprefix(f"{folder}")
+
+    with open(folder / "model.safetensors", "r+b") as file:
+        file.truncate(1000)
+    assert failure().startswith("/model.safetensors: cannot be read as safetensors: ")
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x02")
+    assert "there is no model.safetensors; " in failure() and "a pickle that could run code: " in failure()
+    (folder / "config.json").write_text("{")
+    assert failure().startswith("/config.json: cannot be read (")
+    (folder / "config.json").unlink()
+    assert failure() == "/config.json: cannot be read (No such file or directory)"
+
+
+def test_tensors_that_do_not_fit_are_told(make: Make, tmp_path: Path) -> None:
+    folder, _ = make("bert")
+
+    def untied(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return tensors | {"cls.predictions.decoder.weight": tensors["bert.embeddings.word_embeddings.weight"] + 1}
+
+    def headless(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {name: x for name, x in tensors.items() if not name.startswith("cls.")}
+
+    with pytest.raises(UserError, match="decoder.weight is another than bert.embeddings.word_embeddings.weight, but"):
+        convert.load(rewritten(folder, tmp_path / "untied", untied))
+    with pytest.raises(UserError, match="not the output layer of a BertForMaskedLM or BertForSequenceClassification"):
+        convert.load(rewritten(folder, tmp_path / "headless", headless))
+
+
+# The hub
+
+
+def test_a_name_on_the_hub_is_found_in_its_cache(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    cached = tmp_path / "hub" / "models--someone--small"
+    shutil.copytree(make("gpt2")[0], cached / "snapshots" / "abc")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("abc")
+    assert starts.to_use("someone/small").path == cached / "snapshots" / "abc"
+    with pytest.raises(UserError, match="^someone/other: there is no such run or checkpoint, and no model on the hub"):
+        starts.to_use("someone/other")
+    (tmp_path / "someone").mkdir()  # a folder here is none of the hub's
+    with pytest.raises(UserError, match="^someone/other: there is no such run or checkpoint$"):
+        starts.to_use("someone/other")
+
+
+def test_an_unreachable_hub_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # that nothing listens on
+    with pytest.raises(
+        UserError, match="^bert-base-uncased: .*, and no model on the hub that can be reached"
+    ) as caught:
+        starts.to_use("bert-base-uncased")
+    assert "\n" not in str(caught.value)

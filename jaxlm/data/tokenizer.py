@@ -14,6 +14,7 @@ from typing import TypeVar
 import tokenizers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from jaxlm import storage
 from jaxlm.config import TokenizerConfig
 from jaxlm.errors import UserError
 
@@ -157,7 +158,7 @@ def _file_of(path: Path) -> Path:
         raise UserError(
             f"tokenizer.path={path}: the folder has no {', '.join(names[:-1])} or {names[-1]} with merges.txt"
         )
-    if path.suffix in (".json", ".txt") or len(path.parts) > 2 or path.is_absolute():
+    if not storage.is_hub_name(path):
         raise UserError(f"tokenizer.path={path}: there is no such file or folder")
     return _from_hub(str(path))
 
