@@ -207,7 +207,7 @@ GPT2 = Family(
     modules={
         "base.embedding.token": "transformer.wte",
         "base.embedding.position": "transformer.wpe",
-        # Side by side, in this order.
+        # One behind the other, in the order that is ours, too.
         **{f"base.blocks.#.attention.{x}": "transformer.h.#.attn.c_attn" for x in ("query", "key", "value")},
         "base.blocks.#.attention.output": "transformer.h.#.attn.c_proj",
         "base.blocks.#.layernorm1": "transformer.h.#.ln_1",

@@ -303,40 +303,38 @@ def test_a_run_starts_from_the_base_and_for_the_same_task_from_the_head_too(make
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["bert", "distilbert", "roberta", "gpt2"])
+@pytest.mark.parametrize(("kind", "task"), [("bert", "sst2"), ("roberta", "mlm"), ("gpt2", "gpt")])
 def test_a_model_is_trained_further_and_written_for_transformers(
-    kind: str, make: Make, launch: Any, tmp_path: Path
+    kind: str, task: str, make: Make, launch: Any, tmp_path: Path
 ) -> None:
-    """Its own task, and but for GPT-2 classification, by the real command; the loss begins where the model is."""
     import transformers
 
     folder, theirs = make(kind)
-    (tmp_path / "texts.txt").write_text("".join(f"{text}\n" for text in TEXTS * 30))
-    rows = "".join(f"{text}\t{i % 2}\n" for i, text in enumerate(TEXTS * 30))
-    (tmp_path / "texts.tsv").write_text(f"sentence\tlabel\n{rows}")
-    own = "gpt" if kind == "gpt2" else "mlm"
-    for task in [own] if kind == "gpt2" else [own, "sst2"]:
-        data = "texts.tsv" if task == "sst2" else "texts.txt"
-        args = (
-            f"--task {task} --init-from {folder} --run.dir {task} --data.path {data} --model.seq-len 16"
-            " --train.max-steps 4 --train.eval-interval 4 --train.warmup-steps 1 --train.batch-size 4 --model.dropout 0"
-        )
-        process = launch(args, tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        output, errors = process.communicate()
-        assert process.returncode == 0, errors
-        assert len([line for line in output.splitlines() if "restored" in line]) == (1 if task == "sst2" else 2)
-        back = written(tmp_path / task, tmp_path / f"{task}_{kind}", "--as", kind)
-        auto = {"mlm": "MaskedLM", "gpt": "CausalLM", "sst2": "SequenceClassification"}[task]
-        again = getattr(transformers, f"AutoModelFor{auto}").from_pretrained(back).eval()
-        tokens, is_real = inputs(theirs.config.pad_token_id or 0, theirs.config.vocab_size)
-        tokens, is_real = tokens[:, :16], is_real[:, :16]
-        got = ours(tmp_path / task, tokens, is_real)
-        assert apart(logits_of(again, tokens, is_real), got) < LOGITS
-        if task == own:  # it has moved, but not far
-            assert 1e-4 < apart(got, logits_of(theirs, tokens, is_real)) < 0.5
-        text = "the cat sat"
-        ids = transformers.AutoTokenizer.from_pretrained(back)(text)["input_ids"]
-        assert ids == predict.load(tmp_path / task).encode_any(text)[kind == "gpt2" :]
+    texts = [f"{text} {i}" for i, text in enumerate(TEXTS * 30)]
+    data = tmp_path / ("texts.tsv" if task == "sst2" else "texts.txt")
+    rows = ["sentence\tlabel", *(f"{text}\t{i % 2}" for i, text in enumerate(texts))]
+    data.write_text("\n".join(rows if task == "sst2" else texts) + "\n")
+    args = (
+        f"--task {task} --init-from {folder} --run.dir run --data.path {data} --model.seq-len 16 --model.dropout 0"
+        " --train.max-steps 4 --train.eval-interval 4 --train.warmup-steps 1 --train.batch-size 4"
+        " --train.learning-rate 1e-4"
+    )
+    process = launch(args, tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert len([line for line in output.splitlines() if "restored" in line]) == (1 if task == "sst2" else 2)
+
+    run, back = tmp_path / "run", written(tmp_path / "run", tmp_path / "back", "--as", kind)
+    auto = {"mlm": "MaskedLM", "gpt": "CausalLM", "sst2": "SequenceClassification"}[task]
+    again = getattr(transformers, f"AutoModelFor{auto}").from_pretrained(back).eval()
+    tokens, is_real = (x[:, :16] for x in inputs(theirs.config.pad_token_id or 0, theirs.config.vocab_size))
+    got = ours(run, tokens, is_real)
+    assert apart(logits_of(again, tokens, is_real), got) < LOGITS
+    if task != "sst2":  # the model has moved, but not far
+        assert 1e-4 < apart(got, logits_of(theirs, tokens, is_real)) < 0.5
+    text = "the cat sat"
+    ids = transformers.AutoTokenizer.from_pretrained(back)(text)["input_ids"]
+    assert ids == predict.load(run).encode_any(text)[kind == "gpt2" :]
 
 
 # Refused
@@ -379,6 +377,19 @@ def test_settings_that_are_not_had_here_are_refused_by_name(name: str, make: Mak
         convert.read(folder)
     told = str(caught.value)
     assert message in told and told.startswith(str(folder)) and "\n" not in told
+
+
+@pytest.mark.parametrize("kind", ["bert", "distilbert", "roberta", "gpt2"])
+def test_what_a_config_does_not_tell_is_as_in_transformers(kind: str, make: Make, tmp_path: Path) -> None:
+    folder = shutil.copytree(make(kind)[0], tmp_path / "model")
+    full = convert.load(folder).info["config"]
+    values = json.loads((folder / "config.json").read_text())
+    default = type(make(kind)[1].config)().to_dict()
+    sizes = [public.FAMILIES[kind].keys[name] for name in ("d_model", "n_layers", "n_heads", "vocab_size", "seq_len")]
+    told = {key: x for key, x in values.items() if key in sizes or x != default.get(key) or key == "model_type"}
+    assert len(told) < len(values) - 5
+    (folder / "config.json").write_text(json.dumps(told))
+    assert convert.load(folder).info["config"] == full
 
 
 def test_files_that_are_missing_or_damaged_are_told(make: Make, tmp_path: Path) -> None:
