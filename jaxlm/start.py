@@ -290,7 +290,7 @@ def _resume(source: Path, given: Mapping[str, Any], form: str) -> Start:
         raise UserError(f"resume={source}: is a model without a training state; start a new run with --init-from")
     run = _run_of(path, source)
     if given.get("task", info["task"]) != info["task"] or given.get("train.switch_training"):
-        return Start("base", path, stored_form, info, _parts_of_base(given, info), run, damaged=damaged)
+        return Start("base", path, stored_form, info, _parts_of_base(given, stored_form, info), run, damaged=damaged)
     parts = PARTS[:2] if given.get("train.reset_optimizer") else PARTS
     start = Start("resume", path, stored_form, info, parts, run, damaged=damaged)
     new_dir = given.get("run.dir", "")
