@@ -5,7 +5,7 @@
     model.py        the transformer; heads.py puts an output layer on it, products.py has what both multiply with
     parallel.py, distributed.py
                     devices, and processes, that work as one; SHARDING.md tells it to people
-    tasks/          what is trained: mlm, gpt, sst2, cola; one file each
+    tasks/          what is trained: mlm, gpt, sst2, cola, pairs; one file each
     data/           text -> articles -> tokens -> samples -> batches (no JAX in it)
     config.py       every setting, with its default, range and unit
     schedule.py, optim.py, checkpoint.py, generate.py, backend.py, trace.py

@@ -88,9 +88,9 @@ def abstract_update(config: Config, mesh: Any) -> tuple[Any, tuple[Any, Any, Any
 
 def batch(task: Task, sizes: Sequence[int]) -> dict[str, jax.ShapeDtypeStruct]:
     """Return the shapes of a task's batch with the given leading sizes."""
-    one = Split(np.zeros(1, np.int32), np.array([0, 1]), np.zeros(1, np.int32), np.ones(1, np.int64))
+    two = Split(np.zeros(2, np.int32), np.arange(3), np.zeros(2, np.int32), np.ones(2, np.int64))  # which may be a pair
     specials = {role: i for i, role in enumerate(ROLES)}
-    samples = task.samples(one, task.config, specials, task.config.model.vocab_size)
+    samples = task.samples(two, task.config, specials, task.config.model.vocab_size)
     found = samples.batch(np.zeros(1, int), np.zeros(1, int))
     return {name: jax.ShapeDtypeStruct((*sizes, *x.shape[1:]), x.dtype) for name, x in found.items()}
 

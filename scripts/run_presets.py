@@ -13,8 +13,8 @@ import tempfile
 import time
 from pathlib import Path
 
-TASKS = ("mlm", "gpt", "sst2", "cola")
-SHOWN = {"mlm": "accuracy", "gpt": "bits_per_byte", "sst2": "accuracy", "cola": "matthews"}
+TASKS = ("mlm", "gpt", "sst2", "cola", "pairs")
+SHOWN = {"mlm": "accuracy", "gpt": "bits_per_byte", "sst2": "accuracy", "cola": "matthews", "pairs": "accuracy"}
 
 
 def measure(task: str, run_dir: Path) -> str:

@@ -95,6 +95,7 @@ OF_ALL = [look_at_attention, score, read_metrics, write_report, export]
 USES: dict[str, list[Callable[[Path], None]]] = {
     "mlm": [fill_masks, *OF_ALL],
     "gpt": [continue_prompts, continue_as_it_is_made, ask_server, *OF_ALL],
+    "pairs": [continue_prompts, *OF_ALL],
     "sst2": [classify, *OF_ALL],
     "cola": [classify, *OF_ALL],
 }

@@ -287,8 +287,8 @@ class PairSamples:
         return {"tokens": ids[:, :-1], "labels": np.where(is_label, ids, IGNORED)[:, 1:]}
 
     def lengths(self, indices: np.ndarray) -> np.ndarray:
-        first, end = (self.split.offsets[2 * self.pairs[indices] + i] for i in (0, 2))
-        return end - first + 1
+        pairs = 2 * self.pairs[indices]
+        return self.split.offsets[pairs + 2] - self.split.offsets[pairs] + 1
 
     def cut(self, batch: Batch, length: int) -> Batch:
         return {name: x[:, :length] for name, x in batch.items()}

@@ -417,6 +417,9 @@ def test_labels_are_of_the_answer_and_that_it_ends():
     no = IGNORED
     assert batch["labels"].tolist() == [[no, no, 20, END, no, no, no], [no, 21, 22, 23, END, no, no]]
     assert samples.n_tokens(batch) == 4 + 5
+    assert samples.lengths(np.array([1, 0])).tolist() == [5, 4]
+    cut = samples.cut(batch, 5)
+    assert samples.n_tokens(cut) == 4 + 5 and cut["labels"].tolist() == [row[:5] for row in batch["labels"].tolist()]
     counts = samples.counted_tokens()
     assert {token: n for token, n in enumerate(counts) if n} == {20: 1, 21: 1, 22: 1, 23: 1, END: 2}
     again = samples.batch(np.array([1, 0]), np.zeros(2, int))

@@ -20,6 +20,7 @@ N_SHOWN = 24  # tokens of a shown continuation
 
 class Gpt(Task):
     samples: ClassVar[type[Any]] = CausalSamples
+    settings: ClassVar[tuple[str, ...]] = ("data.text_column",)
     baseline_name = "guessing by word frequency"
 
     def embedded(self) -> Source:

@@ -17,7 +17,7 @@ from jaxlm.tasks.base import Task
 
 class Mlm(Task):
     samples = MaskedSamples
-    settings = ("data.mask_fraction", "data.n_maskings", "model.head_dense")
+    settings = ("data.text_column", "data.mask_fraction", "data.n_maskings", "model.head_dense")
     baseline_name = "guessing by word frequency"
 
     def embedded(self) -> Source:

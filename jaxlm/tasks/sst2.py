@@ -21,8 +21,8 @@ from jaxlm.tasks.base import Task
 class Sst2(Task):
     samples = ClassifiedSamples
     settings = (
-        *("data.n_labels", "data.label_column", "model.head_outputs", "model.pooling"),
-        "model.head_dense",
+        *("data.text_column", "data.label_column", "data.n_labels"),
+        *("model.head_outputs", "model.pooling", "model.head_dense"),
     )
     baseline_name = "always the most frequent class"
 
