@@ -21,7 +21,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from jaxlm import checksums, convert, distributed, formats, names, optim, start, storage
+from jaxlm import checksums, convert, distributed, formats, names, optim, start, storage, tune
+from jaxlm import config as configs
 from jaxlm.config import Config
 from jaxlm.errors import UserError
 from jaxlm.run import Run
@@ -46,6 +47,7 @@ class Checkpoints:
         self.checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self.finishing: threading.Thread | None = None
         self.n_saved, self.stalled_s = 0, 0.0  # saves that are whole, and how long training stood still for all
+        self.needs_frozen = False
         self.failure: UserError | None = None
         if distributed.is_first():
             remove_unfinished(self.folder)
@@ -121,16 +123,29 @@ class Checkpoints:
 
     def _start(self, step: int, state: TrainState, info: dict[str, Any]) -> None:
         items = parts_of(state)
+        frozen = frozen_of(state)
         if not storage.is_remote(self.folder) and distributed.is_first():
-            n_bytes = sum(x.nbytes for x in jax.tree.leaves(items))
+            n_bytes = sum(x.nbytes for x in jax.tree.leaves([items, frozen]))
             self.folder.mkdir(parents=True, exist_ok=True)
             n_free = shutil.disk_usage(self.folder).free
             if n_free < 1.05 * n_bytes + 1e5:  # and a little for the small files
                 raise OSError(f"it needs {n_bytes / 1e6:,.1f} MB, and {n_free / 1e6:,.1f} MB are free")
+        if frozen and not self.steps():  # once, before the first; what lies there is of a run that never had one
+            self._save_frozen(frozen)
+        self.needs_frozen = bool(frozen)
         saved: dict[str, Any] = {name: ocp.args.PyTreeSave(tree) for name, tree in items.items()}
         self.checkpointer.save(
             self.folder / str(step), args=ocp.args.Composite(**saved, info=ocp.args.JsonSave(info)), force=True
         )
+
+    def _save_frozen(self, frozen: dict[str, Any]) -> None:
+        folder = self.folder / checksums.FROZEN
+        saved = {name: ocp.args.PyTreeSave(tree) for name, tree in frozen.items()}
+        self.checkpointer.save(folder, args=ocp.args.Composite(**saved), force=True)
+        self.checkpointer.wait_until_finished()
+        if distributed.is_first():
+            checksums.write(folder)
+        distributed.wait()
 
     def _finish(self, step: int, losses: Mapping[int, float]) -> None:
         """Make the checkpoint whole, and only then remove those that it replaces."""
@@ -139,7 +154,7 @@ class Checkpoints:
             self.n_saved += 1
             if not distributed.is_first():
                 return
-            checksums.write(self.folder / str(step))
+            checksums.write(self.folder / str(step), self.needs_frozen)
             steps = self._found()
             for old in set(steps[: -self.keep]) - {start.best(steps, losses)}:
                 _remove(self.folder / str(old))
@@ -175,25 +190,27 @@ def begin(run: Run, fresh: Callable[[], TrainState], shardings: TrainState) -> T
     if begun.parts != PARTS:
         state = fresh()
     step = begun.position().step
-    if begun.form == formats.RUN:
+    if begun.form == formats.RUN and names.is_whole(begun.settings()) and names.is_whole(configs.flat(run.config)):
         state = restore(begun.path, state, begun.parts, step, is_checked=True)
     else:
-        found, places = _parts_of_file(begun.path, run.config, begun.parts), parts_of(shardings)
-        parts = {name: jax.device_put(tree, places[name]) for name, tree in found.items()}
-        state = with_parts(state, parts, step)
-    sizes = {name: [x.size for x in jax.tree.leaves(tree)] for name, tree in parts_of(state).items()}
+        parts = _parts_of_file(begun.path, run.config, begun.parts)
+        state = jax.device_put(with_parts(state, parts, step), shardings)
+    trees = {"optimizer": parts_of(state)["optimizer"], **state.params}
+    sizes = {name: [x.size for x in jax.tree.leaves(tree)] for name, tree in trees.items()}
     run.log.say(start.table(begun, sizes))
     return state
 
 
 def parts_of(state: TrainState) -> dict[str, Any]:
-    """Return what a checkpoint has of a state, by part."""
+    """Return what a checkpoint has of a state, by part; of weights, those that are trained."""
     first, second, count = optim.moments(state.opt_state)
-    return {
-        "base": state.params["base"],
-        "head": state.params["head"],
-        "optimizer": {"first_moment": first, "second_moment": second, "count": count},
-    }
+    trained, _ = tune.apart(state.params, first)
+    return {**trained, "optimizer": {"first_moment": first, "second_moment": second, "count": count}}
+
+
+def frozen_of(state: TrainState) -> dict[str, Any]:
+    """Return what all checkpoints of a run have of a state, by part: the weights that are not trained."""
+    return tune.apart(state.params, optim.moments(state.opt_state)[0])[1]
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -224,12 +241,13 @@ def restore(
     found = _restored(path, {name: tree for name, tree in parts_of(like).items() if name in parts})
     if step is None:
         step = int(checksums.read_json(path / "info" / "metadata")["step"])
-    return with_parts(like, found, step)
+    state = with_parts(like, found, step)
+    return jax.tree.map(lambda x, place: jax.device_put(x, place.sharding), state, like)
 
 
 def with_parts(state: TrainState, parts: Mapping[str, Any], step: int) -> TrainState:
     """Return a state with some parts replaced, in the form that `parts_of` gives them, at an update number."""
-    params = {name: parts.get(name, state.params[name]) for name in ("base", "head")}
+    params = tune.with_trained(state.params, {name: parts[name] for name in ("base", "head") if name in parts})
     opt_state = state.opt_state
     if "optimizer" in parts:
         part = parts["optimizer"]
@@ -259,7 +277,7 @@ def model_of(found: start.Start, config: Config) -> nnx.Module:
     graphdef, variables = nnx.split(model, nnx.Param)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), nnx.to_pure_dict(variables))
-    if found.form == formats.RUN:
+    if found.form == formats.RUN and names.is_whole(found.settings()):
         params = _restored(found.path, like)
     else:
         params = jax.device_put(_parts_of_file(found.path, config, tuple(like)), device)
@@ -291,8 +309,10 @@ def _restored(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
 
 def _parts_of_file(path: Path, config: Config, parts: Sequence[str]) -> dict[str, Any]:
     """Return the given parts of a checkpoint of another form, as `parts_of` has them, in NumPy's arrays."""
-    snapshot = convert.read(path)
-    weights = names.check(*start.fitting(snapshot.weights, names.shapes(config), parts), str(path))
+    snapshot, shapes = convert.read(path), names.shapes(config)
+    if "head" not in parts:  # a base for another run, which has adapters of its own
+        snapshot, shapes = convert.merged(snapshot), names.without_adapters(shapes)
+    weights = names.check(*start.fitting(snapshot.weights, shapes, parts), str(path))
     found = names.to_jax(weights)
     if "optimizer" in parts:
         trained = names.trained(config.model, weights)

@@ -13,12 +13,21 @@ from jaxlm import storage
 from jaxlm.errors import UserError
 
 FILE = "checksums.json"
+FROZEN = "frozen"  # a folder beside checkpoints, with what all of them have and none changes
+_ABOVE = "../"
+_FROZEN_PLACE = f"{_ABOVE}{FROZEN}/"
 
 
-def write(folder: Path) -> None:
-    """Write the checksums of all files in a folder; from then on it counts as whole."""
+def write(folder: Path, needs_frozen: bool = False) -> None:
+    """Write the checksums of all files in a folder; from then on it counts as whole.
+
+    Those of the folder FROZEN beside it, which has been written, are among them if it is part of the checkpoint.
+    """
     paths = (path for path in sorted(_files(folder)) if path != folder / FILE)
     sums = {path.relative_to(folder).as_posix(): _sum(path) for path in paths}
+    if needs_frozen:
+        others = read_json(folder.parent / FROZEN / FILE)
+        sums |= {f"{_FROZEN_PLACE}{name}": others[name] for name in sorted(others) if name != FILE}
     text = json.dumps(sums | {FILE: _sum_of_all(sums)}, indent=0)
     if storage.is_remote(folder):
         (folder / FILE).write_text(text, encoding="utf-8")  # an object is there as a whole, or not at all
@@ -61,11 +70,12 @@ def damage(folder: Path, parts: Iterable[str] | None = None) -> str:
         if isinstance(error, OSError) and storage.is_remote(folder):
             raise  # the network fails, which tells nothing of the checkpoint
         return f"{FILE} is damaged"
-    starts = None if parts is None else tuple(f"{part}/" for part in parts)
+    starts = None if parts is None else tuple(f"{place}{part}/" for part in parts for place in ("", _FROZEN_PLACE))
     for name, wanted in sums.items():
         if starts is None or name.startswith(starts):
             try:
-                if _sum(folder / name) != wanted:
+                place = folder.parent if name.startswith(_ABOVE) else folder
+                if _sum(place / name.removeprefix(_ABOVE)) != wanted:
                     return f"{name} is not as it was written"
             except FileNotFoundError:
                 return f"{name} is missing"

@@ -84,6 +84,15 @@ def write(path: Path, snapshot: Snapshot, form: str, tokenizer: Tokenizer | None
                 temporary.unlink()
 
 
+def merged(snapshot: Snapshot) -> Snapshot:
+    """Return a training state whose adapters, if there are any, are part of the weights. These have no moments."""
+    config = snapshot.config
+    if not config.model.lora_rank:
+        return snapshot
+    weights = names.merged(config.model, snapshot.weights)
+    return Snapshot(configs.replace(config, "model.lora_rank", 0), snapshot.info, weights, None, 0)
+
+
 def load(path: Path) -> Stored:
     """Return what is in a file or folder, its form told by its content. Raises UserError if it is of none."""
     if path.is_dir():
@@ -188,11 +197,13 @@ def _convert(source: Path, target: Path, config: Config | None, as_state_dict: b
             )
         form = formats.TRANSFORMERS + family
     stored = load(source)
-    snapshot = _snapshot(stored, config)
+    snapshot = merged(_snapshot(stored, config))
     tokenizer = _tokenizer(source, snapshot) if family or form == RUN else None
     write(target, snapshot, form, tokenizer)
     n_parameters = sum(array.size for array in snapshot.weights.values())
-    if form == STATE_DICT:
+    if config_of(stored.info.get("config", {}), source).model.lora_rank:
+        kept = f"step {snapshot.info['step']}, adapters merged into the weights, no optimizer moments"
+    elif form == STATE_DICT:
         kept = "nothing but weights"
     elif family:
         kept = "no optimizer moments" + ("" if tokenizer else f"; no tokenizer, since there is none with {source}")

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxlm import checksums, names, storage
+from jaxlm import checksums, names, storage, tune
 from jaxlm import config as configs
 from jaxlm.config import Config
 from jaxlm.errors import UserError
@@ -110,15 +110,21 @@ def load_run(path: Path) -> Stored:
 
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what it does, and what it raises, too
     try:
-        tree = {}
+        tree: dict[str, Any] = {}
+        places = {part: folder / part for part in ("base", "head", "optimizer")}
+        if not names.is_whole(info["config"]):
+            places["frozen"] = folder.parent / checksums.FROZEN / "base"
         with ocp.PyTreeCheckpointer() as checkpointer:
-            for part in ("base", "head", "optimizer"):
-                item = storage.absolute(folder) / part
+            for part, place in places.items():
+                item = storage.absolute(place)
+                if not item.exists():  # nothing of the base is trained
+                    continue
                 # As NumPy's arrays, whatever devices they were saved from.
                 kinds = jax.tree.map(
                     lambda _: ocp.RestoreArgs(restore_type=np.ndarray), checkpointer.metadata(item).item_metadata.tree
                 )
                 tree[part] = checkpointer.restore(item, args=ocp.args.PyTreeRestore(restore_args=kinds))
+        tree["base"] = tune.joined(tree.pop("frozen", {}), tree.get("base", {}))
         weights = names.to_torch({"base": tree["base"], "head": tree["head"]})
     except Exception as error:  # Orbax raises whatever its parts do
         raise UserError(f"{folder}: cannot be read as a checkpoint of jaxlm: {reason(error)}") from error
@@ -138,7 +144,7 @@ def info_of_run(folder: Path) -> dict[str, Any]:
 
 def _step_folder(path: Path) -> Path:
     """Return the folder of one checkpoint: `path`, or the last one in it."""
-    if (path / "base").is_dir() and (path / "info").is_dir():
+    if (path / "head").is_dir() and (path / "info").is_dir():
         return path
     for folder in (storage.checkpoints(path), path):
         if found := [child for _, child in checksums.finished_in(folder) if child.is_dir()]:

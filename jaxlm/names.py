@@ -41,6 +41,7 @@ _WORDS = {"blocks": "encoder_blocks", "attention": "self_multihead", "layernorm"
 _HEADS = {"mlm": "mask_lm", "gpt": "gen_lm", "pairs": "gen_lm", "sst2": "classifier_model", "cola": "classifier_model"}
 _BASES = {"mlm": "bert", "gpt": "gpt", "pairs": "gpt", "sst2": "bert", "cola": "bert"}
 _BUFFERS = ("embedding.position.pe", "self_multihead.bias")  # in the original's state dict, but no parameters
+FREEZING = ("model.frozen_embedding", "model.frozen_layers", "model.lora_rank")  # 0 in all: all is trained
 _LORA = ("lora_a", "lora_b")
 _TRANSPOSED = ("kernel", *_LORA)
 _MOST_TOLD = 6  # differences in one error message
@@ -117,6 +118,27 @@ def is_trained(model: ModelConfig, name: str) -> bool:
 def trained(model: ModelConfig, state: Mapping[str, Any]) -> dict[str, Any]:
     """Return what of a state dict, or of anything by torchlm's names, is trained: what an optimizer has moments of."""
     return {name: x for name, x in state.items() if is_trained(model, name)}
+
+
+def is_whole(settings: Mapping[str, Any]) -> bool:
+    """Return whether all is trained, by settings with dotted names."""
+    return not any(settings.get(name) for name in FREEZING)
+
+
+def without_adapters(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of a state dict, or of shapes, is in a model without adapters, too."""
+    return {name: x for name, x in arrays.items() if not name.endswith(_LORA)}
+
+
+def merged(model: ModelConfig, weights: Arrays) -> Arrays:
+    """Return a state dict with its adapters, if there are any, added to the weights that they adapt."""
+    result = without_adapters(weights)
+    for name in [name for name in weights if name.endswith(_LORA[0])]:
+        layer = name.removesuffix(_LORA[0])
+        lora_a, lora_b, weight = (weights[layer + part].astype(np.float64) for part in (*_LORA, "weight"))
+        scale = model.lora_alpha / model.lora_rank
+        result[f"{layer}weight"] = (weight + scale * lora_b @ lora_a).astype(weights[f"{layer}weight"].dtype)
+    return result
 
 
 def decay_groups(wanted: Shapes) -> tuple[list[str], list[str]]:

@@ -134,6 +134,8 @@ def with_snapshot(
     model = parallel.single(like.model)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
     trained = {name: shapes[name] for name, tensor in model.named_parameters() if tensor.requires_grad}
+    if "head" not in parts:  # a base for another run, which has adapters of its own
+        snapshot, shapes = convert.merged(snapshot), names.without_adapters(shapes)
     weights = names.check(*start.fitting(snapshot.weights, shapes, parts), source)
     model.load_state_dict(model.state_dict() | {name: torch.tensor(x) for name, x in weights.items()})
     if "optimizer" in parts and snapshot.moments is not None:

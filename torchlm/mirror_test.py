@@ -42,7 +42,7 @@ ONLY_JAX = {
         "parameters in parts, which DDP has not",
     ),
     "checkpoint": dict.fromkeys(
-        ("CONTENTS", "parts_of", "remove_unfinished", "with_parts", "model_of"), "parts of an array tree"
+        ("CONTENTS", "parts_of", "frozen_of", "remove_unfinished", "with_parts", "model_of"), "parts of an array tree"
     ),
     "loop": dict.fromkeys(("Compiled.shardings", "Compiled.model"), "DDP keeps all parameters on each device"),
     "step": {"TrainState.params": "an array tree beside the model", "TrainState.opt_state": "beside the optimizer"},
