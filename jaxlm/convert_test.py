@@ -40,6 +40,7 @@ MODELS = {
     "gpt, tied, norms after": ("gpt", {"model.tied_embedding": True, "model.post_norm": True, "model.pad_id": -1}),
     "sst2 of three labels": ("sst2", {"data.n_labels": 3, "model.positions": "learned", "model.final_norm": True}),
     "cola with the slip": ("cola", {"model.head_outputs": "vocabulary", "model.post_norm": True}),
+    "sst2 with adapters": ("sst2", {"model.lora_rank": 2, "model.lora_products": "output,fc2"}),
     "gpt in part": ("gpt", {"model.frozen_embedding": True, "model.frozen_layers": 1, "train.layer_decay": 0.5}),
 }
 SUFFIXES = {RUN: "", CHECKPOINT_1_2: ".pt", STATE_DICT: ".pt", SAFETENSORS: ".safetensors"}

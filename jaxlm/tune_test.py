@@ -1,8 +1,12 @@
 """Training a part: what is frozen stays to the bit, has no moments, and costs no product that is not needed."""
 
+import re
+import shutil
+from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -11,15 +15,19 @@ from flax import nnx
 import torchlm.optim
 import torchlm.step
 import torchlm.tasks
-from jaxlm import ahead, flops, loop, names, optim, parallel, tune
+from jaxlm import ahead, checkpoint, checksums, convert, flops, loop, names, optim, parallel, tune
 from jaxlm import config as configs
-from parity_tests.plan import random_batch
+from jaxlm.checkpoint import Checkpoints
+from jaxlm.errors import UserError
+from jaxlm.formats import CHECKPOINT_1_2, Snapshot
+from parity_tests.plan import random_batch, random_weights
 
 SIZES = {"vocab_size": 17, "d_model": 12, "n_layers": 3, "n_heads": 3, "seq_len": 6, "dropout": 0.0}
 FREEZES: list[dict[str, Any]] = [
     {"model.frozen_embedding": True, "model.positions": "learned"},
     {"model.frozen_layers": 2},
     {"model.frozen_layers": 3, "model.frozen_embedding": True, "model.tied_embedding": True},
+    {"model.frozen_layers": 1, "model.lora_rank": 2, "model.lora_products": "key, fc1,fc2", "model.lora_alpha": 3.0},
 ]
 
 
@@ -35,6 +43,8 @@ def batches(config: configs.Config, n: int) -> list[dict[str, np.ndarray]]:
 
 def is_frozen(config: configs.Config, name: str) -> bool:
     """Return the rule anew, by torchlm's names."""
+    if config.model.lora_rank and name.startswith("base.") and ".lora_" not in name:
+        return True
     if name.startswith("base.embedding."):
         return config.model.frozen_embedding
     return name.startswith("base.blocks.") and int(name.split(".")[2]) < config.model.frozen_layers
@@ -94,3 +104,82 @@ def test_the_rate_of_each_layer_is_that_of_the_paper() -> None:
     other = torchlm.tasks.TASKS["gpt"](config).build_model(torch.Generator())
     shares = torchlm.optim.layer_shares(other, 0.5)
     assert {name: x.flat[0] for name, x in names.to_torch(full, 1).items()} == names.trained(config.model, shares)
+
+
+LORA = settings(**FREEZES[3])
+INFO = {"format": 2, "task": "gpt", "rate": 0.1, "tokenizer": None, "sample_iter": 0, "config": configs.flat(LORA)}
+
+
+def logits_of(config: configs.Config, weights: names.Arrays, tokens: np.ndarray) -> np.ndarray:
+    model = loop.TASKS["gpt"](config).build_model(nnx.Rngs(0))
+    nnx.update(model, names.to_jax(weights))
+    return np.asarray(model(tokens))
+
+
+def test_adapters_change_nothing_at_first_and_are_merged_on_export(tmp_path: Path) -> None:
+    tokens = np.arange(1, 7, dtype=np.int32)[None]
+    plain = configs.replace(LORA, "model.lora_rank", 0)
+    start = loop.TASKS["gpt"](LORA).build_model(nnx.Rngs(0))
+    weights = names.to_torch(nnx.to_pure_dict(nnx.state(start)))
+    np.testing.assert_array_equal(start(tokens), logits_of(plain, names.without_adapters(weights), tokens))
+
+    weights = random_weights(LORA, 1)
+    wanted = logits_of(LORA, weights, tokens)
+    zero = {name: 0 * x if name.endswith("lora_b") else x for name, x in weights.items()}
+    assert np.abs(wanted - logits_of(LORA, zero, tokens)).max() > 0.1
+    snapshot = convert.merged(Snapshot(LORA, {**INFO, "step": 3, "val_loss": None}, weights, None, 0))
+    assert list(snapshot.weights) == list(names.shapes(plain))
+    np.testing.assert_allclose(logits_of(plain, snapshot.weights, tokens), wanted, rtol=0, atol=3e-5)
+    convert.write(tmp_path / "merged.pt", snapshot, CHECKPOINT_1_2)
+    model, config = torchlm.checkpoint.load_model(tmp_path / "merged.pt")
+    assert config.model.lora_rank == 0
+    with torch.no_grad():
+        np.testing.assert_allclose(model(torch.tensor(tokens).long()).numpy(), wanted, rtol=0, atol=3e-5)
+
+
+def state_at(i: int) -> Any:
+    """Return a state with random numbers everywhere, a function of i but for what is frozen."""
+    fresh, _ = loop.build(LORA, loop.TASKS["gpt"](LORA), parallel.make_mesh(LORA))
+    state = fresh()
+    random = np.random.default_rng(i)
+    floats = lambda x: jnp.asarray(random.normal(size=x.shape), x.dtype) if x.ndim else jnp.full_like(x, i)  # noqa: E731
+    part = jax.tree.map(floats, tune.trained(LORA.model, state.params))
+    other = jax.tree.map(floats, state)
+    return type(state)(other.step, tune.with_trained(state.params, part), other.opt_state)
+
+
+def test_what_is_frozen_is_stored_once_and_is_part_of_every_checkpoint(tmp_path: Path) -> None:
+    one, two = state_at(1), state_at(2)
+    folder = tmp_path / "checkpoints"
+    stale = folder / checksums.FROZEN / "base" / "stale"
+    stale.parent.mkdir(parents=True)
+    stale.write_text("of a run that ended before its first checkpoint")
+    with Checkpoints(folder) as checkpoints:
+        checkpoints.save(one, INFO | {"step": 1}, {1: 1.0})
+        checkpoints.wait()
+        times = {path: path.stat().st_mtime_ns for path in sorted(folder.glob("frozen/**/*"))}
+        checkpoints.save(two, INFO | {"step": 2}, {1: 1.0, 2: 2.0})
+        restored = checkpoints.restore(1, two)
+    assert not stale.exists()
+    assert times == {path: path.stat().st_mtime_ns for path in sorted(folder.glob("frozen/**/*"))}
+    jax.tree.map(np.testing.assert_array_equal, restored, one)
+    for i, state in enumerate((one, two), start=1):
+        stored = convert.read(folder / str(i))
+        for name, x in names.to_torch(jax.device_get(state.params)).items():
+            np.testing.assert_array_equal(stored.weights[name], x)
+        assert stored.moments is not None
+        assert list(stored.moments[0]) == [name for name in stored.weights if not is_frozen(LORA, name)]
+    kept = names.to_torch(checkpoint.parts_of(one)["base"], LORA.model.frozen_layers)
+    assert kept and all(re.search("lora_[ab]$", name) for name in kept)
+
+    sums = (folder / "2" / checksums.FILE).read_text()
+    assert f"../{checksums.FROZEN}/base/" in sums and not checksums.damage(folder / "2")
+    (file,) = [path for path in (folder / checksums.FROZEN / "base").rglob("d/*") if path.is_file()][:1]
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    for parts in (None, ["base"]):
+        with pytest.raises(UserError, match=f"damaged: ../{checksums.FROZEN}/base/.* is not as it was written"):
+            checksums.check(folder / "1", parts)
+    checksums.check(folder / "1", ["head"])
+    shutil.rmtree(folder / checksums.FROZEN)
+    with pytest.raises(UserError, match="is missing"):
+        convert.read(folder / "2")
