@@ -193,7 +193,7 @@ def begin(run: Run, fresh: Callable[[], TrainState], shardings: TrainState) -> T
     if begun.form == formats.RUN and names.is_whole(begun.settings()) and names.is_whole(configs.flat(run.config)):
         state = restore(begun.path, state, begun.parts, step, is_checked=True)
     else:
-        parts = _parts_of_file(begun.path, run.config, begun.parts)
+        parts = _parts_of_file(begun.path, run.config, begun.parts, begun.kind == "base")
         state = jax.device_put(with_parts(state, parts, step), shardings)
     trees = {"optimizer": parts_of(state)["optimizer"], **state.params}
     sizes = {name: [x.size for x in jax.tree.leaves(tree)] for name, tree in trees.items()}
@@ -307,10 +307,10 @@ def _restored(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _parts_of_file(path: Path, config: Config, parts: Sequence[str]) -> dict[str, Any]:
-    """Return the given parts of a checkpoint of another form, as `parts_of` has them, in NumPy's arrays."""
+def _parts_of_file(path: Path, config: Config, parts: Sequence[str], is_base: bool = False) -> dict[str, Any]:
+    """Return the given parts of a checkpoint of any form, but with all weights, in NumPy's arrays."""
     snapshot, shapes = convert.read(path), names.shapes(config)
-    if "head" not in parts:  # a base for another run, which has adapters of its own
+    if is_base:  # for another run, which has adapters of its own
         snapshot, shapes = convert.merged(snapshot), names.without_adapters(shapes)
     weights = names.check(*start.fitting(snapshot.weights, shapes, parts), str(path))
     found = names.to_jax(weights)

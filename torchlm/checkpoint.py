@@ -110,7 +110,7 @@ def begin(run: Run, fresh: Callable[[], TrainState]) -> TrainState:
     begun, state = run.start, fresh()
     if begun.path is None:
         return state
-    state = restore(begun.path, state, begun.parts, begun.position().step)
+    state = restore(begun.path, state, begun.parts, begun.position().step, begun.kind == "base")
     numbers = {name: x.numel() for name, x in parallel.single(state.model).named_parameters()}
     sizes = {part: [n for name, n in numbers.items() if name.startswith(part)] for part in PARTS[:2]}
     moments = [*names.trained(run.config.model, numbers).values()] * 2
@@ -118,23 +118,35 @@ def begin(run: Run, fresh: Callable[[], TrainState]) -> TrainState:
     return state
 
 
-def restore(path: Path, like: TrainState, parts: Sequence[str] = PARTS, step: int | None = None) -> TrainState:
+def restore(
+    path: Path,
+    like: TrainState,
+    parts: Sequence[str] = PARTS,
+    step: int | None = None,
+    is_base: bool = False,
+) -> TrainState:
     """Return `like`, changed in place to have the given parts of a checkpoint of any form.
 
-    The update number is that of the checkpoint, or `step`. Raises UserError if it is damaged or of another model.
+    The update number is that of the checkpoint, or `step`. The adapters of what is a base for another run are merged
+    into it. Raises UserError if it is damaged or of another model.
     """
     snapshot = convert.read(path)
-    return with_snapshot(like, snapshot, str(path), parts, step)
+    return with_snapshot(like, snapshot, str(path), parts, step, is_base)
 
 
 def with_snapshot(
-    like: TrainState, snapshot: Snapshot, source: str, parts: Sequence[str] = PARTS, step: int | None = None
+    like: TrainState,
+    snapshot: Snapshot,
+    source: str,
+    parts: Sequence[str] = PARTS,
+    step: int | None = None,
+    is_base: bool = False,
 ) -> TrainState:
     """Return `like`, changed in place to have parts of what was read; an error begins with `source`."""
     model = parallel.single(like.model)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
     trained = {name: shapes[name] for name, tensor in model.named_parameters() if tensor.requires_grad}
-    if "head" not in parts:  # a base for another run, which has adapters of its own
+    if is_base:
         snapshot, shapes = convert.merged(snapshot), names.without_adapters(shapes)
     weights = names.check(*start.fitting(snapshot.weights, shapes, parts), source)
     model.load_state_dict(model.state_dict() | {name: torch.tensor(x) for name, x in weights.items()})

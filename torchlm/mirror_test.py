@@ -79,7 +79,7 @@ ARGUMENTS = {  # (jaxlm's, torchlm's) where they differ otherwise
     ),
     "checkpoint.restore": (
         ["path", "like", "parts", "step", "is_checked"],
-        ["path", "like", "parts", "step"],
+        ["path", "like", "parts", "step", "is_base"],
     ),
     "checkpoint.begin": (["run", "fresh", "shardings"], ["run", "fresh"]),
     "parallel.make_mesh": (["config", "devices"], ["config"]),
