@@ -20,7 +20,7 @@ from jaxlm.config import Config, TokenizerConfig
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.errors import UserError
 from jaxlm.formats import Snapshot, Stored
-from jaxlm.names import Arrays, Shapes
+from jaxlm.names import CAUSAL, LANGUAGE_MODELS, Arrays, Shapes
 
 CONFIG, WEIGHTS, TOKENIZER_CONFIG = "config.json", "model.safetensors", "tokenizer_config.json"
 TOKENIZER = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt")
@@ -417,7 +417,9 @@ def _shapes(family: Family, config: Config) -> Shapes:
 
 def _task(config: Config) -> str:
     """Return the task that a family has the head by."""
-    return config.task if config.task in ("mlm", "gpt") else CLASSES
+    if config.task in CAUSAL:
+        return "gpt"
+    return config.task if config.task in LANGUAGE_MODELS else CLASSES
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -441,7 +443,7 @@ def check(config: Config, family: Family) -> None:
         raise UserError(f"--as {family.type}: task={config.task}, but it has {' and '.join(family.heads)} only")
     wanted = dict(family.settings)
     if task == CLASSES:
-        wanted["model.head_outputs"] = "labels"
+        wanted |= {"model.head_outputs": "labels", "model.pooling": "first"}
         for name in ("model.tied_embedding", "model.output_bias"):  # which make no difference to it
             del wanted[name]
     problems = [
