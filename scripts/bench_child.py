@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench_peers import Peer
+from bench_peers import Mapped, Peer
 from bench_systems import Data, Jaxlm, Reply, Torchlm, TorchProducts
 
 from jaxlm import config as configs
@@ -41,6 +41,7 @@ SYSTEMS: dict[str, Callable[[Config, dict[str, Any]], Any]] = {
     "transformers": Peer,
     "transformers grouped": Peer,
     "plain GPT": Peer,
+    "datasets.map": Mapped,
     "PyTorch": TorchProducts,
 }
 

@@ -150,6 +150,30 @@ class Peer(InTorch):
             yield {"input_ids": tokens, "attention_mask": is_real, "labels": batch["labels"]}
 
 
+class Mapped:
+    """datasets.map with transformers' fast tokenizer, on all cores."""
+
+    def __init__(self, config: Config, spec: dict[str, Any]):
+        self.config = config
+
+    def ready(self) -> Reply:
+        """Tokenize the text, article by article, into Arrow files."""
+        import datasets
+        import transformers
+
+        datasets.disable_progress_bars()
+        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=self.config.tokenizer.path)
+        data, folder = self.config.data, self.config.data.cache_dir
+        texts = datasets.load_dataset("text", data_files=data.path, split="train", cache_dir=folder)
+        tokens = texts.map(
+            lambda batch: {"ids": tokenizer(batch["text"], add_special_tokens=False)["input_ids"]},
+            batched=True,
+            num_proc=N_THREADS,
+            remove_columns="text",
+        )
+        return {"n": len(tokens)}
+
+
 def _adamw(model: Any, config: Config) -> Any:
     import torch
 
