@@ -8,7 +8,8 @@
 
 Between two forms, arrays are NumPy's under torchlm's names (names.py). There are two counts: `step`, that of the run,
 drives the rate; `n_updates`, that of the moments, is what AdamW corrects their bias by.
-torch, jax and safetensors are imported where they are needed.
+torch, jax and safetensors are imported where they are needed. Models of transformers, which public.py reads and writes,
+are weights and settings without a training state.
 """
 
 import dataclasses
