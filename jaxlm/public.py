@@ -312,7 +312,7 @@ def _settings(family: Family, values: dict[str, Any], source: Path) -> dict[str,
     if sizes["model.d_model"] % n_heads:
         raise UserError(f"{source}: {family.keys['n_heads']}={n_heads} does not divide {sizes['model.d_model']}")
     activation = values.get(family.keys["gelu"], family.activation)
-    found = {**family.settings, **sizes, "model.gelu": GELU.get(activation)}
+    found = {**family.settings, **sizes, "model.gelu": GELU.get(str(activation))}
     if found["model.gelu"] != family.settings.get("model.gelu", found["model.gelu"]) or not found["model.gelu"]:
         known = [name for name, kind in GELU.items() if kind == family.settings.get("model.gelu", kind)]
         raise UserError(f"{source}: {family.keys['gelu']}={activation}: can be read with {', '.join(known)} only")
