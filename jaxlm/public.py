@@ -441,7 +441,7 @@ def check(config: Config, family: Family) -> None:
     task = _task(config)
     if task not in family.heads:
         raise UserError(f"--as {family.type}: task={config.task}, but it has {' and '.join(family.heads)} only")
-    wanted = dict(family.settings)
+    wanted = family.settings | {"model.lora_rank": 0}
     if task == CLASSES:
         wanted |= {"model.head_outputs": "labels", "model.pooling": "first"}
         for name in ("model.tied_embedding", "model.output_bias"):  # which make no difference to it

@@ -488,15 +488,15 @@ def _model() -> list[Fault]:
             ),
             edit(
                 torch_heads.LanguageModelHead.forward,
-                ("x_BTD, table_VD, self.bias", "x_BTD, table_VD.detach(), self.bias"),
+                ("x_BTD, table_VD, bias_V", "x_BTD, table_VD.detach(), bias_V"),
             ),
         ),
-        *both(
+        *mirrored(
             "no bias in a tied head",
             "a tied output layer without its bias",
             "BERT of transformers",
-            edit(jax_heads.LanguageModelHead.__call__, ("self.bias[...], self", "0 * self.bias[...], self")),
-            edit(torch_heads.LanguageModelHead.forward, ("table_VD, self.bias", "table_VD")),
+            "heads.LanguageModelHead",
+            (" * self.config.output_bias", " * 0"),
         ),
         *both(
             "positions from the right",
