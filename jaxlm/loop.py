@@ -199,12 +199,13 @@ def finish(
 ) -> None:
     """Score the test part with the best checkpoint, for the only time, and print the summary."""
     last, best = int(state.step), checkpoints.best_step(run.losses())
-    n_parameters = sum(x.size for x in jax.tree.leaves(state.params))
+    first, _, _ = optim.moments(state.opt_state)
+    n_all, n_trained = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (state.params, first))
     totals = None
     if best is not None and runs.has_test(run) and not status():
         state = checkpoints.restore(best, state)
         totals = evaluate(run, compiled, state.params, "test", status)
-    runs.sum_up(run, last, best, n_parameters, totals, checkpoints.summary(), bool(status()))
+    runs.sum_up(run, last, best, (n_all, n_trained), totals, checkpoints.summary(), bool(status()))
 
 
 def _describe(mesh: Mesh, config: Config) -> str:

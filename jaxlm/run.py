@@ -524,19 +524,28 @@ def has_test(run: Run) -> bool:
 
 
 def sum_up(
-    run: Run, last: int, best: int | None, n_parameters: int, test_totals: Any, saves: str, is_interrupted: bool
+    run: Run,
+    last: int,
+    best: int | None,
+    sizes: tuple[int, int],
+    test_totals: Any,
+    saves: str,
+    is_interrupted: bool,
 ) -> None:
     """Print the summary of a run that ended after update `last`; `saves` is a line on its checkpoints.
 
+    `sizes` are the numbers of all parameters, and of those that are trained.
     `test_totals` are those of the checkpoint of step `best`; None if it was not tested.
     """
     n_updates = run.config.train.max_steps
     seconds = int(time.monotonic() - run.started_s)
+    n_parameters, n_trained = sizes
+    share = f", {n_trained:,} of them trained" if n_trained < n_parameters else ""
     ending = "interrupted" if is_interrupted else "finished" if last == n_updates else "stopped"
     run.log.say("")
     run.log.say(
         f"{run.config.task} {ending} after {seconds // 60} min {seconds % 60} s: {last:,} of {n_updates:,} updates of "
-        f"{n_parameters:,} parameters, on {run.data.source.description}"
+        f"{n_parameters:,} parameters{share}, on {run.data.source.description}"
     )
     if best is None:
         run.log.say("There are no scores: the run ended before its first evaluation.")

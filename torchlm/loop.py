@@ -182,14 +182,15 @@ def finish(
 ) -> None:
     """Score the test part with the best checkpoint, for the only time, and print the summary."""
     last, best = state.step, parallel.from_first(checkpoints.best_step(run.losses()))
-    n_parameters = sum(x.numel() for x in state.model.parameters())
+    parameters = list(state.model.parameters())
+    sizes = sum(x.numel() for x in parameters), sum(x.numel() for x in parameters if x.requires_grad)
     totals = None
     if best is not None and runs.has_test(run) and not status():
         if not compiled.mesh.rank:
             state = checkpoints.restore(best, state)
         parallel.copy_from_first(compiled.mesh, state.model)
         totals = evaluate(run, compiled, state.model, "test", status)
-    runs.sum_up(run, last, best, n_parameters, totals, checkpoints.summary(), bool(status()))
+    runs.sum_up(run, last, best, sizes, totals, checkpoints.summary(), bool(status()))
 
 
 def _info(run: Run, i: int, position: Position) -> dict[str, Any]:
