@@ -1,6 +1,7 @@
 """Training a part: what is frozen stays to the bit, has no moments, and costs no product that is not needed."""
 
 import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ import pytest
 import torch
 from flax import nnx
 
+import jaxlm.train
 import torchlm.optim
 import torchlm.step
 import torchlm.tasks
 from jaxlm import ahead, checkpoint, checksums, convert, flops, loop, names, optim, parallel, tune
 from jaxlm import config as configs
 from jaxlm.checkpoint import Checkpoints
+from jaxlm.data import grammar
 from jaxlm.errors import UserError
 from jaxlm.formats import CHECKPOINT_1_2, Snapshot
 from parity_tests.plan import random_batch, random_weights
@@ -183,3 +186,42 @@ def test_what_is_frozen_is_stored_once_and_is_part_of_every_checkpoint(tmp_path:
     shutil.rmtree(folder / checksums.FROZEN)
     with pytest.raises(UserError, match="is missing"):
         convert.read(folder / "2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", ["--model.lora-rank 2", "--model.frozen-layers 1 --model.frozen-embedding"])
+def test_a_part_is_trained_resumed_exported_and_trained_further(
+    changes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    texts = [text for text, _ in grammar.sentences("sst2")["train"][:200]]
+    Path("texts.txt").write_text("\n".join(texts))
+    Path("labelled.tsv").write_text("".join(["sentence\tlabel\n", *(f"{x}\t{i % 2}\n" for i, x in enumerate(texts))]))
+
+    def train(settings: str) -> None:
+        sizes = "--train.batch-size 4 --train.warmup-steps 0 --train.eval-interval 2 --train.decay-steps 4"
+        assert jaxlm.train.main(shlex.split(f"{sizes} {settings}")) == 0
+
+    shape = "--model.d-model 12 --model.n-heads 3 --model.n-layers 2 --tokenizer.vocab-size 300"
+    train(f"--task mlm --data.path texts.txt --model.seq-len 16 {shape} --train.max-steps 2 --run.dir base")
+    data = f"--task sst2 --data.path labelled.tsv --model.seq-len 16 --init-from base {changes}"
+    train(f"{data} --train.max-steps 4 --run.dir whole")
+    train(f"{data} --train.max-steps 2 --run.dir parts")
+    train("--resume parts --train.max-steps 4")
+    one, two = (convert.read(Path(run)) for run in ("whole", "parts"))
+    assert one.moments is not None and two.moments is not None
+    for a, b in zip((one.weights, *one.moments), (two.weights, *two.moments), strict=True):
+        assert a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
+    base = convert.read(Path("base")).weights
+    kept = [name for name in base if name in one.weights and np.array_equal(base[name], one.weights[name])]
+    assert {"base.embedding.token.weight", "base.blocks.0.feed_forward.fc2.weight"} <= set(kept)
+
+    assert convert.main(["whole", "whole.pt"]) == 0
+    tokens = np.arange(1, 17, dtype=np.int32)[None]
+    model, _ = checkpoint.load_model("whole/checkpoints/4")
+    other, _ = torchlm.checkpoint.load_model("whole.pt")
+    with torch.no_grad():
+        np.testing.assert_allclose(other(torch.tensor(tokens).long()).numpy(), model(tokens), rtol=1e-4, atol=1e-5)
+    train("--task mlm --data.path texts.txt --model.seq-len 16 --init-from whole --train.max-steps 2 --run.dir further")
+    assert not any("lora" in name for name in convert.read(Path("further")).weights)
