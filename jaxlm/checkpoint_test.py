@@ -185,7 +185,7 @@ def test_what_does_not_fit_is_refused_before_orbax_restores_it(tmp_path: Path) -
         other = jax.tree.map(lambda x: x.astype(jnp.bfloat16), state_at(0))
         with pytest.raises(UserError, match="1/base: kernel is float32, but has to be bfloat16 here"):
             checkpoints.restore(1, other)
-        more = dataclasses.replace(state_at(0), params={"base": {"kernel": jnp.zeros((7, 50)), "w": jnp.zeros(1)}})
-        more.params["head"] = {"bias": jnp.zeros(50)}
+        params = {"base": {"kernel": jnp.zeros((7, 50)), "w": jnp.zeros(1)}, "head": {"bias": jnp.zeros(50)}}
+        more = step.init_state(params, optim.adamw(TrainConfig(), lambda i: 0.1, 2))
         with pytest.raises(UserError, match=r"1/base: weights of another model: w \[1\] is missing"):
             checkpoints.restore(1, more)
