@@ -1,6 +1,5 @@
 """Checkpoints on a real disk: bitwise the same in another process, the best and the last kept, whole or not there."""
 
-import dataclasses
 import json
 import math
 import re

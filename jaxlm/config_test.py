@@ -78,7 +78,12 @@ def test_dump_is_read_back_to_the_same_settings(tmp_path):
         value = configs.get(Config(), name)
         choices = {"data.format": "tsv", "data.header": "no", "model.positions": "rotary", "tokenizer.kind": "bpe"}
         choices |= {"model.head_outputs": "vocabulary", "model.pooling": "last", "model.gelu": "tanh"}
-        choices |= {"model.head_dense": "bert", "train.precision": "bfloat16", "task": "cola"}
+        choices |= {
+            "model.lora_products": "fc1,key",
+            "model.head_dense": "bert",
+            "train.precision": "bfloat16",
+            "task": "cola",
+        }
         choices |= {
             "data.validation_path": 'a "folder" é \\ = [x]',
             "data.path": "C:\\new\tfile",

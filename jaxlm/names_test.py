@@ -71,7 +71,7 @@ def test_twelve_blocks_keep_their_order() -> None:
     assert_same_tree(names.to_jax(dict(sorted(state.items()))), tree)  # in the order of text: 0, 1, 10, 11, 2 ...
 
 
-@pytest.mark.parametrize("task", list(TASKS))
+@pytest.mark.parametrize("task", ["mlm", "gpt", "sst2", "cola"])
 def test_names_of_the_recorded_original(task: str) -> None:
     recorded = np.load(CASES / task / "arrays.npz")
     arrays = {name.removeprefix("init/"): recorded[name] for name in recorded if name.startswith("init/")}

@@ -245,6 +245,11 @@ OTHER = {
     "model.output_bias": "false",
     "data.n_labels": 3,
     "train.seed": 1,
+    "model.frozen_embedding": "true",
+    "model.frozen_layers": 1,
+    "model.lora_rank": 2,
+    "model.lora_alpha": 3.0,
+    "model.lora_products": "key",
 }
 
 

@@ -697,7 +697,7 @@ def _part() -> list[Fault]:
             "frozen weights decayed",
             "frozen layers have no gradient, but moments and decay",
             check,
-            edit(jax_tune.trained, ("cut(x, slice(first, None)) if first else x", "x")),
+            edit(jax_tune.trained, ("x[first:] if first else x", "x")),
             None,
         ),
         *both(
