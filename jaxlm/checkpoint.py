@@ -190,7 +190,12 @@ def begin(run: Run, fresh: Callable[[], TrainState], shardings: TrainState) -> T
     if begun.parts != PARTS:
         state = fresh()
     step = begun.position().step
-    if begun.form == formats.RUN and names.is_whole(begun.settings()) and names.is_whole(configs.flat(run.config)):
+    if begun.is_student:
+        assert run.teacher is not None, "it is the start"
+        weights = run.teacher.every_layer(run.config.model.n_layers)
+        tree, places = names.to_jax(names.check(weights, names.shapes(run.config), str(begun.path))), shardings.params
+        state = with_parts(state, jax.device_put(tree, places), step)
+    elif begun.form == formats.RUN and names.is_whole(begun.settings()) and names.is_whole(configs.flat(run.config)):
         state = restore(begun.path, state, begun.parts, step, is_checked=True)
     else:
         parts = _parts_of_file(begun.path, run.config, begun.parts, begun.kind == "base")

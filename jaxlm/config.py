@@ -126,6 +126,15 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DistillConfig:
+    teacher: str = ""  # run, checkpoint, or public model that a smaller one learns from; "": none
+    temperature: Annotated[float, Meta(gt=0, le=1000)] = 2.0  # of the distributions of teacher and student
+    soft_weight: Rate = 5.0  # in the loss, of their divergence
+    hard_weight: Rate = 2.0  # in the loss, of the cross-entropy with the labels
+    cosine_weight: Rate = 1.0  # in the loss, of 1 - cosine of the last hidden states
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class MeshConfig:
     data: Axis = -1  # devices that split a batch, each with a copy of the model; -1: all that are left
     fsdp: Axis = 1  # devices that split a batch and the model, whose matrices are gathered where they are used
@@ -158,6 +167,7 @@ class Config:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     log: LogConfig = field(default_factory=LogConfig)
@@ -422,6 +432,9 @@ def _check(config: Config) -> None:
             f"train.stable_steps={train.stable_steps} and train.warmup_steps={train.warmup_steps} end after the decay, "
             f"at update {end}; lower one of them, or raise train.max_steps"
         )
+    distill = config.distill
+    if not distill.soft_weight and not distill.hard_weight and not distill.cosine_weight:
+        raise UserError("distill.soft_weight, .hard_weight and .cosine_weight are all 0; raise one of them")
     axes = {f"mesh.{name}": getattr(config.mesh, name) for name in AXES}
     for name, size in axes.items():
         if size == 0:
@@ -474,6 +487,10 @@ def warnings(config: Config, origins: dict[str, str], of_other_tasks: Iterable[s
         "train.cycle_amplitude": not config.train.cycle_steps and "train.cycle_steps=0",
         "train.reset_optimizer": config.resume in ("", "auto") and "it goes with --resume PATH",
         "train.switch_training": config.resume in ("", "auto") and "it goes with --resume PATH",
+        **{
+            f"distill.{name}": not config.distill.teacher and "there is no distill.teacher"
+            for name in ("temperature", "soft_weight", "hard_weight", "cosine_weight")
+        },
         **dict.fromkeys(of_other_tasks, f"task={config.task} does not use it"),
     }
     presets = str(presets_dir())

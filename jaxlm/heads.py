@@ -4,6 +4,8 @@ Each model has the parts `base` and `head`, so that a base can be restored alone
 Letters as in model.py; M masked positions per sample, C classes.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -59,9 +61,16 @@ class LanguageModel(nnx.Module):
         self.base = Transformer(config, is_causal, dtype, rngs)
         self.head = LanguageModelHead(config, not is_causal, dtype, rngs)
 
-    def __call__(self, tokens_BT: Array, key: Array | None = None, positions_BM: Array | None = None) -> Array:
-        """Return logits [B, T, V], or with `positions_BM` only those at the given positions, [B, M, V]."""
-        return self.head(self._hidden(tokens_BT, key, positions_BM), self.base.embedding.token.embedding[...])
+    def __call__(
+        self, tokens_BT: Array, key: Array | None = None, positions_BM: Array | None = None, with_hidden: bool = False
+    ) -> Any:
+        """Return logits [B, T, V], or with `positions_BM` only those at the given positions, [B, M, V].
+
+        With `with_hidden`, return them and the hidden states [B, T, D].
+        """
+        x_BTD = self.base(tokens_BT, key)
+        logits = self.head(_at(x_BTD, positions_BM), self.base.embedding.token.embedding[...])
+        return (logits, x_BTD) if with_hidden else logits
 
     def loss(
         self, tokens_BT: Array, labels_BM: Array, key: Array | None = None, positions_BM: Array | None = None
@@ -69,7 +78,7 @@ class LanguageModel(nnx.Module):
         """Return the totals of cross_entropy; on one device the logits are never there as a whole."""
         if not is_one_device():  # each has a part of the logits
             return cross_entropy(self(tokens_BT, key, positions_BM), labels_BM)
-        x_BMD = self._hidden(tokens_BT, key, positions_BM)
+        x_BMD = _at(self.base(tokens_BT, key), positions_BM)
         graphdef, state = nnx.split(self.head)
         table_VD = self.base.embedding.token.embedding[...] if self.head.is_tied else None
 
@@ -79,12 +88,6 @@ class LanguageModel(nnx.Module):
 
         x_RD = x_BMD.reshape(-1, x_BMD.shape[-1])
         return products.by_chunks(totals_of, (state, table_VD), x_RD, labels_BM.reshape(-1))
-
-    def _hidden(self, tokens_BT: Array, key: Array | None, positions_BM: Array | None) -> Array:
-        x_BTD = self.base(tokens_BT, key)
-        if positions_BM is not None:
-            x_BTD = jnp.take_along_axis(x_BTD, positions_BM[:, :, None], axis=1)
-        return x_BTD
 
 
 class ClassifierHead(nnx.Module):
@@ -117,7 +120,20 @@ class Classifier(nnx.Module):
         n_outputs = config.vocab_size if config.head_outputs == "vocabulary" else n_labels
         self.head = ClassifierHead(config, n_outputs, dtype, rngs)
 
-    def __call__(self, tokens_BT: Array, key: Array | None = None, last_B: Array | None = None) -> Array:
-        """Return logits; `last_B` is where the last token of each text is, which a causal model needs."""
+    def __call__(
+        self, tokens_BT: Array, key: Array | None = None, last_B: Array | None = None, with_hidden: bool = False
+    ) -> Any:
+        """Return logits; `last_B` is where the last token of each text is, which a causal model needs.
+
+        With `with_hidden`, return them and the hidden states [B, T, D].
+        """
         assert self.is_causal == (last_B is not None), "the last tokens go with model.pooling=last"
-        return self.head(self.base(tokens_BT, key), last_B)
+        x_BTD = self.base(tokens_BT, key)
+        logits = self.head(x_BTD, last_B)
+        return (logits, x_BTD) if with_hidden else logits
+
+
+def _at(x_BTD: Array, positions_BM: Array | None) -> Array:
+    if positions_BM is not None:
+        x_BTD = jnp.take_along_axis(x_BTD, positions_BM[:, :, None], axis=1)
+    return x_BTD

@@ -10,7 +10,21 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxlm import backend, checkpoint, chips, distributed, flops, fused, optim, parallel, schedule, step, storage, trace
+from jaxlm import (
+    backend,
+    checkpoint,
+    chips,
+    distill,
+    distributed,
+    flops,
+    fused,
+    optim,
+    parallel,
+    schedule,
+    step,
+    storage,
+    trace,
+)
 from jaxlm import run as runs
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.config import Config
@@ -21,17 +35,19 @@ from jaxlm.run import Run
 from jaxlm.start import Start
 from jaxlm.step import TrainState
 from jaxlm.tasks import TASKS, Task
+from jaxlm.teacher import Teacher
 
 
 class Compiled(NamedTuple):
     """What runs on the devices."""
 
     mesh: Mesh
-    update: Callable[..., Any]  # (state, batches, key) -> (state, metrics)
+    update: Callable[..., Any]  # (state, batches, key, teacher) -> (state, metrics)
     totals: Callable[..., Any]  # (params, batch) -> totals, without dropout
     predict: Callable[..., Any]  # (params, batch) -> what the task shows
     shardings: TrainState  # where each array of a state lies
     model: str  # name of its class
+    teacher: nnx.Module | None = None
 
 
 def run(config: Config, origins: dict[str, str], start: Start, started_s: float) -> int:
@@ -49,7 +65,7 @@ def run(config: Config, origins: dict[str, str], start: Start, started_s: float)
             distributed.check_same(runs.identity(this))
             this.validation.update(distributed.from_first(list(this.validation.items())))
             folder = distributed.shared(storage.checkpoints(this.dir, config.run.checkpoint_dir))
-            fresh, compiled = build(this.config, this.task, mesh, this.rewarmed)
+            fresh, compiled = build(this.config, this.task, mesh, this.rewarmed, this.teacher)
             if mesh.size > mesh.shape["data"]:
                 this.log.say(parallel.table(mesh, jax.eval_shape(fresh).params, compiled.model))
             state = checkpoint.begin(this, fresh, compiled.shardings)
@@ -63,7 +79,11 @@ def run(config: Config, origins: dict[str, str], start: Start, started_s: float)
 
 
 def build(
-    config: Config, task: Task, mesh: Mesh, rewarmed: tuple[int, float] | None = None
+    config: Config,
+    task: Task,
+    mesh: Mesh,
+    rewarmed: tuple[int, float] | None = None,
+    teacher: Teacher | None = None,
 ) -> tuple[Callable[[], TrainState], Compiled]:
     """Return what makes the state of a new run, on the mesh, and the compiled functions of a task.
 
@@ -91,10 +111,18 @@ def build(
     model = type(abstract).__name__
     shardings = parallel.shardings(mesh, jax.eval_shape(fresh), model, config.model)
     loss = with_model(task.loss)
+    distilled = with_model(functools.partial(distill.loss, task))
     skips = train.on_nonfinite == "skip"
-    update = functools.partial(
-        step.train_step, loss, optimizer, rate, train.clip_norm, skips_nonfinite=skips, model=config.model
-    )
+
+    def update(state: TrainState, batches: Any, key: Any, teacher: nnx.Module | None = None) -> tuple[TrainState, Any]:
+        def taught(params: Any, batch: Any, key: Any) -> Any:
+            return distilled(params, teacher, batch, key)
+
+        loss_fn = loss if teacher is None else taught
+        return step.train_step(
+            loss_fn, optimizer, rate, train.clip_norm, state, batches, key, skips_nonfinite=skips, model=config.model
+        )
+
     compiled = Compiled(
         mesh=mesh,
         update=jax.jit(update, donate_argnums=0, out_shardings=(shardings, everywhere)),
@@ -102,6 +130,7 @@ def build(
         predict=jax.jit(with_model(task.predict), out_shardings=everywhere),
         shardings=shardings,
         model=model,
+        teacher=distill.model_of(teacher, task, mesh) if teacher else None,
     )
     return jax.jit(fresh, out_shardings=shardings), compiled
 
@@ -128,8 +157,8 @@ def fit(
             with jax.profiler.TraceAnnotation(trace.DATA):
                 batch, i = next(batches), i + 1
             on_devices = parallel.put_batch(mesh, batch, axis=1)
-            state, metrics = compiled.update(state, on_devices, key)
-            tracer.end(metrics, compiled.update, state, on_devices, key)
+            state, metrics = compiled.update(state, on_devices, key, compiled.teacher)
+            tracer.end(metrics, compiled.update, state, on_devices, key, compiled.teacher)
             # Metrics of the update before are read only now that this one is under way: the device never waits.
             A, _, T = batch["tokens"].shape
             n_flops = A * train.batch_size * flops.flops_per_sample(run.config, T)

@@ -20,7 +20,7 @@ from typing import Any, TextIO
 import numpy as np
 from rich.table import Table
 
-from jaxlm import checksums, environment, history, log, metrics, storage
+from jaxlm import checksums, environment, history, log, metrics, storage, teacher
 from jaxlm import config as configs
 from jaxlm.config import Config
 from jaxlm.data import cache, prepare
@@ -30,6 +30,7 @@ from jaxlm.data.samples import Batch
 from jaxlm.errors import CLEANUPS, UserError, signals
 from jaxlm.log import RunLog
 from jaxlm.start import DAMAGED, LOCK, Start
+from jaxlm.teacher import Teacher
 
 N_SHOWN = 4  # validation samples of the debug dump
 MOST_ROLLBACKS = 10  # to one checkpoint
@@ -50,6 +51,7 @@ class Run:
     program: str  # the command that started it, without settings
     start: Start = Start()
     rewarmed: tuple[int, float] | None = None  # the update at which a re-warmup begins, and the rate before it
+    teacher: Teacher | None = None
     lock: TextIO | None = None  # of the run folder, held for as long as this is there
     validation: dict[int, metrics.Scores] = field(default_factory=dict)  # scores so far, by step
     skipped: list[int] = field(default_factory=list)  # updates that were no numbers and were not made
@@ -107,6 +109,10 @@ def started(
         task_class = tasks[config.task]
         config, data = prepare.prepare(config, task_class.samples, task_class(config).embedded, run_log.bytes_bar)
         start.check(data)
+        known = None
+        if start.teacher:
+            start.teacher.check(data)
+            known = teacher.load(start.teacher, start.info.get("teacher", "") if start.kind == "resume" else "")
         _set_aside(start, storage.checkpoints(run_dir, config.run.checkpoint_dir), run_log)
         _write(run_dir / "config.toml", configs.dump(config))
         tokenizers.save(data.tokenizer, run_dir / "tokenizer.json")
@@ -119,7 +125,7 @@ def started(
         _announce(config, origins, start, rewarmed, data, run_dir, device, unused, run_log)
         environment.append(run_dir, environment.describe(start.position().step, device))
         task = task_class(config)
-        yield Run(config, task, data, run_dir, run_log, started_s, program, start, rewarmed, held, validation)
+        yield Run(config, task, data, run_dir, run_log, started_s, program, start, rewarmed, known, held, validation)
     except BaseException:
         clean()
         held.close()
@@ -407,6 +413,9 @@ def _announce(
     sizes = ", ".join(f"{len(samples):,} {split}" for split, samples in data.samples.items())
     run_log.say(f"samples {sizes}; of {config.model.seq_len} tokens, vocabulary {config.model.vocab_size:,}")
     run_log.say(f"device  {device}")
+    if start.teacher:
+        n = start.teacher.config().model.n_layers
+        run_log.say(f"teacher {start.teacher.path}, {n} layers; the loss of train is the weighted one of distill.*")
     if start.kind == "resume":
         step = start.info["step"]
         run_log.say(f"resumes {start.path}, after {step:,} updates and {start.info['sample_iter']:,} samples")
@@ -469,6 +478,7 @@ def info(run: Run, i: int, position: Position, rate: float) -> dict[str, Any]:
         "config": configs.flat(run.config),
         "tokenizer": tokenizers.fingerprint(run.data.tokenizer),
         "data": run.data.source.fingerprint,
+        "teacher": run.teacher.fingerprint if run.teacher else "",
         "rewarmed": run.rewarmed,
         "skipped": position.skipped,
         "version": importlib.metadata.version("jaxlm"),

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from jaxlm import checksums, convert, formats, public, storage
+from jaxlm import checksums, convert, formats, public, storage, teacher
 from jaxlm import config as configs
 from jaxlm.config import Config, Layer, TrainConfig
 from jaxlm.data.position import Position
@@ -60,6 +60,8 @@ class Start:
     run_dir: str = ""  # of the run that goes on, in its own folder; "": the run has a new folder
     is_retry: bool = False  # the run folder may have what a run without a checkpoint has left
     damaged: tuple[tuple[Path, str], ...] = ()  # newer checkpoints that cannot be used, and why
+    teacher: "Start | None" = None  # the model that the run learns from
+    is_student: bool = False  # it is this one, of whose layers the run begins with some
 
     def is_public(self) -> bool:
         """Return whether it is a model of transformers, which is in a folder with its tokenizer."""
@@ -80,7 +82,7 @@ class Start:
         stored = self.settings()
         if self.kind == "base":
             names = self._fixed()
-            if stored.get("model.positions") == "learned":
+            if stored.get("model.positions") == "learned" or self.is_student:
                 names = (*names, "model.seq_len")
             if "head" not in self.parts:  # the layer before the output is a part of some bases' design
                 names = (*names, "model.head_dense")
@@ -124,7 +126,8 @@ class Start:
 
     def _fixed(self) -> tuple[str, ...]:
         """Return the settings that the tensors of a base depend on."""
-        return (*BASE_SETTINGS, *HEAD_SETTINGS) if "head" in self.parts else BASE_SETTINGS
+        names = (*BASE_SETTINGS, *HEAD_SETTINGS) if "head" in self.parts else BASE_SETTINGS
+        return tuple(name for name in names if not self.is_student or name != "model.n_layers")
 
     def check(self, data: "Data") -> None:
         """Raise UserError if the data or the tokenizer are not those of the checkpoint."""
@@ -178,6 +181,10 @@ def load(argv: list[str], prog: str, form: str) -> tuple[Config, dict[str, str],
     layers = start.layers(given.get("task", Config().task))
     config, origins = configs.load(argv, prog, layers, has_preset=start.kind != "resume")
     start.changes(config)
+    if config.distill.teacher:
+        found = dataclasses.replace(start, is_student=False) if start.is_student else _teacher(config.distill.teacher)
+        teacher.check(config, found, start.is_student)
+        start = dataclasses.replace(start, teacher=found)
     return config, origins, start
 
 
@@ -191,7 +198,7 @@ def find(given: Mapping[str, Any], form: str) -> Start:
         if not run_dir:
             raise UserError("resume=auto: which run is to go on? give its folder with --run.dir")
         start = _resume_auto(Path(run_dir), given, form)
-        if start.path or not base:
+        if start.path:
             return start
     elif resume and base:
         raise UserError(
@@ -207,6 +214,8 @@ def find(given: Mapping[str, Any], form: str) -> Start:
             path, stored_form, info, damaged = _newest(source, (*parts, "info"))
         run, damaged = _run_of(path, source), (*start.damaged, *damaged)
         return Start("base", path, stored_form, info, parts, run, is_retry=start.is_retry, damaged=damaged)
+    if named := given.get("distill.teacher"):
+        return dataclasses.replace(_teacher(named), is_student=True, is_retry=start.is_retry, damaged=start.damaged)
     return start
 
 
@@ -229,6 +238,13 @@ def to_use(named: str | Path) -> Start:
         path = paths[best(range(len(paths)), losses) or 0]
     form, info = _read(path, parts)
     return Start("base", path, form, info, parts[:2], _run_of(path, source))
+
+
+def _teacher(named: str) -> Start:
+    try:
+        return to_use(named)
+    except UserError as error:
+        raise UserError(f"distill.teacher={named}: {str(error).removeprefix(f'{named}: ')}") from error
 
 
 def best(steps: Iterable[int], losses: Mapping[int, float]) -> int | None:

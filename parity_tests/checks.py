@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from jaxlm import teacher
 from jaxlm.tasks import TASKS
 from parity_tests import case as cases
 from parity_tests import drift, inputs, original, references, replay, trajectory
@@ -155,6 +156,9 @@ def _checks() -> dict[str, Callable[[], list[Row]]]:
         add(f"float64: {task}", drift.float64, task)
         add(f"dropout: {task}", drift.dropout, task)
         add(f"bfloat16: {task}", bfloat16, task)
+        if task in teacher.TASKS:
+            add(f"distillation: {task}", inputs.distilled, task)
+            add(f"distillation in float32: {task}", inputs.distilled, task, 10, "float32")
         for length in (1024, 4096) if task != "pairs" else ():  # which the original has not
             add(f"{length} positions: {task}", inputs.long, task, length)
         for name in inputs.OPTIONS:
@@ -174,5 +178,5 @@ FAST = {
     *("attention of PyTorch: mlm", "layers of PyTorch: gpt", "post-norm layers of PyTorch: sst2"),
     *("finite differences: gpt", "edges: mlm", "4096 positions: mlm"),
     *("float64: mlm", "float64: gpt", "dropout: gpt", "dropout statistics", "rotary, no pad: gpt"),
-    *("layer decay, frozen: gpt", "LoRA of rank 1 everywhere: gpt"),
+    *("distillation: mlm", "layer decay, frozen: gpt", "LoRA of rank 1 everywhere: gpt"),
 }

@@ -26,6 +26,7 @@ from flax import nnx
 
 import jaxlm.tasks.gpt
 import torchlm.tasks.gpt
+from jaxlm import distill as jax_distill
 from jaxlm import heads as jax_heads
 from jaxlm import model as jax_model
 from jaxlm import names
@@ -39,6 +40,7 @@ from parity_tests import drift, inputs, randomness, references, trajectory
 from parity_tests.packages import PACKAGES, Package
 from parity_tests.tolerances import FLOAT32
 from parity_tests.trajectory import Row
+from torchlm import distill as torch_distill
 from torchlm import heads as torch_heads
 from torchlm import model as torch_model
 from torchlm import optim as torch_optim
@@ -124,8 +126,9 @@ def mirrored(name: str, description: str, check: str, path: str, *edits: tuple[s
 
 
 _JAX = {"model": jax_model, "heads": jax_heads, "optim": jax_optim, "schedule": jax_schedule, "step": jax_step}
+_JAX |= {"distill": jax_distill}
 _TORCH = {"model": torch_model, "heads": torch_heads, "optim": torch_optim, "schedule": torch_schedule}
-_TORCH |= {"step": torch_step}
+_TORCH |= {"step": torch_step, "distill": torch_distill}
 
 
 def unbiased_of_jaxlm(self: Any, x: Any) -> Any:
@@ -234,6 +237,7 @@ CHECKS: dict[str, Callable[[type[Package]], list[Row]]] = {
     "rotary positions": of_two(lambda: inputs.option("gpt", "rotary positions", n_updates=1)),
     "LoRA": of_two(lambda: inputs.option("gpt", "LoRA", n_updates=2)),
     "frozen layers and layer decay": of_two(lambda: inputs.option("gpt", "layer decay, frozen", n_updates=2)),
+    "distillation": of_two(lambda: inputs.distilled("mlm", n_updates=2)),
     "head of DistilBERT": of_two(lambda: inputs.option("sst2", "parts of DistilBERT", n_updates=1)),
     **{f"replay of {name}": functools.partial(all_of, name) for name in ("mlm_cycle", "gpt_resume", "cola")},
 }
@@ -585,7 +589,7 @@ def _model() -> list[Fault]:
             mlm,
             *(
                 edit(function, ("positions_BM[:, :, None]", "(positions_BM[:, :, None] + 1) % x_BTD.shape[1]"))
-                for function in (jax_heads.LanguageModel._hidden, torch_heads.LanguageModel.forward)
+                for function in (jax_heads._at, torch_heads._at)
             ),
         ),
         *both(
@@ -1154,7 +1158,37 @@ def _random() -> list[Fault]:
     ]
 
 
-FAULTS = [*_model(), *_loss(), *_part(), *_optimizer(), *_schedule(), *_random()]
+def _distillation() -> list[Fault]:
+    check, soft = "distillation", "distill.soft_loss"
+    return [
+        *mirrored(
+            "no square of the temperature", "soft loss not times T^2", check, soft, ("temperature**2 * ", "1.0 * ")
+        ),
+        *mirrored(
+            "divergence from the student",
+            "KL(student || teacher)",
+            check,
+            soft,
+            ("exp(log_p) * (log_p - log_q)", "exp(log_q) * (log_q - log_p)"),
+        ),
+        *both(
+            "divergence over the vocabulary",
+            "its mean over outputs, PyTorch's default, not its sum",
+            check,
+            edit(jax_distill.soft_loss, ("jnp.sum(jnp.exp", "jnp.mean(jnp.exp")),
+            edit(torch_distill.soft_loss, ("torch.sum(torch.exp", "torch.mean(torch.exp")),
+        ),
+        *mirrored(
+            "cosine of pads",
+            "hidden states of pads count",
+            check,
+            "distill.cosine_loss",
+            ("(is_pad_BT, 0,", "(is_pad_BT & False, 0,"),
+        ),
+    ]
+
+
+FAULTS = [*_model(), *_loss(), *_part(), *_distillation(), *_optimizer(), *_schedule(), *_random()]
 
 # Running them
 

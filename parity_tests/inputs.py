@@ -1,12 +1,15 @@
 """Inputs and models at their edges: long, all but entirely pad, ids at both ends, and every setting of the model."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
 import torch
 
+from jaxlm import config as configs
 from jaxlm import names
 from jaxlm.config import Config
+from jaxlm.teacher import Teacher
 from parity_tests import original, trajectory
 from parity_tests.drift import config_of
 from parity_tests.packages import PACKAGES, Precision
@@ -119,6 +122,19 @@ def option(task: str, name: str, n_updates: int = 5, precision: Precision = "flo
     sizes = {"train.max_steps": n_updates, "train.warmup_steps": 1, "model.n_heads": 2, "train.accumulate": 1}
     config = config_of(task, **sizes, **OPTIONS[name])
     plan = random_plan(f"{task}, {name}", config, seed=6)
+    jaxlm, torchlm = (trajectory.run(package, plan, precision) for package in PACKAGES)
+    bounds = FLOAT64 if precision == "float64" else FLOAT32
+    return trajectory.compare(plan.name, "jaxlm, torchlm", jaxlm, torchlm, bounds)
+
+
+def distilled(task: str, n_updates: int = 5, precision: Precision = "float64") -> list[Row]:
+    """Return how far the packages are apart in updates of a student with a teacher of twice its layers."""
+    sizes = {"train.max_steps": n_updates, "train.warmup_steps": 1, "model.n_heads": 2, "train.accumulate": 2}
+    weights = {"distill.soft_weight": 1.5, "distill.hard_weight": 0.5, "distill.cosine_weight": 2.0}
+    config = config_of(task, **sizes, **weights, **{"distill.temperature": 3.0})
+    own = configs.replace(config, "model.n_layers", 2 * config.model.n_layers)
+    teacher = Teacher(own, random_weights(own, seed=9), "")
+    plan = dataclasses.replace(random_plan(f"{task}, distilled", config, seed=8), teacher=teacher)
     jaxlm, torchlm = (trajectory.run(package, plan, precision) for package in PACKAGES)
     bounds = FLOAT64 if precision == "float64" else FLOAT32
     return trajectory.compare(plan.name, "jaxlm, torchlm", jaxlm, torchlm, bounds)

@@ -4,6 +4,7 @@ All that computes is the packages' own: models, tasks, schedules, optimizers and
 two objects, so that a change of a package shows in the next one.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
@@ -15,16 +16,21 @@ import optax
 import torch
 from flax import nnx
 
+from jaxlm import distill as jax_distill
 from jaxlm import names
 from jaxlm import optim as jax_optim
+from jaxlm import parallel as jax_parallel
 from jaxlm import schedule as jax_schedule
 from jaxlm import step as jax_step
 from jaxlm import tasks as jax_tasks
 from jaxlm import tune as jax_tune
 from jaxlm.config import Config
 from jaxlm.names import Arrays
+from jaxlm.teacher import Teacher
 from parity_tests.plan import Batch
+from torchlm import distill as torch_distill
 from torchlm import optim as torch_optim
+from torchlm import parallel as torch_parallel
 from torchlm import schedule as torch_schedule
 from torchlm import step as torch_step
 from torchlm import tasks as torch_tasks
@@ -70,9 +76,10 @@ class Jaxlm:
             dtype = jnp.float64 if self.is_double else jnp.float32
             self.params = jax.tree.map(lambda x: jnp.asarray(x, dtype), names.to_jax(weights))
 
-    def start(self, rate: Rate, is_mean_of_means: bool = False) -> None:
+    def start(self, rate: Rate, is_mean_of_means: bool = False, teacher: Teacher | None = None) -> None:
         """Make ready for the first update."""
-        self.loss = mean_of_each(self._loss) if is_mean_of_means else self._loss
+        loss = self._taught(teacher) if teacher else self._loss
+        self.loss = mean_of_each(loss) if is_mean_of_means else loss
         self.set_rate(rate)
         with self._precision():
             self.state = jax_step.init_state(self.params, self.optimizer, self.config.model)
@@ -128,6 +135,18 @@ class Jaxlm:
     def _loss(self, params: Any, batch: Any, key: Any) -> Any:
         return self.task.loss(nnx.merge(self.graphdef, params), batch, key)
 
+    def _taught(self, teacher: Teacher) -> Callable[..., Any]:
+        with self._precision():
+            wide = {name: x.astype(np.float64) for name, x in teacher.weights.items()}
+            teacher = dataclasses.replace(teacher, weights=wide) if self.is_double else teacher
+            mesh = jax_parallel.make_mesh(self.config, jax.devices()[:1])
+            model = jax_distill.model_of(teacher, self.task, mesh)
+
+        def loss(params: Any, batch: Any, key: Any) -> Any:
+            return jax_distill.loss(self.task, nnx.merge(self.graphdef, params), model, batch, key)
+
+        return loss
+
     def _evaluate(self, whole: Any, batch: Any) -> tuple[Any, Any, Any]:
         def mean_loss(trained: Any) -> tuple[Any, tuple[Any, Any]]:
             params = jax_tune.with_trained(whole, trained)
@@ -147,11 +166,11 @@ class Torchlm:
     schedule: ClassVar[Any] = torch_schedule
 
     def __init__(self, config: Config, weights: Arrays, precision: Precision, seed: int = 0):
-        self.config, self.key = config, seed
+        self.config, self.key, self.is_double = config, seed, precision == "float64"
         self.task = torch_tasks.TASKS[config.task](config)
         self.task.dtype = {"bfloat16": torch.bfloat16}.get(precision, torch.float32)
         self.model = self.task.build_model(torch.Generator().manual_seed(0))
-        if precision == "float64":
+        if self.is_double:
             self.model = self.model.double()
         self.set_weights(weights)
 
@@ -159,9 +178,10 @@ class Torchlm:
         """Set all weights."""
         self.model.load_state_dict({name: torch.from_numpy(np.array(x)) for name, x in weights.items()})
 
-    def start(self, rate: Rate, is_mean_of_means: bool = False) -> None:
+    def start(self, rate: Rate, is_mean_of_means: bool = False, teacher: Teacher | None = None) -> None:
         """Make ready for the first update."""
-        self.loss = mean_of_each(self.task.loss) if is_mean_of_means else self.task.loss
+        loss = self._taught(teacher) if teacher else self.task.loss
+        self.loss = mean_of_each(loss) if is_mean_of_means else loss
         self.set_rate(rate)
         self.state = torch_step.init_state(self.model, torch_optim.adamw(self.config.train, self.model))
 
@@ -213,6 +233,13 @@ class Torchlm:
     def counts(self) -> list[int]:
         """Return all counters of updates: the state's and the optimizer's."""
         return [self.state.step, *(int(x["step"]) for x in self.state.optimizer.state.values())]
+
+    def _taught(self, teacher: Teacher) -> Callable[..., Any]:
+        mesh = torch_parallel.Mesh(0, 1, torch.device("cpu"))
+        model = torch_distill.model_of(teacher, self.task, mesh)
+        if self.is_double:
+            model = model.double()
+        return lambda student, batch, key: torch_distill.loss(self.task, student, model, batch, key)
 
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")

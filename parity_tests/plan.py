@@ -7,6 +7,7 @@ import numpy as np
 from jaxlm import names
 from jaxlm.config import Config, TrainConfig
 from jaxlm.names import Arrays
+from jaxlm.teacher import Teacher
 
 Batch = dict[str, np.ndarray]
 CYCLE_AMPLITUDE = 0.03  # of the original's rate
@@ -34,6 +35,7 @@ class Plan:
     evaluated_weights: Arrays | None = None
     cycle_steps: int = 0  # of the original's cycle of rates; 0: none
     resume: Resume | None = None
+    teacher: Teacher | None = None
     is_mean_of_means: bool = False  # the loss of accumulated batches is the mean of theirs, whatever they count
 
 

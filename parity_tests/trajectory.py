@@ -76,7 +76,8 @@ def run(package: type[Package], plan: Plan, precision: Precision = "float32") ->
     start = first(state, {name: x[0] for name, x in plan.batches[0].items()})
     n_batches = [len(batches["tokens"]) for batches in plan.batches]
     cycle_steps = plan.cycle_steps
-    state.start(_with_cycle(package, package.schedule.learning_rate(train), cycle_steps), plan.is_mean_of_means)
+    rate = _with_cycle(package, package.schedule.learning_rate(train), cycle_steps)
+    state.start(rate, plan.is_mean_of_means, plan.teacher)
     rates: list[float] = []
     metrics = []
     for i, batches in enumerate(plan.batches):

@@ -29,7 +29,7 @@ KEYS = (
     *("version", "task_type", "iter", "sample_iter", "base_model", "lm_head"),
     *("optimizer", "lr", "val_loss", "config"),
 )
-OWN = ("tokenizer", "data", "rewarmed", "skipped", "version")  # what the original's files do not tell
+OWN = ("tokenizer", "data", "teacher", "rewarmed", "skipped", "version")  # what the original's files do not tell
 
 
 class Checkpoints:
@@ -110,7 +110,13 @@ def begin(run: Run, fresh: Callable[[], TrainState]) -> TrainState:
     begun, state = run.start, fresh()
     if begun.path is None:
         return state
-    state = restore(begun.path, state, begun.parts, begun.position().step, begun.kind == "base")
+    if begun.is_student:
+        assert run.teacher is not None, "it is the start"
+        weights = run.teacher.every_layer(run.config.model.n_layers)
+        found = names.check(weights, names.shapes(run.config), str(begun.path))
+        parallel.single(state.model).load_state_dict({name: torch.tensor(x) for name, x in found.items()})
+    else:
+        state = restore(begun.path, state, begun.parts, begun.position().step, begun.kind == "base")
     numbers = {name: x.numel() for name, x in parallel.single(state.model).named_parameters()}
     sizes = {part: [n for name, n in numbers.items() if name.startswith(part)] for part in PARTS[:2]}
     moments = [*names.trained(run.config.model, numbers).values()] * 2

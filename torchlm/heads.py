@@ -4,6 +4,8 @@ Each model has the parts `base` and `head`, so that a base can be restored alone
 Letters as in model.py; M masked positions per sample, C classes.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -55,13 +57,17 @@ class LanguageModel(nn.Module):
         self.base = Transformer(config, is_causal, rngs)
         self.head = LanguageModelHead(config, not is_causal, rngs)
 
-    def forward(self, tokens_BT: Tensor, key: None = None, positions_BM: Tensor | None = None) -> Tensor:
-        """Return logits [B, T, V], or with `positions_BM` only those at the given positions, [B, M, V]."""
+    def forward(
+        self, tokens_BT: Tensor, key: None = None, positions_BM: Tensor | None = None, with_hidden: bool = False
+    ) -> Any:
+        """Return logits [B, T, V], or with `positions_BM` only those at the given positions, [B, M, V].
+
+        With `with_hidden`, return them and the hidden states [B, T, D].
+        """
         with _autocast(tokens_BT.device, self.dtype):
             x_BTD = self.base(tokens_BT)
-            if positions_BM is not None:
-                x_BTD = x_BTD.take_along_dim(positions_BM[:, :, None], dim=1)
-            return self.head(x_BTD, self.base.embedding.token.weight)
+            logits = self.head(_at(x_BTD, positions_BM), self.base.embedding.token.weight)
+        return (logits, x_BTD) if with_hidden else logits
 
 
 class ClassifierHead(nn.Module):
@@ -96,11 +102,24 @@ class Classifier(nn.Module):
         n_outputs = config.vocab_size if config.head_outputs == "vocabulary" else n_labels
         self.head = ClassifierHead(config, n_outputs, rngs)
 
-    def forward(self, tokens_BT: Tensor, key: None = None, last_B: Tensor | None = None) -> Tensor:
-        """Return logits; `last_B` is where the last token of each text is, which a causal model needs."""
+    def forward(
+        self, tokens_BT: Tensor, key: None = None, last_B: Tensor | None = None, with_hidden: bool = False
+    ) -> Any:
+        """Return logits; `last_B` is where the last token of each text is, which a causal model needs.
+
+        With `with_hidden`, return them and the hidden states [B, T, D].
+        """
         assert self.is_causal == (last_B is not None), "the last tokens go with model.pooling=last"
         with _autocast(tokens_BT.device, self.dtype):
-            return self.head(self.base(tokens_BT), last_B)
+            x_BTD = self.base(tokens_BT)
+            logits = self.head(x_BTD, last_B)
+        return (logits, x_BTD) if with_hidden else logits
+
+
+def _at(x_BTD: Tensor, positions_BM: Tensor | None) -> Tensor:
+    if positions_BM is not None:
+        x_BTD = x_BTD.take_along_dim(positions_BM[:, :, None], dim=1)
+    return x_BTD
 
 
 def _autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

@@ -1,7 +1,6 @@
 """A run from settings to summary: `run` sets up, `fit` is the training loop, `finish` scores and sums up."""
 
 import contextlib
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,7 +16,8 @@ from jaxlm.data.position import Position
 from jaxlm.errors import UserError
 from jaxlm.run import Run
 from jaxlm.start import Start
-from torchlm import checkpoint, optim, parallel, schedule, step
+from jaxlm.teacher import Teacher
+from torchlm import checkpoint, distill, optim, parallel, schedule, step
 from torchlm.checkpoint import Checkpoints
 from torchlm.parallel import Mesh
 from torchlm.step import TrainState
@@ -28,9 +28,10 @@ class Compiled(NamedTuple):
     """What runs on the devices. jaxlm compiles it; here it is called as it is."""
 
     mesh: Mesh
-    update: Callable[..., Any]  # (state, batches, key) -> (state, metrics)
+    update: Callable[..., Any]  # (state, batches, key, teacher) -> (state, metrics)
     totals: Callable[..., Any]  # (model, batch) -> totals, without dropout
     predict: Callable[..., Any]  # (model, batch) -> what the task shows
+    teacher: nn.Module | None = None
 
 
 def run(config: Config, origins: dict[str, str], start: Start, started_s: float) -> int:
@@ -48,7 +49,7 @@ def run(config: Config, origins: dict[str, str], start: Start, started_s: float)
         with runs.started(config, origins, start, TASKS, device, started_s, "python -m torchlm.train") as this:
             if not mesh.rank:
                 parallel.wait(mesh)
-            fresh, compiled = build(this.config, this.task, mesh, this.rewarmed)
+            fresh, compiled = build(this.config, this.task, mesh, this.rewarmed, this.teacher)
             state = checkpoint.begin(this, fresh)
             # From here on a signal does not end the process, and the run folder stays.
             status = stack.enter_context(runs.interrupts(this.log))
@@ -62,7 +63,11 @@ def run(config: Config, origins: dict[str, str], start: Start, started_s: float)
 
 
 def build(
-    config: Config, task: Task, mesh: Mesh, rewarmed: tuple[int, float] | None = None
+    config: Config,
+    task: Task,
+    mesh: Mesh,
+    rewarmed: tuple[int, float] | None = None,
+    teacher: Teacher | None = None,
 ) -> tuple[Callable[[], TrainState], Compiled]:
     """Return what makes the state of a new run, on the mesh, and the functions of a task that run there.
 
@@ -82,14 +87,21 @@ def build(
         return call
 
     rate = schedule.learning_rate(train, rewarmed)
-    update = functools.partial(
-        step.train_step, task.loss, rate, train.clip_norm, skips_nonfinite=train.on_nonfinite == "skip"
-    )
+    skips = train.on_nonfinite == "skip"
+
+    def update(state: TrainState, batches: Any, key: Any, teacher: nn.Module | None = None) -> tuple[TrainState, Any]:
+        def taught(model: nn.Module, batch: Any, key: None) -> Any:
+            return distill.loss(task, model, teacher, batch, key)
+
+        loss_fn = task.loss if teacher is None else taught
+        return step.train_step(loss_fn, rate, train.clip_norm, state, batches, key, skips_nonfinite=skips)
+
     compiled = Compiled(
         mesh=mesh,
         update=update,
         totals=without_training(lambda model, batch: parallel.sum_over_processes(task.loss(model, batch, None))),
         predict=without_training(task.predict),
+        teacher=distill.model_of(teacher, task, mesh) if teacher else None,
     )
     return fresh, compiled
 
@@ -111,7 +123,7 @@ def fit(
         meter = runs.Meter(run, _read, show, chips.peak_flops(parallel.device_kind(mesh), mesh.size))
         while i < train.max_steps:
             batch, i = next(batches), i + 1
-            state, metrics = compiled.update(state, parallel.put_batch(mesh, batch), key)
+            state, metrics = compiled.update(state, parallel.put_batch(mesh, batch), key, compiled.teacher)
             # Metrics of the update before are read only now that this one is under way: a GPU never waits.
             A, _, T = batch["tokens"].shape
             n_flops = A * train.batch_size * flops.flops_per_sample(run.config, T)

@@ -11,7 +11,7 @@ from jaxlm.data import embedded
 from jaxlm.data.samples import Batch, MaskedSamples
 from jaxlm.data.sources import Source
 from jaxlm.heads import LanguageModel
-from jaxlm.step import Totals
+from jaxlm.step import Totals, cross_entropy
 from jaxlm.tasks.base import Task
 
 
@@ -29,6 +29,10 @@ class Mlm(Task):
     def loss(self, model: LanguageModel, batch: dict[str, Array], key: Array | None) -> Totals:
         # Logits only where something is masked: the same loss for a seventh of the work.
         return model.loss(batch["tokens"], batch["labels"], key, batch["positions"])
+
+    def totals(self, logits_BMV: Array, labels_BM: Array) -> Totals:
+        """Return what `loss` does, of logits."""
+        return cross_entropy(logits_BMV, labels_BM)
 
     def predict(self, model: LanguageModel, batch: dict[str, Array]) -> Array:
         return model(batch["tokens"], None, batch["positions"]).argmax(axis=-1)

@@ -33,7 +33,10 @@ class Sst2(Task):
         return Classifier(self.config.model, self.config.data.n_labels, self.dtype, rngs)
 
     def loss(self, model: Classifier, batch: dict[str, Array], key: Array | None) -> Totals:
-        logits_BC, labels_B = model(batch["tokens"], key, batch.get("last")), batch["labels"]
+        return self.totals(model(batch["tokens"], key, batch.get("last")), batch["labels"])
+
+    def totals(self, logits_BC: Array, labels_B: Array) -> Totals:
+        """Return what `loss` does, of logits."""
         C = self.config.data.n_labels
         # The original's head has an output for each token of the vocabulary: those are no class.
         predictions_B = jnp.minimum(logits_BC.argmax(axis=-1), C)

@@ -15,7 +15,11 @@ class Mlm(Task, mlm.Mlm):
 
     def loss(self, model: LanguageModel, batch: dict[str, Tensor], key: None) -> Totals:
         # Logits only where something is masked: the same loss for a seventh of the work.
-        return cross_entropy(model(batch["tokens"], key, batch["positions"]), batch["labels"])
+        return self.totals(model(batch["tokens"], key, batch["positions"]), batch["labels"])
+
+    def totals(self, logits_BMV: Tensor, labels_BM: Tensor) -> Totals:
+        """Return what `loss` does, of logits."""
+        return cross_entropy(logits_BMV, labels_BM)
 
     def predict(self, model: LanguageModel, batch: dict[str, Tensor]) -> Tensor:
         return model(batch["tokens"], None, batch["positions"]).argmax(dim=-1)

@@ -14,7 +14,10 @@ class Sst2(Task, sst2.Sst2):
         return Classifier(self.config.model, self.config.data.n_labels, self.dtype, rngs)
 
     def loss(self, model: Classifier, batch: dict[str, Tensor], key: None) -> Totals:
-        logits_BC, labels_B = model(batch["tokens"], key, batch.get("last")), batch["labels"]
+        return self.totals(model(batch["tokens"], key, batch.get("last")), batch["labels"])
+
+    def totals(self, logits_BC: Tensor, labels_B: Tensor) -> Totals:
+        """Return what `loss` does, of logits."""
         C = self.config.data.n_labels
         # The original's head has an output for each token of the vocabulary: those are no class.
         predictions_B = logits_BC.argmax(dim=-1).clamp(max=C)

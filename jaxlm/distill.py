@@ -1,0 +1,73 @@
+"""The loss of a student that learns from a teacher. Source: DistilBERT, arXiv 1910.01108, section 2.
+
+Letters as in model.py; N positions that have labels, or samples. Logits are there as a whole, but only at these.
+"""
+
+import copy
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.sharding import Mesh
+
+from jaxlm import names, parallel
+from jaxlm.step import Totals
+from jaxlm.teacher import Teacher
+
+
+def model_of(teacher: Teacher, task: Any, mesh: Mesh) -> nnx.Module:
+    """Return the model of a teacher, with products as the task's, on the mesh."""
+    own = copy.copy(task)
+    own.config = dataclasses.replace(task.config, model=teacher.config.model)
+    abstract = nnx.eval_shape(lambda: own.build_model(nnx.Rngs(0)))
+    params = names.to_jax(teacher.weights)
+    shardings = parallel.shardings(mesh, params, type(abstract).__name__, teacher.config.model)
+    return nnx.merge(nnx.graphdef(abstract), jax.device_put(params, shardings))
+
+
+def loss(task: Any, student: Any, teacher: Any, batch: dict[str, Array], key: Array | None) -> Totals:
+    """Return the task's totals of the student, but `loss` is the weighted sum that is trained.
+
+    It has the cross-entropy with the labels, that with the teacher's distribution, and 1 - cosine of hidden states.
+    The teacher has no dropout.
+    """
+    settings, positions = task.config.distill, batch.get("positions", batch.get("last"))
+    logits, x_BTD = student(batch["tokens"], key, positions, True)
+    target_logits, target_BTD = teacher(batch["tokens"], None, positions, True)
+    totals = task.totals(logits, batch["labels"])
+    pad_id = student.base.config.pad_id
+    sums = {
+        "soft": soft_loss(logits, target_logits, batch["labels"], settings.temperature),
+        "hard": totals["loss"],
+        "cosine": cosine_loss(x_BTD, target_BTD, batch["tokens"] == pad_id, batch["labels"])
+        if settings.cosine_weight
+        else 0.0,
+    }
+    return {**totals, "loss": sum(getattr(settings, f"{name}_weight") * x for name, x in sums.items())}
+
+
+def soft_loss(logits: Array, target_logits: Array, labels: Array, temperature: float) -> Array:
+    """Return the sum of KL(teacher || student) of distributions at a temperature, times its square.
+
+    logits [..., V], labels [...]; a negative label counts nothing. The square keeps gradients at the scale of those of
+    the labels (arXiv 1503.02531, section 2).
+    """
+    dtype = jnp.promote_types(logits.dtype, jnp.float32)
+    log_p, log_q = (jax.nn.log_softmax(x.astype(dtype) / temperature) for x in (target_logits, logits))
+    divergences = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+    return temperature**2 * jnp.sum(jnp.where(labels >= 0, divergences, 0))
+
+
+def cosine_loss(x_BTD: Array, target_BTD: Array, is_pad_BT: Array, labels: Array) -> Array:
+    """Return the sum over samples of the mean of 1 - cosine over their tokens, weighed by the labels they count.
+
+    labels [B] or [B, M]. So the sum over what is counted is a mean over tokens, however a batch is split.
+    """
+    norms_BT = jnp.sqrt(jnp.sum(x_BTD**2, axis=-1) * jnp.sum(target_BTD**2, axis=-1))
+    apart_BT = 1 - jnp.sum(x_BTD * target_BTD, axis=-1) / jnp.maximum(norms_BT, 1e-8)
+    n_B = jnp.maximum(jnp.sum(~is_pad_BT, axis=1), 1)
+    mean_B = jnp.sum(jnp.where(is_pad_BT, 0, apart_BT), axis=1) / n_B
+    return jnp.sum(mean_B * jnp.sum(labels.reshape(len(labels), -1) >= 0, axis=1))

@@ -1,0 +1,70 @@
+"""The loss of a student that learns from a teacher. Source: DistilBERT, arXiv 1910.01108, section 2.
+
+Letters as in model.py; N positions that have labels, or samples. Logits are there as a whole, but only at these.
+"""
+
+import copy
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from jaxlm.teacher import Teacher
+from torchlm.parallel import Mesh
+from torchlm.step import Totals
+
+
+def model_of(teacher: Teacher, task: Any, mesh: Mesh) -> nn.Module:
+    """Return the model of a teacher, with products as the task's, on the device."""
+    own = copy.copy(task)
+    own.config = dataclasses.replace(task.config, model=teacher.config.model)
+    model = own.build_model(torch.Generator())
+    model.load_state_dict({name: torch.tensor(x) for name, x in teacher.weights.items()})
+    return model.requires_grad_(False).to(mesh.device)
+
+
+def loss(task: Any, student: Any, teacher: Any, batch: dict[str, Tensor], key: None) -> Totals:
+    """Return the task's totals of the student, but `loss` is the weighted sum that is trained.
+
+    It has the cross-entropy with the labels, that with the teacher's distribution, and 1 - cosine of hidden states.
+    The teacher has no dropout.
+    """
+    settings, positions = task.config.distill, batch.get("positions", batch.get("last"))
+    logits, x_BTD = student(batch["tokens"], key, positions, True)
+    with torch.no_grad():
+        target_logits, target_BTD = teacher.eval()(batch["tokens"], None, positions, True)
+    totals = task.totals(logits, batch["labels"])
+    pad_id = task.config.model.pad_id
+    sums = {
+        "soft": soft_loss(logits, target_logits, batch["labels"], settings.temperature),
+        "hard": totals["loss"],
+        "cosine": cosine_loss(x_BTD, target_BTD, batch["tokens"] == pad_id, batch["labels"])
+        if settings.cosine_weight
+        else 0.0,
+    }
+    return {**totals, "loss": sum(getattr(settings, f"{name}_weight") * x for name, x in sums.items())}
+
+
+def soft_loss(logits: Tensor, target_logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """Return the sum of KL(teacher || student) of distributions at a temperature, times its square.
+
+    logits [..., V], labels [...]; a negative label counts nothing. The square keeps gradients at the scale of those of
+    the labels (arXiv 1503.02531, section 2).
+    """
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    log_p, log_q = ((x.to(dtype) / temperature).log_softmax(dim=-1) for x in (target_logits, logits))
+    divergences = torch.sum(torch.exp(log_p) * (log_p - log_q), dim=-1)
+    return temperature**2 * torch.sum(torch.where(labels >= 0, divergences, 0))
+
+
+def cosine_loss(x_BTD: Tensor, target_BTD: Tensor, is_pad_BT: Tensor, labels: Tensor) -> Tensor:
+    """Return the sum over samples of the mean of 1 - cosine over their tokens, weighed by the labels they count.
+
+    labels [B] or [B, M]. So the sum over what is counted is a mean over tokens, however a batch is split.
+    """
+    norms_BT = torch.sqrt(torch.sum(x_BTD**2, dim=-1) * torch.sum(target_BTD**2, dim=-1))
+    apart_BT = 1 - torch.sum(x_BTD * target_BTD, dim=-1) / norms_BT.clamp(min=1e-8)
+    n_B = torch.sum(~is_pad_BT, dim=1).clamp(min=1)
+    mean_B = torch.sum(torch.where(is_pad_BT, 0, apart_BT), dim=1) / n_B
+    return torch.sum(mean_B * torch.sum(labels.reshape(len(labels), -1) >= 0, dim=1))
