@@ -18,20 +18,8 @@ from torchlm import tasks as torchlm_tasks
 
 ROOT = Path(__file__).parent.parent
 MIRRORED = (
-    *(
-        "__init__",
-        "model",
-        "heads",
-        "step",
-        "distill",
-        "optim",
-        "schedule",
-        "parallel",
-        "generate",
-        "checkpoint",
-        "loop",
-        "train",
-    ),
+    *("__init__", "model", "heads", "step", "distill", "optim", "schedule", "parallel", "generate", "checkpoint"),
+    *("loop", "train"),
     *("tasks/__init__", "tasks/base", "tasks/mlm", "tasks/gpt", "tasks/sst2", "tasks/cola", "tasks/pairs"),
 )
 
