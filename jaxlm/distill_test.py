@@ -118,4 +118,5 @@ def test_a_run_with_a_teacher_goes_on_bit_for_bit(program: Any, taught: Path, tm
     with pytest.raises(SystemExit, match="2"):
         program(["--resume", half, "--train.max-steps", "6"])
     moved = str(tmp_path / "elsewhere")
-    assert program(["--resume", half, "--train.max-steps", "6", "--distill.teacher", moved]) == 0
+    own = ["--distill.teacher", moved, "--tokenizer.path", f"{half}/tokenizer.json"]
+    assert program(["--resume", half, "--train.max-steps", "6", *own]) == 0

@@ -68,7 +68,7 @@ def check(config: Config, start: "Start", is_start: bool) -> None:
 def load(start: "Start", wanted: str = "") -> Teacher:
     """Return the teacher that was found. Raises UserError if its weights are not those `wanted`, a fingerprint."""
     assert start.path is not None, "it was found"
-    snapshot = convert.read(start.path)
+    snapshot = convert.merged(convert.read(start.path))  # adapters are in the weights
     digest = hashlib.sha256()
     for name, x in sorted(snapshot.weights.items()):
         digest.update(f"{name} {x.shape} {x.dtype}".encode())
