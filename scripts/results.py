@@ -38,27 +38,32 @@ SIZE = (
 )
 LONG = "--train.learning-rate 1e-3 --train.eval-interval 500"
 LANGUAGE = {
-    "mlm": f"--task mlm --data.path prose.txt {SIZE} {LONG} --train.max-steps 4000",
-    "gpt": f"--task gpt --data.path prose.txt {SIZE} {LONG} --train.max-steps 4000 --train.batch-size 16 "
+    "mlm": f"--task mlm --data.path prose.txt {SIZE} {LONG} --train.max-steps 2500",
+    "gpt": f"--task gpt --data.path prose.txt {SIZE} {LONG} --train.max-steps 2500 --train.batch-size 16 "
     "--model.tied-embedding",
 }
 CLASSIFIED = "--train.group-by-length --train.precision bfloat16 --train.warmup-steps 200"
 DATA = {
     "sst2": "--data.path sst2/train.tsv --data.test-path sst2/dev.tsv --data.validation-fraction 0.05 "
-    "--train.batch-size 32 --train.max-steps 4000 --train.eval-interval 500",
+    "--train.batch-size 32 --train.max-steps 2000 --train.eval-interval 500",
     "cola": "--data.path cola/in_domain_train.tsv --data.test-path cola/out_of_domain_dev.tsv --data.header no "
-    "--data.text-column 3 --data.label-column 1 --train.batch-size 32 --train.max-steps 2000 --train.eval-interval 250",
+    "--data.text-column 3 --data.label-column 1 --train.batch-size 32 --train.max-steps 1000 --train.eval-interval 250",
 }
-KINDS = {"scratch": SIZE, "base": "--init-from mlm --model.dropout 0.1"}
-RATES = ("1e-4", "3e-4", "1e-3")  # among which the validation part, a share of train, chooses with seed 0
-SHORT = f"{LANGUAGE['gpt']} --train.max-steps 1000 --train.eval-interval 250"
+KINDS = {  # in turn, since the last learns from the second
+    "scratch": SIZE,
+    "base": "--init-from mlm --model.dropout 0.1",
+    "small": f"{SIZE} --model.n-layers 2",
+    "distilled": "--model.n-layers 2 --model.dropout 0.1",
+}
+RATES = ("3e-4", "1e-3")  # among which the validation part, a share of train, chooses with seed 0
+SHORT = f"{LANGUAGE['gpt']} --train.max-steps 600 --train.eval-interval 200"
 ABLATIONS = {  # of the gpt: without one of its departures from the original, and without any
     "none": "",
     "fixed": "--model.positions fixed",
     "no-norm": "--model.final-norm false",
     "untied": "--model.tied-embedding false",
     "constant": "--train.schedule constant",
-    "wsd": "--train.schedule wsd --train.stable-steps 700",
+    "wsd": "--train.schedule wsd --train.stable-steps 400",
     "original": "--model.positions fixed --model.final-norm false --model.tied-embedding false",
 }
 TOLD = {
@@ -67,10 +72,12 @@ TOLD = {
     "no-norm": "no final norm",
     "untied": "an output layer of its own",
     "constant": "a constant rate after the warmup",
-    "wsd": "warmup, stable, decay from update 700",
+    "wsd": "warmup, stable, decay from update 500",
     "original": "the original's table, no final norm, an output layer of its own",
     "scratch": "from scratch",
     "base": "from the mlm base",
+    "small": "2 layers, from scratch",
+    "distilled": "2 layers, distilled from the one above with seed 0",
 }
 PUBLISHED = (  # what was not attempted, and the settings that would
     ("masked accuracy above 60% on WikiText-103, the original", "mlm_base"),
@@ -134,16 +141,18 @@ class Results:
         return json.loads(path.read_text())
 
 
-def trial(task: str, kind: str, rate: str, seed: int) -> Trial:
+def trial(results: Results, task: str, kind: str, rate: str, seed: int) -> Trial:
     arguments = (
         f"--task {task} {DATA[task]} {KINDS[kind]} {CLASSIFIED} --train.learning-rate {rate} --train.seed {seed}"
     )
+    if kind == "distilled":
+        arguments += f" --distill.teacher {task}-base-{chosen_rate(results, task, 'base')}-0"
     return Trial(f"{task}-{kind}-{rate}-{seed}", arguments)
 
 
 def chosen_rate(results: Results, task: str, kind: str) -> str | None:
     """Return the rate with the best validation score, the first of the task's; None if not all were tried."""
-    found = {rate: results.run(trial(task, kind, rate, 0).name) for rate in RATES}
+    found = {rate: results.run(trial(results, task, kind, rate, 0).name) for rate in RATES}
     scores = {rate: next(iter(run.scores("validation").values())) for rate, run in found.items() if run}
     return max(scores, key=lambda rate: scores[rate]) if len(scores) == len(RATES) else None
 
@@ -153,10 +162,10 @@ def trials(results: Results) -> Iterator[Trial]:
     yield from (Trial(name, arguments) for name, arguments in LANGUAGE.items())
     for task in DATA:
         for kind in KINDS:
-            yield from (trial(task, kind, rate, 0) for rate in RATES)
+            yield from (trial(results, task, kind, rate, 0) for rate in RATES)
             rate = chosen_rate(results, task, kind)
             assert rate, "all have just been tried"
-            yield from (trial(task, kind, rate, seed) for seed in SEEDS)
+            yield from (trial(results, task, kind, rate, seed) for seed in SEEDS)
     yield from (Trial(f"ablation-{name}", f"{SHORT} {arguments}") for name, arguments in ABLATIONS.items())
 
 
@@ -288,7 +297,7 @@ def classifiers(results: Results) -> str:
         rows.append([task, told, "", f"{name} {words['score']:.3f}", f"{words['accuracy']:.3f}", ""])
         for kind in KINDS:
             rate = chosen_rate(results, task, kind)
-            names = [trial(task, kind, rate, seed).name for seed in SEEDS] if rate else []
+            names = [trial(results, task, kind, rate, seed).name for seed in SEEDS] if rate else []
             runs = [run for run in map(results.run, names) if run]
             if len(runs) < 2:
                 continue
@@ -307,7 +316,7 @@ def ablations(results: Results) -> str:
         if run := results.run(f"ablation-{name}"):
             test = run.scores("test")
             rows.append([TOLD[name], f"{run.scores('validation')['loss']:.3f}", f"{test['bits_per_byte']:.3f}"])
-    return table(["gpt, 1,000 updates", "validation loss", "test bits per byte"], rows)
+    return table(["gpt, 600 updates", "validation loss", "test bits per byte"], rows)
 
 
 def not_attempted(results: Results) -> str:
@@ -339,7 +348,7 @@ def page(results: Results, text: str) -> str:
     for task in DATA:
         for kind in KINDS:
             rate = chosen_rate(results, task, kind)
-            commands += [trial(task, kind, rate, 0)] if rate else []
+            commands += [trial(results, task, kind, rate, 0)] if rate else []
     commands.append(Trial("ablation-original", f"{SHORT} {ABLATIONS['original']}"))
     parts = {
         "language models": language_models(results),
