@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import fcntl
+import functools
 import importlib.metadata
 import math
 import os
@@ -20,8 +21,9 @@ from typing import Any, TextIO
 import numpy as np
 from rich.table import Table
 
-from jaxlm import checksums, environment, history, log, metrics, storage, teacher
+from jaxlm import checksums, environment, history, log, metrics, storage
 from jaxlm import config as configs
+from jaxlm import teacher as teachers
 from jaxlm.config import Config
 from jaxlm.data import cache, prepare
 from jaxlm.data import tokenizer as tokenizers
@@ -51,10 +53,17 @@ class Run:
     program: str  # the command that started it, without settings
     start: Start = Start()
     rewarmed: tuple[int, float] | None = None  # the update at which a re-warmup begins, and the rate before it
-    teacher: Teacher | None = None
     lock: TextIO | None = None  # of the run folder, held for as long as this is there
     validation: dict[int, metrics.Scores] = field(default_factory=dict)  # scores so far, by step
     skipped: list[int] = field(default_factory=list)  # updates that were no numbers and were not made
+
+    @functools.cached_property
+    def teacher(self) -> Teacher | None:
+        """The model to learn from, read at first use: by all processes at a time, as Orbax wants it."""
+        if self.start.teacher is None:
+            return None
+        is_same = self.start.kind == "resume"
+        return teachers.load(self.start.teacher, self.start.info.get("teacher", "") if is_same else "")
 
     def close(self) -> None:
         """Close the loggers, and let go of the run folder."""
@@ -109,10 +118,8 @@ def started(
         task_class = tasks[config.task]
         config, data = prepare.prepare(config, task_class.samples, task_class(config).embedded, run_log.bytes_bar)
         start.check(data)
-        known = None
         if start.teacher:
             start.teacher.check(data)
-            known = teacher.load(start.teacher, start.info.get("teacher", "") if start.kind == "resume" else "")
         _set_aside(start, storage.checkpoints(run_dir, config.run.checkpoint_dir), run_log)
         _write(run_dir / "config.toml", configs.dump(config))
         tokenizers.save(data.tokenizer, run_dir / "tokenizer.json")
@@ -125,7 +132,7 @@ def started(
         _announce(config, origins, start, rewarmed, data, run_dir, device, unused, run_log)
         environment.append(run_dir, environment.describe(start.position().step, device))
         task = task_class(config)
-        yield Run(config, task, data, run_dir, run_log, started_s, program, start, rewarmed, known, held, validation)
+        yield Run(config, task, data, run_dir, run_log, started_s, program, start, rewarmed, held, validation)
     except BaseException:
         clean()
         held.close()
@@ -490,6 +497,7 @@ def identity(run: Run) -> dict[str, Any]:
     return {
         "the data": run.data.source.fingerprint,
         "the tokenizer": tokenizers.fingerprint(run.data.tokenizer),
+        "the teacher": run.teacher.fingerprint if run.teacher else "",
         "model.vocab_size": run.config.model.vocab_size,
     } | {f"the number of {split} samples": len(samples) for split, samples in run.data.samples.items()}
 
