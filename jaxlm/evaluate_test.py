@@ -35,7 +35,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "rows.tsv").write_text("sentence\tlabel\n" + "\n".join(rows) + "\n")
     for task in used_runs.OF_TASK:
         path = folder / ("texts.txt" if task in ("mlm", "gpt") else "rows.tsv")
-        shares = {f"data.{split}_fraction": 0.35 for split in ("validation", "test")}
+        shares: dict[str, Any] = {f"data.{split}_fraction": 0.35 for split in ("validation", "test")}
+        if task == "pairs":
+            shares |= {"data.prompt_column": "sentence", "data.answer_column": "label"}
         used_runs.write(
             folder / task, task, **{"data.path": str(path), "data.cache_dir": str(folder / "cache"), **shares}
         )

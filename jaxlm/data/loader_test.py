@@ -206,7 +206,7 @@ def test_lengths_are_the_positions_that_are_no_padding(kind: type, ragged: Split
     samples = ragged_samples(kind, ragged)
     indices = np.arange(len(samples))
     lengths = samples.lengths(indices)
-    assert len(set(lengths.tolist())) > 4
+    assert len(set(lengths.tolist())) > 2
     for i, length in zip(indices, lengths, strict=True):
         batch = samples.batch(indices[i : i + 1], np.zeros(1, int))
         name = "labels" if kind in (CausalSamples, PairSamples) else "tokens"
