@@ -48,7 +48,7 @@ LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
 PAGES: dict[type[Predictor], tuple[str, str]] = {
     FillMasks: ("fill", "Fill masks"),
     Continue: ("continue", "Continue a text"),
-    Reply: ("continue", "Answer a prompt"),
+    Reply: ("answer", "Answer a prompt"),
     Classify: ("classify", "Classify a text"),
 }
 EVENTS = "text/event-stream"
