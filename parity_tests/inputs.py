@@ -10,7 +10,7 @@ from jaxlm import config as configs
 from jaxlm import names
 from jaxlm.config import Config
 from jaxlm.teacher import Teacher
-from parity_tests import original, trajectory
+from parity_tests import original, rounding, trajectory
 from parity_tests.drift import config_of
 from parity_tests.packages import PACKAGES, Precision
 from parity_tests.plan import Batch, random_batch, random_plan, random_weights
@@ -112,7 +112,10 @@ PARTS: dict[str, dict[str, Any]] = {
         **{"model.n_layers": 3, "model.frozen_layers": 1, "train.layer_decay": 0.6, "model.positions": "rotary"},
         "model.final_norm": True,
     },
-    "LoRA, tied": {"model.lora_rank": 3, "model.lora_products": "output,fc1,fc2", "model.tied_embedding": True},
+    "LoRA, tied": {
+        **{"model.lora_rank": 3, "model.lora_alpha": 1.0, "model.lora_products": "output,fc1,fc2"},
+        "model.tied_embedding": True,
+    },
 }
 OPTIONS |= PARTS
 
@@ -123,7 +126,7 @@ def option(task: str, name: str, n_updates: int = 5, precision: Precision = "flo
     config = config_of(task, **sizes, **OPTIONS[name])
     plan = random_plan(f"{task}, {name}", config, seed=6)
     jaxlm, torchlm = (trajectory.run(package, plan, precision) for package in PACKAGES)
-    bounds = FLOAT64 if precision == "float64" else FLOAT32
+    bounds = FLOAT64 if precision == "float64" else rounding.bounds(plan, torchlm)
     return trajectory.compare(plan.name, "jaxlm, torchlm", jaxlm, torchlm, bounds)
 
 

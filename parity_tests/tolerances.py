@@ -8,8 +8,8 @@ measure, where no other reason is told.
 
 Training can blow up rounding: after fifty updates that learn fast, the norm of a gradient may be off by 1e-4, in one
 package alone. And a loss of 1e-5 is the logarithm of a sum near 1, so that it is off by up to 1e-2. A replay therefore
-samples torchlm's own rounding in its very case, and where eight times that is more than a bound of what updates make,
-it is the bound (rounding.bounds). In none of the recorded cases it is.
+samples torchlm's own rounding in its very case, and where eight times that is more than a bound of gradients or of what
+updates make, it is the bound (rounding.bounds). In none of the recorded cases it is.
 """
 
 from dataclasses import dataclass
