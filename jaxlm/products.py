@@ -86,6 +86,21 @@ def einsum(subscripts: str, a: Array, b: Array, dtype: Any) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def elementwise(function: Callable[[Array], Array], x: Array) -> Array:
+    """Return a function of each element, in float32 at least, rounded to x's type; x alone is kept for its gradient."""
+    return function(x.astype(sum_dtype(x.dtype))).astype(x.dtype)
+
+
+def _elementwise_back(function: Callable[[Array], Array], x: Array, grad: Array) -> tuple[Array]:
+    dtype = sum_dtype(x.dtype)
+    _, dx = jax.jvp(function, (x.astype(dtype),), (grad.astype(dtype),))
+    return (dx.astype(x.dtype),)
+
+
+elementwise.defvjp(lambda function, x: (elementwise(function, x), x), _elementwise_back)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def by_chunks(totals_of: Callable[..., Any], weights: Any, x_RD: Array, labels_R: Array) -> Any:
     """Return totals_of(weights, x, labels), which are sums over rows, without the whole of what it makes of the rows.
 

@@ -304,7 +304,7 @@ def _model() -> list[Fault]:
             "ReLU",
             "ReLU for GELU",
             mlm,
-            edit(jax_model.gelu, ("x * (0.5 + 0.5 * jax.lax.erf(x * 0.5**0.5))", "jax.nn.relu(x)")),
+            edit(jax_model.gelu, ("products.elementwise(_gelu, x)", "jax.nn.relu(x)")),
             edit(torch_model.gelu, ('gelu(x, approximate="tanh" if kind == "tanh" else "none")', "relu(x)")),
         ),
         *mirrored(
