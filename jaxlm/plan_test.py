@@ -93,7 +93,7 @@ def peak() -> dict[str, int]:
 def test_temporary_memory_is_what_a_step_adds_to_its_process() -> None:
     found = run_with_8_devices("peak()", "plan_test")
     assert found["added"] == pytest.approx(found["temporary"], rel=0.2)
-    assert 0.5 < found["activations"] / found["temporary"] < 1  # the rest are gradients and the logits'
+    assert 0.4 < found["activations"] / found["temporary"] < 1  # the rest are gradients and the logits'
 
 
 def test_flops_are_those_of_the_model_and_what_remat_makes_anew() -> None:

@@ -139,5 +139,5 @@ def distilled(task: str, n_updates: int = 5, precision: Precision = "float64") -
     teacher = Teacher(own, random_weights(own, seed=9), "")
     plan = dataclasses.replace(random_plan(f"{task}, distilled", config, seed=8), teacher=teacher)
     jaxlm, torchlm = (trajectory.run(package, plan, precision) for package in PACKAGES)
-    bounds = FLOAT64 if precision == "float64" else FLOAT32
+    bounds = FLOAT64 if precision == "float64" else rounding.bounds(plan, torchlm)
     return trajectory.compare(plan.name, "jaxlm, torchlm", jaxlm, torchlm, bounds)
