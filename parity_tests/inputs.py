@@ -13,7 +13,7 @@ from jaxlm.teacher import Teacher
 from parity_tests import original, rounding, trajectory
 from parity_tests.drift import config_of
 from parity_tests.packages import PACKAGES, Precision
-from parity_tests.plan import Batch, random_batch, random_plan, random_weights
+from parity_tests.plan import Batch, Plan, random_batch, random_plan, random_weights
 from parity_tests.tolerances import FLOAT32, FLOAT64
 from parity_tests.trajectory import First, Row
 
@@ -125,9 +125,7 @@ def option(task: str, name: str, n_updates: int = 5, precision: Precision = "flo
     sizes = {"train.max_steps": n_updates, "train.warmup_steps": 1, "model.n_heads": 2, "train.accumulate": 1}
     config = config_of(task, **sizes, **OPTIONS[name])
     plan = random_plan(f"{task}, {name}", config, seed=6)
-    jaxlm, torchlm = (trajectory.run(package, plan, precision) for package in PACKAGES)
-    bounds = FLOAT64 if precision == "float64" else rounding.bounds(plan, torchlm)
-    return trajectory.compare(plan.name, "jaxlm, torchlm", jaxlm, torchlm, bounds)
+    return _apart(plan, precision)
 
 
 def distilled(task: str, n_updates: int = 5, precision: Precision = "float64") -> list[Row]:
@@ -138,6 +136,10 @@ def distilled(task: str, n_updates: int = 5, precision: Precision = "float64") -
     own = configs.replace(config, "model.n_layers", 2 * config.model.n_layers)
     teacher = Teacher(own, random_weights(own, seed=9), "")
     plan = dataclasses.replace(random_plan(f"{task}, distilled", config, seed=8), teacher=teacher)
+    return _apart(plan, precision)
+
+
+def _apart(plan: Plan, precision: Precision) -> list[Row]:
     jaxlm, torchlm = (trajectory.run(package, plan, precision) for package in PACKAGES)
     bounds = FLOAT64 if precision == "float64" else rounding.bounds(plan, torchlm)
     return trajectory.compare(plan.name, "jaxlm, torchlm", jaxlm, torchlm, bounds)

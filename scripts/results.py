@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from bench_systems import read_data
 from ngram import NGram
 
 from jaxlm import config as configs
 from jaxlm import folder as folders
 from jaxlm.data import prepare
-from jaxlm.data.samples import CausalSamples, MaskedSamples
 from jaxlm.errors import UserError, reported
 
 SEEDS = range(5)
@@ -186,13 +186,8 @@ def link(path: Path, data: Path) -> None:
 def data_of(results: Results, run: folders.Folder) -> prepare.Data:
     """Return the samples that a run was trained and tested on."""
     config = configs.build({name: value for name, value in run.settings.items() if name in configs.SETTINGS})
-    samples = {"mlm": MaskedSamples, "gpt": CausalSamples}[config.task]
-
-    def silent(title: str, n_bytes: int) -> Any:
-        return contextlib.nullcontext(lambda n_done: None)
-
     with contextlib.chdir(results.path):
-        return prepare.prepare(config, samples, lambda: None, silent)[1]  # type: ignore[arg-type, return-value]
+        return read_data(config)[1]
 
 
 def n_gram(results: Results, run: folders.Folder) -> dict[str, float]:
