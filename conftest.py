@@ -13,6 +13,7 @@ import pytest
 XLA_FLAGS = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 os.environ |= {
     "JAX_NUMPY_RANK_PROMOTION": "raise",  # no silent broadcasting
+    "JAX_DEFAULT_MATMUL_PRECISION": "highest",  # for where there is a GPU
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     "XLA_FLAGS": XLA_FLAGS,
     "OMP_NUM_THREADS": "1",

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.sharding import PartitionSpec
 
@@ -43,9 +44,19 @@ def attend(q_BTHK: Array, k_BTHK: Array, v_BTHK: Array, is_pad_BT: Array | None,
 def by_xla(
     q_BTHK: Array, k_BTHK: Array, v_BTHK: Array, is_pad_BT: Array | None, is_causal: bool, implementation: Any
 ) -> Array:
-    mask_B11S = None if is_pad_BT is None else ~is_pad_BT[:, None, None, :]
+    lengths_B = None
+    if is_pad_BT is not None:
+        # cuDNN would have a gradient of any other mask. Pads are at the ends of rows; one among tokens is attended to,
+        # and of a row of pads alone, which no loss counts, the first is.
+        ends_T = np.arange(1, is_pad_BT.shape[1] + 1, dtype=np.int32)
+        lengths_B = jnp.max(jnp.where(is_pad_BT, 1, ends_T[None]), axis=1)
     return jax.nn.dot_product_attention(
-        q_BTHK, k_BTHK, v_BTHK, mask=mask_B11S, is_causal=is_causal, implementation=implementation
+        q_BTHK,
+        k_BTHK,
+        v_BTHK,
+        key_value_seq_lengths=lengths_B,
+        is_causal=is_causal,
+        implementation=implementation,
     )
 
 

@@ -1,4 +1,4 @@
-"""Fused attention against the plain one. cuDNN's and the compiled kernel of a TPU need their devices."""
+"""Fused attention against the plain one. cuDNN's runs where there is a GPU; a TPU's kernel is only interpreted."""
 
 import functools
 from types import SimpleNamespace
@@ -21,10 +21,10 @@ LENGTHS = np.array([T, 60, 1])
 
 
 @functools.cache
-def outputs(by: str, is_causal: bool) -> tuple[Array, Any]:
+def outputs(by: str, is_causal: bool, dtype: str = "float32") -> tuple[Array, Any]:
     """Return what a layer of attention makes of random input, and the gradients of it and of the layer."""
     config = ModelConfig(d_model=32, n_heads=2, vocab_size=9, dropout=0.0)
-    layer = models.Attention(config, is_causal, jnp.dtype("float32"), nnx.Rngs(0))
+    layer = models.Attention(config, is_causal, jnp.dtype(dtype), nnx.Rngs(0))
     x_BTD = jax.random.normal(jax.random.key(1), (3, T, 32))
     is_pad_BT = np.arange(T)[None] >= LENGTHS[:, None]
     weights_BTD = jax.random.normal(jax.random.key(2), x_BTD.shape)
@@ -36,6 +36,7 @@ def outputs(by: str, is_causal: bool) -> tuple[Array, Any]:
     attend = {
         "splash": functools.partial(fused.splash, interpreted=True),
         "XLA": functools.partial(fused.by_xla, implementation="xla"),
+        "cuDNN": functools.partial(fused.by_xla, implementation="cudnn"),
     }.get(by)
     with (
         mock.patch.object(fused, "hindrance", lambda *args: "" if attend else "plain"),
@@ -53,6 +54,18 @@ def test_fused_attention_and_its_gradients_are_those_of_the_plain_one(by: str, i
     scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected_grads))
     for x, y in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):
         np.testing.assert_allclose(x, y, rtol=0, atol=2e-6 * scale)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_attention_of_cudnn_is_off_by_no_more_than_the_plain_one_in_bfloat16(is_causal: bool) -> None:
+    if jax.default_backend() != "gpu":
+        pytest.skip("cuDNN needs a GPU")
+    expected, plain, found = (
+        jax.tree.leaves(outputs(*args))
+        for args in (("plain", is_causal), ("plain", is_causal, "bfloat16"), ("cuDNN", is_causal, "bfloat16"))
+    )
+    for x, y, z in zip(found, plain, expected, strict=True):
+        assert jnp.linalg.norm(x - z) <= 1.5 * jnp.linalg.norm(y - z) + 1e-3 * jnp.linalg.norm(z)
 
 
 def test_what_keeps_attention_from_being_fused_is_told() -> None:

@@ -1,7 +1,9 @@
 """Output layers: tied or own, at chosen positions, blind to padding, with the original's start values."""
 
 import functools
+import re
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxlm import products
 from jaxlm.config import ModelConfig
 from jaxlm.heads import Classifier, ClassifierHead, LanguageModel
 from jaxlm.step import cross_entropy
@@ -52,6 +55,22 @@ def test_logits_at_chosen_positions_are_those_of_all_positions_there(is_tied: bo
     assert every.shape == (B, T, V)
     chosen = run(graphdef, params, TOKENS, None, positions)
     np.testing.assert_allclose(chosen, every[np.arange(B)[:, None], positions], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_matrices_padded_as_on_a_gpu_change_no_loss_and_no_gradient(is_tied: bool) -> None:
+    graphdef, params = split(LanguageModel(config(tied_embedding=is_tied), True, jnp.float32, nnx.Rngs(0)))
+
+    def loss(params: dict) -> jax.Array:
+        return nnx.merge(graphdef, params).loss(TOKENS, TOKENS)["loss"]
+
+    expected = jax.value_and_grad(loss)(params)
+    with mock.patch.multiple(products, platform=lambda: "gpu", is_one_cpu=lambda: False):
+        found = jax.value_and_grad(loss)(params)
+        program = str(jax.make_jaxpr(jax.grad(loss))(params))
+    assert not re.search(rf"\b{V}\b[^=\n]*= dot_general", program)
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("is_causal", [False, True])

@@ -20,17 +20,21 @@ def sum_dtype(dtype: Any) -> Any:
     return jnp.promote_types(dtype, jnp.float32)
 
 
+ROWS = {"cpu": 256, "gpu": 4096, "tpu": 1024}  # of logits that are there at a time
+
+
 class _How(NamedTuple):
-    """How a linear layer computes: in which type, with n_in as which axis of its kernel, and whether on one CPU."""
+    """How a linear layer computes: in which type, with n_in as which axis of its kernel, and where."""
 
     dtype: Any
     axis: int
     is_on_cpu: bool
+    is_on_gpu: bool
 
 
 def linear(x: Array, kernel: Array, bias: Array, dtype: Any, axis: int = 0) -> Array:
     """Return x [..., n_in] times kernel, plus bias [n_out]; kernel [n_in, n_out], or with `axis` 1 [n_out, n_in]."""
-    return _linear(x.astype(dtype), kernel, bias, _How(dtype, axis, is_one_cpu()))
+    return _linear(x.astype(dtype), kernel, bias, _How(dtype, axis, is_one_cpu(), platform() == "gpu"))
 
 
 def unbiased(x: Array, kernel: Array, dtype: Any) -> Array:
@@ -44,20 +48,31 @@ def _linear(x: Array, kernel: Array, bias: Array, how: _How) -> Array:
 
 
 def _linear_forward(x: Array, kernel: Array, bias: Array, how: _How) -> tuple[Array, tuple[Array, Array]]:
-    kernel = kernel.astype(how.dtype)
+    n_out = len(bias)
+    kernel = _aligned(kernel.astype(how.dtype), 1 - how.axis, how)
     # All axes but the last as one: XLA's products on a CPU take half the time so.
-    y = _dot(x.reshape(-1, x.shape[-1]), kernel, (1,), (how.axis,)) + bias[None]
-    return y.reshape(*x.shape[:-1], y.shape[-1]), (x, kernel)
+    y = _dot(x.reshape(-1, x.shape[-1]), kernel, (1,), (how.axis,))[:, :n_out] + bias[None]
+    return y.reshape(*x.shape[:-1], n_out), (x, kernel)
+
+
+def _aligned(x: Array, axis: int, how: _How) -> Array:
+    """Return `x` with an axis a multiple of 8 by zeros behind: fast products of a GPU read 16 bytes at a time."""
+    if not how.is_on_gpu or x.shape[axis] % 8 == 0:
+        return x
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, -x.shape[axis] % 8)
+    return jnp.pad(x, widths)
 
 
 def _linear_back(how: _How, kept: tuple[Array, Array], grad: Array) -> tuple[Array, Array, Array]:
     x, kernel = kept
-    dtype, grad = grad.dtype, grad.astype(how.dtype)
+    dtype, n_out = grad.dtype, grad.shape[-1]
+    grad = _aligned(grad.astype(how.dtype), grad.ndim - 1, how)
     rows = grad.reshape(-1, grad.shape[-1])
     if how.is_on_cpu:  # where XLA sums columns many times slower than it multiplies
         dbias = _dot(jnp.ones((1, len(rows)), rows.dtype), rows, (1,), (0,))[0]
     else:
-        dbias = jnp.sum(rows, axis=0, dtype=dtype)
+        dbias = jnp.sum(rows, axis=0, dtype=dtype)[:n_out]
     dx = _dot(rows, kernel, (1,), (1 - how.axis,)).reshape(x.shape).astype(how.dtype)
     if how.is_on_cpu and how.dtype == jnp.bfloat16:
         # Summed over two axes, bfloat16 is transposed first, and then takes a fraction of the time; float32 does not.
@@ -66,8 +81,9 @@ def _linear_back(how: _How, kept: tuple[Array, Array], grad: Array) -> tuple[Arr
     else:
         x, grad = x.reshape(-1, x.shape[-1]), rows
     summed = tuple(range(x.ndim - 1))
-    dkernel = _dot(x, grad, summed, summed) if how.axis == 0 else _dot(grad, x, summed, summed)
-    return dx, dkernel, dbias
+    if how.axis == 0:
+        return dx, _dot(x, grad, summed, summed)[:, :n_out], dbias
+    return dx, _dot(grad, x, summed, summed)[:n_out], dbias
 
 
 def _dot(a: Array, b: Array, axes_a: tuple[int, ...], axes_b: tuple[int, ...]) -> Array:
@@ -112,7 +128,7 @@ def by_chunks(totals_of: Callable[..., Any], weights: Any, x_RD: Array, labels_R
 def _by_chunks(function: Callable[..., Any], weights: Any, x_RD: Array, labels_R: Array) -> Any:
     """Return the sums of what a function returns first over chunks of rows, and what it returns second of all rows."""
     R, D = x_RD.shape
-    n = -(-R // (256 if platform() == "cpu" else 1024))  # rows of logits that are there at a time
+    n = -(-R // ROWS[platform()])
     size = -(-R // (16 * n)) * 16
     x_CND = jnp.pad(x_RD, ((0, n * size - R), (0, 0))).reshape(n, size, D)
     labels_CN = jnp.pad(labels_R, (0, n * size - R), constant_values=-1).reshape(n, size)

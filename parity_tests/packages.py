@@ -35,6 +35,9 @@ from torchlm import schedule as torch_schedule
 from torchlm import step as torch_step
 from torchlm import tasks as torch_tasks
 
+# GPUs and TPUs round the operands of float32 products otherwise.
+jax.config.update("jax_default_matmul_precision", "highest")
+
 Rate = Callable[[Any], Any]
 Scalars = dict[str, np.ndarray]
 Precision = Literal["float64", "float32", "bfloat16"]

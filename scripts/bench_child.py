@@ -21,7 +21,18 @@ from jaxlm.config import Config
 
 
 def memory() -> Reply:
-    """Return the peak of the resident memory of this process, and what it holds now but for pages of files, in MB."""
+    """Return the peak of the resident memory of this process, and what it holds now but for pages of files, in MB.
+
+    On a GPU, the peak is that of what was allocated there.
+    """
+    torch, jax = sys.modules.get("torch"), sys.modules.get("jax")
+    on_gpu = 0
+    if torch and torch.cuda.is_initialized():
+        on_gpu = torch.cuda.max_memory_allocated()
+    elif jax and jax.default_backend() == "gpu":
+        on_gpu = jax.devices()[0].memory_stats()["peak_bytes_in_use"]
+    if on_gpu:
+        return {"peak_mb": on_gpu / 2**20}
     status = Path("/proc/self/status")
     if not status.exists():
         peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

@@ -25,10 +25,13 @@ class Peer(InTorch):
         from torchlm import schedule
 
         torch.set_num_threads(N_THREADS)
+        torch.set_float32_matmul_precision("high")  # which a CPU does not heed
         torch.manual_seed(config.train.seed)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.config, self.data = read_data(config)
         self.is_grouped = spec["system"].endswith("grouped")
         self.model = plain_gpt(self.config) if spec["system"] == "plain GPT" else transformers_model(self.config)
+        self.model.to(self.device)
         self.optimizer = _adamw(self.model, config)
         self.rate = schedule.learning_rate(config.train)
         self.step = 0
@@ -39,7 +42,7 @@ class Peer(InTorch):
         )
         self.splits, self.batches = splits, self._batches(splits["train"])
 
-    def update(self) -> tuple[float, int]:
+    def update(self) -> tuple[Any, int]:
         import torch
 
         self.model.train()
@@ -52,7 +55,7 @@ class Peer(InTorch):
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
-        return loss.item(), _n_real(batch)
+        return loss.detach(), _n_real(batch)
 
     def evaluate(self) -> Reply:
         """Score the validation part."""
@@ -69,7 +72,7 @@ class Peer(InTorch):
             count = int(is_counted.sum())
             sums["loss"] += loss.item() * count
             sums["count"] += count
-            sums["correct"] += int((logits[is_counted].argmax(-1) == batch["labels"][is_counted]).sum())
+            sums["correct"] += int((logits.cpu()[is_counted].argmax(-1) == batch["labels"][is_counted]).sum())
             tokens += _n_real(batch)
         return scored(sums, time.perf_counter() - started_s, self.data) | {"tokens": tokens}
 
@@ -80,7 +83,7 @@ class Peer(InTorch):
         if self.config.train.precision == "bfloat16":
             self.model.to(torch.bfloat16)
         self.model.eval()
-        prompts_BT = torch.from_numpy(prompts(self.data, n_rows, n_prompt))
+        prompts_BT = torch.from_numpy(prompts(self.data, n_rows, n_prompt)).to(self.device)
         started_s = time.perf_counter()
         made = self.model.generate(
             prompts_BT,
@@ -97,7 +100,8 @@ class Peer(InTorch):
         import torch
 
         is_bfloat16 = self.config.train.precision == "bfloat16"
-        with torch.autocast("cpu", torch.bfloat16, enabled=is_bfloat16):
+        batch = {name: x.to(self.device, non_blocking=True) for name, x in batch.items()}
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=is_bfloat16):
             output = self.model(**batch)
         return output.loss, output.logits
 

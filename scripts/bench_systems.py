@@ -157,13 +157,14 @@ class Jaxlm:
 class InTorch:
     """What torchlm and the peers share. Subclasses have `update`: it returns the loss and the tokens of one."""
 
-    update: Callable[[], tuple[float, int]]
+    update: Callable[[], tuple[Any, int]]
 
     def train(self, n: int) -> Reply:
         """Make n updates."""
         started_s = time.perf_counter()
         losses, tokens = zip(*(self.update() for _ in range(n)), strict=True)
-        return {"seconds": time.perf_counter() - started_s, "tokens": sum(tokens), "loss": _mean(losses)}
+        loss = _mean(losses)  # which waits for the device
+        return {"seconds": time.perf_counter() - started_s, "tokens": sum(tokens), "loss": loss}
 
 
 class Torchlm(InTorch):
@@ -186,13 +187,13 @@ class Torchlm(InTorch):
             self.state.model.compile()
         self.batches = loader.training_batches(self.data.samples["train"], self.config.train)
 
-    def update(self) -> tuple[float, int]:
+    def update(self) -> tuple[Any, int]:
         from torchlm import parallel
 
         batch = next(self.batches)
         on_device = parallel.put_batch(self.mesh, batch)
         self.state, metrics = self.compiled.update(self.state, on_device, self.config.train.seed)
-        return float(metrics["loss"] / metrics["count"]), self.data.samples["train"].n_tokens(batch)
+        return metrics["loss"] / metrics["count"], self.data.samples["train"].n_tokens(batch)
 
     def evaluate(self) -> Reply:
         """Score the validation part."""

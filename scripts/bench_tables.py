@@ -12,7 +12,6 @@ from rich.table import Table
 from jaxlm.errors import UserError
 
 THRESHOLD = 0.1  # share by which a ratio may get worse before --compare says so
-MARKS = ("<!-- benchmark -->\n", "<!-- /benchmark -->\n")  # around what --markdown writes
 Row = dict[str, Any]  # of the results, or of the ratios, as in the JSON
 
 
@@ -79,31 +78,39 @@ def markdown(heads: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def read_page(path: Path) -> tuple[str, str]:
-    """Return what a page has before and after the tables. Raises UserError if it has no marks around them."""
+def marks(is_on_gpu: bool) -> tuple[str, str]:
+    """Return the lines around what --markdown writes."""
+    name = "benchmark of a GPU" if is_on_gpu else "benchmark"
+    return f"<!-- {name} -->\n", f"<!-- /{name} -->\n"
+
+
+def read_page(path: Path, is_on_gpu: bool) -> tuple[str, str]:
+    """Return what a page has up to the tables and from their end. Raises UserError if it has no marks around them."""
+    begin, end = marks(is_on_gpu)
     try:
         page = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"--markdown {path}: cannot be read ({error.strerror})") from error
-    if any(page.count(mark) != 1 for mark in MARKS):
-        raise UserError(f"--markdown {path}: it needs the lines {MARKS[0].strip()} and {MARKS[1].strip()} once each")
-    return page.partition(MARKS[0])[0], page.partition(MARKS[1])[2]
+    if any(page.count(mark) != 1 for mark in (begin, end)):
+        raise UserError(f"--markdown {path}: it needs the lines {begin.strip()} and {end.strip()} once each")
+    return page.partition(begin)[0] + begin, end + page.partition(end)[2]
 
 
 def write_markdown(path: Path, found: dict[str, Any]) -> None:
     """Put the tables between the marks of a page."""
-    before, after = read_page(path)
+    before, after = read_page(path, "gpu" in found["machine"])
     tables = (markdown(*rows) for rows in (ratios_table(found["ratios"]), results_table(found["results"])))
     text = "\n".join([about(found) + "\n", *tables])
-    path.write_text(f"{before}{MARKS[0]}{text}{MARKS[1]}{after}", encoding="utf-8")
+    path.write_text(before + text + after, encoding="utf-8")
 
 
 def about(found: dict[str, Any]) -> str:
     machine = found["machine"]
     packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items() if name != "jaxlm")
     sizes = " Tiny sizes: these figures mean nothing." if found["quick"] else ""
+    device = f"one {machine['gpu']} and {machine['threads']}" if "gpu" in machine else machine["threads"]
     return (
-        f"Measured on {machine['started'][:10]} on {machine['threads']} cores of {machine['processor']} (load before: "
+        f"Measured on {machine['started'][:10]} on {device} cores of {machine['processor']} (load before: "
         f"{machine['load']}), commit "
         f"{machine['commit'] or 'unknown'}, with {packages}; sst2: {found['sst2']}.{sizes}"
     )

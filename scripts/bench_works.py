@@ -107,6 +107,20 @@ WORKS = {
         7,
     ),
 }
+LARGE = {"model.d_model": 768, "model.n_layers": 12, "model.n_heads": 12, "model.dropout": 0.0, "train.batch_size": 32}
+PEERS = System("transformers", "bfloat16", True)
+GPU_WORKS = {
+    "mlm on a GPU": Work({**MLM, **LARGE, "model.seq_len": 512}, (JAXLM[1], JAXLM_TIED, PEERS), ("train", 10), 5),
+    "mlm on a GPU, dropout": Work(
+        {**MLM, **LARGE, "model.seq_len": 512, "model.dropout": 0.1}, (JAXLM[1], PEERS), ("train", 10), 5
+    ),
+    "gpt on a GPU": Work(
+        {**GPT, **LARGE, "model.seq_len": 1024, "train.batch_size": 16},
+        (JAXLM[1], JAXLM_TIED, PEERS, System("plain GPT", "bfloat16", True)),
+        ("train", 10),
+        5,
+    ),
+}
 NOTES = {  # where the work is another than jaxlm's
     ("original", "mlm"): "logits at every position",
     ("original", "sst2"): "fixed length, an output for each token of the vocabulary",
@@ -136,6 +150,7 @@ class Target:
         return str(system) == self.ours or bool(re.fullmatch(self.against, str(system)))
 
 
+OF_PEERS = "(transformers|plain GPT) bfloat16 compiled"
 TARGETS = (
     Target("mlm", "jaxlm bfloat16", "original float32", "tokens_per_s", 7),
     Target("mlm", "jaxlm float32", "original float32", "tokens_per_s", 3),
@@ -154,4 +169,6 @@ TARGETS = (
     Target("evaluation", "jaxlm bfloat16", "transformers .*", "tokens_per_s", 1.5),
     Target("generation of 1 row", "jaxlm bfloat16", "transformers .*", "tokens_per_s", 1.5),
     Target("generation of 16 rows", "jaxlm bfloat16", "transformers .*", "tokens_per_s", 1.5),
+    *(Target(work, "jaxlm tied bfloat16", OF_PEERS, "tokens_per_s", 1) for work in ("mlm on a GPU", "gpt on a GPU")),
+    Target("mlm on a GPU, dropout", "jaxlm bfloat16", OF_PEERS, "tokens_per_s", 1),
 )

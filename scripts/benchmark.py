@@ -1,8 +1,9 @@
-"""Measures jaxlm beside torchlm, the original design, transformers and a plain GPT, on the CPU of this machine.
+"""Measures jaxlm beside torchlm, the original design, transformers and a plain GPT, on the CPU or GPU of this machine.
 
     python scripts/benchmark.py                          # all of it; SPEED.md says how long that takes
     python scripts/benchmark.py --only mlm --only gpt --json speed.json --plot speed.png
     python scripts/benchmark.py --compare old.json       # exit status 1 if something became slower
+    python scripts/benchmark.py --gpu                    # models of BERT-base size, on the first GPU
 
 Each system is a process of its own (bench_child.py) with its own memory and all cores, stopped while another one
 runs. They take turns: a few updates each, then all again in another order, so that what else the machine does meets
@@ -42,7 +43,22 @@ from bench_tables import (
     show,
     write_markdown,
 )
-from bench_works import BASE, JAXLM, MLM, NOTES, ORIGINAL, SMALL, TARGETS, TIED, TINY, WORKS, Settings, System, Work
+from bench_works import (
+    BASE,
+    GPU_WORKS,
+    JAXLM,
+    MLM,
+    NOTES,
+    ORIGINAL,
+    SMALL,
+    TARGETS,
+    TIED,
+    TINY,
+    WORKS,
+    Settings,
+    System,
+    Work,
+)
 from rich.console import Console
 
 from jaxlm import config as configs
@@ -70,8 +86,6 @@ class Child:
             **os.environ,
             "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
             "OMP_NUM_THREADS": str(N_THREADS),
-            "JAX_PLATFORMS": "cpu",
-            "CUDA_VISIBLE_DEVICES": "",
             "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
             "HF_HUB_OFFLINE": "1",
             **variables,
@@ -116,8 +130,9 @@ class Child:
 
 @dataclass(frozen=True)
 class Options:
-    """How to measure: `quick` sizes, the folder of the real SST-2, and one for what is compiled meanwhile."""
+    """How to measure: on the GPU, `quick` sizes, the folder of SST-2, and one for what is compiled meanwhile."""
 
+    gpu: bool
     quick: bool
     sst2: Path | None
     folder: Path
@@ -141,6 +156,10 @@ class Options:
     def start(self, stack: contextlib.ExitStack, system: System, settings: Settings) -> Child:
         # Threads of PyTorch that wait do so by spinning, which on a busy machine costs a hundred times the work.
         variables = {"OMP_WAIT_POLICY": "PASSIVE"} if self.quick else {}
+        if self.gpu:  # which all share
+            variables |= {"CUDA_VISIBLE_DEVICES": "0", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        else:
+            variables |= {"CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu"}
         child = Child(system, self.settings(settings, system), self.folder, variables)
         stack.callback(child.close)
         return child
@@ -442,6 +461,7 @@ OTHERS: dict[str, Callable[[Options], Found]] = {
     "limit": limit,
 }
 NAMES = (*WORKS, *OTHERS)
+ALL_WORKS = WORKS | GPU_WORKS
 
 
 def measure(chosen: Sequence[str], options: Options, found: dict[str, Any], path: Path | None) -> None:
@@ -451,7 +471,7 @@ def measure(chosen: Sequence[str], options: Options, found: dict[str, Any], path
         options.say(f"warning: the machine is busy (load {load}); figures will be wrong")
     for name in chosen:
         began_s = time.monotonic()
-        rows, ratios = side_by_side(name, WORKS[name], options) if name in WORKS else OTHERS[name](options)
+        rows, ratios = side_by_side(name, ALL_WORKS[name], options) if name in ALL_WORKS else OTHERS[name](options)
         options.say(f"{name}: done in {time.monotonic() - began_s:.0f} s")
         found["results"] += rows
         found["ratios"] += ratios
@@ -459,22 +479,33 @@ def measure(chosen: Sequence[str], options: Options, found: dict[str, Any], path
             path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
-def machine() -> dict[str, Any]:
+def machine(is_on_gpu: bool) -> dict[str, Any]:
     """Return what the figures are of."""
     info = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*:\s*(.*)", info.read_text()) if info.exists() else None
     described = environment.describe(0, "cpu")
     kept = {name: described[name] for name in ("started", "system", "python", "packages", "commit")}
     load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
-    return {"processor": model[1] if model else described["system"], "threads": N_THREADS, "load": load, **kept}
+    found = {"processor": model[1] if model else described["system"], "threads": N_THREADS, "load": load, **kept}
+    return found | ({"gpu": gpu()} if is_on_gpu else {})
+
+
+def gpu() -> str:
+    """Return the name of the first GPU. Raises UserError if there is none."""
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError, IndexError):
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[0]
+    raise UserError("--gpu: nvidia-smi tells of no GPU; leave it out to measure on the CPU")
 
 
 def nothing_found(args: argparse.Namespace, chosen: Sequence[str]) -> dict[str, Any]:
     """Return what the JSON has before anything is measured: with --only, what it had of other works."""
     found = {"quick": args.quick, "sst2": "real" if args.sst2 else "embedded sentences"}
-    found |= {"machine": machine(), "results": [], "ratios": []}
+    found |= {"machine": machine(args.gpu), "results": [], "ratios": []}
     if args.only and args.json and args.json.exists():
         kept = read_found("--json", args.json)
+        if ("gpu" in kept["machine"]) != args.gpu:
+            raise UserError(f"--json {args.json}: it is of a {'CPU' if args.gpu else 'GPU'}; name another")
         if kept["quick"] != args.quick:
             raise UserError(
                 f"--json {args.json}: it was made with{'' if kept['quick'] else 'out'} --quick; name another"
@@ -484,11 +515,16 @@ def nothing_found(args: argparse.Namespace, chosen: Sequence[str]) -> dict[str, 
     return found
 
 
+def names_of(args: argparse.Namespace) -> tuple[str, ...]:
+    return tuple(GPU_WORKS) if args.gpu else NAMES
+
+
 def check(args: argparse.Namespace) -> None:
     """Raise UserError for what would only be found out after hours."""
+    names = names_of(args)
     for name in args.only or []:
-        if not any(x.startswith(name) for x in NAMES):
-            raise UserError(f"--only {name}: there is no such work; there are {', '.join(NAMES)}")
+        if not any(x.startswith(name) for x in names):
+            raise UserError(f"--only {name}: there is no such work; there are {', '.join(names)}")
     for file in ("train.tsv", "dev.tsv") if args.sst2 else ():
         if not (args.sst2 / file).is_file():
             raise UserError(f"--sst2 {args.sst2}: it has no {file}; give the folder of SST-2 as in GLUE")
@@ -496,8 +532,8 @@ def check(args: argparse.Namespace) -> None:
         path = getattr(args, flag)
         if path and not path.parent.is_dir():
             raise UserError(f"--{flag} {path}: there is no folder {path.parent}; make it first")
-    if args.markdown:
-        read_page(args.markdown)
+    if args.markdown and not args.read:
+        read_page(args.markdown, args.gpu)
     if importlib.util.find_spec("torch") is None and not args.read:
         raise UserError("torch is not installed; pip install -e '.[bench]'")
 
@@ -509,6 +545,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.add_argument(flag, type=Path, metavar=metavar, help=help)
 
     parser.add_argument("--only", action="append", metavar="NAME", help=f"{', '.join(NAMES)}; again for several")
+    parser.add_argument("--gpu", action="store_true", help=f"on the GPU, these: {', '.join(GPU_WORKS)}")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, and only what ratios need: does it work?")
     file("--sst2", "FOLDER", "train.tsv and dev.tsv of SST-2; else embedded sentences")
     file("--json", "FILE", "write it after each work; with --only, rows of others stay")
@@ -531,13 +568,13 @@ def main(argv: list[str] | None = None) -> int:
         if args.read:
             found = read_found("--read", args.read)
         else:
-            chosen = [name for name in NAMES if not args.only or name.startswith(tuple(args.only))]
+            chosen = [name for name in names_of(args) if not args.only or name.startswith(tuple(args.only))]
             found = nothing_found(args, chosen)
 
             def say(text: str) -> None:
                 progress.print(f"[{time.strftime('%H:%M:%S')}] {text}", markup=False)
 
-            measure(chosen, Options(args.quick, args.sst2, Path(folder), say), found, args.json)
+            measure(chosen, Options(args.gpu, args.quick, args.sst2, Path(folder), say), found, args.json)
         console.print(about(found))
         show(console, *results_table(found["results"]))
         show(console, *ratios_table(found["ratios"]))
