@@ -108,7 +108,7 @@ def build(
     optimizer = optim.adamw(train, rate, n_layers)
     abstract = nnx.eval_shape(lambda: task.build_model(nnx.Rngs(0)))
     graphdef, everywhere = nnx.graphdef(abstract), parallel.replicated(mesh)
-    model, on_gpu = type(abstract).__name__, jax.default_backend() == "gpu"
+    model = type(abstract).__name__
     shardings = parallel.shardings(mesh, jax.eval_shape(fresh), model, config.model)
     loss = with_model(task.loss)
     distilled = with_model(functools.partial(distill.loss, task))
@@ -123,15 +123,11 @@ def build(
             loss_fn, optimizer, rate, train.clip_norm, state, batches, key, skips_nonfinite=skips, model=config.model
         )
 
+    # A CUDA graph would be one operation of a trace.
+    options = {"xla_gpu_enable_command_buffer": ""} if config.profile and jax.default_backend() == "gpu" else None
     compiled = Compiled(
         mesh=mesh,
-        update=jax.jit(
-            update,
-            donate_argnums=0,
-            out_shardings=(shardings, everywhere),
-            # In a trace, a CUDA graph would be one operation.
-            compiler_options={"xla_gpu_enable_command_buffer": ""} if config.profile and on_gpu else None,
-        ),
+        update=jax.jit(update, donate_argnums=0, out_shardings=(shardings, everywhere), compiler_options=options),
         totals=jax.jit(lambda params, batch: loss(params, batch, None), out_shardings=everywhere),
         predict=jax.jit(with_model(task.predict), out_shardings=everywhere),
         shardings=shardings,
