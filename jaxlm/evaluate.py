@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxlm import config as configs
-from jaxlm import storage
+from jaxlm import hugepages, storage
 from jaxlm.config import DataConfig
 from jaxlm.convert import Parser
 from jaxlm.errors import UserError, reported
@@ -441,4 +441,5 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
 
 
 if __name__ == "__main__":
+    hugepages.ask()
     sys.exit(main())

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jaxlm import hugepages
 from jaxlm.convert import Parser
 from jaxlm.data.sources import PROMPT_END
 from jaxlm.errors import UserError, reported
@@ -526,4 +527,5 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    hugepages.ask()
     sys.exit(main())

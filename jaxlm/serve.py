@@ -10,7 +10,7 @@ import socket
 import sys
 from collections.abc import Iterator
 
-from jaxlm import predict
+from jaxlm import hugepages, predict
 from jaxlm.convert import Parser
 from jaxlm.errors import ENDINGS, UserError, reported
 
@@ -143,4 +143,5 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    hugepages.ask()
     sys.exit(main())

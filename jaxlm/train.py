@@ -3,7 +3,7 @@
 import sys
 import time
 
-from jaxlm import formats
+from jaxlm import formats, hugepages
 from jaxlm import start as starts
 from jaxlm.errors import interruptible, reported
 
@@ -24,4 +24,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    hugepages.ask()
     sys.exit(main())

@@ -17,6 +17,7 @@ from bench_peers import Mapped, Peer
 from bench_systems import Data, Jaxlm, Reply, Torchlm, TorchProducts
 
 from jaxlm import config as configs
+from jaxlm import hugepages
 from jaxlm.config import Config
 
 
@@ -58,10 +59,12 @@ SYSTEMS: dict[str, Callable[[Config, dict[str, Any]], Any]] = {
 
 
 def main() -> None:
+    spec = json.loads(sys.argv[1])
+    if spec["system"] not in ("torchlm", "original"):
+        hugepages.ask()  # as jaxlm does by itself, and a careful user of another system would
     # What libraries print goes to stderr; the answers have the pipe for themselves.
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    spec = json.loads(sys.argv[1])
     system = SYSTEMS[spec["system"]](configs.build(spec["settings"]), spec)
     for line in sys.stdin:
         command, *arguments = json.loads(line)
