@@ -8,10 +8,10 @@
     tasks/          what is trained: mlm, gpt, sst2, cola, pairs; one file each
     data/           text -> articles -> tokens -> samples -> batches (no JAX in it)
     config.py       every setting, with its default, range and unit
-    schedule.py, optim.py, checkpoint.py, generate.py, backend.py, hugepages.py, trace.py
+    schedule.py, optim.py, checkpoint.py, generate.py, backend.py, trace.py
     distill.py      the loss of a student; teacher.py finds whom it learns from; TUNING.md tells it to people
     start.py        what a run starts from; CHECKPOINTS.md tells it to people
-    train.py, run.py, log.py, history.py, checksums.py, metrics.py, errors.py, chips.py, flops.py
+    train.py, run.py, log.py, history.py, checksums.py, metrics.py, errors.py, chips.py, flops.py, hugepages.py
                     (no framework in them)
     predict.py, evaluate.py
                     the commands that use a trained model; USING.md tells them to people. trained.py loads the model,

@@ -72,7 +72,7 @@ class Peer(InTorch):
             count = int(is_counted.sum())
             sums["loss"] += loss.item() * count
             sums["count"] += count
-            sums["correct"] += int((logits.cpu()[is_counted].argmax(-1) == batch["labels"][is_counted]).sum())
+            sums["correct"] += int((logits[is_counted].argmax(-1) == batch["labels"][is_counted]).sum())
             tokens += _n_real(batch)
         return scored(sums, time.perf_counter() - started_s, self.data) | {"tokens": tokens}
 
@@ -83,7 +83,7 @@ class Peer(InTorch):
         if self.config.train.precision == "bfloat16":
             self.model.to(torch.bfloat16)
         self.model.eval()
-        prompts_BT = torch.from_numpy(prompts(self.data, n_rows, n_prompt)).to(self.device)
+        prompts_BT = torch.from_numpy(prompts(self.data, n_rows, n_prompt))
         started_s = time.perf_counter()
         made = self.model.generate(
             prompts_BT,

@@ -78,7 +78,9 @@ class Jaxlm:
         losses.append(jax.device_get(before))
         jax.block_until_ready(self.state)
         seconds = time.perf_counter() - started_s
-        return {"seconds": seconds, "tokens": tokens, "loss": _mean([x["loss"] / x["count"] for x in losses])}
+        on_gpu = jax.devices()[0].memory_stats()  # none on a CPU
+        peak = {"peak_mb": on_gpu["peak_bytes_in_use"] / 2**20} if on_gpu else {}
+        return {"seconds": seconds, "tokens": tokens, "loss": _mean([x["loss"] / x["count"] for x in losses]), **peak}
 
     def evaluate(self) -> Reply:
         """Score the validation part."""
@@ -161,10 +163,14 @@ class InTorch:
 
     def train(self, n: int) -> Reply:
         """Make n updates."""
+        import torch
+
         started_s = time.perf_counter()
         losses, tokens = zip(*(self.update() for _ in range(n)), strict=True)
         loss = _mean(losses)  # which waits for the device
-        return {"seconds": time.perf_counter() - started_s, "tokens": sum(tokens), "loss": loss}
+        seconds, on_gpu = time.perf_counter() - started_s, torch.cuda.max_memory_allocated()  # 0 on a CPU
+        peak = {"peak_mb": on_gpu / 2**20} if on_gpu else {}
+        return {"seconds": seconds, "tokens": sum(tokens), "loss": loss, **peak}
 
 
 class Torchlm(InTorch):

@@ -29,14 +29,8 @@ GPT = {
     "model.pad_id": -1,
     "tokenizer.kind": "bpe",
 }
-BASE = {
-    **MLM,
-    "model.d_model": 768,
-    "model.n_layers": 12,
-    "model.n_heads": 12,
-    "train.batch_size": 8,
-    "train.learning_rate": 1e-4,
-}
+BASE_SIZE = {"model.d_model": 768, "model.n_layers": 12, "model.n_heads": 12}
+BASE = {**MLM, **BASE_SIZE, "train.batch_size": 8, "train.learning_rate": 1e-4}
 SST2 = {
     **MLM,
     "task": "sst2",
@@ -69,6 +63,7 @@ def forms(name: str, precisions: Sequence[str] = ("float32", "bfloat16")) -> tup
 JAXLM = (System("jaxlm", "float32", True), System("jaxlm", "bfloat16", True))
 JAXLM_TIED = System("jaxlm tied", "bfloat16", True)
 ORIGINAL = System("original", "float32")
+TRANSFORMERS = System("transformers", "bfloat16", True)
 
 
 @dataclass(frozen=True)
@@ -107,16 +102,13 @@ WORKS = {
         7,
     ),
 }
-LARGE = {"model.d_model": 768, "model.n_layers": 12, "model.n_heads": 12, "model.dropout": 0.0, "train.batch_size": 32}
-PEERS = System("transformers", "bfloat16", True)
+MLM_ON_GPU = {**MLM, **BASE_SIZE, "model.seq_len": 512, "train.batch_size": 32, "model.dropout": 0.0}
 GPU_WORKS = {
-    "mlm on a GPU": Work({**MLM, **LARGE, "model.seq_len": 512}, (JAXLM[1], JAXLM_TIED, PEERS), ("train", 10), 5),
-    "mlm on a GPU, dropout": Work(
-        {**MLM, **LARGE, "model.seq_len": 512, "model.dropout": 0.1}, (JAXLM[1], PEERS), ("train", 10), 5
-    ),
+    "mlm on a GPU": Work(MLM_ON_GPU, (JAXLM[1], JAXLM_TIED, TRANSFORMERS), ("train", 10), 5),
+    "mlm on a GPU, dropout": Work({**MLM_ON_GPU, "model.dropout": 0.1}, (JAXLM[1], TRANSFORMERS), ("train", 10), 5),
     "gpt on a GPU": Work(
-        {**GPT, **LARGE, "model.seq_len": 1024, "train.batch_size": 16},
-        (JAXLM[1], JAXLM_TIED, PEERS, System("plain GPT", "bfloat16", True)),
+        {**GPT, **BASE_SIZE, "model.seq_len": 1024, "model.dropout": 0.0},
+        (JAXLM[1], JAXLM_TIED, TRANSFORMERS, System("plain GPT", "bfloat16", True)),
         ("train", 10),
         5,
     ),

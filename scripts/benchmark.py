@@ -54,6 +54,7 @@ from bench_works import (
     TARGETS,
     TIED,
     TINY,
+    TRANSFORMERS,
     WORKS,
     Settings,
     System,
@@ -274,7 +275,7 @@ def ratio_row(
 
 def starts(options: Options) -> Found:
     """Measure the time from the start of a process to its first update, with nothing compiled before, and again."""
-    systems = [JAXLM[1], System("torchlm", "bfloat16", True), System("transformers", "bfloat16", True)]
+    systems = [JAXLM[1], System("torchlm", "bfloat16", True), TRANSFORMERS]
     systems = [
         system for system in systems if system.name != "transformers" or importlib.util.find_spec("transformers")
     ]
