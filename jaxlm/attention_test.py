@@ -38,7 +38,7 @@ def test_the_weights_are_the_models(is_causal: bool, settings: dict) -> None:
             value_BTHK = block.attention.value(seen_BTD).reshape(2, 7, 3, 4)
             by_head_BTHK = jnp.einsum("HBTS,BSHK->BTHK", weights_LHBTS[layer], value_BTHK)
             output_BTD = block.attention.output(by_head_BTHK.reshape(2, 7, 12))
-            found.append((output_BTD, block.attention(seen_BTD, is_pad_BT, None)))
+            found.append((output_BTD, block.attention(seen_BTD, is_pad_BT, [None, None])))
             x_BTD = block(x_BTD, is_pad_BT, None)
         return weights_LHBTS, found
 

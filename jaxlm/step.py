@@ -70,7 +70,8 @@ def train_step(
     grads, totals = sums
 
     with jax.named_scope("optimizer"):
-        grads = jax.tree.map(lambda x: x / jnp.maximum(totals["count"], 1), grads)
+        share = 1 / jnp.maximum(totals["count"], 1)  # multiplied: a division is not fused into all that need it
+        grads = jax.tree.map(lambda x: x * share.astype(x.dtype), grads)
         grads, grad_norm = optim.clip_by_global_norm(grads, clip_norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, trained)
         params = tune.with_trained(state.params, optax.apply_updates(trained, updates))

@@ -86,7 +86,7 @@ def jaxlm_masks(plan: Plan, precision: Precision) -> Iterator[np.ndarray]:
     """Yield what jaxlm keeps in each dropout of a plan, in the order in which a model without a scan comes to them.
 
     The keys are derived anew from what step.py and model.py say of them: one for an update, for an accumulated batch,
-    for the embedding and each block, for its attention and feed-forward, and for the attention's weights and output.
+    for the embedding, and for each block's attention weights, its attention's output and its feed-forward.
     """
     model = plan.config.model
     T, D, H = model.seq_len, model.d_model, model.n_heads
@@ -97,15 +97,10 @@ def jaxlm_masks(plan: Plan, precision: Precision) -> Iterator[np.ndarray]:
 
     @jax.jit
     def masks_of(step: Any) -> list[Any]:
-        masks = []
+        masks: list[Any] = []
         for batch_key in jax.random.split(jax.random.fold_in(jax.random.key(0), step), A):
-            embedding_key, *block_keys = jax.random.split(batch_key, 1 + model.n_layers)
-            masks.append(keep(embedding_key, (B, T, D)))
-            for block_key in block_keys:
-                attention_key, feed_forward_key = jax.random.split(block_key)
-                weights_key, output_key = jax.random.split(attention_key)
-                masks += [keep(weights_key, (B, H, T, T)), keep(output_key, (B, T, D))]
-                masks.append(keep(feed_forward_key, (B, T, 4 * D)))
+            shapes = [(B, T, D), *[(B, H, T, T), (B, T, D), (B, T, 4 * D)] * model.n_layers]
+            masks += map(keep, jax.random.split(batch_key, len(shapes)), shapes)
         return masks
 
     for step in range(plan.config.train.max_steps):

@@ -744,7 +744,7 @@ def _optimizer() -> list[Fault]:
     adamw = "AdamW of NumPy and PyTorch"
     jax_step_function, torch_step_function = jax_step.train_step, torch_step.train_step
     clipped = "optim.clip_by_global_norm(state.model.parameters(), clip_norm)"
-    averaged = 'grads = jax.tree.map(lambda x: x / jnp.maximum(totals["count"], 1), grads)'
+    averaged = "grads = jax.tree.map(lambda x: x * share.astype(x.dtype), grads)"
     jax_clipped = "grads, grad_norm = optim.clip_by_global_norm(grads, clip_norm)"
     return [
         *both(
@@ -1135,7 +1135,10 @@ def _random() -> list[Fault]:
             "masks shared between layers",
             "each layer drops the same",
             masks,
-            edit(jax_model.Transformer.__call__, ("else keys[1:]", "else keys[jnp.ones(self.config.n_layers, int)]")),
+            edit(
+                jax_model.Transformer.__call__,
+                ("(self.blocks, keys)", "(self.blocks, keys if keys is None else keys[jnp.zeros(len(keys), int)])"),
+            ),
             edit(torch_model.dropout, ("return nn", "torch.manual_seed(0)\n    return nn")),
         ),
         *both(

@@ -27,8 +27,8 @@ MIRRORED = (
 ONLY_JAX = {
     "model": {
         "gelu": "PyTorch has it",
+        "DROPOUTS": "explicit keys",
         "keeps": "PyTorch draws the masks of its dropout itself",
-        "split_key": "explicit keys",
     },
     "heads": {"LanguageModel.loss": "logits and loss in one pass that never has all logits"},
     "optim": {
@@ -65,7 +65,7 @@ ONLY_TORCH = {
     ),
 }
 # Arguments that only JAX has: what products compute in (autocast), explicit keys, and a source of keys for no values.
-JAX_ARGUMENTS = {"dtype", "key", "rngs"}
+JAX_ARGUMENTS = {"dtype", "key", "keys", "rngs"}
 ARGUMENTS = {  # (jaxlm's, torchlm's) where they differ otherwise
     "model.dropout": (["x", "rate", "key"], ["x", "rate", "is_training"]),
     "optim.adamw": (["config", "rate", "n_layers"], ["config", "model"]),
