@@ -30,7 +30,7 @@ def outputs(by: str, is_causal: bool, dtype: str = "float32") -> tuple[Array, An
     weights_BTD = jax.random.normal(jax.random.key(2), x_BTD.shape)
 
     def loss(layer: models.Attention, x_BTD: Array) -> tuple[Array, Array]:
-        out_BTD = layer(x_BTD, is_pad_BT, None)
+        out_BTD = layer(x_BTD, is_pad_BT, [None, None])
         return jnp.sum(out_BTD * weights_BTD), out_BTD
 
     attend = {

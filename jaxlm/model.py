@@ -35,7 +35,8 @@ class Linear(nnx.Linear):
 
     def __call__(self, x: Array) -> Array:  # type: ignore[override]
         assert self.bias is not None, "all layers here have one"
-        y = products.linear(x, self.kernel[...], self.bias[...], self.dtype)
+        is_rounded = self.preferred_element_type == self.dtype
+        y = products.linear(x, self.kernel[...], self.bias[...], self.dtype, is_rounded=is_rounded)
         if self.lora_scale:
             lora_a, lora_b = self.lora_a[...], self.lora_b[...]
             y += self.lora_scale * products.unbiased(products.unbiased(x, lora_a, self.dtype), lora_b, self.dtype)

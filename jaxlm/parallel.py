@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from rich.table import Table
 
 from jaxlm import config as configs
@@ -48,6 +48,11 @@ def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
     # jax.make_mesh refuses, except on v5e, to part a side of the torus between axes, as 8 of the 16 chips along it.
     placed = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
     return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def abstract_mesh(sizes: Sequence[int]) -> AbstractMesh:
+    """Return a mesh of such sizes without devices."""
+    return AbstractMesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def device_kind(mesh: Mesh) -> str:

@@ -201,7 +201,7 @@ def test_meshes_that_do_not_fit_are_refused(values: dict[str, Any], message: str
 )
 def test_dimensions_that_do_not_divide_are_refused(sizes: Any, model: dict[str, int], message: str) -> None:
     config = settings("gpt", sizes, **{f"model.{name}": x for name, x in model.items()})
-    mesh = jax.sharding.AbstractMesh(sizes, parallel.AXES)
+    mesh = parallel.abstract_mesh(sizes)
     shapes = {
         "base": {"embedding": {"token": {"embedding": np.zeros((config.model.vocab_size, config.model.d_model))}}}
     }
@@ -211,7 +211,7 @@ def test_dimensions_that_do_not_divide_are_refused(sizes: Any, model: dict[str, 
 
 def test_the_table_tells_what_is_whole_on_every_device() -> None:
     config = settings("sst2")
-    mesh = jax.sharding.AbstractMesh((1, 4, 2), parallel.AXES)
+    mesh = parallel.abstract_mesh((1, 4, 2))
     fresh, _ = loop.build(config, TASKS["sst2"](config), parallel.make_mesh(config, jax.devices()[:1]))
     shapes = jax.eval_shape(fresh).params
     rows = {path: rest for path, *rest in parallel.rows_of_table(mesh, shapes, "Classifier")}

@@ -101,7 +101,7 @@ def test_flops_are_those_of_the_model_and_what_remat_makes_anew() -> None:
     steps = {}
     for remat in ("none", "dots", "full"):
         config = configs.build({**values, "model.remat": remat, "train.accumulate": 3})
-        mesh = jax.sharding.AbstractMesh((2, 1, 1), parallel.AXES)
+        mesh = parallel.abstract_mesh((2, 1, 1))
         steps[remat] = ahead.analytic(config, mesh, "TPU v4")
     T, D, L, samples = 64, 24, 2, 4 * 3 // 2
     block, attention, logits = 2 * T * 12 * D * D, 4 * T * T * D, 2 * T * D * 50

@@ -28,13 +28,18 @@ class _How(NamedTuple):
 
     dtype: Any
     axis: int
+    is_rounded: bool
     is_on_cpu: bool
     is_on_gpu: bool
 
 
-def linear(x: Array, kernel: Array, bias: Array, dtype: Any, axis: int = 0) -> Array:
-    """Return x [..., n_in] times kernel, plus bias [n_out]; kernel [n_in, n_out], or with `axis` 1 [n_out, n_in]."""
-    return _linear(x.astype(dtype), kernel, bias, _How(dtype, axis, is_one_cpu(), platform() == "gpu"))
+def linear(x: Array, kernel: Array, bias: Array, dtype: Any, axis: int = 0, is_rounded: bool = False) -> Array:
+    """Return x [..., n_in] times kernel, plus bias [n_out]; kernel [n_in, n_out], or with `axis` 1 [n_out, n_in].
+
+    Who calls it says whether the result is going to be rounded to `dtype`: a GPU then does that to what it has summed,
+    where it would write and read float32 to add the bias.
+    """
+    return _linear(x.astype(dtype), kernel, bias, _How(dtype, axis, is_rounded, is_one_cpu(), platform() == "gpu"))
 
 
 def unbiased(x: Array, kernel: Array, dtype: Any) -> Array:
@@ -51,7 +56,8 @@ def _linear_forward(x: Array, kernel: Array, bias: Array, how: _How) -> tuple[Ar
     n_out = len(bias)
     kernel = _aligned(kernel.astype(how.dtype), 1 - how.axis, how)
     # All axes but the last as one: XLA's products on a CPU take half the time so.
-    y = _dot(x.reshape(-1, x.shape[-1]), kernel, (1,), (how.axis,))[:, :n_out] + bias[None]
+    result = how.dtype if how.is_on_gpu and how.is_rounded else None
+    y = _dot(x.reshape(-1, x.shape[-1]), kernel, (1,), (how.axis,), result)[:, :n_out] + bias[None]
     return y.reshape(*x.shape[:-1], n_out), (x, kernel)
 
 
@@ -73,7 +79,8 @@ def _linear_back(how: _How, kept: tuple[Array, Array], grad: Array) -> tuple[Arr
         dbias = _dot(jnp.ones((8, len(rows)), rows.dtype), rows, (1,), (0,))[0]
     else:
         dbias = jnp.sum(rows, axis=0, dtype=dtype)[:n_out]
-    dx = _dot(rows, kernel, (1,), (1 - how.axis,)).reshape(x.shape).astype(how.dtype)
+    dx = _dot(rows, kernel, (1,), (1 - how.axis,), how.dtype if how.is_on_gpu else None)
+    dx = dx.reshape(x.shape).astype(how.dtype)
     if how.is_on_cpu and how.dtype == jnp.bfloat16:
         # Summed over two axes, bfloat16 is transposed first, and then takes a fraction of the time; float32 does not.
         if x.ndim == 2 and len(x) % 16 == 0:
@@ -86,8 +93,9 @@ def _linear_back(how: _How, kept: tuple[Array, Array], grad: Array) -> tuple[Arr
     return dx, _dot(grad, x, summed, summed)[:n_out], dbias
 
 
-def _dot(a: Array, b: Array, axes_a: tuple[int, ...], axes_b: tuple[int, ...]) -> Array:
-    return jax.lax.dot_general(a, b, ((axes_a, axes_b), ((), ())), preferred_element_type=sum_dtype(a.dtype))
+def _dot(a: Array, b: Array, axes_a: tuple[int, ...], axes_b: tuple[int, ...], result: Any = None) -> Array:
+    result = result or sum_dtype(a.dtype)
+    return jax.lax.dot_general(a, b, ((axes_a, axes_b), ((), ())), preferred_element_type=result)
 
 
 _linear.defvjp(_linear_forward, _linear_back)

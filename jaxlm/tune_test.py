@@ -83,7 +83,7 @@ def test_what_is_frozen_stays_to_the_bit_in_both_packages_and_all_else_changes(c
 @pytest.mark.parametrize("changes", [*FREEZES, {}, {"task": "sst2", **FREEZES[2]}])
 def test_an_update_has_the_products_that_are_needed_and_no_other(changes: dict[str, Any]) -> None:
     config = settings(**changes)
-    mesh = jax.sharding.AbstractMesh((2, 1, 1), configs.AXES)  # on one device, rows of logits are rounded up
+    mesh = parallel.abstract_mesh((2, 1, 1))  # on one device, rows of logits are rounded up
     update, arguments = ahead.abstract_update(config, mesh)
     program = ahead.needed(update.trace(*arguments).jaxpr.jaxpr)
     confusion = 2 * 2 * 2 * 3 if config.task == "sst2" else 0  # its matrix is a product of one-hot rows
@@ -124,7 +124,8 @@ def test_adapters_change_nothing_at_first_and_are_merged_on_export(tmp_path: Pat
     plain = configs.replace(LORA, "model.lora_rank", 0)
     start = loop.TASKS["gpt"](LORA).build_model(nnx.Rngs(0))
     weights = names.to_torch(nnx.to_pure_dict(nnx.state(start)))
-    np.testing.assert_array_equal(start(tokens), logits_of(plain, names.without_adapters(weights), tokens))
+    expected = logits_of(plain, names.without_adapters(weights), tokens)
+    np.testing.assert_allclose(start(tokens), expected, rtol=0, atol=1e-6)
 
     weights = random_weights(LORA, 1)
     wanted = logits_of(LORA, weights, tokens)
@@ -178,7 +179,7 @@ def test_what_is_frozen_is_stored_once_and_is_part_of_every_checkpoint(tmp_path:
     sums = (folder / "2" / checksums.FILE).read_text()
     assert f"../{checksums.FROZEN}/base/" in sums and not checksums.damage(folder / "2")
     (file,) = [path for path in (folder / checksums.FROZEN / "base").rglob("d/*") if path.is_file()][:1]
-    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    file.write_bytes(file.read_bytes()[:-1] + bytes([file.read_bytes()[-1] ^ 1]))
     for parts in (None, ["base"]):
         with pytest.raises(UserError, match=f"damaged: ../{checksums.FROZEN}/base/.* is not as it was written"):
             checksums.check(folder / "1", parts)

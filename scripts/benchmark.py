@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -181,13 +182,8 @@ def side_by_side(name: str, work: Work, options: Options) -> Found:
     rows: dict[System, Row] = {}
     replies: dict[System, list[dict[str, Any]]] = {}
     with contextlib.ExitStack() as stack:
-        children = []
-        for system in work.systems:
-            if options.quick and not any(t.work == name and t.is_of(system) for t in TARGETS):
-                continue
-            if system.name.startswith("transformers") and not importlib.util.find_spec("transformers"):
-                options.say(f"{name}: {system} is not installed: pip install -e '.[bench]'")
-                continue
+
+        def begin(system: System) -> Child:
             options.say(f"{name}: {system} starts")
             child = options.start(stack, system, work.settings)
             training = command[0] == "train"
@@ -195,7 +191,6 @@ def side_by_side(name: str, work: Work, options: Options) -> Found:
             if training:
                 # All shapes that batches come in are compiled by then.
                 child.ask("train", options.fewer(GROUP if name == "sst2" and system in JAXLM else WARMUP))
-            children.append(child)
             replies[system] = []
             rows[system] = {
                 "work": name,
@@ -205,6 +200,19 @@ def side_by_side(name: str, work: Work, options: Options) -> Found:
                 "first_update_s": first_s if training else None,
                 "note": NOTES.get((system.name, config.task), ""),
             }
+            return child
+
+        systems = []
+        for system in work.systems:
+            if options.quick and not any(t.work == name and t.is_of(system) for t in TARGETS):
+                continue
+            if system.name.startswith("transformers") and not importlib.util.find_spec("transformers"):
+                options.say(f"{name}: {system} is not installed: pip install -e '.[bench]'")
+                continue
+            systems.append(system)
+        # A machine with a GPU has cores to compile for all of them at once, and its time is dear.
+        with ThreadPoolExecutor(len(systems) if options.gpu else 1) as pool:
+            children = list(pool.map(begin, systems))
         for i in range(options.fewer(work.rounds, 3)):
             options.say(f"{name}: round {i + 1} of {options.fewer(work.rounds, 3)}")
             first = i % len(children)

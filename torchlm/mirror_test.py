@@ -38,7 +38,7 @@ ONLY_JAX = {
     "parallel": dict.fromkeys(
         (
             *("AXES", "BATCH", "RULES", "rule", "shardings", "rows_of_table", "table", "constrain"),
-            *("is_one_device", "platform", "is_one_cpu"),
+            *("abstract_mesh", "is_one_device", "platform", "is_one_cpu"),
         ),
         "parameters in parts, which DDP has not",
     ),
