@@ -78,7 +78,7 @@ class ModelConfig:
     tied_embedding: bool = False  # the output layer shares the token table
     final_norm: bool = False  # LayerNorm after the last block
     post_norm: bool = False  # LayerNorm after each residual sum, as BERT has it, instead of before
-    embedding_norm: bool = False  # LayerNorm on the sum of tokens and positions, as BERT has it
+    embedding_norm: bool = False  # LayerNorm on tokens plus positions, as BERT has it; the table starts smaller
     norm_epsilon: Annotated[float, Meta(gt=0, le=1)] = 1e-5  # of all LayerNorms; BERT has 1e-12
     gelu: Literal["exact", "tanh"] = "exact"  # tanh: its approximation, as GPT-2 has it
     head_dense: Literal["none", "bert", "distilbert"] = "none"  # layer before the output: GELU (mlm), tanh or ReLU

@@ -15,6 +15,7 @@ from jax import Array
 from jaxlm import products
 from jaxlm.heads import LanguageModel
 from jaxlm.model import Attention, fixed_positions, rotate
+from jaxlm.parallel import platform
 
 CHUNK = 32  # positions of a prompt that go through the model at once
 
@@ -34,7 +35,7 @@ class Rows(NamedTuple):
     tokens_BS: Array  # the first `n` are made
     n_B: Array
     end_B: Array  # where `n` is to stop
-    keys: tuple[Array, ...]  # of each layer, [B, H, S, K], up to position n - 2
+    keys: tuple[Array, ...]  # of each layer, [B, H, S, K], up to position n - 2, rounded as products want them
     values: tuple[Array, ...]
 
 
@@ -53,6 +54,7 @@ class Decoder:
     def __init__(self, model: LanguageModel, stop: int):
         """`stop` is the token that ends a row."""
         self.config, self.stop = model.base.config, stop
+        self.dtype = model.base.blocks.attention.dtype
         blocks = tuple(jax.tree.map(lambda x, i=i: x[i], model.base.blocks) for i in range(model.base.config.n_layers))
         final_norm = model.base.final_norm if self.config.final_norm else None
         # Flattened once: it takes longer than a token of a small model.
@@ -91,7 +93,9 @@ class Decoder:
         # The last token is never run through the model, so that one more fits than it has positions.
         end_B = np.minimum(n_B + most_new, config.seq_len + 1)
         shape = (B, config.n_heads, S, config.d_model // config.n_heads)
-        cache = [tuple(jnp.zeros(shape) for _ in range(config.n_layers)) for _ in range(2)]
+        # A CPU converts bfloat16 to float32 for products with batch axes; done here, it is done once.
+        dtype = products.sum_dtype(self.dtype) if platform() == "cpu" else self.dtype
+        cache = [tuple(jnp.zeros(shape, dtype) for _ in range(config.n_layers)) for _ in range(2)]
         return Rows(jnp.asarray(tokens_BS), jnp.asarray(n_B, jnp.int32), jnp.asarray(end_B, jnp.int32), *cache)
 
     def _with_parts(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -164,12 +168,17 @@ def forward(parts: Parts, tokens_BC: Array, positions_BC: Array, rows: Rows) -> 
         )
         if config.positions == "rotary":
             q_BHCK, k_BHCK = (_rotate(x, positions_BC, S) for x in (q_BHCK, k_BHCK))
-        keys[i], values[i] = _put(keys[i], k_BHCK, positions_BC), _put(values[i], v_BHCK, positions_BC)
-        scores_BHCS = products.einsum("BHCK,BHSK->BHCS", q_BHCK, keys[i], module.dtype) / (D // H) ** 0.5
+        keys[i] = _put(keys[i], k_BHCK.astype(module.dtype), positions_BC)
+        values[i] = _put(values[i], v_BHCK.astype(module.dtype), positions_BC)
+
+        def product(subscripts: str, x_BHCK: Array, cache_BHSK: Array) -> Array:
+            return products.einsum(subscripts, x_BHCK.astype(module.dtype), cache_BHSK, cache_BHSK.dtype)
+
+        scores_BHCS = product("BHCK,BHSK->BHCS", q_BHCK, keys[i]) / (D // H) ** 0.5
         if config.pad_id >= 0:
             scores_BHCS = jnp.where(is_pad_BS[:, None, None], -1e9, scores_BHCS)
         scores_BHCS = jnp.where(is_future_BCS[:, None], -jnp.inf, scores_BHCS)
-        x_BHCK = products.einsum("BHCS,BHSK->BHCK", jax.nn.softmax(scores_BHCS), values[i], module.dtype)
+        x_BHCK = product("BHCS,BHSK->BHCK", jax.nn.softmax(scores_BHCS), values[i])
         return module.output(x_BHCK.swapaxes(1, 2).reshape(B, C, D))
 
     keys, values = list(rows.keys), list(rows.values)
@@ -197,11 +206,11 @@ def sample(logits_BV: Array, sampling: Sampling, place_B: Array) -> Array:
             return jax.random.gumbel(key, logits_BV.shape[1:])
 
         noise_BV = jax.vmap(noise)(sampling.seed, place_B)
-        return jnp.argmax(jnp.where(is_kept_BV, scaled_BV + noise_BV, -jnp.inf), axis=-1)
+        return products.argmax(jnp.where(is_kept_BV, scaled_BV + noise_BV, -jnp.inf))
 
-    likeliest_B = jnp.argmax(logits_BV, axis=-1)
+    likeliest_B = products.argmax(logits_BV)
     some_B = jax.lax.cond(jnp.any(sampling.temperature > 0), drawn, lambda: likeliest_B)
-    return jnp.where(sampling.temperature > 0, some_B, likeliest_B).astype(jnp.int32)
+    return jnp.where(sampling.temperature > 0, some_B, likeliest_B)
 
 
 def kept(logits_BV: Array, top_k_B: Array, top_p_B: Array) -> Array:
@@ -246,4 +255,4 @@ def _rotate(x_BHCK: Array, positions_BC: Array, n: int) -> Array:
 
 def _put(cache_BHSK: Array, new_BHCK: Array, positions_BC: Array) -> Array:
     rows_B1 = jnp.arange(len(positions_BC))[:, None]
-    return cache_BHSK.at[rows_B1, :, positions_BC].set(new_BHCK.swapaxes(1, 2))
+    return cache_BHSK.at[rows_B1, :, positions_BC].set(new_BHCK.swapaxes(1, 2).astype(cache_BHSK.dtype))

@@ -134,8 +134,9 @@ class Embedding(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = config
-        # A tied table is also the output layer, whose start values are small (GPT-2 does the same).
-        std = 0.02 if config.tied_embedding else 1.0
+        # A tied table is also the output layer, whose start values are small (GPT-2 does the same). Where a norm takes
+        # away its scale, a small one lets the same steps move it further (BERT does the same).
+        std = 0.02 if config.tied_embedding or config.embedding_norm else 1.0
         self.token = nnx.Embed(
             config.vocab_size, config.d_model, embedding_init=jax.nn.initializers.normal(std), rngs=rngs
         )

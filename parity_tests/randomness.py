@@ -18,12 +18,12 @@ from parity_tests.trajectory import Row
 DEVIATIONS = 5  # of a statistic from its expectation, in standard errors: one in two million is farther off
 
 
-def start_values(task: str, is_tied: bool = False) -> list[Row]:
-    """Return how far the start values of both packages are from the original's distributions."""
+def start_values(task: str, departure: str = "") -> list[Row]:
+    """Return how far start values of both packages are from the original's distributions, or those of a departure."""
     sizes = {"model.d_model": 48, "model.n_heads": 4, "model.vocab_size": 101}
-    tied = {"model.tied_embedding": True, "model.positions": "learned"} if is_tied else {}
-    config = config_of(task, **sizes, **tied)
-    name = f"{task}{', tied' if is_tied else ''}"
+    changes = {f"model.{departure}": True, "model.positions": "learned"} if departure else {}
+    config = config_of(task, **sizes, **changes)
+    name = f"{task}{', ' * bool(departure)}{departure}"
     return [row for package in PACKAGES for row in _rows(name, package, config)]
 
 
@@ -57,7 +57,8 @@ def _deviations(tensor: str, x: np.ndarray, start: Arrays, config: Config) -> li
     if "norm" in part or tensor in ("head.bias", "head.linear.bias"):
         return [("start of norms and of the head's bias", float(np.abs(x - is_weight * ("norm" in part)).max()), 0)]
     if tensor.startswith("base.embedding") or part == "linear":  # the latter only in heads
-        is_wide = tensor == "base.embedding.token.weight" and not config.model.tied_embedding
+        has_scale = not (config.model.tied_embedding or config.model.embedding_norm)
+        is_wide = tensor == "base.embedding.token.weight" and has_scale
         deviation, kurtosis = 1.0 if is_wide else 0.02, 3.0
     else:
         n_out, n_in = start[tensor.removesuffix("bias").removesuffix("weight") + "weight"].shape

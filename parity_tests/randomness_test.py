@@ -10,9 +10,9 @@ def failures(rows: list[Row]) -> list[Row]:
     return [row for row in rows if not row.passes]
 
 
-@pytest.mark.parametrize(("task", "is_tied"), [("mlm", False), ("gpt", True), ("cola", False)])
-def test_start_values_have_the_original_distributions(task: str, is_tied: bool) -> None:
-    rows = randomness.start_values(task, is_tied)
+@pytest.mark.parametrize(("task", "departure"), [("mlm", ""), ("gpt", "tied_embedding"), ("cola", "embedding_norm")])
+def test_start_values_have_the_right_distributions(task: str, departure: str) -> None:
+    rows = randomness.start_values(task, departure)
     assert {row.package for row in rows} == {"jaxlm", "torchlm"}
     assert not failures(rows)
 

@@ -40,6 +40,7 @@ SST2 = {
     "train.learning_rate": 3e-4,
 }
 SMALL = {**MLM, "model.d_model": 128, "model.n_layers": 2, "model.seq_len": 64, "model.vocab_size": 4096}
+AS_BERT = {"model.embedding_norm": True, "model.final_norm": True, "model.positions": "learned"}
 TIED = {"model.tied_embedding": True, "model.final_norm": True, "model.positions": "learned"}  # as GPT-2
 
 
@@ -120,7 +121,7 @@ NOTES = {  # where the work is another than jaxlm's
     ("transformers", "gpt"): "tied output; no pads",
     ("transformers", "sst2"): "padded to the longest of a batch",
     ("transformers grouped", "sst2"): "padded likewise, batches of like lengths",
-    ("jaxlm", "sst2"): "cut likewise, batches of like lengths",
+    ("jaxlm", "sst2"): "cut likewise, batches of like lengths; norms of embedding and output, learned positions",
     ("plain GPT", "gpt"): "tied output; no pads",
     ("jaxlm tied", "mlm"): "tied output",
     ("jaxlm tied", "gpt"): "tied output",

@@ -45,6 +45,7 @@ from bench_tables import (
     write_markdown,
 )
 from bench_works import (
+    AS_BERT,
     BASE,
     GPU_WORKS,
     JAXLM,
@@ -145,8 +146,10 @@ class Options:
         result = dict(settings)
         if system and system.name == "jaxlm tied":
             result |= TIED
-        if system and system.name == "original" and result["task"] == "sst2":
-            result |= {"model.head_outputs": "vocabulary", "train.group_by_length": False}
+        if result["task"] == "sst2":
+            is_original = system and system.name == "original"
+            slips = {"model.head_outputs": "vocabulary", "train.group_by_length": False}
+            result |= slips if is_original else AS_BERT
         if result["task"] == "sst2" and self.sst2:
             files = {"data.path": "train.tsv", "data.validation_path": "dev.tsv"}
             result |= {name: str(self.sst2 / file) for name, file in files.items()} | {"data.test_fraction": 0.0}

@@ -100,8 +100,9 @@ class Embedding(nn.Module):
     def __init__(self, config: ModelConfig, rngs: torch.Generator):
         super().__init__()
         self.config = config
-        # A tied table is also the output layer, whose start values are small (GPT-2 does the same).
-        std = 0.02 if config.tied_embedding else 1.0
+        # A tied table is also the output layer, whose start values are small (GPT-2 does the same). Where a norm takes
+        # away its scale, a small one lets the same steps move it further (BERT does the same).
+        std = 0.02 if config.tied_embedding or config.embedding_norm else 1.0
         pad_id = config.pad_id if config.pad_id >= 0 else None
         self.token = nn.utils.skip_init(nn.Embedding, config.vocab_size, config.d_model, padding_idx=pad_id)
         nn.init.normal_(self.token.weight, std=std, generator=rngs)
