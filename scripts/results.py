@@ -249,7 +249,20 @@ def bag_of_words(results: Results, task: str) -> dict[str, float]:
 
 def elsewhere(results: Results, name: str) -> dict[str, float]:
     """Return the scores of a language model on WikiText-2's test part."""
-    words = ["jaxlm.evaluate", "--checkpoint", name, "--data.path", "wikitext-2/test.txt", "--json"]
+    return evaluated(results, name, "--data.path", "wikitext-2/test.txt")
+
+
+def at_the_end(results: Results, run: folders.Folder) -> dict[str, float]:
+    """Return the test scores of the last checkpoint, which need not be the one with the lowest validation loss."""
+    last = [checkpoint for checkpoint in run.checkpoints if checkpoint.is_whole][-1]
+    if last == run.best:
+        return run.scores("test")
+    name = f"{run.path.name}/checkpoints/{last.step}"
+    return results.kept(f"end-{run.path.name}", lambda: evaluated(results, name, "--split", "test"))
+
+
+def evaluated(results: Results, checkpoint: str, *arguments: str) -> dict[str, float]:
+    words = ["jaxlm.evaluate", "--checkpoint", checkpoint, *arguments, "--json"]
     process = subprocess.run([sys.executable, "-m", *words], cwd=results.path, capture_output=True, text=True)
     if process.returncode:
         raise UserError(process.stderr.strip().splitlines()[-1])
@@ -289,20 +302,21 @@ def classifiers(results: Results) -> str:
         words = results.kept(f"bag-of-words-{task}", lambda task=task: bag_of_words(results, task))
         name = "Matthews" if task == "cola" else "accuracy"
         told = f"words, logistic regression (C {words['C']})"
-        rows.append([task, told, "", f"{name} {words['score']:.3f}", f"{words['accuracy']:.3f}", ""])
+        rows.append([task, told, "", f"{name} {words['score']:.3f}", f"{words['accuracy']:.3f}", "", ""])
         for kind in KINDS:
             rate = chosen_rate(results, task, kind)
             names = [trial(results, task, kind, rate, seed).name for seed in SEEDS] if rate else []
             runs = [run for run in map(results.run, names) if run]
             if len(runs) < 2:
                 continue
-            scores, accuracies = ([run.scores("test")[x] for run in runs] for x in (name.lower(), "accuracy"))
-            cells = [f"{statistics.mean(x):.3f} ± {statistics.stdev(x):.3f}" for x in (scores, accuracies)]
+            found, ends = [run.scores("test") for run in runs], [at_the_end(results, run) for run in runs]
+            score = name.lower()
+            columns = [x[score] for x in found], [x["accuracy"] for x in found], [x[score] for x in ends]
+            cells = [f"{statistics.mean(x):.3f} ± {statistics.stdev(x):.3f}" for x in columns]
             time_of_one = minutes(results.seconds(names) / len(runs))
-            rows.append(
-                [task, f"{TOLD[kind]}, {len(runs)} seeds", str(rate), f"{name} {cells[0]}", cells[1], time_of_one]
-            )
-    return table(["task", "model", "rate", "test score", "accuracy", "time of one"], rows)
+            model = f"{TOLD[kind]}, {len(runs)} seeds"
+            rows.append([task, model, str(rate), f"{name} {cells[0]}", *cells[1:], time_of_one])
+    return table(["task", "model", "rate", "test score", "accuracy", "score at the end", "time of one"], rows)
 
 
 def ablations(results: Results) -> str:
