@@ -346,7 +346,7 @@ def not_attempted(results: Results) -> str:
     rows = []
     for what, name in PUBLISHED:
         found = results.kept(f"plan-{name}", lambda name=name: plan(name))
-        hours = f"{found['chip_hours']:,.0f}" if found["chip_hours"] else "not known"
+        hours = f"{found['chip_hours']:,.2g}" if found["chip_hours"] else "not known"
         rows.append([what, f"`python -m jaxlm.train --config configs/{name}.toml`", hours])
     return table(["published", "what would attempt it", f"chip-hours on {TOPOLOGY}, at least"], rows)
 
