@@ -897,7 +897,7 @@ def _optimizer() -> list[Fault]:
             edit(
                 jax_step_function,
                 ('return totals["loss"], totals', 'return totals["loss"] / totals["count"], totals'),
-                ('jnp.maximum(totals["count"], 1)', "n_batches"),
+                ('jnp.maximum(totals["count"], 1)', "jnp.asarray(n_batches)"),
             ),
             edit(
                 torch_step_function,
