@@ -102,5 +102,5 @@ def cross_entropy(logits: Array, labels: Array) -> Totals:
     return {
         "loss": jnp.sum(jnp.where(is_counted, losses, 0)),
         "count": jnp.sum(is_counted),
-        "correct": jnp.sum(is_counted & (products.argmax(logits) == labels)),
+        "correct": jnp.sum(is_counted & (products.argmax(logits, largest) == labels)),
     }
