@@ -43,7 +43,7 @@ def measure(config: Config, topology: str) -> Step:
         absent, n_devices = roofline.named(topology)
         sizes = configs.mesh_sizes(config, n_devices)
         missing = "memory, traffic and collectives, which XLA tells: pip install 'jaxlm[tpu]' to compile for TPUs"
-        return analytic(config, parallel.abstract_mesh(tuple(sizes.values())), absent.name, missing)
+        return analytic(config, parallel.abstract_mesh(sizes.values()), absent.name, missing)
     found = _devices(topology)
     mesh = parallel.make_mesh(config, found)
     step = analytic(config, mesh, found[0].device_kind)

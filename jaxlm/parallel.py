@@ -6,7 +6,7 @@ that the model passes to `constrain`. SHARDING.md has examples.
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ from jaxlm.config import AXES, Config, ModelConfig
 from jaxlm.errors import UserError
 
 BATCH = ("data", "fsdp")  # the axes that split samples
+_AUTO = (AxisType.Auto,) * len(AXES)  # XLA decides where `constrain` says nothing
 # From a parameter's path to the axes that split its last dimensions; the first row that is found in the path counts.
 # `tensor` splits heads, hidden units and vocabulary (Megatron-LM, arXiv 1909.08053, section 3); `fsdp` splits the other
 # dimension of each matrix, which is gathered where it is used (ZeRO, arXiv 1910.02054, stage 3).
@@ -47,12 +48,12 @@ def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
     sizes = configs.mesh_sizes(config, len(devices) if devices is not None else jax.device_count())
     # jax.make_mesh refuses, except on v5e, to part a side of the torus between axes, as 8 of the 16 chips along it.
     placed = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
-    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(placed, AXES, axis_types=_AUTO)
 
 
-def abstract_mesh(sizes: Sequence[int]) -> AbstractMesh:
+def abstract_mesh(sizes: Iterable[int]) -> AbstractMesh:
     """Return a mesh of such sizes without devices."""
-    return AbstractMesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return AbstractMesh(tuple(sizes), AXES, axis_types=_AUTO)
 
 
 def device_kind(mesh: Mesh) -> str:

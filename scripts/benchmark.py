@@ -150,10 +150,10 @@ class Options:
             is_original = system and system.name == "original"
             slips = {"model.head_outputs": "vocabulary", "train.group_by_length": False}
             result |= slips if is_original else AS_BERT
-        if result["task"] == "sst2" and self.sst2:
-            files = {"data.path": "train.tsv", "data.validation_path": "dev.tsv"}
-            result |= {name: str(self.sst2 / file) for name, file in files.items()} | {"data.test_fraction": 0.0}
-            result["tokenizer.vocab_size"] = 8192
+            if self.sst2:
+                files = {"data.path": "train.tsv", "data.validation_path": "dev.tsv"}
+                result |= {name: str(self.sst2 / file) for name, file in files.items()} | {"data.test_fraction": 0.0}
+                result["tokenizer.vocab_size"] = 8192
         if self.quick:
             result |= TINY
         return result
