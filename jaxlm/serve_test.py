@@ -378,6 +378,7 @@ def shown(browser: Any, server: Server, width: int = 360, colours: str = "dark")
     tab.on("request", lambda request: None if request.url.startswith(address) else told.append(request.url))
     address = f"http://127.0.0.1:{server.port}/"
     tab.goto(address)
+    tab.locator("#text:focus").wait_for()  # it gets the focus after the page has loaded; keys before that go nowhere
     yield tab
     assert tab.evaluate("document.documentElement.scrollWidth") == width
     assert [line for line in told if "the server responded with a status of 4" not in line] == []
