@@ -3,8 +3,7 @@
 import sys
 import time
 
-from jaxlm import formats, hugepages
-from jaxlm import start as starts
+from jaxlm import hugepages
 from jaxlm.errors import interruptible, reported
 
 
@@ -14,6 +13,10 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     with interruptible():
         with reported(debug="--debug" in argv):
+            # Here, so that the process has little to import again when it starts anew for huge pages.
+            from jaxlm import formats
+            from jaxlm import start as starts
+
             config, origins, start = starts.load(argv, "python -m jaxlm.train", formats.RUN)
         print(f"jaxlm: task {config.task}; loading JAX", flush=True)
         with reported(config.debug):

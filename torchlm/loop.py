@@ -59,6 +59,7 @@ def run(config: Config, origins: dict[str, str], start: Start, started_s: float)
         checkpoints = stack.enter_context(Checkpoints(folder, config.run.keep_checkpoints, this.log.warn))
         state = fit(this, compiled, state, checkpoints, status)
         finish(this, compiled, state, checkpoints, status)
+        del state  # before the processes part (parallel.joined)
         return status()
 
 

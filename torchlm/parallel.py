@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed.nn  # DDP does it later, and then the group that is there stays a default of its functions for good
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -141,7 +142,8 @@ def wait(mesh: Mesh) -> None:
 def joined(mesh: Mesh, config: Config) -> Iterator[Config]:
     """Let the processes work as one that prints and writes; they part at the end.
 
-    The first has the run folder; the others get settings with a folder that vanishes, and print nothing.
+    The first has the run folder; the others get settings with a folder that vanishes, and print nothing. A replicated
+    model has to be gone by then: it keeps threads of the group, which abort a process if Python ends before they do.
     """
     with contextlib.ExitStack() as stack:
         if mesh.size > 1:

@@ -18,7 +18,8 @@ from torchlm.parallel import Mesh
 
 CPU = torch.device("cpu")
 PROGRAM = """
-import json, sys
+import json, os, sys
+from pathlib import Path
 import torch
 from jaxlm.config import Config
 from torchlm import parallel
@@ -46,6 +47,8 @@ with parallel.joined(mesh, Config()) as config:
     told["copied"] = [x.item() for x in plain.weight.flatten()]
     told["single"] = parallel.single(model) is model.module
     parallel.wait(mesh)
+    del model
+told["threads"] = [Path(f"/proc/self/task/{i}/comm").read_text() for i in os.listdir("/proc/self/task")]
 with open(f"{sys.argv[1]}/{mesh.rank}.json", "w") as file:
     json.dump(told, file)
 """
@@ -72,6 +75,7 @@ def test_totals_and_flags_are_of_all_processes(told: list[dict]) -> None:
         assert one["sums"] == {"a": 3, "b": 1.0}
         assert one["any"] == [True, True, False]
         assert one["first"] == "told by 0"
+        assert [name for name in one["threads"] if "gloo" in name] == []  # they would abort a process that ends
 
 
 def test_parameters_are_those_of_the_first_process(told: list[dict]) -> None:
