@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed.nn  # DDP does it later, and then the group that is there stays a default of its functions for good
+import torch.distributed.nn  # imported later, as DDP does, it would keep the group as a default of its functions
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
