@@ -435,6 +435,9 @@ def test_the_page_streams_a_continuation(browser: Any, servers: dict[str, Server
     with shown(browser, server) as tab:
         for name, value in options.items():
             tab.fill(f"#{name}", str(value))
+        # So slow that the answer, of 30 kB, does not come at once, however late the browser reads it.
+        slow = {"offline": False, "latency": 0, "downloadThroughput": 10_000, "uploadThroughput": -1}
+        tab.context.new_cdp_session(tab).send("Network.emulateNetworkConditions", slow)
         tab.evaluate(
             "window.n = 0; new MutationObserver(() => n++).observe(document.querySelector('#told'), "
             "{childList: true, subtree: true})"
