@@ -234,7 +234,7 @@ def find(source: str | Path) -> Path:
 
     Raises UserError if the hub does not have it or cannot be reached.
     """
-    path = storage.path(source)
+    path = storage.run_path(source)
     if storage.is_remote(source) or path.exists() or not storage.is_hub_name(path):
         return path
     import huggingface_hub

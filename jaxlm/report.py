@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm import environment, folder, page
+from jaxlm import environment, folder, page, storage
 from jaxlm.convert import Parser
 from jaxlm.errors import UserError, reported
 from jaxlm.folder import Folder
@@ -347,7 +347,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         prog="python -m jaxlm.report",
         description="Writes one page, a file that needs nothing else, about a run, or about several beside each other.",
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, of jaxlm or torchlm")
+    parser.add_argument("runs", nargs="+", type=storage.run_path, metavar="RUN", help="run folder, of jaxlm or torchlm")
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="page to write (report.html in the run, or here for several)"
     )

@@ -221,11 +221,15 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     default, run_help = [Path("runs")], "run folder, of jaxlm or torchlm"
     for name, what, options in (
         ("list", "print a table of all runs in a folder", {"nargs": "*", "default": default, "help": "folder (runs)"}),
-        ("show", "print all that a run tells", {"nargs": "+", "help": run_help}),
-        ("compare", "print where settings and scores of runs differ", {"nargs": "+", "help": run_help}),
+        ("show", "print all that a run tells", {"nargs": "+", "type": storage.run_path, "help": run_help}),
+        (
+            "compare",
+            "print where settings and scores of runs differ",
+            {"nargs": "+", "type": storage.run_path, "help": run_help},
+        ),
     ):
         command = commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
-        command.add_argument("paths", type=Path, metavar="PATH", **options)
+        command.add_argument("paths", metavar="PATH", **{"type": Path} | options)
     parts = "format, settings, tokenizer and the checksum of each file"
     command = commands.add_parser(
         "verify",
@@ -234,7 +238,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         epilog="exit status: 0 if all are whole, 1 if one cannot be used, 2 for bad input",
     )
     command.add_argument(
-        "paths", nargs="+", type=Path, metavar="PATH", help="run folder, or a checkpoint, of jaxlm or torchlm"
+        "paths",
+        nargs="+",
+        type=storage.run_path,
+        metavar="PATH",
+        help="run folder, or a checkpoint, of jaxlm or torchlm",
     )
     command = commands.add_parser(
         "clean",

@@ -180,6 +180,9 @@ def load(argv: list[str], prog: str, form: str) -> tuple[Config, dict[str, str],
     start = find(given, form)
     layers = start.layers(given.get("task", Config().task))
     config, origins = configs.load(argv, prog, layers, has_preset=start.kind != "resume")
+    for name in ("init_from", "distill.teacher"):  # a later run is not what `latest` stood for
+        if named := configs.get(config, name):
+            config = configs.replace(config, name, str(storage.run_path(named)))
     start.changes(config)
     if config.distill.teacher:
         found = dataclasses.replace(start, is_student=False) if start.is_student else _teacher(config.distill.teacher)
@@ -205,7 +208,7 @@ def find(given: Mapping[str, Any], form: str) -> Start:
             f"resume={resume} and init_from={base} name two starts; give one, or --resume auto with the second"
         )
     elif resume:
-        return _resume(storage.path(resume), given, form)
+        return _resume(storage.run_path(resume), given, form)
     if base:
         source = public.find(base)
         path, stored_form, info, damaged = _newest(source, ("base", "info"))

@@ -4,12 +4,15 @@ The rest of the package uses what both have, and the functions here for what the
 """
 
 import logging
+import re
 import shutil
 import tomllib
 from pathlib import Path
 from typing import Any
 
 from jaxlm.errors import UserError
+
+LATEST = "latest"  # names the newest run in a folder
 
 
 def path(text: str | Path) -> Path:
@@ -32,6 +35,30 @@ def path(text: str | Path) -> Path:
     except Exception as error:  # whatever gcsfs, its libraries and the network raise
         raise UserError(f"{text}: cannot be reached ({type(error).__name__}: {error})") from error
     return result
+
+
+def run_path(named: str | Path) -> Path:
+    """Return the path of a run or checkpoint; where nothing has that name, the newest run that it stands for.
+
+    `runs/mlm` stands for the newest of `runs/mlm-<date>-<n>`, `latest` for the newest in `runs`. Raises UserError.
+    """
+    source = path(named)
+    if is_remote(named) or source.exists():
+        return source
+    folder = source.parent if source.parent.name else Path("runs")
+    pattern = ".*" if source.name == LATEST else rf"{re.escape(source.name)}-\d{{8}}-\d+"
+    runs = [config.parent for config in _children(folder, "config.toml") if re.fullmatch(pattern, config.parent.name)]
+    if not runs and source.name == LATEST:
+        raise UserError(f"{named}: there is no run in {folder}; name a run, or train one")
+    return max(runs, key=lambda run: (run / "config.toml").stat().st_mtime_ns, default=source)
+
+
+def _children(folder: Path, file: str) -> list[Path]:
+    """Return the paths of a file in the folders that a folder contains."""
+    try:
+        return [child / file for child in folder.iterdir() if (child / file).is_file()]
+    except OSError:
+        return []
 
 
 def is_remote(path: str | Path) -> bool:
