@@ -36,7 +36,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jaxlm import page
+from jaxlm import page, storage
 from jaxlm.engine import Engine, Failed
 from jaxlm.errors import UserError
 from jaxlm.predict import ENDINGS, Answer, Classify, Continue, FillMasks, Predictor, Reply
@@ -117,16 +117,28 @@ class Error(BaseModel):
     detail: str
 
 
+class Health(BaseModel):
+    status: Annotated[str, Field(description="ready or failed")]
+    task: str
+    step: Annotated[int, Field(description="updates that the model was trained for")]
+
+
 ANSWERS: dict[type[Predictor], type[BaseModel]] = {
     FillMasks: Filled,
     Continue: Continued,
     Reply: Continued,
     Classify: Classified,
 }
-ERRORS: dict[int | str, dict[str, Any]] = {
+PLAIN = {"content": {"text/plain": {"schema": {"type": "string"}}}}
+# A host name that is not this host's, and what is no HTTP, are answered below this service, as plain text.
+UNREADABLE: dict[int | str, dict[str, Any]] = {400: {"description": "not HTTP, or for another host", **PLAIN}}
+ERRORS: dict[int, dict[str, Any]] = {
+    400: {"model": Error, "description": "not HTTP, not UTF-8, nested too deeply, or for another host", **PLAIN},
     401: {"model": Error, "description": "the token is missing or wrong"},
+    408: {"model": Error, "description": "the body has not arrived in time"},
     413: {"model": Error, "description": "the body is too large"},
     429: {"model": Error, "description": "too many requests at once; Retry-After says when to try again"},
+    500: {"model": Error, "description": "the model has failed; the log of the server says why"},
     503: {"model": Error, "description": "it has taken too long; Retry-After likewise"},
 }
 
@@ -136,15 +148,23 @@ def make(engine: Engine, limits: Limits, token: str = "", is_loopback: bool = Tr
     predictor, metrics = engine.predictor, engine.metrics
     # A page whose own name is made to lead here would be of the same origin as this service to a browser.
     hosts = [Middleware(TrustedHostMiddleware, allowed_hosts=LOOPBACK)] if is_loopback else []
+    trained = predictor.trained
+    # Pages and schema are open to everybody: where there is a token, they do not name the run.
+    name = "" if token else _run_name(predictor)
     app = FastAPI(
-        title=f"Interface to {_run_name(predictor)}",
-        description=str(predictor.trained),
+        title=f"Interface to {name or f'a model of {trained.config.task}'}",
+        description=f"Task {trained.config.task}, step {trained.start.info['step']:,}.",
         docs_url=None,
         redoc_url=None,
         middleware=[Middleware(Guard, limits=limits, token=token, registry=metrics.registry), *hosts],
-        dependencies=[Depends(HTTPBearer(auto_error=False))] if token else [],
     )
+    secured: dict[str, Any] = {"dependencies": [Depends(HTTPBearer(auto_error=False))] if token else []}
     asked, looked = _asked(predictor, limits), _looked(predictor)
+
+    def errors(*others: int) -> dict[int | str, dict[str, Any]]:
+        """Return the errors of an address that takes a body, besides 422, which FastAPI describes."""
+        statuses = (400, *([401] if token else []), 408, 413, 429, 500, *others)
+        return {status: ERRORS[status] for status in statuses}
 
     def parts(request: BaseModel) -> tuple[str, dict[str, Any]]:
         """Return the text of a request, when the model can take it, and all options."""
@@ -155,7 +175,7 @@ def make(engine: Engine, limits: Limits, token: str = "", is_loopback: bool = Tr
             predictor.encode(text)
         return text, predictor.checked(options) if isinstance(predictor, Continue) else options
 
-    @app.post("/predict", responses={200: {"model": ANSWERS[type(predictor)]}, **ERRORS})
+    @app.post("/predict", responses={200: {"model": ANSWERS[type(predictor)]}, **errors(503)}, **secured)
     async def predict(request: asked) -> Response:  # type: ignore[valid-type]
         """Answer a text: fill its masks, continue it, or classify it, as the model is trained to."""
         text, options = parts(request)
@@ -169,13 +189,13 @@ def make(engine: Engine, limits: Limits, token: str = "", is_loopback: bool = Tr
             "content": {EVENTS: {}},
         }
 
-        @app.post("/generate", response_class=Response, responses={200: described, **ERRORS})
+        @app.post("/generate", response_class=Response, responses={200: described, **errors()}, **secured)
         async def generate(request: asked) -> Response:  # type: ignore[valid-type]
             """Continue a prompt, and send the continuation as it is made, by server-sent events."""
             events = _events(engine, limits, *parts(request))
             return StreamingResponse(events, media_type=EVENTS, headers={"Cache-Control": "no-store"})
 
-    @app.post("/attention", responses={200: {"model": Attended}, **ERRORS})
+    @app.post("/attention", responses={200: {"model": Attended}, **errors(503)}, **secured)
     async def attention(request: looked) -> Response:  # type: ignore[valid-type]
         """Tell, for each token of a text, how much a head of attention makes it look at each."""
         asked_for = request.model_dump()  # type: ignore[attr-defined]
@@ -184,15 +204,19 @@ def make(engine: Engine, limits: Limits, token: str = "", is_loopback: bool = Tr
         async with _in_time(limits):
             return JSONResponse(await engine.attention(**asked_for))
 
-    @app.get("/health", responses={503: {"description": "requests are not answered"}})
+    failed = {503: {"model": Health, "description": "requests are not answered"}}
+
+    @app.get("/health", responses={200: {"model": Health}, **UNREADABLE, **failed})
     async def health() -> Response:
         """Tell whether requests are answered."""
-        info = {"task": predictor.trained.config.task, "step": predictor.trained.start.info["step"]}
+        info = {"task": trained.config.task, "step": trained.start.info["step"]}
         if engine.is_alive():
             return JSONResponse({"status": "ready", **info})
         return JSONResponse({"status": "failed", **info}, 503)
 
-    @app.get("/metrics", response_class=Response)
+    needs_token = {401: ERRORS[401]} if token else {}
+
+    @app.get("/metrics", response_class=Response, responses={200: PLAIN, **UNREADABLE, **needs_token}, **secured)
     async def figures() -> Response:
         """Return figures for Prometheus."""
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
@@ -201,7 +225,7 @@ def make(engine: Engine, limits: Limits, token: str = "", is_loopback: bool = Tr
     async def docs() -> Response:
         return HTMLResponse(_docs(app.openapi()), headers=HEADERS)
 
-    shown, headers = _page(predictor, limits, bool(token))
+    shown, headers = _page(predictor, limits, name, bool(token))
 
     @app.get("/", include_in_schema=False)
     async def index() -> Response:
@@ -394,15 +418,17 @@ class Guard:
 
 def _run_name(predictor: Predictor) -> str:
     start = predictor.trained.start
-    return start.run.name if start.run else str(start.path)
+    path = start.run or start.path
+    assert path is not None, "a model that is served was read from somewhere"
+    return storage.absolute(path).name
 
 
 def _problem(status: int, detail: str, headers: dict[str, str] | None = None) -> Response:
     return JSONResponse({"detail": detail}, status, headers)
 
 
-def _page(predictor: Predictor, limits: Limits, wants_token: bool) -> tuple[str, dict[str, str]]:
-    """Return the page for people, and its headers."""
+def _page(predictor: Predictor, limits: Limits, name: str, wants_token: bool) -> tuple[str, dict[str, str]]:
+    """Return the page for people, and its headers. `name` is that of the run, "": the page does not give it."""
     kind, title = PAGES[type(predictor)]
     options = _asked(predictor, limits).model_json_schema()["properties"]
     about = {
@@ -418,7 +444,7 @@ def _page(predictor: Predictor, limits: Limits, wants_token: bool) -> tuple[str,
     fragment = (Path(__file__).parent / "serve.html").read_text(encoding="utf-8")
     script = re.search("<script>(.*?)</script>", fragment, re.DOTALL)
     assert script
-    title = f"{title}: {_run_name(predictor)}"
+    title = f"{title}: {name}" if name else title
     data = json.dumps(about).replace("<", "\\u003c")
     parts = [f'<script type="application/json" id="about">{data}</script>', fragment]
     digest = base64.b64encode(hashlib.sha256(script[1].encode()).digest()).decode()

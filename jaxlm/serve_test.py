@@ -7,6 +7,7 @@ import http.client
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -288,6 +289,107 @@ def test_a_token_is_wanted(servers: dict[str, Server], serving: Callable[..., Se
         assert (status, headers["WWW-Authenticate"]) == (401, "Bearer")
     for path in ("/", "/health", "/docs", "/openapi.json"):
         assert server.ask("GET", path, Authorization="")[0] == 200
+
+
+def sent(server: Server, request: bytes) -> tuple[int, Any, bytes]:
+    """Send bytes in one go, as they are; return the status, the headers and the body of the answer."""
+    with socket.create_connection(("127.0.0.1", server.port)) as client:
+        client.sendall(request)
+        answer = http.client.HTTPResponse(client)
+        answer.begin()
+        return answer.status, answer.headers, answer.read()
+
+
+def is_of(schema: dict[str, Any], value: Any, types: dict[str, Any]) -> bool:
+    """Return whether a value is of a schema, and has no field that the schema lacks."""
+    if "$ref" in schema:
+        return is_of(types[schema["$ref"].rpartition("/")[2]], value, types)
+    if "anyOf" in schema:
+        return any(is_of(choice, value, types) for choice in schema["anyOf"])
+    if schema["type"] == "array":
+        return isinstance(value, list) and all(is_of(schema["items"], x, types) for x in value)
+    if schema["type"] == "object":
+        fields = schema["properties"]
+        is_complete = set(schema.get("required", ())) <= value.keys() <= fields.keys()
+        return is_complete and all(is_of(fields[name], x, types) for name, x in value.items())
+    kinds = {"string": str, "integer": int, "number": (int, float), "null": type(None)}
+    return isinstance(value, kinds[schema["type"]])
+
+
+@pytest.mark.parametrize("task", ["sst2", "gpt"])
+def test_every_status_of_an_address_is_in_the_schema(
+    task: str, runs: Path, servers: dict[str, Server], serving: Callable[..., Server]
+) -> None:
+    predictor = servers[task].predictor
+    server, full = (serving(predictor, token="secret", requests=n, body=2000) for n in (100, 1))
+    dead = serving(predictor, seconds=0.5)
+    dead.engine.close()
+    broken = serving(predict.load(runs / task))
+    broken.predictor.tokenizer = None
+    schema = server.ask("GET", "/openapi.json")[2]
+    texts = {"/attention": "text", "/predict": "text" if task == "sst2" else "prompt", "/generate": "prompt"}
+    headers = "Host: localhost\r\nAuthorization: Bearer secret\r\nContent-Type: application/json\r\n"
+
+    def request(method: str, path: str, body: bytes = b"", length: int | None = None, headers: str = headers) -> bytes:
+        n = len(body) if length is None else length
+        return f"{method} {path} HTTP/1.1\r\n{headers}Content-Length: {n}\r\n\r\n".encode() + body
+
+    def held(path: str) -> tuple[int, Any, bytes]:
+        """Return an answer to a request while another one is still being sent."""
+        with socket.create_connection(("127.0.0.1", full.port)) as other:
+            other.sendall(request("POST", path, length=5))
+            while (answer := sent(full, request("POST", path)))[0] != 429:
+                time.sleep(0.01)  # the other has not come in yet
+            return answer
+
+    for path, methods in schema["paths"].items():
+        ((method, described),) = methods.items()
+        anonymous = headers.replace("Bearer secret", "none")
+        elsewhere = headers.replace("localhost", "elsewhere.example")
+        if method == "get":
+            got = [sent(server, request("GET", path)), sent(server, request("GET", path, headers=elsewhere))]
+            got += [sent(server, request("GET", path, headers=anonymous))]
+            got += [sent(dead, request("GET", path))]
+        else:
+            body = json.dumps({texts[path]: "the cat"}).encode()
+            got = [sent(server, request("POST", path, x)) for x in (body, b"{}", b'"\xff"', b"[" * 1999, b"a" * 2001)]
+            got += [sent(server, request("POST", path, body, headers=x)) for x in (elsewhere, anonymous)]
+            got += [held(path), sent(dead, request("POST", path, length=5)), sent(dead, request("POST", path, body))]
+            got += [sent(broken, request("POST", path, body))]
+        got += [sent(server, b"no HTTP\r\n\r\n")]
+        assert {str(status) for status, _, _ in got} == described["responses"].keys()
+        for status, answered, content in got:
+            kind = answered["Content-Type"].partition(";")[0]
+            shape = described["responses"][str(status)]["content"][kind]
+            if kind == "application/json":
+                assert is_of(shape["schema"], json.loads(content), schema["components"]["schemas"]), (path, status)
+        assert ("security" in described) == ("401" in described["responses"]) == (path != "/health")
+    without = dead.ask("GET", "/openapi.json")[2]["paths"].values()
+    assert not [x for methods in without for x in methods.values() if "401" in x["responses"] or "security" in x]
+
+
+def test_nobody_learns_where_the_run_lies(
+    serving: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = used_runs.write(tmp_path / "acme" / "churn", "sst2")
+    alone = shutil.copytree(run / "checkpoints" / "3", tmp_path / "acme" / "alone")
+    monkeypatch.chdir(run)
+    for checkpoint, name in (
+        (run, "churn"),
+        (Path("."), "churn"),
+        (run / "checkpoints" / "3", "churn"),
+        (alone, "alone"),
+    ):
+        predictor = predict.load(checkpoint, str(run / "tokenizer.json"))
+        for token in ("", "secret"):
+            server = serving(predictor, token, seconds=5.0)
+            asked = [("GET", path, None) for path in (*api.PATHS, "/info", "/../churn")]
+            asked += [("POST", path, body) for path in api.PATHS for body in ({"text": "a"}, {"text": "a " * 40}, b"[")]
+            answers = [server.ask(*request, Authorization="Bearer none") for request in asked]
+            text = " ".join(f"{headers} {content}" for _, headers, content in answers)
+            leaks = [tmp_path.name, "acme", "checkpoints", *(["churn", "alone"] if token else [])]
+            assert [leak for leak in leaks if leak in text] == []
+            assert token or (f"<title>Classify a text: {name}<" in text and f"Interface to {name}'" in text)
 
 
 def test_pages_load_nothing(servers: dict[str, Server]) -> None:
