@@ -32,12 +32,6 @@ def describe(step: int, device: str) -> dict[str, Any]:
     }
 
 
-def append(run_dir: Path, found: dict[str, Any]) -> None:
-    """Add a line to those of a run folder."""
-    with open(run_dir / FILE, "a", encoding="utf-8") as file:
-        file.write(json.dumps(found) + "\n")
-
-
 def read(run_dir: Path) -> list[dict[str, Any]]:
     """Return the lines of a run folder; one that a crash has cut short is none."""
     found = []

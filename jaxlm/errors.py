@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import io
 import os
 import signal
 import socket
@@ -10,6 +11,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 CLEANUPS: list[Callable[[], None]] = []  # what removes that which an interrupt would leave half done
 ENDINGS = (signal.SIGINT, signal.SIGTERM)  # the exit status of a run that they end is 128 and their number
@@ -48,6 +50,29 @@ def reported(debug: bool) -> Iterator[None]:
             traceback.print_exc()
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
+
+
+class _Lossy(io.FileIO):
+    """A standard stream that drops what cannot be written, because its file lies on a full disk for example."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) or 0
+        except BrokenPipeError:
+            raise
+        except OSError:
+            return len(data)
+
+
+def outlive_full_disks() -> None:
+    """Let the process go on where stdout or stderr cannot be written, as with their file on a full disk."""
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper) and stream is getattr(sys, f"__{name}__"):
+            stream.flush()
+            buffer = io.BufferedWriter(_Lossy(number, "w", closefd=False))
+            modes = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
+            setattr(sys, name, io.TextIOWrapper(buffer, stream.encoding, stream.errors, **modes))
 
 
 @contextlib.contextmanager

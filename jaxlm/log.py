@@ -5,9 +5,15 @@ import importlib.util
 import io
 import json
 import math
+import os
+import socket
+import stat
+import struct
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +26,7 @@ from jaxlm.errors import UserError
 # Text is printed as it is: no [markup], no :emoji:, no lines broken where a path would break.
 PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False, "soft_wrap": True}
 PLAIN_INTERVAL_S = 5  # between lines that stand in for the progress bar where there is no terminal
+MOST_WAITING = 32 << 20  # bytes for one file that cannot be written
 
 
 class Logger(Protocol):
@@ -31,20 +38,38 @@ class Logger(Protocol):
 
 
 class TensorBoard:
-    """Event files in the run folder."""
+    """An event file in the run folder. tensorboardX's own writer stops for good, or waits for ever, on a full disk."""
 
-    def __init__(self, run_dir: Path, last_step: int):
-        from tensorboardX import SummaryWriter
+    def __init__(self, append: Callable[[str, bytes], None], last_step: int):
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-        # What a run that goes on has told before of later steps does not count.
-        self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=last_step + 1 if last_step else None)
+        self.append = append
+        self.name = f"tensorboard/events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
+        self.begun = [Event(file_version="brain.Event:2")]
+        if last_step:  # what a run that goes on has told before of later steps does not count
+            self.begun.append(Event(step=last_step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def log(self, step: int, split: str, scores: dict[str, float]) -> None:
-        for name, value in scores.items():
-            self.writer.add_scalar(f"{split}/{name}", value, step)
+        from tensorboardX import summary
+        from tensorboardX.proto.event_pb2 import Event
 
-    def close(self) -> None:
-        self.writer.close()
+        values = [summary.scalar(f"{split}/{name}", value).value[0] for name, value in scores.items()]
+        event = Event(step=step)
+        event.summary.value.extend(values)
+        for record in (*self.begun, event):
+            record.wall_time = time.time()
+            self.append(self.name, _framed(record.SerializeToString()))
+        self.begun = []
+
+    def close(self) -> None: ...
+
+
+def _framed(data: bytes) -> bytes:
+    """Return a record of an event file: its length, itself, and the checksums of both."""
+    from tensorboardX.record_writer import masked_crc32c
+
+    length = struct.pack("<Q", len(data))
+    return length + struct.pack("<I", masked_crc32c(length)) + data + struct.pack("<I", masked_crc32c(data))
 
 
 class WeightsAndBiases:
@@ -68,8 +93,76 @@ class WeightsAndBiases:
         self.run.finish()
 
 
+class GrowingFile:
+    """A file that grows by whole pieces. Those that cannot be written wait in memory, in order, for the next try.
+
+    More than MOST_WAITING bytes do not wait: the oldest pieces are dropped, and counted.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.waiting: deque[tuple[int, bytes]] = deque()  # update, piece
+        self.n_bytes = self.n_dropped = 0
+        if _is_cut_short(path):
+            self.add(0, b"\n")
+
+    def add(self, step: int, piece: bytes) -> None:
+        """Add a piece to those that wait; `step` is the update that it is about."""
+        self.waiting.append((step, piece))
+        self.n_bytes += len(piece)
+        while self.n_bytes > MOST_WAITING:
+            self.n_bytes -= len(self.waiting.popleft()[1])
+            self.n_dropped += 1
+
+    def drop_after(self, step: int) -> None:
+        """Drop the pieces that wait and are about a later update."""
+        self.waiting = deque(x for x in self.waiting if x[0] <= step)
+        self.n_bytes = sum(len(piece) for _, piece in self.waiting)
+
+    def flush(self) -> None:
+        """Write the pieces that wait. Raises OSError where one cannot be written, and then leaves none half written."""
+        if not self.waiting:
+            return
+        if self.path.parent.name == "tensorboard":
+            self.path.parent.mkdir(exist_ok=True)
+        # Without O_NONBLOCK, a named pipe that nobody reads would stop the run.
+        file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o666)
+        try:
+            while self.waiting:
+                _write_whole(file, self.waiting[0][1])
+                self.n_bytes -= len(self.waiting.popleft()[1])
+        finally:
+            os.close(file)
+
+
+def _is_cut_short(path: Path) -> bool:
+    """Return whether the last line of a file has no end, as a killed process leaves it."""
+    with contextlib.suppress(OSError):  # no such file, or an empty one
+        if path.is_file():
+            with open(path, "rb") as file:
+                file.seek(-1, os.SEEK_END)
+                return file.read() != b"\n"
+    return False
+
+
+def _write_whole(file: int, piece: bytes) -> None:
+    status = os.fstat(file)
+    try:
+        left = memoryview(piece)
+        while left:
+            left = left[os.write(file, left) :]
+    except OSError:
+        if stat.S_ISREG(status.st_mode):
+            os.ftruncate(file, status.st_size)
+        raise
+
+
 class RunLog:
-    """The terminal and the files of one run: log.txt, metrics.jsonl, samples.txt."""
+    """The terminal and the files of one run: log.txt, metrics.jsonl, samples.txt.
+
+    A file that cannot be written, on a full disk for example, never ends a run: one warning, and what is to be written
+    waits in memory until it can be. May be called in any thread.
+    """
 
     def __init__(self) -> None:
         if isinstance(sys.stdout, io.TextIOWrapper):
@@ -77,6 +170,10 @@ class RunLog:
         self.console = Console(**PLAIN)
         self.loggers: list[Logger] = []
         self.run_dir: Path | None = None
+        self.files: dict[str, GrowingFile] = {}
+        self.reasons: dict[str, str] = {}  # by file: why it could not be written the last time
+        self.warned: set[str] = set()  # of these reasons
+        self.lock = threading.RLock()
         self.bar: Progress | None = None
         self.last_plain_s = 0.0
 
@@ -85,8 +182,52 @@ class RunLog:
         self.run_dir, self.loggers = run_dir, loggers
 
     def close(self) -> None:
-        for logger in self.loggers:
-            logger.close()
+        """Close the loggers, write what waits, and warn of what cannot be written."""
+        for logger in list(self.loggers):
+            self._try_logger(logger, logger.close)
+        self.flush()
+        for name, what in self.unwritten().items():
+            self.warn(f"{self._folder() / name}: {what}")
+
+    def append(self, name: str, piece: str | bytes, step: int = 0) -> None:
+        """Append to a file of the run folder, now or as soon as possible; the piece is about update `step`."""
+        with self.lock:
+            if name not in self.files:
+                self.files[name] = GrowingFile(self._folder() / name)
+            data = piece if isinstance(piece, bytes) else piece.encode("utf-8", "backslashreplace")
+            self.files[name].add(step, data)
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what waits, and warn once of each reason why it cannot be written."""
+        with self.lock:
+            for name, file in list(self.files.items()):
+                try:
+                    file.flush()
+                except OSError as error:
+                    why = self.reasons[name] = error.strerror or type(error).__name__
+                    if why not in self.warned:
+                        self.warned.add(why)
+                        self.warn(
+                            f"{file.path}: cannot be written ({why}); the run goes on and keeps rows, lines and "
+                            "samples in memory until it can write its files"
+                        )
+
+    def drop_after(self, step: int, names: Sequence[str]) -> None:
+        """Drop what waits for some files and is about a later update."""
+        with self.lock:
+            for name in names:
+                if name in self.files:
+                    self.files[name].drop_after(step)
+
+    def unwritten(self) -> dict[str, str]:
+        """Return, by file, what of it could not be written, and why."""
+        counts = {name: len(file.waiting) + file.n_dropped for name, file in self.files.items()}
+        return {
+            name: f"{n:,} {'entry' if n == 1 else 'entries'} not written ({self.reasons.get(name, 'too many')})"
+            for name, n in counts.items()
+            if n
+        }
 
     def say(self, *parts: Any) -> None:
         """Print to the terminal (rich renderables or text) and to log.txt."""
@@ -106,18 +247,24 @@ class RunLog:
         """Append one object to metrics.jsonl, and pass it to the loggers."""
         # JSON has no NaN; null is what every reader takes.
         row = {name: value if math.isfinite(value) else None for name, value in scores.items()}
-        with open(self._folder() / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "split": split, **row}) + "\n")
-        for logger in self.loggers:
-            logger.log(step, split, scores)
+        self.append("metrics.jsonl", json.dumps({"step": step, "split": split, **row}) + "\n", step)
+        for logger in list(self.loggers):
+            self._try_logger(logger, logger.log, step, split, scores)
 
     def samples(self, step: int, text: str, to_terminal: bool) -> None:
         """Append the samples of an evaluation to samples.txt."""
         text = f"--- step {step} ---\n{text}\n"
-        with open(self._folder() / "samples.txt", "a", encoding="utf-8") as file:
-            file.write(text + "\n")
+        self.append("samples.txt", text + "\n", step)
         if to_terminal:
             self.console.print(text)
+
+    def _try_logger(self, logger: Logger, call: Callable[..., None], *args: Any) -> None:
+        """Call a method of a logger; one that fails is left out from then on."""
+        try:
+            call(*args)
+        except Exception as error:  # whatever its library and the network raise
+            self.loggers.remove(logger)
+            self.warn(f"{type(logger).__name__}: {error!r}; the run goes on without it")
 
     def _folder(self) -> Path:
         assert self.run_dir is not None, "open() comes first"
@@ -125,9 +272,10 @@ class RunLog:
 
     def _append_to_log(self, *parts: Any) -> None:
         if self.run_dir is not None:
-            with open(self.run_dir / "log.txt", "a", encoding="utf-8") as file:
-                # No control codes in a file, whatever FORCE_COLOR says.
-                Console(file=file, width=120, force_terminal=False, **PLAIN).print(*parts)
+            text = io.StringIO()
+            # No control codes in a file, whatever FORCE_COLOR says.
+            Console(file=text, width=120, force_terminal=False, **PLAIN).print(*parts)
+            self.append("log.txt", text.getvalue())
 
     @contextlib.contextmanager
     def training_bar(self, n_steps: int) -> Iterator[Callable[[int, str], None]]:
@@ -183,11 +331,13 @@ def check_loggers(config: Config) -> None:
             raise UserError(f"{setting}: {module} is not installed; pip install 'jaxlm[{extra}]', or leave it out")
 
 
-def open_loggers(config: Config, run_dir: Path, settings: dict[str, Any], last_step: int) -> list[Logger]:
+def open_loggers(
+    config: Config, run_log: RunLog, run_dir: Path, settings: dict[str, Any], last_step: int
+) -> list[Logger]:
     """Return the loggers that the settings ask for, of a run that has made `last_step` updates."""
     loggers: list[Logger] = []
     if config.log.tensorboard:
-        loggers.append(TensorBoard(run_dir, last_step))
+        loggers.append(TensorBoard(run_log.append, last_step))
     if config.log.wandb:
         loggers.append(WeightsAndBiases(config.log.wandb, run_dir, settings))
     return loggers

@@ -1,15 +1,18 @@
 """What RunLog prints, to terminals of several kinds, to pipes and to files."""
 
+import contextlib
 import fcntl
 import json
 import math
 import os
 import pty
 import re
+import resource
 import struct
 import subprocess
 import sys
 import termios
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +140,192 @@ def test_rows_are_json_also_where_a_score_is_not_finite(tmp_path: Path) -> None:
     assert kept.rows[0] == (3, "train", {"loss": 0.1 + 0.2, "perplexity": math.inf}) and kept.is_closed
 
 
+def full_device(run: Path, name: str) -> Callable[[], None]:
+    (run / name).symlink_to("/dev/full")
+    return (run / name).unlink
+
+
+def folder_in_the_way(run: Path, name: str) -> Callable[[], None]:
+    (run / name).mkdir()
+    return (run / name).rmdir
+
+
+def pipe_without_reader(run: Path, name: str) -> Callable[[], None]:
+    os.mkfifo(run / name)
+    return (run / name).unlink
+
+
+def folder_gone(run: Path, name: str) -> Callable[[], None]:
+    run.rmdir()
+    return run.mkdir
+
+
+def file_size_limit(run: Path, name: str) -> Callable[[], None]:
+    """Cut the second line, or the one that belongs there, short."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def full_disk(run: Path, name: str) -> Callable[[], None]:
+    """Fill a file system to its last byte."""
+    mount(run, "64k")
+    with contextlib.suppress(OSError), open(run / "ballast", "wb", buffering=0) as ballast:
+        while ballast.write(bytes(4096)):
+            pass
+    return (run / "ballast").unlink
+
+
+def mount(folder: Path, size: str) -> None:
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True)
+    if done.returncode:
+        pytest.skip("mounting needs root")
+
+
+HINDRANCES = (full_device, folder_in_the_way, pipe_without_reader, folder_gone, file_size_limit, full_disk)
+FILES = ("metrics.jsonl", "samples.txt", "log.txt", "environment.jsonl", "tensorboard/events.out.tfevents.1")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Path]:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    (tmp_path / "run").mkdir()
+    yield tmp_path / "run"
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    if os.path.ismount(tmp_path / "run"):
+        subprocess.run(["umount", tmp_path / "run"], check=True)
+
+
+@pytest.mark.parametrize("hinder", HINDRANCES)
+@pytest.mark.parametrize("name", FILES)
+def test_what_cannot_be_written_is_written_once_it_can_be(
+    name: str, hinder: Any, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if "/" in name and hinder not in (folder_gone, full_disk):
+        (run / "tensorboard").mkdir()
+    run_log = log.RunLog()
+    run_log.open(run, [])
+    lines = [f"{i:02} {'x' * 60}\n" for i in range(50)]
+    relieve = hinder(run, name)
+    for i, line in enumerate(lines[:40]):
+        run_log.append(name, line, i)
+    relieve()
+    for line in lines[40:]:
+        run_log.append(name, line)
+    run_log.close()
+    written = (run / name).read_text().splitlines(keepends=True)
+    assert [line for line in written if not line.startswith("warning: ")] == lines
+    assert run_log.unwritten() == {}
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert f"{name}: cannot be written (" in warning and "the run goes on" in warning
+
+
+def test_a_line_is_written_whole_or_not_at_all(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_log = log.RunLog()
+    run_log.open(run, [])
+    relieve = file_size_limit(run, "")
+    for i in range(20):
+        run_log.row(i, "train", {"loss": 1 / 3})
+        run_log.samples(i, "a few words", to_terminal=False)
+    text = (run / "metrics.jsonl").read_text()
+    relieve()
+    assert [json.loads(line)["step"] for line in text.splitlines()] == [0] and text.endswith("\n")
+    run_log.close()
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(20))
+    assert len(capsys.readouterr().err.splitlines()) == 1  # for two files and 40 lines
+
+
+def test_what_is_never_written_is_named_at_the_end(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    full_device(run, "metrics.jsonl")
+    folder_in_the_way(run, "samples.txt")
+    run_log = log.RunLog()
+    run_log.open(run, [])
+    for i in range(3):
+        run_log.row(i, "train", {"loss": 1.0})
+        run_log.samples(i, "words", to_terminal=False)
+    run_log.close()
+    first, second, *last = capsys.readouterr().err.splitlines()
+    assert "No space left on device" in first and "Is a directory" in second
+    assert last == [
+        f"warning: {run}/metrics.jsonl: 3 entries not written (No space left on device)",
+        f"warning: {run}/samples.txt: 3 entries not written (Is a directory)",
+    ]
+    assert (run / "log.txt").read_text().splitlines() == [first, second, *last]
+
+
+def test_what_waits_is_bounded(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(log, "MOST_WAITING", 1000)
+    run_log = log.RunLog()
+    run_log.open(run, [])
+    relieve = full_device(run, "samples.txt")
+    for i in range(150):
+        run_log.append("samples.txt", f"{i:9}\n")
+    relieve()
+    run_log.close()
+    assert (run / "samples.txt").read_text() == "".join(f"{i:9}\n" for i in range(50, 150))
+    assert "samples.txt: 50 entries not written (No space left on device)" in capsys.readouterr().err
+
+
+def test_a_line_that_a_killed_process_left_is_ended(run: Path) -> None:
+    (run / "log.txt").write_text("whole\nhal")
+    run_log = log.RunLog()
+    run_log.open(run, [])
+    run_log.append("log.txt", "next\n")
+    assert (run / "log.txt").read_text() == "whole\nhal\nnext\n"
+
+
+def test_rows_that_wait_are_dropped_by_a_rollback(run: Path) -> None:
+    run_log = log.RunLog()
+    run_log.open(run, [])
+    relieve = full_device(run, "metrics.jsonl")
+    for i in range(6):
+        run_log.row(i, "train", {"loss": 1.0})
+    run_log.drop_after(2, ["metrics.jsonl", "samples.txt"])
+    relieve()
+    run_log.row(3, "train", {"loss": 2.0})
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["loss"]) for row in rows] == [(0, 1.0), (1, 1.0), (2, 1.0), (3, 2.0)]
+
+
+def test_a_logger_that_fails_is_left_out(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Failing(Kept):
+        def log(self, step: int, split: str, scores: dict[str, float]) -> None:
+            super().log(step, split, scores)
+            raise OSError(28, "No space left on device")
+
+    run_log, failing, kept = log.RunLog(), Failing(), Kept()
+    run_log.open(run, [failing, kept])
+    for i in range(3):
+        run_log.row(i, "train", {"loss": 1.0})
+    run_log.close()
+    assert (len(failing.rows), len(kept.rows), kept.is_closed) == (1, 3, True)
+    assert "warning: Failing: OSError(28" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_full_disk_behind_a_standard_stream_ends_nothing(stream: str, tmp_path: Path) -> None:
+    script = f"""
+import sys
+from pathlib import Path
+from jaxlm.errors import outlive_full_disks
+from jaxlm.log import RunLog
+outlive_full_disks()
+log = RunLog()
+log.open(Path({str(tmp_path)!r}), [])
+for i in range(2000):
+    log.say("a line", i)
+    log.warn("a warning")
+"""
+    other = "stderr" if stream == "stdout" else "stdout"
+    with open("/dev/full", "w") as full:
+        pipes: Any = {stream: full, other: subprocess.PIPE}
+        done = subprocess.run([sys.executable, "-c", script], **pipes)
+    assert done.returncode == 0
+    assert len(getattr(done, other).splitlines()) == 2000
+    assert len((tmp_path / "log.txt").read_text().splitlines()) == 4000
+
+
 def test_samples_go_to_the_terminal_on_request_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_log = log.RunLog()
     run_log.open(tmp_path, [])
@@ -148,7 +337,7 @@ def test_samples_go_to_the_terminal_on_request_only(tmp_path: Path, capsys: pyte
 
 
 def test_loggers_are_off_unless_asked_for(tmp_path: Path) -> None:
-    assert log.open_loggers(Config(), tmp_path, {}, 0) == []
+    assert log.open_loggers(Config(), log.RunLog(), tmp_path, {}, 0) == []
     assert list(tmp_path.iterdir()) == []
 
 

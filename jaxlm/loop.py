@@ -151,7 +151,7 @@ def fit(
     if i and (i % train.eval_interval == 0 or i == train.max_steps) and i not in run.validation:
         evaluate_and_show(run, compiled, state, i, status)  # which an interrupt has cut short
     run.log.say("compiling the first update ...")
-    tracer = trace.Tracer(run.dir / "trace", run.config.profile, run.log.say)
+    tracer = trace.Tracer(run.dir / "trace", run.config.profile, run.log.say, run.log.warn)
     with run.log.training_bar(train.max_steps) as show, contextlib.closing(tracer):
         meter = runs.Meter(run, jax.device_get, show, chips.peak_flops(parallel.device_kind(mesh), mesh.size))
         while i < train.max_steps:

@@ -59,7 +59,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (first / "evaluation_test.json").write_text(json.dumps(EVALUATION))
     (first / "samples.txt").write_text("".join(f"--- step {i} ---\n<i>made</i> after {i}\n\n" for i in range(1, 31)))
     for step in (0, 20):
-        environment.append(first, environment.describe(step, "2 x chip"))
+        with open(first / environment.FILE, "a") as file:
+            file.write(json.dumps(environment.describe(step, "2 x chip")) + "\n")
     return path
 
 

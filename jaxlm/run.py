@@ -5,6 +5,7 @@ import datetime
 import fcntl
 import functools
 import importlib.metadata
+import json
 import math
 import os
 import shlex
@@ -124,13 +125,13 @@ def started(
         _write(run_dir / "config.toml", configs.dump(config))
         tokenizers.save(data.tokenizer, run_dir / "tokenizer.json")
         validation = history.restore(start, run_dir)
-        loggers = log.open_loggers(config, run_dir, configs.flat(config), start.position().step)
+        loggers = log.open_loggers(config, run_log, run_dir, configs.flat(config), start.position().step)
         run_log.open(run_dir, loggers)
         used = task_class.settings
         unused = {name for task in tasks.values() for name in task.settings if name not in used}
         rewarmed = start.rewarmed(config.train)
         _announce(config, origins, start, rewarmed, data, run_dir, device, unused, run_log)
-        environment.append(run_dir, environment.describe(start.position().step, device))
+        run_log.append(environment.FILE, json.dumps(environment.describe(start.position().step, device)) + "\n")
         task = task_class(config)
         yield Run(config, task, data, run_dir, run_log, started_s, program, start, rewarmed, held, validation)
     except BaseException:
@@ -369,6 +370,7 @@ class FileWatch:
     def __init__(self, folder: Path):
         self.folder = folder
         self.looked_s: dict[str, float] = {}
+        self.stuck: set[str] = set()  # files that cannot be removed
 
     def take(self, name: str) -> bool:
         """Return whether the file is there, and remove it; looks at most once a second."""
@@ -376,9 +378,13 @@ class FileWatch:
         if now - self.looked_s.get(name, 0.0) < FILE_CHECK_S:
             return False
         self.looked_s[name] = now
-        if not (self.folder / name).exists():
+        path = self.folder / name
+        if name in self.stuck or not os.path.lexists(path):
             return False
-        (self.folder / name).unlink(missing_ok=True)
+        try:
+            path.unlink(missing_ok=True)
+        except OSError:  # a folder, or a disk that can only be read: it counts once
+            self.stuck.add(name)
         return True
 
 

@@ -1,5 +1,6 @@
 """A trace of some updates, for TensorBoard's profile page, XProf and Perfetto, and a table of where their time goes."""
 
+import contextlib
 import re
 import time
 from collections import defaultdict
@@ -19,10 +20,10 @@ Interval = tuple[float, float]
 
 
 class Tracer:
-    """Traces `n` updates of a run; `say` is told the table."""
+    """Traces `n` updates of a run. `say` gets the table, `warn` why there is none; training goes on in any case."""
 
-    def __init__(self, folder: Path, n: int, say: Callable[[Any], None]):
-        self.folder, self.n, self.say = folder, n, say
+    def __init__(self, folder: Path, n: int, say: Callable[[Any], None], warn: Callable[[str], None]):
+        self.folder, self.n, self.say, self.warn = folder, n, say, warn
         self.n_seen = 0
 
     def begin(self) -> None:
@@ -31,7 +32,8 @@ class Tracer:
             # No events of Python's own calls, which would be most of it and slow down what they measure.
             options = jax.profiler.ProfileOptions()
             options.python_tracer_level = 0
-            jax.profiler.start_trace(str(self.folder), create_perfetto_trace=True, profiler_options=options)
+            with self._outlived():
+                jax.profiler.start_trace(str(self.folder), create_perfetto_trace=True, profiler_options=options)
             self.began_s = time.perf_counter()
 
     def end(self, metrics: Any, update: Any, *args: Any) -> None:
@@ -40,14 +42,24 @@ class Tracer:
         if self.n and self.n_seen == SKIPPED + self.n:
             jax.block_until_ready(metrics)
             seconds = time.perf_counter() - self.began_s
-            jax.profiler.stop_trace()
-            program = update.lower(*args).compile().as_text()
-            self.say(table(self.folder, program, self.n, seconds))
+            with self._outlived():
+                jax.profiler.stop_trace()
+                program = update.lower(*args).compile().as_text()
+                self.say(table(self.folder, program, self.n, seconds))
 
     def close(self) -> None:
         """End the trace of a run that is over."""
         if self.n and SKIPPED < self.n_seen < SKIPPED + self.n:
-            jax.profiler.stop_trace()
+            with self._outlived():
+                jax.profiler.stop_trace()
+
+    @contextlib.contextmanager
+    def _outlived(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever the profiler and the disk raise
+            self.n = 0
+            self.warn(f"{self.folder}: there is no trace ({type(error).__name__}: {error})")
 
 
 def table(folder: Path, program: str, n: int, seconds: float) -> Table:

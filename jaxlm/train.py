@@ -4,13 +4,14 @@ import sys
 import time
 
 from jaxlm import hugepages
-from jaxlm.errors import interruptible, reported
+from jaxlm.errors import interruptible, outlive_full_disks, reported
 
 
 def main(argv: list[str] | None = None) -> int:
     """Train as the command line says; return the exit status: 130 after Ctrl-C, 143 after SIGTERM, 2 for bad input."""
     started_s = time.monotonic()
     argv = sys.argv[1:] if argv is None else argv
+    outlive_full_disks()
     with interruptible():
         with reported(debug="--debug" in argv):
             # Here, so that the process has little to import again when it starts anew for huge pages.

@@ -9,13 +9,14 @@ import time
 
 from jaxlm import formats
 from jaxlm import start as starts
-from jaxlm.errors import UserError, interruptible, reported
+from jaxlm.errors import UserError, interruptible, outlive_full_disks, reported
 
 
 def main(argv: list[str] | None = None) -> int:
     """Train as the command line says; return the exit status: 130 after Ctrl-C, 143 after SIGTERM, 2 for bad input."""
     started_s = time.monotonic()
     argv = sys.argv[1:] if argv is None else argv
+    outlive_full_disks()
     with interruptible():
         with reported(debug="--debug" in argv):
             config, origins, start = starts.load(argv, "python -m torchlm.train", formats.CHECKPOINT_1_2)
