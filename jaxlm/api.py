@@ -40,6 +40,7 @@ from jaxlm import page, storage
 from jaxlm.engine import Engine, Failed
 from jaxlm.errors import UserError
 from jaxlm.predict import ENDINGS, Answer, Classify, Continue, FillMasks, Predictor, Reply
+from jaxlm.terminal import dumps
 
 PATHS = ("/", "/predict", "/generate", "/attention", "/health", "/metrics", "/docs", "/openapi.json")
 OPEN = ("/", "/health", "/docs", "/openapi.json")  # need no token
@@ -180,7 +181,7 @@ def make(engine: Engine, limits: Limits, token: str = "", is_loopback: bool = Tr
         """Answer a text: fill its masks, continue it, or classify it, as the model is trained to."""
         text, options = parts(request)
         async with _in_time(limits):
-            return JSONResponse(await engine.answer(text, options))
+            return Json(await engine.answer(text, options))
 
     if isinstance(predictor, Continue):
         described = {
@@ -202,7 +203,7 @@ def make(engine: Engine, limits: Limits, token: str = "", is_loopback: bool = Tr
         with _told_of("text"):
             predictor.encode_any(asked_for["text"])
         async with _in_time(limits):
-            return JSONResponse(await engine.attention(**asked_for))
+            return Json(await engine.attention(**asked_for))
 
     failed = {503: {"model": Health, "description": "requests are not answered"}}
 
@@ -211,8 +212,8 @@ def make(engine: Engine, limits: Limits, token: str = "", is_loopback: bool = Tr
         """Tell whether requests are answered."""
         info = {"task": trained.config.task, "step": trained.start.info["step"]}
         if engine.is_alive():
-            return JSONResponse({"status": "ready", **info})
-        return JSONResponse({"status": "failed", **info}, 503)
+            return Json({"status": "ready", **info})
+        return Json({"status": "failed", **info}, 503)
 
     needs_token = {401: ERRORS[401]} if token else {}
 
@@ -237,7 +238,7 @@ def make(engine: Engine, limits: Limits, token: str = "", is_loopback: bool = Tr
         told = [{name: problem[name] for name in ("type", "loc", "msg")} for problem in error.errors()]
         if told[0]["loc"] == ("body",):
             told[0]["msg"] = "Has to be an object of JSON, sent with Content-Type: application/json"
-        return JSONResponse({"detail": told}, 422)
+        return Json({"detail": told}, 422)
 
     return app
 
@@ -324,7 +325,15 @@ async def _events(engine: Engine, limits: Limits, text: str, options: dict[str, 
 
 
 def _event(kind: str, data: Answer) -> str:
-    return f"event: {kind}\ndata: {json.dumps(data)}\n\n"
+    return f"event: {kind}\ndata: {dumps(data)}\n\n"
+
+
+class Json(JSONResponse):
+    """JSON in printable ASCII, for those who ask on a terminal."""
+
+    def render(self, content: Any) -> bytes:
+        """Return the body."""
+        return dumps(content, allow_nan=False, separators=(",", ":")).encode()
 
 
 class Guard:
@@ -424,7 +433,7 @@ def _run_name(predictor: Predictor) -> str:
 
 
 def _problem(status: int, detail: str, headers: dict[str, str] | None = None) -> Response:
-    return JSONResponse({"detail": detail}, status, headers)
+    return Json({"detail": detail}, status, headers)
 
 
 def _page(predictor: Predictor, limits: Limits, name: str, wants_token: bool) -> tuple[str, dict[str, str]]:

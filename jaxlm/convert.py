@@ -111,12 +111,12 @@ def load(path: Path) -> Stored:
 
 def inspect(stored: Stored) -> None:
     """Print what is in a file or folder: what it tells of itself, parameters by part, and a table of its tensors."""
-    from rich.console import Console
     from rich.table import Table
 
+    from jaxlm.log import Console
+
     is_plain = not sys.stdout.isatty()
-    # A line of a pipe is as long as it needs to be.
-    console = Console(width=10_000 if is_plain else None, markup=False, emoji=False, highlight=False)
+    console = Console()
     console.print(f"{stored.path}: {stored.form}")
     for key in ("format", "task", "step", "rate"):
         console.print(f"{key:<10}  {stored.info.get(key, 'not told')}")

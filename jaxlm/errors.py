@@ -13,6 +13,8 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from jaxlm import terminal
+
 CLEANUPS: list[Callable[[], None]] = []  # what removes that which an interrupt would leave half done
 ENDINGS = (signal.SIGINT, signal.SIGTERM)  # the exit status of a run that they end is 128 and their number
 
@@ -37,19 +39,21 @@ def reported(debug: bool) -> Iterator[None]:
     """Turn a UserError into one line on stderr and exit status 2; with `debug`, print its traceback before.
 
     Ctrl-C, where it raises, and a reader of the output that has gone end the process without a word, with 130 and 141.
+    What is printed meanwhile is safe for a terminal.
     """
-    try:
-        yield
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where Python puts what is left to write
-        sys.exit(128 + signal.SIGPIPE)
-    except UserError as error:
-        if debug:
-            traceback.print_exc()
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
+    with terminal.safe_streams():
+        try:
+            yield
+        except KeyboardInterrupt:
+            sys.exit(128 + signal.SIGINT)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where Python puts what is left to write
+            sys.exit(128 + signal.SIGPIPE)
+        except UserError as error:
+            if debug:
+                traceback.print_exc()
+            print("error: " + " ".join(str(error).split()), file=sys.stderr)
+            sys.exit(2)
 
 
 class _Lossy(io.FileIO):

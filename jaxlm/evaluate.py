@@ -7,7 +7,6 @@ of devices, and so that what they would be on other articles of the same kind ca
 import argparse
 import dataclasses
 import importlib.metadata
-import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from jaxlm import hugepages, storage
 from jaxlm.config import DataConfig
 from jaxlm.convert import Parser
 from jaxlm.errors import UserError, reported
+from jaxlm.terminal import dumps
 
 if TYPE_CHECKING:  # the command line is looked at before anything that takes long to import
     from jaxlm.data.samples import Samples
@@ -219,7 +219,7 @@ def main(argv: list[str] | None = None) -> int:
             **evaluate(trained, samples, batch_size),
         )
         if args.json:
-            print(json.dumps(_finite(dataclasses.asdict(found)), ensure_ascii=False))
+            print(dumps(_finite(dataclasses.asdict(found))))
         else:
             _tell(found)
         run = trained.start.run
@@ -340,12 +340,11 @@ def _worst(trained: "Trained", samples: Any, totals: Totals) -> list[Mistake]:
 
 
 def _tell(found: Evaluation) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    from jaxlm.log import PLAIN
+    from jaxlm.log import Console
 
-    console = Console(**PLAIN)
+    console = Console()
     where = f"{found.split} part of {found.data}"
     console.print(f"{found.checkpoint}: task {found.task}, step {found.step:,}")
     console.print(f"{where}: {found.n_samples:,} samples, {found.n_counted:,} predictions")
@@ -397,7 +396,7 @@ def _keep(run: Path, found: Evaluation) -> None:
     """Write the evaluation to the folder of its run, where jaxlm.report finds it."""
     path = run / f"evaluation_{found.split}.json"
     try:
-        path.write_text(json.dumps(_finite(dataclasses.asdict(found)), ensure_ascii=False, indent=1), encoding="utf-8")
+        path.write_text(dumps(_finite(dataclasses.asdict(found)), indent=1), encoding="utf-8")
     except OSError as error:
         print(f"warning: {path}: cannot be written ({error.strerror})", file=sys.stderr)
     else:

@@ -9,7 +9,7 @@ import os
 import socket
 import stat
 import struct
-import sys
+import textwrap
 import threading
 import time
 from collections import deque
@@ -17,16 +17,41 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from rich.console import Console
+import rich.console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 from jaxlm.config import Config
 from jaxlm.errors import UserError
+from jaxlm.terminal import shown
 
-# Text is printed as it is: no [markup], no :emoji:, no lines broken where a path would break.
-PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False, "soft_wrap": True}
+LEAST_BAR = 8  # columns of a progress bar in a narrow terminal, before the text beside it is cut
+KEPT: Any = {"break_long_words": False, "break_on_hyphens": False, "replace_whitespace": False, "expand_tabs": False}
 PLAIN_INTERVAL_S = 5  # between lines that stand in for the progress bar where there is no terminal
 MOST_WAITING = 32 << 20  # bytes for one file that cannot be written
+
+
+class Console(rich.console.Console):
+    """Prints text as it is: no [markup], no :emoji:; control characters are shown.
+
+    A terminal gets lines that fit, with whole words. Elsewhere lines and tables are as wide as they need to be.
+    """
+
+    def __init__(self, **options: Any):
+        super().__init__(**{"markup": False, "emoji": False, "highlight": False, **options})
+        if not self.is_terminal and "width" not in options:
+            self.width = 10_000
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Return the text to print; the cells of tables come here as well."""
+        return super().render_str(shown(text), **options)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print. Lines of text break where they are; on a terminal also between words, but no path is cut."""
+        if all(isinstance(x, str) for x in objects):
+            options = {"soft_wrap": True} | options
+            objects = tuple(_wrapped(shown(x), self.width) for x in objects) if self.is_terminal else objects
+        super().print(*objects, **options)
 
 
 class Logger(Protocol):
@@ -165,9 +190,7 @@ class RunLog:
     """
 
     def __init__(self) -> None:
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="backslashreplace")  # a sample may have what the terminal cannot show
-        self.console = Console(**PLAIN)
+        self.console = Console()
         self.loggers: list[Logger] = []
         self.run_dir: Path | None = None
         self.files: dict[str, GrowingFile] = {}
@@ -241,7 +264,7 @@ class RunLog:
         if self.bar is not None:  # which redraws itself below what its console prints
             self.bar.console.print(text, style="yellow")
         else:
-            print(text, file=sys.stderr, flush=True)
+            Console(stderr=True).print(text)
 
     def row(self, step: int, split: str, scores: dict[str, float]) -> None:
         """Append one object to metrics.jsonl, and pass it to the loggers."""
@@ -252,8 +275,8 @@ class RunLog:
             self._try_logger(logger, logger.log, step, split, scores)
 
     def samples(self, step: int, text: str, to_terminal: bool) -> None:
-        """Append the samples of an evaluation to samples.txt."""
-        text = f"--- step {step} ---\n{text}\n"
+        """Append the samples of an evaluation to samples.txt, with control characters shown as on the terminal."""
+        text = f"--- step {step} ---\n{shown(text)}\n"
         self.append("samples.txt", text + "\n", step)
         if to_terminal:
             self.console.print(text)
@@ -274,7 +297,7 @@ class RunLog:
         if self.run_dir is not None:
             text = io.StringIO()
             # No control codes in a file, whatever FORCE_COLOR says.
-            Console(file=text, width=120, force_terminal=False, **PLAIN).print(*parts)
+            Console(file=text, force_terminal=False).print(*parts)
             self.append("log.txt", text.getvalue())
 
     @contextlib.contextmanager
@@ -293,11 +316,19 @@ class RunLog:
             TimeRemainingColumn(),
             TextColumn("left"),
         )
+        last = ""
+
+        def show(step: int, text: str) -> None:
+            nonlocal last
+            last = text or last
+            others = len(f"step {step}/{n_steps}  0:00:00 left ") + LEAST_BAR
+            bar.update(task, completed=step, description=_fitting(last, self.console.width - others))
+
         with Progress(*columns, console=self.console, expand=True) as bar:
             task = bar.add_task("", total=n_steps)
             self.bar = bar
             try:
-                yield lambda step, text: bar.update(task, completed=step, description=text or None)
+                yield show
             finally:
                 self.bar = None
 
@@ -308,9 +339,11 @@ class RunLog:
             self.last_plain_s = time.monotonic()  # what is done sooner needs no line
             yield lambda done: self._plain_line(f"{title}: {done / max(n_bytes, 1):.0%}")
             return
-        columns = (TextColumn(title), BarColumn(), TextColumn("{task.percentage:.0f}%"), TimeElapsedColumn())
-        with Progress(*columns, console=self.console, transient=True) as bar:
-            task = bar.add_task(title, total=n_bytes)
+        text = TextColumn("{task.percentage:.0f}%")
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), text, TimeElapsedColumn())
+        with Progress(*columns, console=self.console, transient=True, expand=True) as bar:
+            fitting = _fitting(title, self.console.width - len(" 100% 0:00:00 ") - LEAST_BAR, between=" ")
+            task = bar.add_task(fitting, total=n_bytes)
             yield lambda done: bar.update(task, completed=done)
 
     def _plain_line(self, text: str, is_due: bool = False) -> None:
@@ -318,6 +351,24 @@ class RunLog:
         if text and (is_due or now - self.last_plain_s >= PLAIN_INTERVAL_S):
             self.last_plain_s = now
             self.say(text)
+
+
+def _wrapped(text: str, width: int) -> str:
+    """Return text whose lines that are wider are broken between words, and go on indented."""
+    lines = []
+    for line in text.split("\n"):
+        indent = line[: len(line) - len(line.lstrip(" "))] + "    "
+        pieces = textwrap.wrap(line, width, **KEPT, subsequent_indent=indent) if len(line) > width else [line]
+        lines += pieces or [""]
+    return "\n".join(lines)
+
+
+def _fitting(text: str, width: int, between: str = "  ") -> str:
+    """Return the first fields of a text that fit into a width."""
+    fields = text.split(between)
+    while fields and len(between.join(fields)) > width:
+        fields.pop()
+    return between.join(fields)
 
 
 def check_loggers(config: Config) -> None:

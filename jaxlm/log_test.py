@@ -27,8 +27,12 @@ from jaxlm.errors import UserError
 SCRIPT = """
 import sys, time
 from pathlib import Path
+from jaxlm import terminal
 from jaxlm.log import RunLog
+terminal.safe_streams().__enter__()
 log = RunLog()
+log.say("  model.d_model = 32  (a setting of the command line)")
+log.say("/a/" + 20 * "long/" + "path")
 log.open(Path(sys.argv[1]), [])
 log.say("text with [bold]brackets[/bold] and :smile:")
 log.say("caf\\u00e9")
@@ -44,8 +48,8 @@ log.say("the end")
 """
 
 
-def printed(tmp_path: Path, is_terminal: bool, **env: str) -> str:
-    """Return what SCRIPT prints, stderr included, to a terminal of 80 columns or to a pipe."""
+def printed(tmp_path: Path, is_terminal: bool, columns: int = 80, **env: str) -> str:
+    """Return what SCRIPT prints, stderr included, to a terminal or to a pipe."""
     variables = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "COLUMNS", "LINES")}
     command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
     options: Any = {"env": {**variables, "TERM": "xterm-256color", **env}}
@@ -54,7 +58,7 @@ def printed(tmp_path: Path, is_terminal: bool, **env: str) -> str:
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=True, text=True, **options
         ).stdout
     screen, terminal = pty.openpty()
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     process = subprocess.Popen(command, stdout=terminal, stderr=terminal, stdin=terminal, **options)
     os.close(terminal)
     output = b""
@@ -91,6 +95,18 @@ def test_a_terminal_gets_a_bar_with_colors(tmp_path: Path) -> None:
     assert re.match(r"step 100/100 \S+ loss 0\.0100  rate 1\.00e-03  12,345 tokens/s \S+ left", bars[-1])
     assert max(map(len, bars)) <= 80
     assert "warning: something is odd" in text
+
+
+@pytest.mark.parametrize("columns", [60, 40])
+def test_a_narrow_terminal_keeps_bar_and_time_and_whole_words(tmp_path: Path, columns: int) -> None:
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", printed(tmp_path, is_terminal=True, columns=columns))
+    lines = re.split(r"[\r\n]+", text)
+    assert any(re.match(r"step 100/100 ━{8,} .*\d:\d\d:\d\d left", line) for line in lines)
+    assert any(re.match(r"(tokenizing )?━{8,} 100% \d:\d\d:\d\d", line) for line in lines)
+    assert max(len(line) for line in lines if " " in line.strip()) <= columns
+    words = set("model.d_model = 32 (a setting of the command line)".split())
+    assert words <= set(text.split()), "no word is broken"
+    assert f"/a/{'long/' * 20}path" in text, "nor a path"
 
 
 def test_no_color_is_respected(tmp_path: Path) -> None:

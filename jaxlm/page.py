@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from jaxlm import terminal
+
 COLOURS = tuple(f"var(--c{i})" for i in range(1, 7))  # of curves
 DASHES = ("", "7 3", "2 2.5", "9 3 2 3", "4 2", "1 3.5")
 BOUND = "var(--bound)"
@@ -70,8 +72,8 @@ class Curve:
 
 
 def page(title: str, parts: Sequence[str]) -> str:
-    """Return a page."""
-    return (
+    """Return a page, whose control characters are shown."""
+    return terminal.shown(
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body><main>\n"

@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -25,7 +24,9 @@ from jaxlm.config import Config
 from jaxlm.convert import Parser
 from jaxlm.errors import UserError, nearest, reported
 from jaxlm.folder import size
+from jaxlm.log import Console
 from jaxlm.roofline import LOCAL, Plan, Step
+from jaxlm.terminal import dumps
 
 SWEPT = ("mesh", "batch", "remat")
 TOO_LARGE = 1  # exit status where the step does not fit
@@ -44,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"compiling for {args.topology} ...", file=sys.stderr)
         found = roofline.plan(config, args.topology, measure(config, args.topology), args.price)
         if args.json:
-            print(json.dumps(dataclasses.asdict(found)))
+            print(dumps(dataclasses.asdict(found)))
         else:
             show(found, config)
         if found.step.missing:
@@ -90,7 +91,7 @@ def sweep(config: Config, args: argparse.Namespace) -> int:
     for message in sorted(set(failed)):
         print(f"warning: {failed.count(message)} left out: {message}", file=sys.stderr)
     if args.json:
-        print(json.dumps([dataclasses.asdict(plan) for _, plan in fitting]))
+        print(dumps([dataclasses.asdict(plan) for _, plan in fitting]))
     else:
         _show_sweep([plan for _, plan in fitting], len(tried), len(found) - len(fitting))
     if found and found[0][1].step.missing:
@@ -187,7 +188,7 @@ def show(found: Plan, config: Config) -> None:
             *([("money", _number(found.money), "in the currency of the price")] if found.money is not None else []),
         ],
     )
-    _console().print(table)
+    Console().print(table)
 
 
 def _bytes(found: Plan) -> Iterator[tuple[str, str, str]]:
@@ -210,7 +211,7 @@ def _show_sweep(plans: Sequence[Plan], n_tried: int, n_dropped: int) -> None:
         row = [_mesh(plan.step), f"{plan.batch_size:,} x {plan.accumulate:,}", plan.remat, _size(plan.n_bytes)]
         row += [_time(plan.update_s), plan.bound or "-", f"{plan.utilization:.0%}" if plan.utilization else "-"]
         table.add_row(*row, _number(plan.chip_hours), *([_number(plan.money)] if plan.money is not None else []))
-    _console().print(table)
+    Console().print(table)
     print(f"{n_tried:,} tried, {n_dropped:,} do not fit")
 
 
@@ -368,11 +369,6 @@ def _time(seconds: float | None) -> str:
         if seconds >= 2 * n:
             return f"{seconds / n:.3g} {unit}"
     return f"{seconds * 1e3:.3g} ms"
-
-
-def _console() -> Console:
-    console = Console()
-    return console if console.is_terminal else Console(width=200)
 
 
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:

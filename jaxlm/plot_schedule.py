@@ -4,17 +4,20 @@ Each --config is a phase that goes on where the one before has ended, as `--resu
 one but for its own, and with a re-warmup where it has train.rewarmup_steps.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from rich.text import Text
 
 from jaxlm import config as configs
 from jaxlm.config import Config
+from jaxlm.convert import Parser
 from jaxlm.errors import UserError, reported
+from jaxlm.log import Console
+from jaxlm.terminal import shown
 
 
 class Phase(NamedTuple):
@@ -50,11 +53,11 @@ def phases(files: Sequence[str]) -> list[Phase]:
 
 def main(argv: list[str] | None = None) -> int:
     """Draw the phases of a command line; return the exit status. Bad input exits with 2."""
-    parser = argparse.ArgumentParser("python -m jaxlm.schedule", description=__doc__.partition("\n")[0])
+    parser = Parser("python -m jaxlm.schedule", description=__doc__.partition("\n")[0])
     parser.add_argument("--config", nargs="+", required=True, metavar="FILE", help="settings of each phase, in order")
     parser.add_argument("--png", metavar="FILE", help="picture to write")
-    args = parser.parse_args(argv)
     with reported(debug=False):
+        args = parser.parse_args(argv)
         try:
             import plotext
             from matplotlib.figure import Figure
@@ -67,13 +70,20 @@ def main(argv: list[str] | None = None) -> int:
                 f"{phase.name}: updates {phase.first:,} to {last:,}, {train.schedule}; rate {phase.rates[0]:.3g} at "
                 f"its start, {phase.rates.max():.3g} at most, {phase.rates[-1]:.3g} at its end"
             )
+        plotext.clear_figure()  # of an earlier call in this process
         plotext.plot_size(min(100, plotext.terminal_width() or 100), 20)
         plotext.theme("clear")
         for phase in found:
-            plotext.plot(phase.first + np.arange(len(phase.rates)), phase.rates, label=phase.name, marker="braille")
+            plotext.plot(
+                phase.first + np.arange(len(phase.rates)), phase.rates, label=shown(phase.name), marker="braille"
+            )
         plotext.xlabel("update")
         drawn = plotext.build()
-        print(drawn if sys.stdout.isatty() else plotext.uncolorize(drawn))
+        try:
+            plotext.uncolorize(drawn).encode(sys.stdout.encoding or "utf-8")
+            Console().print(Text.from_ansi(drawn))
+        except UnicodeEncodeError:
+            print(f"The curves are not drawn: the output is {sys.stdout.encoding}, not UTF-8. A picture: --png FILE")
         if args.png:
             _picture(Figure(figsize=(8, 3.5), layout="constrained"), found, Path(args.png))
     return 0
@@ -82,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
 def _picture(figure: "object", found: Sequence[Phase], path: Path) -> None:
     axes = figure.add_subplot()  # type: ignore[attr-defined]
     for phase in found:
-        axes.plot(phase.first + np.arange(len(phase.rates)), phase.rates, label=phase.name)
+        axes.plot(phase.first + np.arange(len(phase.rates)), phase.rates, label=shown(phase.name))
     axes.set_xlabel("update")
     axes.set_ylabel("learning rate")
     axes.grid(alpha=0.3)

@@ -19,6 +19,7 @@ from jaxlm import hugepages
 from jaxlm.convert import Parser
 from jaxlm.data.sources import PROMPT_END
 from jaxlm.errors import UserError, reported
+from jaxlm.terminal import dumps
 
 if TYPE_CHECKING:  # the command line is looked at before anything that takes long to import
     from jax import Array
@@ -407,7 +408,7 @@ def _answer_all(predictor: Predictor, texts: Iterable[Numbered], options: dict[s
         for i, (_, text) in enumerate(some):
             if as_json:
                 answer = {"text": text, "error": problems[i]} if i in problems else next(answers)
-                print(json.dumps(answer, ensure_ascii=False), flush=True)
+                print(dumps(answer), flush=True)
             elif i not in problems:
                 answer = next(answers)
                 print(predictor.shown(answer), flush=True)

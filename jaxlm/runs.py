@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from jaxlm import checksums, convert, folder, formats, storage
@@ -18,7 +17,7 @@ from jaxlm.config import TokenizerConfig
 from jaxlm.convert import Parser
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.errors import UserError, nearest, reported
-from jaxlm.log import PLAIN
+from jaxlm.log import Console
 
 COMMANDS = ("list", "show", "compare", "verify", "clean")
 
@@ -52,12 +51,12 @@ def list_all(paths: Sequence[Path]) -> None:
         steps = f"{run.last_step:,} of {run.settings['train.max_steps']:,}"
         n_bytes = folder.size(run.n_bytes())
         table.add_row(str(run.path), run.task, steps, best, folder.ago(run.changed_s), n_bytes, run.state)
-    _console().print(table)
+    Console().print(table)
 
 
 def show(paths: Sequence[Path]) -> None:
     """Print what single runs tell of themselves."""
-    console = _console()
+    console = Console()
     for i, run in enumerate([folder.read(path) for path in paths]):
         state = run.state + (f", by {run.owner}" if run.owner else "")
         console.print(f"{'' if i == 0 else chr(10)}{run.path}: task {run.task}, {state}")
@@ -92,7 +91,7 @@ def compare(paths: Sequence[Path]) -> None:
     table.add_section()
     for name, values in folder.results(runs).items():
         table.add_row(name, *values)
-    _console().print(table)
+    Console().print(table)
 
 
 def clean(paths: Sequence[Path], is_sure: bool) -> int:
@@ -205,11 +204,6 @@ def _checkpoints(path: Path) -> list[Path]:
     if any(file.is_file() for file in found):
         formats.need_torch(path)
     return found
-
-
-def _console() -> Console:
-    # A line of a pipe is as long as it needs to be.
-    return Console(width=None if sys.stdout.isatty() else 10_000, **PLAIN)
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:

@@ -48,6 +48,7 @@ def _serve(listening: socket.socket, args: argparse.Namespace, token: str) -> No
         config = uvicorn.Config(
             api.make(engine, limits, token, _is_loopback(args.host)),
             log_level="warning",
+            use_colors=False,  # colours are control characters
             access_log=False,
             server_header=False,
             lifespan="off",

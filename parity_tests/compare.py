@@ -153,20 +153,23 @@ def main(argv: list[str]) -> int:
     parser.add_argument("b", type=Path, help="another one, the reference")
     parser.add_argument("--names", type=Path, help="JSON: regular expressions of names in A, and their names in B")
     parser.add_argument("--html", type=Path, help="file to write a page to")
-    args = parser.parse_args(argv)
     with reported(debug=False):
+        args = parser.parse_args(argv)
         a, b = read(args.a), read(args.b)
         names = read_names(args.names) if args.names else {}
         rows = compare(a, b, names)
         if args.html:
             from parity_tests import report  # which needs matplotlib
 
-            args.html.write_text(report.page_of_two(args.a.name, args.b.name, renamed(a, names), b, rows))
-    worst = trajectory.worst(rows)
-    print(trajectory.table(worst))
-    failed = sum(not row.passes for row in rows)
-    print(f"\n{failed} of {len(rows)} numbers FAIL" if failed else f"\nall {len(rows)} numbers pass")
-    return 1 if failed else 0
+            args.html.write_text(
+                report.page_of_two(args.a.name, args.b.name, renamed(a, names), b, rows), encoding="utf-8"
+            )
+        worst = trajectory.worst(rows)
+        print(trajectory.table(worst))
+        failed = sum(not row.passes for row in rows)
+        print(f"\n{failed} of {len(rows)} numbers FAIL" if failed else f"\nall {len(rows)} numbers pass")
+        return 1 if failed else 0
+    raise AssertionError("reported() exits on the errors it does not pass on")
 
 
 if __name__ == "__main__":

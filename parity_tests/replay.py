@@ -32,14 +32,15 @@ def main(argv: list[str]) -> int:
     """Replay the cases of a command line; return the exit status."""
     parser = argparse.ArgumentParser("python -m parity_tests.replay", description="Replay recorded cases.")
     parser.add_argument("case_dir", nargs="*", type=Path, help="folder of a case; default: all of parity_tests/cases")
-    args = parser.parse_args(argv)
     with reported(debug=False):
+        args = parser.parse_args(argv)
         loaded = [cases.load(folder) for folder in args.case_dir or sorted(cases.CASES.iterdir())]
-    rows = trajectory.worst(row for case in loaded for row in check(case))
-    print(trajectory.table(rows))
-    failed = sum(not row.passes for row in rows)
-    print(f"\n{failed} of {len(rows)} quantities FAIL" if failed else f"\nall {len(rows)} quantities pass")
-    return 1 if failed else 0
+        rows = trajectory.worst(row for case in loaded for row in check(case))
+        print(trajectory.table(rows))
+        failed = sum(not row.passes for row in rows)
+        print(f"\n{failed} of {len(rows)} quantities FAIL" if failed else f"\nall {len(rows)} quantities pass")
+        return 1 if failed else 0
+    raise AssertionError("reported() exits on the errors it does not pass on")
 
 
 if __name__ == "__main__":

@@ -322,19 +322,20 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("parity.html"), help="file of the page (default: parity.html)")
     parser.add_argument("--png", type=Path, help="file for a picture")
     parser.add_argument("--faults", type=Path, help="table of python -m parity_tests.faults --json FILE")
-    args = parser.parse_args(argv)
     with reported(debug=False):
+        args = parser.parse_args(argv)
         if args.faults:
             faults(args.faults)  # before minutes of work
         pairs = {task: (pair(task, "float32"), pair(task, "float64")) for task in TASKS}
         short = pair(TASKS[0], "float32", N_SHORT)
         drifted = {task: bfloat16(task, N_UPDATES) for task in TASKS}
         replayed = [row for folder in sorted(cases.CASES.iterdir()) for row in replay.check(cases.load(folder))]
-        args.out.write_text(both_packages(pairs, short, drifted, replayed, args.faults))
+        args.out.write_text(both_packages(pairs, short, drifted, replayed, args.faults), encoding="utf-8")
         if args.png:
             picture(args.png, pairs)
-    print(args.out)
-    return 0
+        print(args.out)
+        return 0
+    raise AssertionError("reported() exits on the errors it does not pass on")
 
 
 if __name__ == "__main__":

@@ -80,9 +80,11 @@ def main(argv: list[str]) -> int:
     """Print the table for the cases of a command line, or for all recorded ones; return the exit status."""
     with reported(debug=False):
         loaded = [cases.load(Path(folder)) for folder in argv or map(str, sorted(cases.CASES.iterdir()))]
-    rows = [row for case in loaded for row in measure(case.plan())]
-    print(trajectory.table(trajectory.worst(row._replace(where=f"{row.case} {row.where}", case="all") for row in rows)))
-    return 0
+        rows = [row for case in loaded for row in measure(case.plan())]
+        named = (row._replace(where=f"{row.case} {row.where}", case="all") for row in rows)
+        print(trajectory.table(trajectory.worst(named)))
+        return 0
+    raise AssertionError("reported() exits on the errors it does not pass on")
 
 
 if __name__ == "__main__":
