@@ -364,7 +364,7 @@ def page(results: Results, text: str) -> str:
         "classifiers": classifiers(results),
         "ablations": ablations(results),
         "not attempted": not_attempted(results),
-        "commands": "\n".join(f"    {found.command()}" for found in commands),
+        "commands": "\n".join(["    # (network: the public data)", *(f"    {found.command()}" for found in commands)]),
     }
     for name, part in parts.items():
         before, mark, rest = text.partition(f"<!-- {name} -->\n")
