@@ -2,7 +2,6 @@
 
 import datetime
 import importlib.metadata
-import json
 import os
 import platform
 import shlex
@@ -11,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from jaxlm import history
 
 FILE = "environment.jsonl"
 PACKAGES = ("jaxlm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "torch", "numpy", "tokenizers", "datasets")
@@ -33,15 +34,9 @@ def describe(step: int, device: str) -> dict[str, Any]:
 
 
 def read(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run folder; one that a crash has cut short is none."""
-    found = []
-    if (run_dir / FILE).is_file():
-        for line in (run_dir / FILE).read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                found.append(json.loads(line))
-            except ValueError:
-                continue
-    return [line for line in found if isinstance(line, dict)]
+    """Return the lines of a run folder that can be read."""
+    read_dict = lambda value: value if isinstance(value, dict) else None  # noqa: E731
+    return [value for _, value in history.json_lines(run_dir / FILE, read_dict, history.warn_once)]
 
 
 def _versions() -> dict[str, str]:

@@ -3,6 +3,7 @@
 `find` searches for runs; jaxlm.runs and jaxlm.report show what is found.
 """
 
+import contextlib
 import dataclasses
 import fcntl
 import functools
@@ -20,7 +21,7 @@ from jaxlm import start as starts
 from jaxlm.errors import UserError
 
 DEPTH = 3  # folders below the one that is searched
-RUNNING, FINISHED, INTERRUPTED = "running", "finished", "interrupted"
+RUNNING, FINISHED, INTERRUPTED, LOST = "running", "finished", "interrupted", "weights not found"
 Row = dict[str, Any]  # of metrics.jsonl
 
 
@@ -43,7 +44,7 @@ class Folder:
     @functools.cached_property
     def checkpoints(self) -> list[Checkpoint]:
         """Its checkpoints by step, also those that were set aside or never finished."""
-        losses = {row["step"]: row.get("loss") for row in self.rows if row["split"] == "validation"}
+        losses = {row["step"]: row["loss"] for row in self.rows if row["split"] == "validation"}
         found = []
         try:
             paths = list(storage.checkpoints(self.path).glob("*"))
@@ -56,8 +57,9 @@ class Folder:
                 continue
             is_whole = path.name == f"{stem}.pt" if is_file else path.name == stem and checksums.is_finished(path)
             loss = losses.get(int(stem))
-            if loss is None and is_whole and not is_file:
-                loss = formats.info_of_run(path).get("val_loss")
+            if is_whole and not is_file:  # torchlm's are read by PyTorch alone
+                with contextlib.suppress(UserError):
+                    loss = formats.validation_loss(path)
             found.append(Checkpoint(int(stem), path, loss, is_whole, n_bytes(path)))
         return sorted(found, key=lambda checkpoint: (checkpoint.step, checkpoint.path.name))
 
@@ -94,8 +96,11 @@ class Folder:
     def state(self) -> str:
         if self.owner:
             return RUNNING
-        is_done = self.last_step >= self.settings["train.max_steps"] or bool(self.scores("test"))
-        return FINISHED if is_done else INTERRUPTED
+        if self.last_step < self.settings["train.max_steps"] and not self.scores("test"):
+            return INTERRUPTED
+        # The best alone is left of a run that was cleaned; a run whose last save failed has an older one.
+        kept = {checkpoint.step for checkpoint in self.checkpoints if checkpoint.is_whole}
+        return LOST if not kept else FINISHED if kept & {self.last_step, self.best_score_step()} else INTERRUPTED
 
     @property
     def changed_s(self) -> float:
@@ -123,14 +128,22 @@ class Folder:
 
     def scores(self, split: str, step: int | None = None) -> Row:
         """Return the scores of a split after an update, by default the best one; {} if there are none."""
-        rows = {row["step"]: row for row in self.rows if row["split"] == split and isinstance(row.get("loss"), float)}
+        rows = self._scored(split)
         chosen = starts.best(rows, {i: row["loss"] for i, row in rows.items()}) if step is None else step
         return {name: x for name, x in rows.get(chosen, {}).items() if name not in history.KEYS}  # type: ignore[arg-type]
 
     def best_score_step(self) -> int | None:
         """Return the update with the lowest validation loss."""
-        rows = {r["step"]: r["loss"] for r in self.rows if r["split"] == "validation" and isinstance(r["loss"], float)}
-        return starts.best(rows, rows)
+        losses = {step: row["loss"] for step, row in self._scored("validation").items()}
+        return starts.best(losses, losses)
+
+    def _scored(self, split: str) -> dict[int, Row]:
+        """Return the rows of a split that have a loss, by step; the losses of checkpoints are their own."""
+        rows = {row["step"]: row for row in self.rows if row["split"] == split}
+        if split == "validation":
+            own = {x.step: {"loss": x.loss} for x in self.checkpoints if x.is_whole and x.loss is not None}
+            rows = {step: rows.get(step, {}) | own.get(step, {}) for step in {**rows, **own}}
+        return {step: row for step, row in rows.items() if row.get("loss") is not None}
 
 
 def read(path: Path) -> Folder:
@@ -139,14 +152,19 @@ def read(path: Path) -> Folder:
         raise UserError(f"{path}: there is no such run")
     try:
         content = tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))
+        defaults = configs.flat(configs.Config())
     except FileNotFoundError as error:
         raise UserError(f"{path}: is not the folder of a run: it has no config.toml") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path / 'config.toml'}: cannot be read: {formats.reason(error)}") from error
     nested = {
         f"{section}.{key}": x for section, part in content.items() if isinstance(part, dict) for key, x in part.items()
     }
-    settings = configs.flat(configs.Config()) | nested | {k: x for k, x in content.items() if not isinstance(x, dict)}
+    settings = defaults | nested | {k: x for k, x in content.items() if not isinstance(x, dict)}
+    for name, default in defaults.items():
+        kinds = (int, float) if isinstance(default, float) else type(default)
+        if not isinstance(settings[name], kinds) or isinstance(settings[name], bool) != isinstance(default, bool):
+            raise UserError(f"{path / 'config.toml'}: {name}={settings[name]!r} is not like its default, {default!r}")
     return Folder(path, settings, history.rows(path / "metrics.jsonl"))
 
 
@@ -173,12 +191,19 @@ def results(runs: Sequence[Folder]) -> dict[str, list[str]]:
 
 
 def find(folders: Sequence[Path]) -> list[Folder]:
-    """Return the runs in some folders, the last changed first. Raises UserError if a folder is not there."""
+    """Return the runs in some folders, the last changed first; one that cannot be read is passed over with a warning.
+
+    Raises UserError if a folder is not there.
+    """
     found = []
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"{folder}: there is no such folder")
-        found += [read(path) for path in _runs_in(folder, DEPTH)]
+        for path in _runs_in(folder, DEPTH):
+            try:
+                found.append(read(path))
+            except UserError as error:
+                history.warn_once(f"{error}; passed over")
     return sorted(found, key=lambda run: -run.changed_s)
 
 

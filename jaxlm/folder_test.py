@@ -60,7 +60,7 @@ def test_the_table_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
         size = folder.size(sum(path.stat().st_size for path in first.rglob("*") if path.is_file()))
         assert rows[0][:4] == ["runs/deeper/second", "mlm", "30 of 40", "loss 2.0000 (step 20)"]
         assert rows[0][4] in [f"{n} s" for n in range(60)] and rows[0][6] == "interrupted"
-        assert rows[1][1:5] == ["gpt", "30 of 30", "", "10 min"] and rows[1][6] == "running"
+        assert rows[1][1:5] == ["gpt", "30 of 30", "loss 2.0000 (step 20)", "10 min"] and rows[1][6] == "running"
         assert rows[2] == ["runs/first", "sst2", "30 of 30", "accuracy 0.5000 (step 20)", "3 h", size, "finished"]
         assert [told(capsys, *argv)[0] for argv in (["runs"], ["list", "runs"])] == [0, 0]
         status, output, _ = told(capsys, "show", third)

@@ -136,11 +136,29 @@ def info_of_run(folder: Path) -> dict[str, Any]:
     """Return what the folder of a checkpoint tells of itself. Raises UserError if it cannot be read."""
     try:
         info = checksums.read_json(folder / "info" / "metadata")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{folder}: cannot be read as a checkpoint of jaxlm: {reason(error)}") from error
     if info.get("format") != RUN_FORMAT:
         raise UserError(f"{folder}: checkpoint of format {info.get('format')}, but only {RUN_FORMAT} can be read")
     return info
+
+
+def validation_loss(path: Path) -> float | None:
+    """Return the validation loss that a checkpoint of jaxlm or torchlm tells, None if none. Reads no weights.
+
+    Raises UserError if it cannot be read.
+    """
+    if path.is_dir():
+        loss = info_of_run(path).get("val_loss")
+    else:
+        need_torch(path)
+        import torch
+
+        try:
+            loss = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["val_loss"]
+        except Exception as error:  # a damaged file can fail anywhere
+            raise UserError(f"{path}: cannot be read as a file of torch.save: {reason(error)}") from error
+    return float(loss) if isinstance(loss, int | float) and math.isfinite(loss) else None
 
 
 def _step_folder(path: Path) -> Path:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm import environment, folder, page, storage
+from jaxlm import environment, folder, history, page, storage
 from jaxlm.convert import Parser
 from jaxlm.errors import UserError, reported
 from jaxlm.folder import Folder
@@ -236,7 +236,7 @@ def _evaluation(run: Folder, split: str) -> dict[str, Any]:
         return dict(found)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: no evaluation of jaxlm.evaluate ({error!r}); make it anew, or remove it") from error
 
 
@@ -297,10 +297,12 @@ def _samples(runs: Sequence[Folder], names: Sequence[str]) -> list[str]:
 
 def samples(path: Path) -> dict[int, str]:
     """Return the samples of a samples.txt by the update after which they were made."""
-    if not path.is_file():
-        return {}
-    text = path.read_text(encoding="utf-8", errors="replace")
-    pieces = re.split(r"^--- step (\d+) ---$", text, flags=re.MULTILINE)[1:]
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    except OSError as error:
+        history.warn_once(f"{path}: cannot be read ({error.strerror}); passed over")
+        text = ""
+    pieces = re.split(r"^--- step ([0-9]{1,18}) ---$", text, flags=re.MULTILINE)[1:]
     return {int(step): shown.strip("\n") for step, shown in zip(pieces[::2], pieces[1::2], strict=True)}
 
 

@@ -123,10 +123,10 @@ def started(
             start.teacher.check(data)
         _set_aside(start, storage.checkpoints(run_dir, config.run.checkpoint_dir), run_log)
         _write(run_dir / "config.toml", configs.dump(config))
-        tokenizers.save(data.tokenizer, run_dir / "tokenizer.json")
-        validation = history.restore(start, run_dir)
+        _write(run_dir / "tokenizer.json", data.tokenizer.to_str())
         loggers = log.open_loggers(config, run_log, run_dir, configs.flat(config), start.position().step)
         run_log.open(run_dir, loggers)
+        validation = history.restore(start, run_dir, run_log.warn)
         used = task_class.settings
         unused = {name for task in tasks.values() for name in task.settings if name not in used}
         rewarmed = start.rewarmed(config.train)
@@ -191,9 +191,9 @@ def lock(run_dir: Path) -> TextIO:
         try:
             file = stack.enter_context(open(run_dir / LOCK, "a+", encoding="utf-8"))
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            stack.callback((run_dir / LOCK).unlink)
             file.truncate(0)
-            os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+            with contextlib.suppress(OSError):  # on a full disk, it is locked without a name
+                os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         except BlockingIOError as error:
             file.seek(0)
             owner = file.read().strip() or "another process"
@@ -248,9 +248,14 @@ def _remove_empty(folders: list[Path]) -> None:
 
 
 def _write(path: Path, text: str) -> None:
+    if path.is_file() and path.read_bytes() == text.encode():  # a run goes on, maybe on a full disk
+        return
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        path.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
     except OSError as error:
+        storage.remove(temporary)
         raise UserError(
             f"{path}: cannot be written ({error.strerror}); free some space, or give another folder with --run.dir"
         ) from error
@@ -536,7 +541,11 @@ def without(run: Run, position: Position, step: int, bad: int) -> Position:
         f"{samples[0]:,} to {samples[1]:,}"
     )
     before = position.after(step - 1, train) if step > position.step else position.sample
-    history.restore_to(run.dir, step)
+    run.log.drop_after(step, history.FILES)
+    try:
+        history.restore_to(run.dir, step, warn=run.log.warn)
+    except UserError as error:  # where the disk can only be read
+        run.log.warn(str(error))
     for later in [i for i in run.validation if i > step]:
         del run.validation[later]
     return Position(step, before, (*position.skipped, samples))
@@ -607,7 +616,9 @@ def _tell_result(run: Run, best: int, test_totals: Any) -> None:
     baselines = {split: run.task.baseline(run.data.samples[split]) for split in scores}
     title = f"scores of step {best}, the best by validation loss; baseline: {run.task.baseline_name}"
     table = Table("", *(column for split in scores for column in (split, "baseline")), title=title, title_style="")
-    for name in scores["validation"]:
+    for name in baselines["validation"]:
+        if any(name not in x for x in scores.values()):  # of a checkpoint whose row in the log was lost
+            continue
         pairs = ((scores[split][name], baselines[split][name]) for split in scores)
         better = "lower" if name in run.task.lower_is_better else "higher"
         table.add_row(f"{name} ({better} is better)", *(_number(name, x) for pair in pairs for x in pair))

@@ -236,7 +236,7 @@ def to_use(named: str | Path) -> Start:
     if len(paths) > 1:
         losses: dict[int, float] = {}
         for i, candidate in enumerate(paths):
-            loss = (formats.info_of_run(candidate) if candidate.is_dir() else _read(candidate, parts)[1])["val_loss"]
+            loss = formats.validation_loss(candidate)
             losses |= {} if loss is None else {i: loss}
         path = paths[best(range(len(paths)), losses) or 0]
     form, info = _read(path, parts)

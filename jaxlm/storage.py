@@ -92,6 +92,7 @@ def checkpoints(run_dir: Path, named: str = "") -> Path:
     if not named:
         try:
             named = tomllib.loads((run_dir / "config.toml").read_text(encoding="utf-8"))["run"]["checkpoint_dir"]
-        except (OSError, ValueError, KeyError):
+            named = named if isinstance(named, str) else ""
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             pass
     return path(named) if named else run_dir / "checkpoints"

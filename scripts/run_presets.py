@@ -5,13 +5,14 @@
 Times are of the whole command: until its first line, until the first update is done, and until it ends.
 """
 
-import json
 import re
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from jaxlm import history
 
 TASKS = ("mlm", "gpt", "sst2", "cola", "pairs")
 SHOWN = {"mlm": "accuracy", "gpt": "bits_per_byte", "sst2": "accuracy", "cola": "matthews", "pairs": "accuracy"}
@@ -36,7 +37,7 @@ def measure(task: str, run_dir: Path) -> str:
         sys.exit(f"{' '.join(command)}: exit status {process.returncode}")
     total_s = time.monotonic() - started_s
 
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    rows = history.rows(run_dir / "metrics.jsonl")
     best = min((row for row in rows if row["split"] == "validation"), key=lambda row: row["loss"])
     test = next(row for row in rows if row["split"] == "test")
     table = {  # score: validation, its baseline, test, its baseline
