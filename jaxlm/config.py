@@ -4,9 +4,11 @@ A run's settings are layers; a later layer wins: the defaults below, then the pr
 (`configs/<task>.toml`), then `--config` files and `--section.key value` in the order of the command line.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import math
+import shutil
 import sys
 import tomllib
 import typing
@@ -19,6 +21,7 @@ import msgspec
 import tomli_w
 from msgspec import Meta
 
+from jaxlm import terminal
 from jaxlm.errors import UserError, nearest
 
 MOST = 2**31 - 1  # what the integers of the libraries below hold
@@ -219,12 +222,10 @@ def load(
 
     `stored` are settings of a checkpoint, which go before those of the command line and after the preset of the task.
 
-    Prints the help (or a shell completion) and exits if `argv` asks for it.
+    Prints the help and exits if `argv` asks for it.
     Raises UserError for an unknown setting, a wrong type, a value out of range, or values that do not go together.
     """
     wants_help = [arg for arg in argv if arg in HELP]
-    if "--tyro-print-completion" in argv:
-        _print_help(argv, Config(), prog)
     layers = list(_command_line([arg for arg in argv if arg not in wants_help]))
     task = next((value for name, value, _ in reversed([*stored, *layers]) if name == "task"), Config().task)
     layers = [*(_preset(task) if has_preset else ()), *stored, *layers]
@@ -235,7 +236,7 @@ def load(
         origins[name] = origin
     config = build(values)
     if wants_help:
-        _print_help(wants_help[:1], config, prog)
+        _print_help(config, prog)
     _check(config)
     return config, origins
 
@@ -519,15 +520,19 @@ def warnings(config: Config, origins: dict[str, str], of_other_tasks: Iterable[s
     ]
 
 
-def _print_help(argv: list[str], config: Config, prog: str) -> None:
-    """Print the help, or the shell completion that `argv` asks for, and exit."""
+def _print_help(config: Config, prog: str) -> None:
+    """Print the help with the values of the settings as defaults, and exit."""
     import tyro
 
-    description = (
+    width = shutil.get_terminal_size().columns
+    if len(f"usage: {prog} [-h] [OPTIONS]") > width:
+        prog = prog.rpartition(" ")[2]
+    description = terminal.wrapped(
         "Trains a small language model. Settings come in layers, later wins: the preset of the task, then "
-        "--config FILE (TOML, repeatable) and --section.key VALUE in the order given."
+        "--config FILE (TOML, repeatable) and --section.key VALUE in the order given.",
+        width,
     )
-    tyro.cli(
-        Config, args=argv, default=config, prog=prog, description=description, config=(tyro.conf.FlagConversionOff,)
-    )
+    options = (tyro.conf.FlagConversionOff,)
+    with contextlib.redirect_stdout(terminal.raw(sys.stdout)):  # the help has colours
+        tyro.cli(Config, args=["--help"], default=config, prog=prog, description=description, config=options)
     sys.exit(0)

@@ -382,9 +382,11 @@ def test_every_setting_has_its_line_of_help():
         assert len(words) >= 3, line  # flag, type, and what it is
 
 
-def test_completion_is_printed():
-    done = process("--tyro-print-completion", "bash")
-    assert done.returncode == 0 and "--train.max-steps" in done.stdout and done.stdout.endswith("[]\n")
+@pytest.mark.parametrize("flag", ["--tyro-print-completion", "--tyro-write-completion"])
+def test_no_completion_is_made_since_it_would_be_that_of_all_of_python(flag):
+    done = process(flag, "bash", "--help")
+    assert (done.returncode, done.stdout) == (2, "[]\n")
+    assert done.stderr == f"error: {flag}: unknown setting (--help lists them)\n"
 
 
 def test_bad_setting_exits_2_before_any_framework_is_imported():

@@ -17,7 +17,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from jaxlm import config as configs
-from jaxlm import formats, names, public, storage
+from jaxlm import formats, names, public, storage, terminal
 from jaxlm.config import Config, TokenizerConfig
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.errors import UserError, nearest, reported
@@ -140,8 +140,14 @@ def inspect(stored: Stored) -> None:
 class Parser(argparse.ArgumentParser):
     """Of the commands on runs and their files: what is wrong with a command line is told as any other bad input."""
 
+    color = False  # Python 3.14 has colours, which a safe stream would show as escapes
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help shows how to call it)")
+
+    def format_help(self) -> str:
+        """Return the help, in lines that fit the terminal."""
+        return terminal.wrapped(super().format_help(), shutil.get_terminal_size().columns)
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -149,23 +155,29 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         prog="python -m jaxlm.convert",
         usage="%(prog)s SOURCE TARGET [--config FILE] [--state-dict | --as FAMILY]\n       %(prog)s --inspect FILE",
         description=(
-            "Converts a training state between jaxlm, torchlm, the original's checkpoint file 1.2 and safetensors:\n"
+            "Converts a training state between jaxlm, torchlm, the original's checkpoint file 1.2 and safetensors: "
             "weights, head, optimizer moments, counters, stored rate and settings. No bit changes on any way and back."
         ),
-        epilog=(
-            "SOURCE, told by what is in it:         TARGET, told by its name, which must be new:\n"
-            "  folder of a jaxlm run (its last        NAME.pt           checkpoint file 1.2, as torchlm and the\n"
-            "  checkpoint), or of one checkpoint                        original have it\n"
-            "  checkpoint file 1.2                    NAME.safetensors  all of it, settings as metadata\n"
-            "  state dict of torchlm                  any other NAME    folder of a jaxlm run\n"
-            "  safetensors                            with --as: folder of a model of transformers\n"
-            "  folder or hub name of a model of\n"
-            "  transformers (PUBLIC_WEIGHTS.md)"
-        ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source", nargs="?", metavar="SOURCE", help="what to convert")
-    parser.add_argument("target", nargs="?", metavar="TARGET", help="what to write")
+    parser.add_argument(
+        "source",
+        nargs="?",
+        metavar="SOURCE",
+        help=(
+            "what to convert: folder of a jaxlm run (its last checkpoint) or of one checkpoint, checkpoint file 1.2, "
+            "state dict of torchlm, safetensors, folder or hub name of a model of transformers (PUBLIC_WEIGHTS.md)"
+        ),
+    )
+    parser.add_argument(
+        "target",
+        nargs="?",
+        metavar="TARGET",
+        help=(
+            "what to write, under a new name; NAME.pt: checkpoint file 1.2, as torchlm and the original have it; "
+            "NAME.safetensors: all of it, settings as metadata; any other NAME: folder of a jaxlm run, or with --as of "
+            "a model of transformers"
+        ),
+    )
     parser.add_argument("--config", metavar="FILE", help="settings of a SOURCE that has none: its run's config.toml")
     parser.add_argument("--state-dict", action="store_true", help="write TARGET as torchlm's state dict: weights alone")
     parser.add_argument(

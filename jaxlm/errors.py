@@ -51,7 +51,7 @@ def reported(debug: bool) -> Iterator[None]:
             sys.exit(128 + signal.SIGPIPE)
         except UserError as error:
             if debug:
-                traceback.print_exc()
+                print(traceback.format_exc(), end="", file=sys.stderr)  # without colours, which would be shown
             print("error: " + " ".join(str(error).split()), file=sys.stderr)
             sys.exit(2)
 

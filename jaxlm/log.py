@@ -9,7 +9,6 @@ import os
 import socket
 import stat
 import struct
-import textwrap
 import threading
 import time
 from collections import deque
@@ -23,10 +22,9 @@ from rich.text import Text
 
 from jaxlm.config import Config
 from jaxlm.errors import UserError
-from jaxlm.terminal import shown
+from jaxlm.terminal import shown, wrapped
 
 LEAST_BAR = 8  # columns of a progress bar in a narrow terminal, before the text beside it is cut
-KEPT: Any = {"break_long_words": False, "break_on_hyphens": False, "replace_whitespace": False, "expand_tabs": False}
 PLAIN_INTERVAL_S = 5  # between lines that stand in for the progress bar where there is no terminal
 MOST_WAITING = 32 << 20  # bytes for one file that cannot be written
 
@@ -50,7 +48,7 @@ class Console(rich.console.Console):
         """Print. Lines of text break where they are; on a terminal also between words, but no path is cut."""
         if all(isinstance(x, str) for x in objects):
             options = {"soft_wrap": True} | options
-            objects = tuple(_wrapped(shown(x), self.width) for x in objects) if self.is_terminal else objects
+            objects = tuple(wrapped(shown(x), self.width) for x in objects) if self.is_terminal else objects
         super().print(*objects, **options)
 
 
@@ -351,16 +349,6 @@ class RunLog:
         if text and (is_due or now - self.last_plain_s >= PLAIN_INTERVAL_S):
             self.last_plain_s = now
             self.say(text)
-
-
-def _wrapped(text: str, width: int) -> str:
-    """Return text whose lines that are wider are broken between words, and go on indented."""
-    lines = []
-    for line in text.split("\n"):
-        indent = line[: len(line) - len(line.lstrip(" "))] + "    "
-        pieces = textwrap.wrap(line, width, **KEPT, subsequent_indent=indent) if len(line) > width else [line]
-        lines += pieces or [""]
-    return "\n".join(lines)
 
 
 def _fitting(text: str, width: int, between: str = "  ") -> str:

@@ -174,7 +174,7 @@ def load(argv: list[str], prog: str, form: str) -> tuple[Config, dict[str, str],
 
     `form` is that of the program's own checkpoints. Raises UserError.
     """
-    if any(arg in configs.HELP or arg.startswith("--tyro") for arg in argv):
+    if any(arg in configs.HELP for arg in argv):
         configs.load(argv, prog)  # prints, and exits
     given = configs.given(argv)
     start = find(given, form)

@@ -9,11 +9,14 @@ import json
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Iterator
 from typing import Any
 
 # C0 but for tab and newline, DEL, C1, the overrides of text direction, and surrogates, which cannot be encoded.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+_WHOLE: Any = {"break_long_words": False, "break_on_hyphens": False, "replace_whitespace": False, "expand_tabs": False}
 
 
 def shown(text: str) -> str:
@@ -24,6 +27,18 @@ def shown(text: str) -> str:
 def dumps(value: Any, **options: Any) -> str:
     """Return JSON in printable ASCII, which every terminal and every encoding takes as it is."""
     return json.dumps(value, **options).replace("\x7f", "\\u007f")
+
+
+def wrapped(text: str, width: int) -> str:
+    """Return text with lines of at most `width`, broken between words; a word that is wider stays whole."""
+    lines = []
+    for line in text.split("\n"):
+        words = line.lstrip(" ")
+        longest = max(map(len, words.split()), default=0)
+        indent = line[: max(min(len(line) - len(words), width // 3, width - longest), 0)]
+        more = {"initial_indent": indent, "subsequent_indent": f"{indent}    "}
+        lines += textwrap.wrap(words, width, **_WHOLE, **more) if len(line) > width else [line]
+    return "\n".join(lines)
 
 
 class Shown:
@@ -38,6 +53,11 @@ class Shown:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.rich_proxied_file, name)
+
+
+def raw(stream: Any) -> Any:
+    """Return the stream inside a Shown one, for text whose control characters are our own."""
+    return stream.rich_proxied_file if isinstance(stream, Shown) else stream
 
 
 @contextlib.contextmanager
