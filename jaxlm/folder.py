@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
+import json
 import math
 import statistics
 import time
@@ -69,6 +70,20 @@ class Folder:
         whole = {checkpoint.step: checkpoint for checkpoint in self.checkpoints if checkpoint.is_whole}
         losses = {step: math.nan if found.loss is None else found.loss for step, found in whole.items()}
         return whole[starts.best(whole, losses) or max(whole)] if whole else None
+
+    @functools.cached_property
+    def baseline(self) -> dict[str, Any]:
+        """What its baseline.json records; {} for a run made before there was one, and for one that cannot be read."""
+        try:
+            found = json.loads((self.path / history.BASELINE).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def baselines(self, split: str) -> Row:
+        """Return the scores of the best guess that looks at no input, {} if they are not recorded."""
+        found = self.baseline.get(split)
+        return {k: x for k, x in found.items() if isinstance(x, int | float)} if isinstance(found, dict) else {}
 
     @functools.cached_property
     def owner(self) -> str:
@@ -187,6 +202,8 @@ def results(runs: Sequence[Folder]) -> dict[str, list[str]]:
         of_runs = [run.scores(split) for run in runs]
         for name in dict.fromkeys(name for scores in of_runs for name in scores):
             found[f"{split} {name}"] = [number(name, scores.get(name)) for scores in of_runs]
+            if any(baselines := [run.baselines(split) for run in runs]):
+                found[f"{split} {name}, baseline"] = [number(name, scores.get(name)) for scores in baselines]
     return found
 
 

@@ -21,6 +21,7 @@ from jaxlm.errors import UserError
 from jaxlm.start import DAMAGED, Start
 
 FILES = ("metrics.jsonl", "samples.txt")
+BASELINE = "baseline.json"  # scores of the best guess that looks at no input, by split
 KEYS = ("step", "split")  # of a row, besides its scores
 MOST_LINE = 1 << 20  # bytes of a line that is read
 MOST_STEP = 2**31  # steps are int32

@@ -8,7 +8,8 @@ import dataclasses
 import html
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +21,8 @@ BOUND = "var(--bound)"
 WIDTH, HEIGHT = 440, 260
 LEFT, RIGHT, TOP, BOTTOM = 54, 20, 10, 38  # around the curves
 MOST_POINTS = 400  # of a curve; of more, the least and the largest of each part are drawn
+LONG = 24  # characters of a table's head that stay on one line
+MOST_HOVERS = 120  # areas of a chart that show their values where the pointer is
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #1c1f24; --soft: #5b6270; --grid: #d5d8de; --band: #f4f5f7;
@@ -38,11 +41,12 @@ p { max-width: 46rem; margin: .4rem 0; } .soft { color: var(--soft); font-size: 
 figure { margin: 0; } figure svg { width: 100%; height: auto; display: block; }
 figure > b { font-size: .95rem; } figcaption { font-size: .85rem; color: var(--soft); display: flex; flex-wrap: wrap;
   gap: 0 1rem; overflow-wrap: anywhere; } figcaption svg { width: 2rem; height: .6rem; display: inline-block; }
+.hover { fill: transparent; } .hover:hover { fill: var(--ink); fill-opacity: .08; }
 svg text { fill: var(--soft); font: 12px system-ui, sans-serif; }
 .scroll { overflow-x: auto; margin: .6rem 0; }
 table { border-collapse: collapse; font-size: .875rem; width: 100%; }
 th, td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid var(--grid); vertical-align: top; }
-th { white-space: nowrap; }
+th { white-space: nowrap; } th.long { white-space: normal; overflow-wrap: anywhere; min-width: 10rem; }
 @media (max-width: 40rem) { table { font-size: .75rem; } th, td { padding: .25rem .35rem; } th { white-space: normal; }
   svg text { font-size: 14px; } }
 td.number { white-space: nowrap; font-variant-numeric: tabular-nums; }
@@ -69,6 +73,7 @@ class Curve:
     dashes: str = ""
     width: float = 1.8
     has_dots: bool = False
+    best: float | None = None  # the place of the best value, which gets a ring
 
 
 def page(title: str, parts: Sequence[str]) -> str:
@@ -101,7 +106,8 @@ def table(head: Sequence[str], lines: Iterable[Sequence[str]], label: str) -> st
             kind = ' class="number"'
         return f"<td{kind}>{html.escape(text)}</td>"
 
-    heads = "".join(f'<th scope="col">{html.escape(x)}</th>' for x in head)
+    long = {True: ' class="long"', False: ""}
+    heads = "".join(f'<th scope="col"{long[len(x) > LONG]}>{html.escape(x)}</th>' for x in head)
     body = "\n".join(f"<tr>{''.join(map(cell, line))}</tr>" for line in lines)
     return (
         f'<div class="scroll" role="region" tabindex="0" aria-label="{html.escape(label)}">'
@@ -114,15 +120,27 @@ def folded(summary: str, content: str, is_open: bool = False) -> str:
     return f"<details{' open' if is_open else ''}><summary>{html.escape(summary)}</summary>{content}</details>"
 
 
-def chart(title: str, curves: Sequence[Curve], x_label: str = "update", is_log: bool = False) -> str:
-    """Return curves over one another, with a legend if there are several; "" if there is nothing to draw."""
-    drawn = [(curve, *_points(curve, is_log)) for curve in curves]
-    drawn = [(curve, x, y) for curve, x, y in drawn if len(x)]
-    if not drawn:
-        return ""
+def chart(
+    title: str, curves: Sequence[Curve], x_label: str = "update", is_log: bool = False, levels: Sequence[Curve] = ()
+) -> str:
+    """Return curves over one another, with a legend if there are several, and their values where the pointer is.
+
+    A level is a curve of one point, drawn as a line across at its value. How many values cannot be drawn is said below.
+    "" if the curves have no values at all.
+    """
+    drawable = [(curve, *_drawable(curve, is_log)) for curve in curves]
+    n_left_out = sum(len(curve.y) for curve in curves) - sum(len(x) for _, x, _ in drawable)
+    drawable = [(curve, x, y) for curve, x, y in drawable if len(x)]
+    levels = [level for level in levels if len(_drawable(level, is_log)[1])]
+    scaled = f"<b>{html.escape(title)}</b>{' <small>(log scale)</small>' if is_log else ''}"
+    rule = "zero, negative or not finite" if is_log else "not finite"
+    if not drawable:
+        nothing = f"All {n_left_out:,} values are {rule}."
+        return f"<figure>{scaled}<p>{nothing}</p></figure>" if n_left_out else ""
     scale = np.log10 if is_log else np.asarray
-    left, right = _span(np.concatenate([x for _, x, _ in drawn]), margin=0)
-    low, high = _span(np.concatenate([scale(y) for _, _, y in drawn]), margin=0.04)
+    left, right = _span(np.concatenate([x for _, x, _ in drawable]), margin=0)
+    values = [y for _, _, y in drawable] + [level.y for level in levels]
+    low, high = _span(np.concatenate([scale(y) for y in values]), margin=0.04)
     place_x = lambda x: LEFT + (x - left) / (right - left) * (WIDTH - LEFT - RIGHT)  # noqa: E731
     place_y = lambda y: HEIGHT - BOTTOM - (scale(y) - low) / (high - low) * (HEIGHT - TOP - BOTTOM)  # noqa: E731
     parts = []
@@ -136,8 +154,12 @@ def chart(title: str, curves: Sequence[Curve], x_label: str = "update", is_log: 
         parts.append(f'<text x="{at}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{_short(value)}</text>')
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts.append(f'<text x="{middle}" y="{HEIGHT - 4}" text-anchor="middle">{html.escape(x_label)}</text>')
-    for curve, x, y in drawn:
-        points = [f"{a:.1f} {b:.1f}" for a, b in zip(place_x(x), place_y(y), strict=True)]
+    for level in levels:
+        line = f'stroke="{level.colour}" stroke-width="{level.width}" stroke-dasharray="{level.dashes}"'
+        parts.append(f'<path class="level" d="M{LEFT} {place_y(level.y[0]):.1f}H{WIDTH - RIGHT}" {line}/>')
+    for curve, x, y in drawable:
+        shown_x, shown_y = _thinned(x, y)
+        points = [f"{a:.1f} {b:.1f}" for a, b in zip(place_x(shown_x), place_y(shown_y), strict=True)]
         if len(points) > 1:
             line = f'stroke="{curve.colour}" stroke-width="{curve.width}" stroke-dasharray="{curve.dashes}"'
             parts.append(f'<path d="M{" ".join(points)}" fill="none" stroke-linejoin="round" {line}/>')
@@ -146,10 +168,20 @@ def chart(title: str, curves: Sequence[Curve], x_label: str = "update", is_log: 
             parts.append(
                 f'<path class="dots" d="{dots}" stroke="{curve.colour}" stroke-width="5" stroke-linecap="round"/>'
             )
-    spans = "; ".join(f"{curve.label or title} from {_short(y[0])} to {_short(y[-1])}" for curve, _, y in drawn)
-    shown = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(f"{title}: {spans}")}">'
-    legend = _legend([curve for curve, _, _ in drawn]) if sum(bool(curve.label) for curve in curves) > 1 else ""
-    return f"<figure><b>{html.escape(title)}</b>{shown}{''.join(parts)}</svg>{legend}</figure>"
+        for value in y[x == curve.best]:
+            at = f'cx="{place_x(curve.best):.1f}" cy="{place_y(value):.1f}"'
+            parts.append(f'<circle class="best" {at} r="6" fill="none" stroke="{curve.colour}" stroke-width="2"/>')
+    parts += _hovers(drawable, levels, title, x_label, place_x)
+    spans = "; ".join(f"{curve.label or title} from {_short(y[0])} to {_short(y[-1])}" for curve, _, y in drawable)
+    name = html.escape(f"{title}{', log scale' if is_log else ''}: {spans}")
+    shown = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{name}">'
+    below = _legend([*(curve for curve, _, _ in drawable), *levels])
+    if n_left_out:
+        below += f"<span>{n_left_out:,} {'value is' if n_left_out == 1 else 'values are'} {rule}, and left out.</span>"
+    if longest := max((len(x) for _, x, _ in drawable if len(x) > MOST_POINTS), default=0):
+        below += f"<span>Of {longest:,} values, the lowest and the highest of each stretch are drawn.</span>"
+    caption = f"<figcaption>{below}</figcaption>" if below else ""
+    return f"<figure>{scaled}{shown}{''.join(parts)}</svg>{caption}</figure>"
 
 
 def _legend(curves: Sequence[Curve]) -> str:
@@ -158,22 +190,61 @@ def _legend(curves: Sequence[Curve]) -> str:
         f'<span><svg viewBox="0 0 40 12" aria-hidden="true"><path d="M1 6H39" fill="none" stroke="{curve.colour}" '
         f'stroke-width="{max(curve.width, 2)}" stroke-dasharray="{curve.dashes}"/></svg> '
         f"{html.escape(curve.label)}</span>"
-        for curve in named
+        for curve in (named if len(named) > 1 else [])
     ]
-    return f"<figcaption>{''.join(entries)}</figcaption>"
+    if any(curve.best is not None for curve in curves):
+        ring = '<circle cx="20" cy="6" r="5" fill="none" stroke="currentColor" stroke-width="2"/>'
+        entries.append(f'<span><svg viewBox="0 0 40 12" aria-hidden="true">{ring}</svg> best step</span>')
+    return "".join(entries)
 
 
-def _points(curve: Curve, is_log: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Return what of a curve can be drawn, and is worth it."""
+def _drawable(curve: Curve, is_log: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Return the points of a curve that have a place."""
     x, y = np.asarray(curve.x, np.float64), np.asarray(curve.y, np.float64)
     is_fine = np.isfinite(x) & np.isfinite(y) & ((y > 0) | (not is_log))
-    x, y = x[is_fine], y[is_fine]
+    return x[is_fine], y[is_fine]
+
+
+def _thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the points that are worth drawing."""
     if len(x) <= MOST_POINTS:
         return x, y
     parts = np.array_split(np.arange(len(x)), MOST_POINTS // 2)
     kept = {int(i) for part in parts for i in (part[y[part].argmin()], part[y[part].argmax()])}
     indices = sorted(kept | {0, len(x) - 1})
     return x[indices], y[indices]
+
+
+def _hovers(
+    drawable: Sequence[tuple[Curve, np.ndarray, np.ndarray]],
+    levels: Sequence[Curve],
+    title: str,
+    x_label: str,
+    place_x: Callable[[Any], Any],
+) -> list[str]:
+    """Return areas from the left to the right, each with the values there as its tooltip."""
+    every = np.unique(np.concatenate([x for _, x, _ in drawable]))
+    stretch = (MOST_HOVERS * (every - every[0]) / max(every[-1] - every[0], 1e-9)).clip(0, MOST_HOVERS - 1).astype(int)
+    groups = np.split(every, np.flatnonzero(np.diff(stretch)) + 1)
+    middles = place_x(np.array([group.mean() for group in groups]))
+    borders = [LEFT, *(middles[1:] + middles[:-1]) / 2, WIDTH - RIGHT]
+    areas = []
+    for group, start, end in zip(groups, borders[:-1], borders[1:], strict=True):
+        lines = [f"{x_label} {_range(group)}"]
+        for curve, x, y in drawable:
+            if len(here := y[(x >= group[0]) & (x <= group[-1])]):
+                is_best = curve.best is not None and group[0] <= curve.best <= group[-1]
+                lines.append(f"{curve.label or title}: {_range(here)}{' (best step)' if is_best else ''}")
+        lines += [f"{level.label}: {_range(level.y)}" for level in levels]
+        area = f'x="{start:.1f}" y="{TOP}" width="{end - start:.1f}" height="{HEIGHT - TOP - BOTTOM}"'
+        shown = html.escape("\n".join(lines))
+        areas.append(f'<rect class="hover" {area}><title>{shown}</title></rect>')
+    return areas
+
+
+def _range(values: np.ndarray) -> str:
+    low, high = (f"{x:,.0f}" if abs(x) >= 10_000 else f"{x:,.5g}" for x in (float(values.min()), float(values.max())))
+    return low if low == high else f"{low} to {high}"
 
 
 def _span(values: np.ndarray, margin: float) -> tuple[float, float]:

@@ -50,7 +50,11 @@ def test_what_has_no_place_is_left_out() -> None:
     y = np.array([1.0, math.nan, 3.0, math.inf, 0.0, 2.0])
     assert len(drawn(page.chart("", [Curve("", np.arange(6), y)]))) == 4
     assert len(drawn(page.chart("", [Curve("", np.arange(6), y)], is_log=True))) == 3
-    assert page.chart("", [Curve("", np.arange(6), y * math.nan)]) == ""
+    assert "2 values are not finite, and left out." in page.chart("", [Curve("", np.arange(6), y)])
+    assert "3 values are zero, negative or not finite" in page.chart("", [Curve("", np.arange(6), y)], is_log=True)
+    nothing = page.chart("loss", [Curve("", np.arange(6), y * math.nan)])
+    assert "<b>loss</b>" in nothing and "All 6 values are not finite." in nothing and "<svg" not in nothing
+    assert page.chart("", [Curve("", np.arange(0), np.arange(0))]) == ""
     single = page.chart("", [Curve("", np.array([7]), np.array([0.5]))])
     assert single.count('class="dots"') == 1
 
@@ -66,6 +70,48 @@ def test_a_long_curve_keeps_its_peaks() -> None:
     np.testing.assert_allclose([start + slope * f(points[:, 1]) for f in (np.min, np.max)], [50, -60], atol=0.5)
 
 
+def test_a_log_scale_is_labelled() -> None:
+    x = np.arange(1, 4)
+    assert "log scale" not in page.chart("norm", [Curve("", x, x)])
+    svg = page.chart("norm", [Curve("", x, x)], is_log=True)
+    assert "<b>norm</b> <small>(log scale)</small>" in svg and 'aria-label="norm, log scale: ' in svg
+
+
+@pytest.mark.parametrize("is_log", [False, True])
+def test_the_best_value_and_the_levels_lie_where_they_should(is_log: bool) -> None:
+    x, y = np.array([10, 20, 30, 40]), np.array([4.0, 2.0, math.nan, 1.0])
+    level = Curve("baseline", np.zeros(1), np.array([64.0]))
+    svg = page.chart("loss", [Curve("validation", x, y, best=20)], is_log=is_log, levels=[level])
+    ((at_x, at_y),) = re.findall(r'<circle class="best" cx="([\d.]+)" cy="([\d.]+)"', svg)
+    assert [float(at_x), float(at_y)] == drawn(svg)[1].tolist()
+    ((height, end),) = re.findall(rf'class="level" d="M{page.LEFT} ([\d.]+)H(\d+)"', svg)
+    assert page.TOP <= float(height) < drawn(svg)[:, 1].min() and int(end) == page.WIDTH - page.RIGHT
+    assert re.findall(r"</svg> ([\w ]+)</span>", svg) == ["validation", "baseline", "best step"]
+    without = page.chart("loss", [Curve("validation", x, y, best=30)])
+    assert "<circle" not in without.split("</svg>")[0]  # the best one is not a number
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 5000])
+def test_every_value_is_shown_where_it_lies(n: int) -> None:
+    x = np.arange(n) * 10
+    curves = [Curve("a", x, np.linspace(1, 2, n), best=0), Curve("b", x[::3], np.linspace(3, 4, n)[::3], "red")]
+    svg = page.chart("loss", curves, levels=[Curve("baseline", np.zeros(1), np.array([2.5]))])
+    areas = re.findall(r'<rect class="hover" x="([\d.]+)"[^>]*width="([\d.]+)"[^>]*><title>([^<]*)</title>', svg)
+    starts, widths = (np.array([float(area[i]) for area in areas]) for i in (0, 1))
+    assert len(areas) <= page.MOST_HOVERS and starts[0] == page.LEFT
+    np.testing.assert_allclose(starts[1:], (starts + widths)[:-1], atol=0.11)
+    assert starts[-1] + widths[-1] == pytest.approx(page.WIDTH - page.RIGHT, abs=0.11)
+    shown = [dict(line.split(": ") for line in area[2].split("\n")[1:]) for area in areas]
+    places = [[float(i.replace(",", "")) for i in area[2].split("\n")[0][7:].split(" to ")] for area in areas]
+    for curve in curves:
+        for step, value in zip(curve.x, curve.y, strict=True):
+            (i,) = (i for i, place in enumerate(places) if place[0] <= step <= place[-1])
+            low, *high = map(float, shown[i][curve.label].removesuffix(" (best step)").split(" to "))
+            assert low - 1e-3 <= value <= (high or [low])[0] + 1e-3
+    assert [i for i, lines in enumerate(shown) if "best step" in lines["a"]] == [0]
+    assert all(lines["baseline"] == "2.5" for lines in shown)
+
+
 def test_curves_differ_without_their_colours() -> None:
     x = np.arange(3)
     curves = [Curve(f"run {i}", x, x + i, page.COLOURS[i], page.DASHES[i]) for i in range(6)]
@@ -79,7 +125,7 @@ def test_text_is_text() -> None:
     x = np.arange(2)
     bad = "<script>&"
     parts = [
-        page.chart(bad, [Curve(bad, x, x), Curve(bad, x, x)], x_label=bad),
+        page.chart(bad, [Curve(bad, x, x), Curve(bad, x, x)], x_label=bad, levels=[Curve(bad, x[:1], x[:1])]),
         page.table([bad], [[bad]], bad),
         page.totals([(bad, bad)]),
         page.folded(bad, page.text(bad)),

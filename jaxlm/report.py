@@ -21,6 +21,7 @@ from jaxlm.folder import Folder
 from jaxlm.page import COLOURS, DASHES, Curve
 
 MOST_STEPS = 8  # evaluations whose samples are shown
+COMPARABLE = ("data.path", "data.hub", "tokenizer.path", "tokenizer.kind", "model.vocab_size")  # where losses are
 TRAINING = {  # what is drawn of the rows of training: title, and whether on a log scale
     "accuracy": ("accuracy in training", False),
     "rate": ("learning rate", False),
@@ -33,9 +34,7 @@ def report(runs: Sequence[Folder]) -> str:
     """Return the page of a run, or of several."""
     names = _names(runs)
     title = names[0] if len(runs) == 1 else "Runs compared: " + ", ".join(names)
-    parts = [_head(runs[0]) if len(runs) == 1 else _results(runs, names), "<h2>Curves</h2>"]
-    figures = _loss(runs, names) + _scores(runs, names) + _training(runs, names)
-    parts.append(f'<div class="figures">{"".join(figures)}</div>' if figures else "<p>Nothing is logged yet.</p>")
+    parts = [_head(runs[0]) if len(runs) == 1 else _results(runs, names), *_curves(runs, names)]
     if len(runs) > 1:
         parts += ["<h2>Settings that differ</h2>", _differences(runs, names)]
     parts += _evaluations(runs, names)
@@ -94,24 +93,31 @@ def _names(runs: Sequence[Folder]) -> list[str]:
 
 
 def _head(run: Folder) -> str:
-    figures = [("", run.state), ("updates", f"{run.last_step:,} of {run.settings['train.max_steps']:,}")]
+    figures = [(f"task {run.task}", run.state)]
+    figures += [("updates", f"{run.last_step:,} of {run.settings['train.max_steps']:,}")]
     step = run.best_score_step()
     for split, at in (("validation", step), ("test", run.tested_step())):
         if at is not None:
             name, value = next(iter(run.scores(split).items()))
-            figures.append((f"{split} {name}, step {at:,}", folder.number(name, value)))
+            baseline = run.baselines(split).get(name)
+            beside = "" if baseline is None else f"; baseline {folder.number(name, baseline)}"
+            figures.append((f"{split} {name}, step {at:,}{beside}", folder.number(name, value)))
     if speed := run.speed():
         figures.append(("tokens/s, the median", f"{speed:,.0f}"))
-    figures[0] = (f"task {run.task}", run.state)
     head = page.totals(figures)
     if step is None:
         return head
-    of_test = run.scores("test")
-    lines = [
-        [name, folder.number(name, x), folder.number(name, of_test.get(name))]
-        for name, x in run.scores("validation").items()
-    ]
-    return head + page.table(["score of the best step", "validation", "test"], lines, "scores")
+    splits = [split for split in ("validation", "test") if run.scores(split)]
+    lower = run.baseline.get("lower_is_better")
+    lines = []
+    for name in run.scores("validation"):
+        better = ["lower" if name in lower else "higher"] if isinstance(lower, list) else []
+        pairs = [(run.scores(split).get(name), run.baselines(split).get(name)) for split in splits]
+        lines.append([name, *(folder.number(name, x) for pair in pairs for x in pair), *better])
+    heads = [f"score of step {step:,}, the best", *(x for split in splits for x in (split, "baseline"))]
+    table = page.table([*heads, "better"][: len(lines[0])], lines, "scores")
+    guess = run.baseline.get("name", "not recorded in this run")
+    return f'{head}{table}<p class="soft">Best step: the lowest validation loss. Baseline: {page.text(str(guess))}.</p>'
 
 
 def _results(runs: Sequence[Folder], names: Sequence[str]) -> str:
@@ -130,35 +136,55 @@ def _differences(runs: Sequence[Folder], names: Sequence[str]) -> str:
 # Curves
 
 
+def _curves(runs: Sequence[Folder], names: Sequence[str]) -> list[str]:
+    """Return the charts, those of each task apart: a loss of one task is not to be compared with that of another."""
+    tasks = list(dict.fromkeys(run.task for run in runs))
+    parts = ["<h2>Curves</h2>"]
+    for task in tasks:
+        some = [run for run in runs if run.task == task]
+        labels = [name for run, name in zip(runs, names, strict=True) if run.task == task]
+        figures = _loss(some, labels) + _scores(some, labels) + _training(some, labels)
+        if len(tasks) > 1:
+            parts.append(f"<h3>Task {page.text(task)}</h3>")
+        parts.append(f'<div class="figures">{"".join(figures)}</div>' if figures else "<p>Nothing is logged yet.</p>")
+        differing = [name for name in folder.differences(some) if name in COMPARABLE]
+        if differing and figures:
+            told = f"These runs differ in {', '.join(differing)}: losses and perplexities are not of the same tokens."
+            parts.append(f'<p class="soft">{page.text(told)}</p>')
+    return parts
+
+
 def _curve(run: Folder, split: str, name: str, label: str, **style: Any) -> Curve:
-    rows = [row for row in run.rows if row["split"] == split and isinstance(row.get(name), int | float)]
-    return Curve(label, np.array([row["step"] for row in rows]), np.array([row[name] for row in rows]), **style)
+    rows = [row for row in run.rows if row["split"] == split and name in row]
+    # What is not finite is logged as null.
+    values = [row[name] if isinstance(row[name], int | float) else np.nan for row in rows]
+    best = run.best_score_step() if split == "validation" else None
+    return Curve(label, np.array([row["step"] for row in rows]), np.array(values), best=best, **style)
 
 
 def _style(i: int) -> dict[str, Any]:
-    return {"colour": COLOURS[i % len(COLOURS)], "dashes": DASHES[i % len(DASHES)]}
+    n = len(COLOURS)
+    return {"colour": COLOURS[i % n], "dashes": DASHES[(i + i // n) % n]}
 
 
 def _loss(runs: Sequence[Folder], names: Sequence[str]) -> list[str]:
-    if len(runs) == 1:
-        train = _curve(runs[0], "train", "loss", "training", width=1.2)
-        validation = _curve(runs[0], "validation", "loss", "validation", **_style(1), has_dots=True)
-        drawn = page.chart("loss, nats", [train, validation])
-        return [drawn] if drawn else []
-    return _drawn(runs, names, "train", "loss", "training loss, nats")
+    if len(runs) > 1:
+        return _drawn(runs, names, "train", "loss", "training loss, nats")
+    train = _curve(runs[0], "train", "loss", "training", width=1.2)
+    validation = _curve(runs[0], "validation", "loss", "validation", **_style(1), has_dots=True)
+    drawn = page.chart("loss, nats", [train, validation], levels=_levels(runs, names, "loss"))
+    return [drawn] if drawn else []
 
 
 def _scores(runs: Sequence[Folder], names: Sequence[str]) -> list[str]:
     """Return pictures of the scores of the validation."""
     rows = [row for run in runs for row in run.rows if row["split"] == "validation"]
-    found = dict.fromkeys(name for row in rows for name in row if name not in ("step", "split"))
+    found = dict.fromkeys(name for row in rows for name in row if name not in history.KEYS)
     figures = []
     for name in found:
-        if name == "loss" and len(runs) > 1:
-            figures += _drawn(runs, names, "validation", "loss", "validation loss, nats", has_dots=True)
-        elif name != "loss":
-            title = f"validation {name.replace('_', ' ')}"
-            figures += _drawn(runs, names, "validation", name, title, is_log=name == "perplexity", has_dots=True)
+        if name != "loss" or len(runs) > 1:
+            title = "validation loss, nats" if name == "loss" else f"validation {name.replace('_', ' ')}"
+            figures += _drawn(runs, names, "validation", name, title, name == "perplexity")
     return figures
 
 
@@ -170,21 +196,25 @@ def _training(runs: Sequence[Folder], names: Sequence[str]) -> list[str]:
 
 
 def _drawn(
-    runs: Sequence[Folder],
-    names: Sequence[str],
-    split: str,
-    name: str,
-    title: str,
-    is_log: bool = False,
-    has_dots: bool = False,
+    runs: Sequence[Folder], names: Sequence[str], split: str, name: str, title: str, is_log: bool = False
 ) -> list[str]:
     """Return the picture of one figure of all runs; none if no run has it."""
+    is_score = split == "validation"
     curves = [
-        _curve(run, split, name, label, **_style(i), width=1.4, has_dots=has_dots)
+        _curve(run, split, name, label, **_style(i), width=1.4, has_dots=is_score)
         for i, (run, label) in enumerate(zip(runs, names, strict=True))
     ]
-    drawn = page.chart(title, curves, is_log=is_log)
+    drawn = page.chart(title, curves, is_log=is_log, levels=_levels(runs, names, name) if is_score else ())
     return [drawn] if drawn else []
+
+
+def _levels(runs: Sequence[Folder], names: Sequence[str], score: str) -> list[Curve]:
+    """Return lines for the recorded baselines of a validation score: one, if they are the same."""
+    found = {i: x for i, run in enumerate(runs) if (x := run.baselines("validation").get(score)) is not None}
+    styles = [(f"baseline of {names[i]}", x, _style(i)["colour"]) for i, x in found.items()]
+    if len(set(found.values())) == 1:
+        styles = [("baseline", x, page.BOUND) for x in set(found.values())]
+    return [Curve(label, np.zeros(1), np.array([x]), colour, "2 3", 1.2) for label, x, colour in styles]
 
 
 # What jaxlm.evaluate has kept
@@ -197,6 +227,10 @@ def _evaluations(runs: Sequence[Folder], names: Sequence[str]) -> list[str]:
         if not found:
             continue
         parts.append(f"<h2>Evaluation of the {split} part</h2>")
+        if len(runs) == 1:
+            (step,) = (result["step"] for result in found.values())
+            is_best = step == runs[0].best_score_step()
+            parts.append(f"<p>Of the checkpoint of step {step:,}{', the best' if is_best else ''}.</p>")
         lines = []
         for name, result in found.items():
             scores = dict(result["scores"])
@@ -276,23 +310,26 @@ def _classes(result: dict[str, Any], name: str) -> list[str]:
 
 
 def _samples(runs: Sequence[Folder], names: Sequence[str]) -> list[str]:
-    parts = []
+    parts: list[str] = []
     for run, name in zip(runs, names, strict=True):
         found = samples(run.path / "samples.txt")
         if not found:
             continue
         if len(runs) > 1:
             parts.append(f"<h3>{page.text(name)}</h3>")
-        steps = list(found)
+        steps, best = list(found), run.best_score_step()
         chosen = {steps[i] for i in np.linspace(0, len(steps) - 1, MOST_STEPS).round().astype(int)}
+        chosen |= {best} & set(steps)
+        if left_out := len(steps) - len(chosen):
+            told = f"{len(chosen)} of {len(steps)} evaluations are shown; the other {left_out} are in "
+            parts.append(f"<p>{told}<code>{page.text(str(run.path / 'samples.txt'))}</code>.</p>")
         for step in [step for step in steps if step in chosen]:
             is_last = step == steps[-1] and len(runs) == 1
-            parts.append(page.folded(f"step {step:,}", f"<pre>{page.text(found[step])}</pre>", is_open=is_last))
-    return (
-        ["<h2>Samples over time</h2>", "<p>What the model makes of the same validation samples.</p>", *parts]
-        if parts
-        else []
-    )
+            title = f"step {step:,}{', the best' if step == best else ''}"
+            parts.append(page.folded(title, f"<pre>{page.text(found[step])}</pre>", is_open=is_last))
+    if not parts:
+        return []
+    return ["<h2>Samples over time</h2>", "<p>What the model makes of the same validation samples.</p>", *parts]
 
 
 def samples(path: Path) -> dict[int, str]:

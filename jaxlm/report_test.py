@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from jaxlm import environment, folder, report
+from jaxlm import runs as runs_command
 from jaxlm.folder_test import write
 
 EVALUATION = {
@@ -71,7 +73,9 @@ def page_of(*runs: Path) -> tuple[str, Page]:
 
 def test_the_page_of_a_run(runs: Path) -> None:
     text, found = page_of(runs / "first")
-    assert ["accuracy", "0.5000", "0.2500"] in found.rows  # of the best step: validation and test
+    assert ["score of step 20, the best", "validation", "baseline", "test", "baseline"] in found.rows
+    assert ["accuracy", "0.5000", "-", "0.2500", "-"] in found.rows and "not recorded in this run" in found.text
+    assert "Of the checkpoint of step 20, the best." in found.text
     figures = [attrs["aria-label"] for tag, attrs in found.tags if tag == "svg" and attrs.get("role") == "img"]
     titles = [str(label).partition(":")[0] for label in figures]
     assert titles == ["loss, nats", "validation accuracy", "throughput, tokens/s", "calibration"]
@@ -79,7 +83,8 @@ def test_the_page_of_a_run(runs: Path) -> None:
     assert ["calibration error", "0.1250", "0.1000 to 0.2500", "", "lower"] in found.rows
     assert ["label 0", "3", "1"] in found.rows and ["a <b>cat</b>", "0", "1", "0.0312"] in found.rows
     steps = [i for i in range(1, 31) if f"<i>made</i> after {i}\n" in f"{found.text}\n"]
-    assert len(steps) == report.MOST_STEPS and {1, 30} <= set(steps)
+    assert len(steps) == report.MOST_STEPS + 1 and {1, 20, 30} <= set(steps) and "step 20, the best" in found.text
+    assert "9 of 30 evaluations are shown; the other 21 are in " in found.text
     assert ["after updates", "0", "20"] in found.rows and ["device", "2 x chip", "2 x chip"] in found.rows
     assert ["model.d_model", "12", ""] in found.rows and ["train.seed", "0", "default"] in found.rows
 
@@ -93,6 +98,100 @@ def test_the_page_of_several_runs(runs: Path) -> None:
     (figure,) = [part for part in text.split("<figure>") if part.startswith("<b>validation loss")]
     assert figure.count('stroke-linejoin="round"') == 2 and "</svg> first</span>" in figure
     assert "second: not recorded." in found.text
+
+
+def record(run: Path, accuracy: float, loss: float | None = 0.6875) -> Path:
+    scores = {"accuracy": accuracy, "loss": loss}
+    told = {"name": "a guess", "lower_is_better": ["loss"], "validation": scores, "test": scores}
+    (run / "baseline.json").write_text(json.dumps(told))
+    return run
+
+
+def levels(text: str) -> dict[str, int]:
+    """Return the number of baselines in each chart that has some."""
+    charts = {chart.partition("</b>")[0]: chart.count('class="level"') for chart in text.split("<figure><b>")[1:]}
+    return {title: n for title, n in charts.items() if n}
+
+
+def test_baselines_stand_beside_the_scores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, other = (record(write(tmp_path / name, "sst2"), 0.5625) for name in ("one", "other"))
+    text, found = page_of(one)
+    assert ["accuracy", "0.5000", "0.5625", "0.2500", "0.5625", "higher"] in found.rows
+    assert ["loss", "2.0000", "0.6875", "2.2500", "0.6875", "lower"] in found.rows
+    assert "validation accuracy, step 20; baseline 0.5625" in found.text and "Baseline: a guess." in found.text
+    assert levels(text) == {"loss, nats": 1, "validation accuracy": 1}
+    for accuracy, n in ((0.5625, 1), (0.75, 2)):  # the same line is drawn once
+        record(other, accuracy)
+        old = write(tmp_path / f"old{n}", "sst2")  # without recorded ones
+        text, found = page_of(one, other, old)
+        assert ["validation accuracy, baseline", "0.5625", f"{accuracy:.4f}", "-"] in found.rows
+        assert levels(text) == {"validation accuracy": n, "validation loss, nats": 1}
+    assert runs_command.main(["compare", str(one), str(old)]) == 0
+    assert "validation accuracy, baseline │ 0.5625" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[1]",
+        b"\xff",
+        b"[" * 100_000,
+        b'{"validation": 3, "test": {"accuracy": "x"}}',
+        b'{"validation": null}',
+    ],
+)
+def test_baselines_that_cannot_be_read_are_missing(content: bytes, tmp_path: Path) -> None:
+    run = write(tmp_path / "run", "sst2")
+    (run / "baseline.json").write_bytes(content)
+    assert ["accuracy", "0.5000", "-", "0.2500", "-"] in page_of(run)[1].rows
+
+
+def test_the_best_step_is_marked(tmp_path: Path) -> None:
+    for name, task, charts in (("one", "sst2", 2), ("other", "mlm", 1)):
+        text, _ = page_of(write(tmp_path / name, task))
+        assert text.count('class="best"') == text.count("</svg> best step</span>") == charts
+        assert text.count("(best step)") == charts
+    text, _ = page_of(tmp_path / "one", write(tmp_path / "third", "sst2"))
+    assert text.count('class="best"') == 4
+
+
+def test_curves_of_different_tasks_have_axes_of_their_own(tmp_path: Path) -> None:
+    tasks = {"a": "sst2", "b": "mlm", "c": "sst2", "d": "gpt"}
+    text, _ = page_of(*(write(tmp_path / name, task) for name, task in tasks.items()))
+    charts = text.split("<h2>Curves</h2>")[1].split("<h2>")[0]
+    assert re.findall("<h3>Task ([^<]*)</h3>", charts) == ["sst2", "mlm", "gpt"]
+    for chart in re.findall("<figure>.*?</figure>", charts, re.DOTALL):
+        labels = set(re.findall(r"</svg> ([abcd])</span>", chart))
+        assert labels in ({"a", "c"}, set())  # a chart of one run needs no legend
+    text, _ = page_of(tmp_path / "a", tmp_path / "c")
+    assert "<h3>Task" not in text
+
+
+def test_losses_of_other_tokens_are_said_to_be(tmp_path: Path) -> None:
+    one, other = write(tmp_path / "one", "gpt"), write(tmp_path / "other", "gpt", **{"data.path": "other.txt"})
+    assert "These runs differ in data.path: losses" in page_of(one, other)[1].text
+    assert "These runs differ" not in page_of(one, write(tmp_path / "third", "gpt"))[1].text
+
+
+def test_values_that_are_not_numbers_are_said(tmp_path: Path) -> None:
+    run = write(tmp_path / "run", "sst2")
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 30, "split": "train", "loss": null}\n')
+    assert "1 value is not finite, and left out." in page_of(run)[1].text
+
+
+def test_many_runs_can_be_told_apart(tmp_path: Path) -> None:
+    text, _ = page_of(*(write(tmp_path / f"run{i}", "sst2") for i in range(12)))
+    (chart,) = re.findall("<b>training loss, nats.*?</figure>", text, re.DOTALL)
+    styles = re.findall('stroke="([^"]*)" stroke-width="2" stroke-dasharray="([^"]*)"/></svg> run', chart)
+    assert len(styles) == len(set(styles)) == 12
+
+
+def test_a_long_name_breaks_in_a_table(tmp_path: Path) -> None:
+    text, _ = page_of(write(tmp_path / ("long" * 10), "sst2"), write(tmp_path / "short", "sst2"))
+    assert f'<th scope="col" class="long">{"long" * 10}</th><th scope="col">short</th>' in text
 
 
 def test_the_page_needs_nothing_else(runs: Path) -> None:

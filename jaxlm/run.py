@@ -66,6 +66,12 @@ class Run:
         is_same = self.start.kind == "resume"
         return teachers.load(self.start.teacher, self.start.info.get("teacher", "") if is_same else "")
 
+    @functools.cached_property
+    def baselines(self) -> dict[str, metrics.Scores]:
+        """The scores of the best guess that looks at no input, of each split that is scored."""
+        splits = ("validation", *(["test"] if has_test(self) else []))
+        return {split: self.task.baseline(self.data.samples[split]) for split in splits}
+
     def close(self) -> None:
         """Close the loggers, and let go of the run folder."""
         self.log.close()
@@ -133,7 +139,9 @@ def started(
         _announce(config, origins, start, rewarmed, data, run_dir, device, unused, run_log)
         run_log.append(environment.FILE, json.dumps(environment.describe(start.position().step, device)) + "\n")
         task = task_class(config)
-        yield Run(config, task, data, run_dir, run_log, started_s, program, start, rewarmed, held, validation)
+        this = Run(config, task, data, run_dir, run_log, started_s, program, start, rewarmed, held, validation)
+        _write(run_dir / history.BASELINE, _recorded(this))
+        yield this
     except BaseException:
         clean()
         held.close()
@@ -259,6 +267,16 @@ def _write(path: Path, text: str) -> None:
         raise UserError(
             f"{path}: cannot be written ({error.strerror}); free some space, or give another folder with --run.dir"
         ) from error
+
+
+def _recorded(run: Run) -> str:
+    """Return the JSON of baseline.json."""
+    scores = {
+        split: {name: x if math.isfinite(x) else None for name, x in baseline.items()}
+        for split, baseline in run.baselines.items()
+    }
+    told = {"name": run.task.baseline_name, "lower_is_better": run.task.lower_is_better, **scores}
+    return json.dumps(told, indent=2) + "\n"
 
 
 class Meter:
@@ -613,7 +631,7 @@ def _tell_result(run: Run, best: int, test_totals: Any) -> None:
         run.log.row(best, "test", scores["test"])
         if warning := run.task.warning(test_totals):
             run.log.warn(f"test: {warning}")
-    baselines = {split: run.task.baseline(run.data.samples[split]) for split in scores}
+    baselines = run.baselines
     title = f"scores of step {best}, the best by validation loss; baseline: {run.task.baseline_name}"
     table = Table("", *(column for split in scores for column in (split, "baseline")), title=title, title_style="")
     for name in baselines["validation"]:

@@ -13,8 +13,8 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any
 
-# C0 but for tab and newline, DEL, C1, the overrides of text direction, and surrogates, which cannot be encoded.
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# C0 but for tab and newline, DEL, C1, marks and overrides of text direction, and surrogates, which cannot be encoded.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 _WHOLE: Any = {"break_long_words": False, "break_on_hyphens": False, "replace_whitespace": False, "expand_tabs": False}
 

@@ -18,9 +18,9 @@ import pytest
 from jaxlm import evaluate, log, page, plot_schedule, predict, report, runs, terminal, used_runs
 from jaxlm.errors import UserError, reported
 
-HOSTILE = "\x1b]0;owned\x07\x1b[2J \x9b31m \x85 \x7f \r over \b\0 \u202eevil\u202c \u2066x\u2069 \udc80"
+HOSTILE = "\x1b]0;owned\x07\x1b[2J \x9b31m \x85 \x7f \r over \b\0 \u202eevil\u202c \u200fx\u061c \u2066x\u2069 \udc80"
 MASKED = "the cat \x1b[2J \x7f \x9b é 日"
-OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 FOREIGN = "café 日本 Привет 🎉 ï"
 ENCODINGS = ["ascii", "latin-1", "cp1252", "utf-8"]
 

@@ -83,6 +83,7 @@ def test_a_run_leaves_its_folder(task: str, runs: Any) -> None:
     names = {path.name for path in folder.iterdir()}
     assert names - {"tensorboard"} == {
         ".lock",
+        "baseline.json",
         "config.toml",
         "tokenizer.json",
         "metrics.jsonl",
@@ -163,6 +164,9 @@ def test_summary_shows_scores_beside_the_baseline(task: str, runs: Any) -> None:
     test = rows(run_dir(runs, task), "test")[0]
     cells = [cell.strip() for cell in re.search(r"loss \(lower is better\)(.*)", summary)[1].split("│") if cell.strip()]
     assert cells[0] == f"{best['loss']:.4f}" and cells[2] == f"{test['loss']:.4f}"
+    recorded = json.loads((run_dir(runs, task) / "baseline.json").read_text())
+    for split, shown in (("validation", cells[1]), ("test", cells[3])):
+        assert recorded[split].keys() == best.keys() - {"step", "split"} and f"{recorded[split]['loss']:.4f}" == shown
     # Six updates of a tiny model teach nothing, and the summary says so.
     assert float(cells[1]) < float(cells[0])
     assert "no better than the baseline" in summary

@@ -72,9 +72,19 @@ def test_each_task_trains_and_leaves_a_run_folder(
     best = min(rows_of(run_dir, "validation"), key=lambda row: row["loss"])
     assert test["step"] == best["step"]
     assert {path.name for path in run_dir.iterdir()} == {
-        *(".lock", "checkpoints", "config.toml", "environment.jsonl", "log.txt", "metrics.jsonl", "samples.txt"),
+        *(
+            ".lock",
+            "baseline.json",
+            "checkpoints",
+            "config.toml",
+            "environment.jsonl",
+            "log.txt",
+            "metrics.jsonl",
+            "samples.txt",
+        ),
         "tokenizer.json",
     }
+    assert json.loads((run_dir / "baseline.json").read_text())["test"].keys() == test.keys() - {"step", "split"}
     last = checkpoint.read(run_dir / "checkpoints" / "60.pt")
     assert (last["iter"], last["sample_iter"], last["task_type"]) == (60, 240, task)
     assert last["config"]["torchlm"]["settings"]["model.d_model"] == 12
