@@ -94,7 +94,10 @@ def check(folder: Path, parts: Iterable[str] | None = None) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file. Raises ValueError or OSError if there is none."""
-    value = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError(f"{path}: nested too deeply") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path}: no JSON object")
     return value

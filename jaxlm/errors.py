@@ -1,4 +1,4 @@
-"""Errors that the user can mend: one line on stderr, exit status 2, no traceback. And signals that end a run."""
+"""Errors that the user can mend: one line on stderr, exit status 2, no traceback. Notes, and signals that end a run."""
 
 import contextlib
 import difflib
@@ -19,6 +19,9 @@ CLEANUPS: list[Callable[[], None]] = []  # what removes that which an interrupt 
 ENDINGS = (signal.SIGINT, signal.SIGTERM)  # the exit status of a run that they end is 128 and their number
 
 
+SLOW_S = 5.0  # a step that takes longer says what it does
+
+
 class UserError(Exception):
     """Bad input. The message is one line: the setting or file, the value, the rule broken and the mend."""
 
@@ -32,6 +35,28 @@ def nearest(name: str, choices: Iterable[str]) -> str:
         last[part] for part in difflib.get_close_matches(name.rpartition(".")[2], last, n=1)
     ]
     return f"; did you mean {match[0]}?" if match else ""
+
+
+def note(text: str) -> None:
+    """Print what the user should know on stderr."""
+    print(f"note: {text}", file=sys.stderr, flush=True)
+
+
+def warn(text: str) -> None:
+    """Print on stderr what went wrong and did not stop the program."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def slow(step: str) -> Iterator[None]:
+    """Print on stderr what the `with` block does, once, if it takes more than SLOW_S."""
+    timer = threading.Timer(SLOW_S, lambda: print(f"{step} ...", file=sys.stderr, flush=True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @contextlib.contextmanager

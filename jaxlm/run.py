@@ -22,7 +22,7 @@ from typing import Any, TextIO
 import numpy as np
 from rich.table import Table
 
-from jaxlm import checksums, environment, history, log, metrics, storage
+from jaxlm import checksums, environment, history, log, metrics, storage, temporary
 from jaxlm import config as configs
 from jaxlm import teacher as teachers
 from jaxlm.config import Config
@@ -104,8 +104,7 @@ def started(
             empty_run_dir(run_dir)
         elif made or not start.run_dir:
             remove_run_dir(run_dir, made)
-        for path in cache.user_cache_dir(config.data.cache_dir).glob(f"*/*.{os.getpid()}.tmp"):
-            storage.remove(path)
+        temporary.remove(cache.user_cache_dir(config.data.cache_dir), temporary.is_own)
         run_log.console.show_cursor()  # which a progress bar hides
 
     if config.task not in tasks:

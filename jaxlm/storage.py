@@ -81,7 +81,7 @@ def remove(path: Path) -> None:
     """Remove a file or folder, if it is there."""
     if is_remote(path):
         path.rmtree(missing_ok=True)  # type: ignore[attr-defined]
-    elif path.is_dir():
+    elif path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)

@@ -5,28 +5,34 @@ A corpus larger than memory works: building streams, and training touches only t
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
-import platform
+import random
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import xxhash
 from tokenizers import Tokenizer
 from tokenizers import __version__ as library_version
 
+from jaxlm import checksums, storage
+from jaxlm import temporary as temporaries
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data.sources import SPLITS, Article, Source
-from jaxlm.errors import UserError
+from jaxlm.errors import UserError, note, slow, warn
 
 FORMAT = 1  # raised when the files below change, so that older caches are not read
-ABANDONED_S = 24 * 3600  # after this time, an unfinished cache is one that nobody writes any more
 FILES: dict[str, Any] = {"offsets": np.int64, "labels": np.int32, "n_bytes": np.int64}
+META, CHECKED = "meta.json", "checked.json"
+BLOCK = 2**24  # bytes that have one checksum
+CHECKED_BYTES = 2**30  # of a file that has not changed since it was checked in full: so much of it at each start
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,15 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def token_counts(self) -> np.ndarray:
+        """Return how often each id is in the tokens, int64; a block at a time, since bincount copies to int64."""
+        counts = np.zeros(0, np.int64)
+        for start in range(0, len(self.tokens), BLOCK):
+            block = np.bincount(self.tokens[start : start + BLOCK], minlength=len(counts))
+            block[: len(counts)] += counts
+            counts = block
+        return counts
+
 
 def user_cache_dir(configured: str) -> Path:
     """Return the folder for caches: `configured`, or jaxlm in the user's cache folder."""
@@ -54,43 +69,165 @@ def open_cache(
 ) -> dict[str, Split]:
     """Return the splits of `source` in tokens, from the cache or tokenized now.
 
-    `on_progress` is told the bytes of text done so far. Raises UserError if the cache cannot be written; then, as
-    after an interrupt, nothing of it stays.
+    The files are compared with their checksums. If one is wrong, a warning says so and the cache is built again. What
+    killed builds have left is removed. `on_progress` gets the bytes of text tokenized so far. Raises UserError if the
+    cache cannot be written; then, as after an interrupt, nothing of it stays.
     """
     key = f"{FORMAT} {source.fingerprint} {tokenizers.fingerprint(tokenizer)} {library_version}"
     folder = cache_dir / "tokens" / hashlib.sha256(key.encode()).hexdigest()[:32]
-    if not folder.exists():
-        _build(source, tokenizer, folder, on_progress)
-    meta = json.loads((folder / "meta.json").read_text())
-    return {split: _open_split(folder, split, np.dtype(meta["dtype"])) for split in SPLITS}
+    temporaries.remove(cache_dir, temporaries.is_abandoned)
+    n_ids = tokenizers.n_ids(tokenizer)
+    if os.path.lexists(folder):
+        try:
+            return _opened(folder, n_ids)
+        except (OSError, ValueError) as error:
+            warn(f"{folder}: the token cache is damaged ({_reason(error)}); it is built again")
+    _build(source, tokenizer, folder, on_progress)
+    try:
+        return _opened(folder, n_ids)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{folder}: the token cache is not as it was just written ({_reason(error)}); "
+            "check the disk, or choose another folder with --data.cache-dir"
+        ) from error
 
 
-def _open_split(folder: Path, split: str, dtype: np.dtype) -> Split:
-    def mapped(name: str, dtype: Any) -> np.ndarray:
-        path = folder / f"{split}.{name}"
-        return np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)
+def _reason(error: Exception) -> str:
+    if not isinstance(error, OSError):
+        return str(error)
+    name = Path(str(error.filename)).name if error.filename else ""
+    return ": ".join(filter(None, (name, error.strerror or str(error))))
 
-    return Split(mapped("tokens", dtype), **{name: mapped(name, kind) for name, kind in FILES.items()})
+
+# Reading
+
+
+def _opened(folder: Path, n_ids: int) -> dict[str, Split]:
+    """Return the splits in a folder. Raises OSError or ValueError if they are not as they were written."""
+    meta = _read_meta(folder, n_ids)
+    dtypes = _dtypes(n_ids)
+    with contextlib.ExitStack() as stack:
+        # Opened once: another process may replace the folder between the check and the use.
+        files = {name: stack.enter_context(open(folder / name, "rb")) for name in dtypes}
+        with slow("checking the token cache"):
+            if "files" in meta:
+                _check_sums(folder, files, meta["files"])
+        arrays = {name: _mapped(file, dtypes[name]) for name, file in files.items()}
+    splits = {
+        split: Split(arrays[f"{split}.tokens"], **{name: arrays[f"{split}.{name}"] for name in FILES})
+        for split in SPLITS
+    }
+    if "files" not in meta:
+        with slow("checking the token cache"):
+            for name, split in splits.items():
+                _check_structure(name, split, n_ids)
+            try:
+                _write_meta(folder, meta, n_ids)
+                action = "they are added"
+            except OSError as error:  # it can still be read
+                action = f"they cannot be added ({error.strerror})"
+            note(
+                f"{folder}: this token cache of an older version has no checksums; its structure is right, and {action}"
+            )
+    return splits
+
+
+def _dtypes(n_ids: int) -> dict[str, np.dtype]:
+    """Return the type of each file."""
+    token = np.dtype(np.uint16 if n_ids <= 2**16 else np.uint32)
+    return {f"{split}.{name}": np.dtype(kind) for split in SPLITS for name, kind in {"tokens": token, **FILES}.items()}
+
+
+def _mapped(file: BinaryIO, dtype: np.dtype) -> np.ndarray:
+    size = os.fstat(file.fileno()).st_size
+    if size % dtype.itemsize:
+        raise ValueError(f"{Path(file.name).name} has {size} bytes, not a multiple of {dtype.itemsize}")
+    return np.memmap(file, dtype, "r") if size else np.zeros(0, dtype)
+
+
+def _read_meta(folder: Path, n_ids: int) -> dict[str, Any]:
+    """Return meta.json. Raises OSError or ValueError if it is not as it was written."""
+    try:
+        meta = checksums.read_json(folder / META)
+    except ValueError as error:
+        raise ValueError(f"{META} is not JSON") from error
+    if "files" in meta and meta.pop("sum", None) != _sum_of(meta):
+        raise ValueError(f"{META} is not as it was written")
+    if meta.get("dtype") != _dtypes(n_ids)["train.tokens"].name:
+        raise ValueError(f"{META} has the dtype {meta.get('dtype')!r}")
+    return meta
+
+
+def _sum_of(meta: dict[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(meta, sort_keys=True).encode())
+
+
+def _check_sums(folder: Path, files: Mapping[str, BufferedReader], expected: Mapping[str, Any]) -> None:
+    """Raise ValueError unless the files have their sizes and checksums.
+
+    All blocks are compared, except where a file has neither moved nor changed since that was done and is larger than
+    CHECKED_BYTES: then as many blocks as that, chosen anew at each start.
+    """
+    try:
+        checked = checksums.read_json(folder / CHECKED)
+    except (OSError, ValueError):
+        checked = {}
+    buffer = memoryview(bytearray(BLOCK))
+    for name, file in files.items():
+        size, sums = expected[name]
+        if os.fstat(file.fileno()).st_size != size:
+            raise ValueError(f"{name} has {os.fstat(file.fileno()).st_size} bytes, not {size}")
+        blocks = range(len(sums))
+        if checked.get(name) == _state(file):
+            blocks = sorted(random.sample(blocks, min(len(sums), CHECKED_BYTES // BLOCK)))
+        for i in blocks:
+            file.seek(i * BLOCK)
+            if xxhash.xxh3_64_hexdigest(buffer[: file.readinto(buffer)]) != sums[i]:
+                raise ValueError(f"{name} is not as it was written")
+    if checked != (states := {name: _state(file) for name, file in files.items()}):
+        with contextlib.suppress(OSError):  # read-only: it is checked in full each time
+            (folder / CHECKED).write_text(json.dumps(states))
+
+
+def _state(file: BinaryIO) -> list[int]:
+    """Return numbers that change when a file is written to, copied or moved to another disk."""
+    status = os.fstat(file.fileno())
+    return [status.st_ino, status.st_ctime_ns]  # unlike that of the last write, this time cannot be set
+
+
+def _check_structure(name: str, split: Split, n_ids: int) -> None:
+    """Raise ValueError if the arrays of a split do not fit each other and the vocabulary."""
+    offsets, n = split.offsets, len(split.labels)
+    if len(offsets) != n + 1 or len(split.n_bytes) != n:
+        raise ValueError(f"{name}: {len(offsets)} offsets, {n} labels and {len(split.n_bytes)} lengths do not fit")
+    if offsets[0] != 0 or offsets[-1] != len(split.tokens) or np.any(offsets[1:] < offsets[:-1]):
+        raise ValueError(f"{name}.offsets do not divide its {len(split.tokens)} tokens into articles")
+    if np.any(split.labels < -1) or np.any(split.n_bytes < 0):
+        raise ValueError(f"{name} has a label or a length below its least")
+    for start in range(0, len(split.tokens), BLOCK):  # a block at a time: comparing makes an array
+        if np.any(split.tokens[start : start + BLOCK] >= n_ids):
+            raise ValueError(f"{name}.tokens has an id above the vocabulary of {n_ids}")
+
+
+# Writing
 
 
 def _build(source: Source, tokenizer: Tokenizer, folder: Path, on_progress: Callable[[int], None]) -> None:
-    dtype = np.dtype(np.uint16 if tokenizers.n_ids(tokenizer) <= 2**16 else np.uint32)
-    temporary = folder.with_name(f"{folder.name}.{platform.node()}.{os.getpid()}.tmp")
+    temporary = temporaries.name_for(folder)
+    n_ids = tokenizers.n_ids(tokenizer)
     try:
-        for left in folder.parent.glob(f"{folder.name}.*.tmp"):  # by a process that was killed
-            if left == temporary or time.time() - left.stat().st_mtime > ABANDONED_S:
-                shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed and had the same number
         temporary.mkdir(parents=True)
-        with contextlib.ExitStack() as stack:
-            # Plain writes: a full disk under a memory map would kill the process instead of raising.
-            files = {
-                (split, name): stack.enter_context(open(temporary / f"{split}.{name}", "wb"))
-                for split in SPLITS
-                for name in ("tokens", *FILES)
-            }
-            _write(source.articles(), tokenizer, dtype, files, on_progress)
-        (temporary / "meta.json").write_text(json.dumps({"dtype": dtype.name, "source": source.description}))
-        _rename(temporary, folder)
+        with temporaries.claimed(temporary):
+            with contextlib.ExitStack() as stack:
+                # Plain writes: a full disk under a memory map would kill the process instead of raising.
+                files = {name: stack.enter_context(open(temporary / name, "wb")) for name in _dtypes(n_ids)}
+                _write(source.articles(), tokenizer, files, _dtypes(n_ids), on_progress)
+            for name in files:
+                temporaries.fsync(temporary / name)
+            token = _dtypes(n_ids)["train.tokens"].name
+            _write_meta(temporary, {"dtype": token, "source": source.description}, n_ids)
+        _move(temporary, folder, n_ids)
     except OSError as error:
         raise UserError(
             f"{temporary}: the token cache cannot be written ({error.strerror}); "
@@ -100,34 +237,59 @@ def _build(source: Source, tokenizer: Tokenizer, folder: Path, on_progress: Call
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _rename(temporary: Path, folder: Path) -> None:
+def _write_meta(folder: Path, meta: dict[str, Any], n_ids: int) -> None:
+    """Write meta.json with the sizes and checksums of the files beside it."""
+    sums: dict[str, tuple[int, list[str]]] = {}
+    states = {}
+    for name in _dtypes(n_ids):
+        with open(folder / name, "rb") as file:
+            blocks = [xxhash.xxh3_64_hexdigest(block) for block in iter(functools.partial(file.read, BLOCK), b"")]
+            sums[name], states[name] = (file.tell(), blocks), _state(file)
+    meta = json.loads(json.dumps(meta | {"files": sums}))
+    temporaries.replace_text(folder / META, json.dumps(meta | {"sum": _sum_of(meta)}))
+    (folder / CHECKED).write_text(json.dumps(states))
+
+
+def _move(temporary: Path, folder: Path, n_ids: int) -> None:
+    """Give a built cache its name. A damaged one in its place goes; a good one, which another process built, stays."""
     try:
         temporary.rename(folder)
     except OSError as error:
-        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # another process has made the same cache meanwhile
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
             raise
+        try:
+            _opened(folder, n_ids)
+            return
+        except (OSError, ValueError):
+            # Not emptied in place: other processes keep what they have mapped.
+            aside = temporaries.name_for(folder.with_name(f"{folder.name}.damaged"))
+            with contextlib.suppress(FileNotFoundError):  # another process has just done the same
+                folder.rename(aside)
+                storage.remove(aside)
+            _move(temporary, folder, n_ids)
+    temporaries.fsync(folder.parent)
 
 
 def _write(
     articles: Iterator[Article],
     tokenizer: Tokenizer,
-    dtype: np.dtype,
-    files: Mapping[tuple[str, str], BinaryIO],
+    files: Mapping[str, BinaryIO],
+    dtypes: Mapping[str, np.dtype],
     on_progress: Callable[[int], None],
 ) -> None:
     """Tokenize the articles, many at a time on all cores, and append them to the files of their splits."""
     ends = dict.fromkeys(SPLITS, 0)
     n_bytes_done = 0
     for split in SPLITS:
-        files[split, "offsets"].write(np.int64(0).tobytes())
+        files[f"{split}.offsets"].write(np.int64(0).tobytes())
     for chunk in tokenizers.chunks(articles, lambda article: len(article.text)):
         encodings = tokenizer.encode_batch_fast([article.text for article in chunk], add_special_tokens=False)
         for article, encoding in zip(chunk, encodings, strict=True):
-            ids = np.asarray(encoding.ids, dtype)
             n_bytes = len(article.text.encode())
-            ends[article.split] += len(ids)
+            ends[article.split] += len(encoding.ids)
             n_bytes_done += n_bytes
-            files[article.split, "tokens"].write(ids.tobytes())
-            for name, value in (("offsets", ends[article.split]), ("labels", article.label), ("n_bytes", n_bytes)):
-                files[article.split, name].write(np.asarray(value, FILES[name]).tobytes())
+            values = {"tokens": encoding.ids, "offsets": ends[article.split], "labels": article.label}
+            for name, value in (values | {"n_bytes": n_bytes}).items():
+                path = f"{article.split}.{name}"
+                files[path].write(np.asarray(value, dtypes[path]).tobytes())
         on_progress(n_bytes_done)

@@ -2,19 +2,22 @@
 
 import contextlib
 import dataclasses
+import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from jaxlm import temporary
 from jaxlm.config import DataConfig, TokenizerConfig
 from jaxlm.data import cache, sources
 from jaxlm.data import tokenizer as tokenizers
@@ -115,6 +118,15 @@ def test_tokens_are_of_the_narrowest_type_on_disk_and_not_in_memory(tmp_path, n,
     assert isinstance(tokens, np.memmap) and tokens.dtype == dtype and tokens.tolist() == [n - 1, 0]
     assert Path(str(tokens.filename)).stat().st_size == 2 * np.dtype(dtype).itemsize
     assert not tokens.flags.writeable
+
+
+def test_tokens_are_counted_a_block_at_a_time(tmp_path, monkeypatch):
+    articles = [Article("train", f"w{i % 9} w{i % 40}", -1) for i in range(100)]
+    train = open_cache(memory_source(articles), word_tokenizer(50), tmp_path)["train"]
+    expected = np.bincount(train.tokens).tolist()
+    for block in (1, 7, 64, 1000):
+        monkeypatch.setattr(cache, "BLOCK", block)
+        assert train.token_counts().tolist() == expected
 
 
 def test_a_vocabulary_with_gaps_counts_by_its_largest_id(tmp_path):
@@ -219,6 +231,7 @@ def test_full_disk_is_one_line_and_leaves_nothing(tmp_path, tokenizer):
 BUILD = """
 import signal
 import sys
+import time
 from pathlib import Path
 from jaxlm.config import TokenizerConfig
 from jaxlm.data import cache, tokenizer
@@ -267,13 +280,8 @@ def test_a_killed_build_is_never_read_and_is_cleared_away_later(tmp_path):
     source = memory_source([Article("train", "some words", -1)])  # of the same fingerprint
     splits = open_cache(source, words, tmp_path)
     assert len(splits["train"]) == 1
-    assert left.exists()  # it may be of a process that still writes
-    key = next(path for path in (tmp_path / "tokens").iterdir() if path != left)
+    (key,) = (tmp_path / "tokens").iterdir()
     assert left.name.startswith(key.name)
-    shutil.rmtree(key)
-    os.utime(left, (time.time() - 2 * cache.ABANDONED_S,) * 2)
-    open_cache(source, words, tmp_path)
-    assert [path.name for path in (tmp_path / "tokens").iterdir()] == [key.name]
 
 
 def test_left_folder_of_the_same_process_number_is_no_obstacle(tmp_path, tokenizer):
@@ -281,11 +289,42 @@ def test_left_folder_of_the_same_process_number_is_no_obstacle(tmp_path, tokeniz
     open_cache(source, tokenizer, tmp_path)
     (key,) = (tmp_path / "tokens").iterdir()
     shutil.rmtree(key)
-    left = key.with_name(f"{key.name}.{cache.platform.node()}.{os.getpid()}.tmp")
+    left = key.with_name(f"{key.name}.{platform.node()}.{os.getpid()}.tmp")
     left.mkdir()
     (left / "train.tokens").write_bytes(b"half")
     assert len(open_cache(source, tokenizer, tmp_path)["train"]) == 1
     assert list((tmp_path / "tokens").iterdir()) == [key]
+
+
+@pytest.mark.parametrize("owner", ["dead", "alive", "other host", "other host, long ago"])
+def test_what_a_killed_build_left_is_removed_unless_its_process_may_still_write(tmp_path, tokenizer, owner):
+    finished = subprocess.Popen([sys.executable, "-c", ""])
+    finished.wait()
+    number = os.getppid() if owner == "alive" else finished.pid
+    host = "elsewhere" if owner.startswith("other") else platform.node()
+    folder = tmp_path / "tokens" / f"abc.{host}.{number}.tmp"
+    file = tmp_path / "tokenizers" / f"abc.json.{host}.{number}.tmp"
+    folder.mkdir(parents=True)
+    file.parent.mkdir()
+    for path in (folder / "train.tokens", file):
+        path.write_bytes(b"half")
+    for path in (folder / "train.tokens", folder, file):
+        if "ago" in owner:
+            os.utime(path, (time.time() - 2 * temporary.IDLE_S,) * 2)
+    open_cache(memory_source([Article("train", "x", -1)]), tokenizer, tmp_path)  # another cache
+    assert folder.exists() == file.exists() == (owner in ("alive", "other host"))
+
+
+def test_a_build_that_goes_on_is_not_removed_though_its_number_says_nothing(tmp_path, tokenizer):
+    with building(tmp_path) as process:
+        (left,) = (tmp_path / "tokens").iterdir()
+        other = left.rename(left.with_name(left.name.replace(f".{process.pid}.", ".999999999.")))  # another container's
+        open_cache(memory_source([Article("train", "x", -1)]), tokenizer, tmp_path)
+        assert other.exists()
+        process.kill()
+        process.wait()
+        open_cache(memory_source([Article("train", "x", -1)]), tokenizer, tmp_path)
+        assert not other.exists()
 
 
 def test_two_builders_at_once_agree(tmp_path, tokenizer):
@@ -301,3 +340,173 @@ def test_two_builders_at_once_agree(tmp_path, tokenizer):
     splits = open_cache(dataclasses.replace(source, articles=articles), tokenizer, tmp_path / "mine")
     assert len(splits["train"]) == len(LINES)
     assert len(list((tmp_path / "mine" / "tokens").iterdir())) == 1
+
+
+# Damage
+
+
+def patch(path: Path, content: bytes, at: int = 0) -> None:
+    """Write into a file, and leave its time as it is."""
+    before = path.stat()
+    with path.open("r+b") as file:
+        file.seek(at)
+        file.write(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def flip(path: Path, at: int = 0) -> None:
+    patch(path, bytes([path.read_bytes()[at] ^ 1]), at)
+
+
+def write(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+
+
+def cut(path: Path, n: int) -> None:
+    os.truncate(path, path.stat().st_size - n)
+
+
+def in_its_place(path: Path, make: Callable[[Path], None]) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+    make(path)
+
+
+def without_sums(folder: Path) -> None:
+    """Make a cache one of version 1.0, which had no checksums."""
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps({name: meta[name] for name in ("dtype", "source")}))
+    (folder / cache.CHECKED).unlink()
+
+
+def built(tmp_path: Path, tokenizer: Tokenizer) -> tuple[Counted, dict[str, Split], Path]:
+    articles = [Article(SPLITS[i % 3], line, i % 2) for i, line in enumerate(LINES)]
+    counted = Counted(memory_source(articles))
+    splits = open_cache(counted.source, tokenizer, tmp_path)
+    (folder,) = (tmp_path / "tokens").iterdir()
+    return counted, splits, folder
+
+
+NAMES = [f"{split}.{name}" for split in SPLITS for name in ("tokens", *cache.FILES)]
+DAMAGES: dict[str, Callable[[Path], None]] = {
+    **{f"bit of {name}": lambda folder, name=name: flip(folder / name) for name in [*NAMES, "meta.json"]},
+    "last bit": lambda folder: flip(folder / "train.tokens", -1 + (folder / "train.tokens").stat().st_size),
+    "short": lambda folder: os.truncate(folder / "train.tokens", 100),
+    "a byte less": lambda folder: cut(folder / "train.tokens", 1),
+    "longer": lambda folder: patch(folder / "test.labels", b"1234", (folder / "test.labels").stat().st_size),
+    "empty": lambda folder: os.truncate(folder / "test.offsets", 0),
+    "empty meta.json": lambda folder: os.truncate(folder / "meta.json", 0),
+    "other JSON": lambda folder: write(folder / "meta.json", b"[]"),
+    "deep JSON": lambda folder: write(folder / "meta.json", b"[" * 100_000),
+    "binary": lambda folder: write(folder / "meta.json", b"\xff\0"),
+    "other type": lambda folder: write(folder / "meta.json", b'{"dtype": "float64"}'),
+    "no type": lambda folder: write(folder / "meta.json", b'{"dtype": {}}'),
+    "missing": lambda folder: (folder / "validation.n_bytes").unlink(),
+    "missing meta.json": lambda folder: (folder / "meta.json").unlink(),
+    "folder": lambda folder: in_its_place(folder / "train.offsets", Path.mkdir),
+    "nothing in it": lambda folder: in_its_place(folder, Path.mkdir),
+    "a file": lambda folder: in_its_place(folder, Path.touch),
+    "a link to nothing": lambda folder: in_its_place(folder, lambda path: path.symlink_to("nowhere")),
+}
+OLD_DAMAGES: dict[str, Callable[[Path], None]] = {
+    "offsets": lambda folder: flip(folder / "train.offsets", 11),
+    "first offset": lambda folder: flip(folder / "train.offsets", 0),
+    "order of offsets": lambda folder: patch(folder / "train.offsets", np.int64([9, 1]).tobytes(), 8),
+    "end": lambda folder: cut(folder / "test.tokens", 100),
+    "a byte less": lambda folder: cut(folder / "train.tokens", 1),
+    "articles": lambda folder: cut(folder / "test.labels", 4),
+    "bytes": lambda folder: cut(folder / "test.n_bytes", 8),
+    "ids": lambda folder: patch(folder / "train.tokens", np.uint16([60_000]).tobytes(), 100),
+    "labels": lambda folder: patch(folder / "train.labels", np.int32([-2]).tobytes(), 100),
+    "type": lambda folder: write(folder / "meta.json", b'{"dtype": "uint32"}'),
+    "empty": lambda folder: os.truncate(folder / "meta.json", 0),
+}
+
+
+@pytest.mark.parametrize("name", [*DAMAGES, *(f"old: {name}" for name in OLD_DAMAGES)])
+def test_a_damaged_cache_is_built_again_and_said_so(tmp_path, tokenizer, capsys, name):
+    counted, before, folder = built(tmp_path, tokenizer)
+    expected = {split: rows(before[split]) for split in SPLITS}
+    if name.startswith("old: "):
+        without_sums(folder)
+        OLD_DAMAGES[name.removeprefix("old: ")](folder)
+    else:
+        DAMAGES[name](folder)
+    counted.n_passes = 0
+    after = open_cache(counted.source, tokenizer, tmp_path)
+    assert counted.n_passes == 1 and {split: rows(after[split]) for split in SPLITS} == expected
+    line = capsys.readouterr().err
+    assert line.startswith(f"warning: {folder}: the token cache is damaged (") and line.count("\n") == 1
+    open_cache(counted.source, tokenizer, tmp_path)
+    assert counted.n_passes == 1 and not capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "tokens").iterdir()] == [folder.name]
+
+
+def test_who_has_a_cache_open_keeps_it_while_another_process_builds_it_again(tmp_path, tokenizer):
+    counted, before, folder = built(tmp_path, tokenizer)
+    expected = rows(before["train"])
+    os.truncate(folder / "meta.json", 0)
+    open_cache(counted.source, tokenizer, tmp_path)
+    assert rows(before["train"]) == expected
+
+
+def test_a_cache_of_an_older_version_gets_checksums_once(tmp_path, tokenizer, capsys):
+    counted, before, folder = built(tmp_path, tokenizer)
+    without_sums(folder)
+    counted.n_passes = 0
+    after = open_cache(counted.source, tokenizer, tmp_path)
+    assert "has no checksums; its structure is right, and they are added" in capsys.readouterr().err
+    open_cache(counted.source, tokenizer, tmp_path)
+    assert not capsys.readouterr().err and counted.n_passes == 0
+    assert {split: rows(after[split]) for split in SPLITS} == {split: rows(before[split]) for split in SPLITS}
+    flip(folder / "train.tokens", 20)
+    open_cache(counted.source, tokenizer, tmp_path)
+    assert counted.n_passes == 1
+
+
+def test_of_a_large_file_a_share_is_checked_at_each_start_and_all_once_it_has_moved(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(cache, "BLOCK", 64)
+    counted, _, folder = built(tmp_path, tokenizer)
+    read: list[int] = []
+    real = cache.xxhash.xxh3_64_hexdigest
+    monkeypatch.setattr(cache.xxhash, "xxh3_64_hexdigest", lambda block: (read.append(len(block)), real(block))[1])
+    size = sum(path.stat().st_size for path in folder.iterdir() if path.suffix != ".json")
+    monkeypatch.setattr(cache, "CHECKED_BYTES", 128)
+    open_cache(counted.source, tokenizer, tmp_path)
+    assert 0 < sum(read) <= 12 * 128 < size / 4
+    moved = folder.rename(tmp_path / "moved")
+    shutil.copytree(moved, folder)  # as a copy to another disk
+    for n_bytes in (size, 12 * 128):
+        read.clear()
+        open_cache(counted.source, tokenizer, tmp_path)
+        assert sum(read) == size if n_bytes == size else 0 < sum(read) <= n_bytes
+    flip(folder / "train.tokens", 1000)  # changes the time that cannot be set
+    open_cache(counted.source, tokenizer, tmp_path)
+    assert counted.n_passes == 2
+
+
+def test_a_good_cache_is_used_where_nothing_can_be_written(tmp_path, tokenizer):
+    with small_disk(tmp_path / "disk", "1m"):
+        counted, before, folder = built(tmp_path / "disk", tokenizer)
+        without_sums(folder)
+        subprocess.run(["mount", "-o", "remount,ro", str(tmp_path / "disk")], check=True)
+        after = open_cache(counted.source, tokenizer, tmp_path / "disk")
+        assert counted.n_passes == 1 and rows(after["train"]) == rows(before["train"])
+        del before, after  # which keep the disk in use
+        subprocess.run(["mount", "-o", "remount,rw", str(tmp_path / "disk")], check=True)
+        flip(folder / "train.offsets", 11)
+        subprocess.run(["mount", "-o", "remount,ro", str(tmp_path / "disk")], check=True)
+        with pytest.raises(UserError, match=r"cannot be written \(Read-only file system\); .*--data.cache-dir"):
+            open_cache(counted.source, tokenizer, tmp_path / "disk")
+
+
+def test_a_cache_in_a_linked_folder_is_found_and_mended(tmp_path, tokenizer):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    counted, _, folder = built(tmp_path / "link", tokenizer)
+    flip(folder / "train.tokens")
+    open_cache(counted.source, tokenizer, tmp_path / "real")
+    open_cache(counted.source, tokenizer, tmp_path / "link")
+    assert counted.n_passes == 2

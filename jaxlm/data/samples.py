@@ -103,7 +103,7 @@ class CausalSamples:
 
     def counted_tokens(self) -> np.ndarray:
         """Return how often each id is a label, for the baseline."""
-        counts = np.bincount(self.windows.split.tokens).astype(np.int64)
+        counts = self.windows.split.token_counts()
         article = self.article
         counts = np.pad(counts, (0, max(0, article + 1 - len(counts))))
         counts[article] += np.count_nonzero(self.windows.sizes)
@@ -188,7 +188,7 @@ class MaskedSamples:
 
     def counted_tokens(self) -> np.ndarray:
         """Return how often each id can be a label, for the baseline."""
-        return np.bincount(self.windows.split.tokens).astype(np.int64)
+        return self.windows.split.token_counts()
 
 
 class ClassifiedSamples:

@@ -6,7 +6,6 @@ Trained vocabularies depend on nothing but the text and the settings: the same i
 import collections
 import contextlib
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -14,9 +13,9 @@ from typing import TypeVar
 import tokenizers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from jaxlm import storage
+from jaxlm import storage, temporary
 from jaxlm.config import TokenizerConfig
-from jaxlm.errors import UserError
+from jaxlm.errors import UserError, note, slow, warn
 
 # What a special token is called in the vocabularies people have.
 NAMES = {
@@ -51,27 +50,60 @@ def fingerprint(tokenizer: Tokenizer) -> str:
 def cached(config: TokenizerConfig, texts: Callable[[], Iterator[str]], corpus: str, cache_dir: Path) -> Tokenizer:
     """Return the tokenizer of `config`, trained on `texts()` unless the cache has it for this `corpus` fingerprint.
 
-    Raises UserError if it cannot be read or the cache cannot be written.
+    A file of the cache has its checksum in its name; a damaged one is removed, with a warning. Raises UserError if the
+    tokenizer cannot be read or the cache cannot be written.
     """
     if config.path:
         return read(config)
     settings = f"{corpus} {config.kind} {config.vocab_size} {config.lowercase} {tokenizers.__version__}"
-    path = cache_dir / "tokenizers" / f"{hashlib.sha256(settings.encode()).hexdigest()[:32]}.json"
-    if not path.exists():
-        save(train(config, texts), path)
-    return read(TokenizerConfig(path=str(path)))
+    key = hashlib.sha256(settings.encode()).hexdigest()[:32]
+    for path in sorted((cache_dir / "tokenizers").glob(f"{key}*.json")):
+        try:
+            return _checked(path, key)
+        except FileNotFoundError:  # another process has just renamed it
+            continue
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            warn(f"{path}: the cached tokenizer is damaged ({reason}); it is removed and trained again")
+            with contextlib.suppress(OSError):
+                storage.remove(path)
+    with slow("training the tokenizer"):
+        content = train(config, texts).to_str()
+    tokenizer = Tokenizer.from_str(content)
+    save(tokenizer, _with_checksum(cache_dir / "tokenizers" / key, content.encode()))
+    return _as_used(tokenizer)
+
+
+def _with_checksum(path: Path, content: bytes) -> Path:
+    return path.with_name(f"{path.name}-{hashlib.sha256(content).hexdigest()[:32]}.json")
+
+
+def _checked(path: Path, key: str) -> Tokenizer:
+    """Return a tokenizer of the cache. Raises OSError or ValueError if it is not as it was written."""
+    content = path.read_bytes()
+    named = _with_checksum(path.with_name(key), content)
+    is_old = path.stem == key  # of a version that kept no checksum in the name
+    if path != named and not is_old:
+        raise ValueError("it is not as it was written")
+    try:
+        tokenizer = Tokenizer.from_buffer(content)
+    except Exception as error:  # the library raises plain Exception
+        raise ValueError(str(error)) from error
+    if not tokenizer.get_vocab_size() or n_ids(tokenizer) != tokenizer.get_vocab_size():
+        raise ValueError("its tokens are not numbered from 0 without a gap")
+    if is_old:
+        note(f"{path}: this cached tokenizer of an older version has no checksum; it can be read, and gets one")
+        with contextlib.suppress(OSError):  # a cache that cannot be written can still be read
+            path.rename(named)
+    return _as_used(tokenizer)
 
 
 def save(tokenizer: Tokenizer, path: Path) -> None:
     """Write tokenizer.json; the file is there whole or not at all. Raises UserError if it cannot be written."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(tokenizer.to_str(), encoding="utf-8")
-        temporary.replace(path)
+        temporary.replace_text(path, tokenizer.to_str())
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise UserError(
             f"{path}: the tokenizer cannot be written ({error.strerror}); "
             "free some space, or choose another folder with --data.cache-dir"
@@ -135,6 +167,10 @@ def read(config: TokenizerConfig) -> Tokenizer:
         raise
     except Exception as error:  # the library raises plain Exception for a file it cannot parse
         raise UserError(f"tokenizer.path={config.path}: {path.name} cannot be read as a tokenizer: {error}") from error
+    return _as_used(tokenizer)
+
+
+def _as_used(tokenizer: Tokenizer) -> Tokenizer:
     tokenizer.no_padding()
     tokenizer.no_truncation()
     # A special token spelled out in a text is text.

@@ -181,6 +181,58 @@ def test_trained_tokenizer_is_cached_by_corpus_and_settings(tmp_path):
     assert [path.suffix for path in tmp_path.rglob("*") if path.is_file()] == [".json"] * 5  # nothing temporary
 
 
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def other_letter(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b'"##a"', b'"##A"'))
+    assert path.read_bytes() != content
+
+
+def repeated_token(path: Path) -> None:
+    content = path.read_text()
+    path.write_text(content.replace('"##a"', '"a"'))
+
+
+def folder_in_its_place(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize(
+    ("damage", "is_old"),
+    [(damage, False) for damage in (empty, cut, other_letter, repeated_token, folder_in_its_place)]
+    + [(damage, True) for damage in (empty, cut, repeated_token, folder_in_its_place)],
+)
+def test_a_damaged_tokenizer_of_the_cache_is_trained_again(tmp_path, capsys, damage, is_old):
+    first = cached(TokenizerConfig(vocab_size=400), texts, "corpus", tmp_path).to_str()
+    (path,) = (tmp_path / "tokenizers").iterdir()
+    if is_old:
+        path = path.rename(path.with_name(path.name.partition("-")[0] + ".json"))
+    damage(path)
+    assert cached(TokenizerConfig(vocab_size=400), texts, "corpus", tmp_path).to_str() == first
+    line = capsys.readouterr().err
+    assert line.startswith(f"warning: {path}: the cached tokenizer is damaged (") and line.count("\n") == 1
+    assert cached(TokenizerConfig(vocab_size=400), iter, "corpus", tmp_path).to_str() == first
+    assert not capsys.readouterr().err and len(list((tmp_path / "tokenizers").iterdir())) == 1
+
+
+def test_a_cached_tokenizer_of_an_older_version_gets_a_checksum_once(tmp_path, capsys):
+    first = cached(TokenizerConfig(vocab_size=400), texts, "corpus", tmp_path).to_str()
+    (path,) = (tmp_path / "tokenizers").iterdir()
+    path.rename(path.with_name(path.name.partition("-")[0] + ".json"))
+    assert cached(TokenizerConfig(vocab_size=400), iter, "corpus", tmp_path).to_str() == first
+    assert "has no checksum; it can be read, and gets one" in capsys.readouterr().err
+    assert cached(TokenizerConfig(vocab_size=400), iter, "corpus", tmp_path).to_str() == first
+    assert not capsys.readouterr().err and list((tmp_path / "tokenizers").iterdir()) == [path]
+
+
 def test_trained_tokenizer_is_reused_by_its_path(tmp_path):
     # A pre-training run stores it; a fine-tuning names it.
     first = cached(TokenizerConfig(vocab_size=400), texts, "corpus", tmp_path / "cache")
