@@ -36,7 +36,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jaxlm import page, storage
+from jaxlm import page, storage, utf8
 from jaxlm.engine import Engine, Failed
 from jaxlm.errors import UserError
 from jaxlm.predict import ENDINGS, Answer, Classify, Continue, FillMasks, Predictor, Reply
@@ -398,6 +398,10 @@ class Guard:
             return await _problem(408, f"the body has not come in {self.limits.seconds:g} s")(scope, receive, send)
         if body is None:
             return await _problem(413, f"the body has more than {self.limits.body} bytes")(scope, receive, send)
+        try:
+            body = utf8.decode(body).encode()
+        except ValueError as error:
+            return await _problem(400, f"the body is {error}")(scope, receive, send)
         messages = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def receive_again() -> Message:

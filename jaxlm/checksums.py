@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxlm import storage
+from jaxlm import storage, utf8
 from jaxlm.errors import UserError
 
 FILE = "checksums.json"
@@ -94,10 +94,7 @@ def check(folder: Path, parts: Iterable[str] | None = None) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file. Raises ValueError or OSError if there is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError as error:
-        raise ValueError(f"{path}: nested too deeply") from error
+    value = utf8.from_json(utf8.read(path))
     if not isinstance(value, dict):
         raise ValueError(f"{path}: no JSON object")
     return value

@@ -10,7 +10,6 @@ import difflib
 import math
 import shutil
 import sys
-import tomllib
 import typing
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ import msgspec
 import tomli_w
 from msgspec import Meta
 
-from jaxlm import terminal
+from jaxlm import terminal, utf8
 from jaxlm.errors import UserError, nearest
 
 MOST = 2**31 - 1  # what the integers of the libraries below hold
@@ -341,8 +340,8 @@ def _nearest_flag(name: str) -> str:
 def _file(path: Path) -> list[Layer]:
     """Return (name, value, origin) for each setting in a TOML file."""
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        content = utf8.from_toml(utf8.read(path))
+    except (OSError, ValueError) as error:
         raise UserError(f"--config {path}: cannot be read as TOML: {error}") from error
     layers = []
     for section, entry in content.items():

@@ -11,12 +11,11 @@ import json
 import math
 import statistics
 import time
-import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxlm import checksums, formats, history, storage
+from jaxlm import checksums, formats, history, storage, utf8
 from jaxlm import config as configs
 from jaxlm import start as starts
 from jaxlm.errors import UserError
@@ -166,11 +165,11 @@ def read(path: Path) -> Folder:
     if not path.is_dir():
         raise UserError(f"{path}: there is no such run")
     try:
-        content = tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))
+        content = utf8.from_toml(utf8.read(path / "config.toml"))
         defaults = configs.flat(configs.Config())
     except FileNotFoundError as error:
         raise UserError(f"{path}: is not the folder of a run: it has no config.toml") from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path / 'config.toml'}: cannot be read: {formats.reason(error)}") from error
     nested = {
         f"{section}.{key}": x for section, part in content.items() if isinstance(part, dict) for key, x in part.items()

@@ -11,11 +11,11 @@ import secrets
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxlm import hugepages
+from jaxlm import hugepages, utf8
 from jaxlm.convert import Parser
 from jaxlm.data.sources import PROMPT_END
 from jaxlm.errors import UserError, reported
@@ -88,9 +88,9 @@ class Predictor:
 
     def _ids(self, text: str) -> list[int]:
         try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise UserError(f"the text is no Unicode at character {error.start + 1}; write it as UTF-8") from None
+            utf8.check(text)
+        except ValueError as error:
+            raise UserError(f"the text is {error}") from None
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def _checked(self, ids: list[int]) -> list[int]:
@@ -453,18 +453,21 @@ def _texts(args: argparse.Namespace) -> Iterable[Numbered] | None:
     """Return the texts to answer; None if they are to be asked for."""
     if args.texts:
         return [(f"text {i}: " if len(args.texts) > 1 else "", text) for i, text in enumerate(args.texts, start=1)]
-    lines: Iterable[str]
     if args.file:
         try:
-            lines = Path(args.file).read_text(encoding="utf-8").split("\n")
-        except (OSError, ValueError) as error:
+            return _lines(f"--file {args.file}", utf8.opened(Path(args.file)))
+        except OSError as error:
             raise UserError(f"--file {args.file}: cannot be read ({error})") from error
-    elif sys.stdin.isatty():
-        return None
-    else:
-        sys.stdin.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
-        lines = sys.stdin
-    return ((f"line {i}: ", line.rstrip("\r\n")) for i, line in enumerate(lines, start=1) if line.strip())
+    return None if sys.stdin.isatty() else _lines("standard input", open(sys.stdin.fileno(), "rb", closefd=False))
+
+
+def _lines(name: str, stream: IO[bytes]) -> Iterator[Numbered]:
+    try:
+        for i, line in enumerate(utf8.lines(stream, errors="surrogateescape"), start=1):
+            if line.strip():
+                yield f"line {i}: ", line
+    except (OSError, ValueError, *utf8.DAMAGED) as error:
+        raise UserError(f"{name}: cannot be read ({error})") from error
 
 
 def _given_options(args: argparse.Namespace, predictor: Predictor) -> dict[str, Any]:

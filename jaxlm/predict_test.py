@@ -1,5 +1,6 @@
 """`python -m jaxlm.predict` on runs of all tasks: its answers by the whole model, its words, and what it refuses."""
 
+import gzip
 import json
 import os
 import pty
@@ -190,6 +191,49 @@ def test_lines_and_json(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "there is no [MASK]" in answers[1]["error"] and answers[2]["error"].startswith("the text has 22 tokens")
     assert {len(guesses) for answer in answers[3:] for guesses in answer["masks"]} == {5}
     assert [line.split(":")[1] for line in errors.splitlines()[1:]] == [" line 3", " line 4"]
+
+
+@pytest.mark.parametrize("way", ["file", "compressed", "pipe"])
+@pytest.mark.parametrize("task", ["sst2", "gpt"])
+def test_a_line_that_is_no_text_is_refused_and_the_others_are_answered(
+    task: str, way: str, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "texts.txt"
+    path.write_bytes(b"\xef\xbb\xbfthe cat\r\nth\xe9 cat\na\0dog\n\xed\xa0\x80\nthe \xe2\x80\xa8dog\x0c")
+    argv = ["--file", path]
+    if way == "compressed":
+        argv = ["--file", tmp_path / "texts.txt.gz"]
+        argv[1].write_bytes(gzip.compress(path.read_bytes()))
+    elif way == "pipe":
+        monkeypatch.setattr(sys, "stdin", stdin := path.open())
+        argv = []
+    status, output, errors = told(capsys, "--checkpoint", runs / task, "--json", *argv)
+    if way == "pipe":
+        stdin.close()
+    answers = [json.loads(line) for line in output.splitlines()]
+    fine = [answer.get("text", answer.get("prompt")) for answer in answers if "error" not in answer]
+    assert (status, fine) == (2, ["the cat", "the \u2028dog\x0c"])
+    for line, message in (
+        (2, "the text is not UTF-8 at byte 2 (from 0); convert it, as with iconv -f LATIN1"),
+        (3, "the text is binary, or text in UTF-16"),
+        (4, "the text is not UTF-8 at byte 0 "),
+    ):
+        assert f"error: line {line}: {message}" in errors
+
+
+def test_input_in_another_encoding_is_refused_once(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "texts.txt"
+    path.write_bytes("the cat\nthe dog\n".encode("utf-16"))
+    status, output, errors = told(capsys, "--checkpoint", runs / "sst2", "--file", path)
+    (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert (status, output) == (2, "") and line.startswith(
+        f"error: --file {path}: cannot be read (UTF-16, not UTF-8; convert it"
+    )
+    status, output, errors = told(capsys, "--checkpoint", runs / "sst2", "--text", "caf\udce9", "--text", "the cat")
+    assert status == 2 and len(output.splitlines()) == 1
+    assert "error: text 1: the text is not UTF-8 at byte 3 (from 0); convert it" in errors
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import numpy as np
 from tokenizers import Tokenizer, processors
 
 from jaxlm import config as configs
-from jaxlm import formats, names, storage
+from jaxlm import formats, names, storage, utf8
 from jaxlm.config import Config, TokenizerConfig
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.errors import UserError
@@ -424,7 +424,7 @@ def _task(config: Config) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = utf8.from_json(utf8.read(path))
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else formats.reason(error)
         raise UserError(f"{path}: cannot be read ({why})") from error

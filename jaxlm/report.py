@@ -4,7 +4,6 @@ The page is one file that needs nothing else. It has what run folders tell, of j
 """
 
 import argparse
-import json
 import re
 import sys
 import webbrowser
@@ -14,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm import environment, folder, history, page, storage
+from jaxlm import environment, folder, history, page, storage, utf8
 from jaxlm.convert import Parser
 from jaxlm.errors import UserError, reported
 from jaxlm.folder import Folder
@@ -264,7 +263,7 @@ def _evaluations(runs: Sequence[Folder], names: Sequence[str]) -> list[str]:
 def _evaluation(run: Folder, split: str) -> dict[str, Any]:
     path = run.path / f"evaluation_{split}.json"
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = utf8.from_json(utf8.read(path))
         for name in ("scores", "calibration_error", "bins", "confusion", "worst", "step"):
             found[name]
         return dict(found)

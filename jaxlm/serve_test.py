@@ -235,6 +235,15 @@ def test_other_requests_are_refused(servers: dict[str, Server]) -> None:
     assert server.ask("POST", "/predict", {"text": "a"}, Content_Type="text/plain")[0] == 422
     status, _, answer = server.ask("POST", "/predict", {"text": "a" * 2000})
     assert (status, answer) == (413, {"detail": "the body has more than 2000 bytes"})
+    for body, message in (
+        ('{"text": "the café"}'.encode("latin-1"), "the body is not UTF-8 at byte 17 (from 0); convert it"),
+        ('{"text": "the café"}'.encode("utf-16"), "the body is UTF-16, not UTF-8; convert it"),
+        ('{"text": "the café"}'.encode("utf-16-le"), "the body is binary, or text in UTF-16"),
+        (b'{"text": "a \xed\xa0\x80"}', "the body is not UTF-8 at byte 12"),
+    ):
+        status, _, answer = server.ask("POST", "/predict", body)
+        assert status == 400 and message in answer["detail"]
+    assert server.ask("POST", "/predict", b'\xef\xbb\xbf{"text": "the cat"}')[2]["text"] == "the cat"
     status, _, answer = server.ask("GET", "/health", Host="elsewhere.example")
     assert (status, answer) == (400, "Invalid host header")
     assert server.ask("GET", "/health", Host="localhost")[0] == 200

@@ -6,10 +6,10 @@ The rest of the package uses what both have, and the functions here for what the
 import logging
 import re
 import shutil
-import tomllib
 from pathlib import Path
 from typing import Any
 
+from jaxlm import utf8
 from jaxlm.errors import UserError
 
 LATEST = "latest"  # names the newest run in a folder
@@ -91,8 +91,8 @@ def checkpoints(run_dir: Path, named: str = "") -> Path:
     """Return the folder of a run's checkpoints: the one `named`, or the one in the run's config.toml, or its own."""
     if not named:
         try:
-            named = tomllib.loads((run_dir / "config.toml").read_text(encoding="utf-8"))["run"]["checkpoint_dir"]
+            named = utf8.from_toml(utf8.read(run_dir / "config.toml"))["run"]["checkpoint_dir"]
             named = named if isinstance(named, str) else ""
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError):
             pass
     return path(named) if named else run_dir / "checkpoints"

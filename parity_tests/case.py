@@ -20,7 +20,7 @@ import numpy as np
 from msgspec import Meta
 
 from jaxlm import config as configs
-from jaxlm import names
+from jaxlm import names, utf8
 from jaxlm.config import Config, Count, Positive, Rate, Share
 from jaxlm.errors import UserError
 from jaxlm.names import Arrays
@@ -156,8 +156,8 @@ def _read_json(path: Path) -> tuple[Recorded, Recorded | None]:
             raise UserError(f"{path}: {str(error).replace('`', '')}") from error
 
     try:
-        values = msgspec.json.decode(path.read_bytes())
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        values = utf8.from_json(utf8.read(path))
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as JSON: {error}") from error
     recorded = convert(values)
     if recorded.d_model % 2 or recorded.d_model % recorded.heads:

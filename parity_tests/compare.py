@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxlm import utf8
 from jaxlm.errors import UserError, reported
 from jaxlm.names import Arrays
 from parity_tests import trajectory
@@ -93,7 +94,7 @@ def read(path: Path) -> Arrays:
 def read_names(path: Path) -> Names:
     """Return a map of names. Raises UserError if a rule is none."""
     try:
-        names = json.loads(path.read_text())
+        names = utf8.from_json(utf8.read(path))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(names, dict):

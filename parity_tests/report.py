@@ -9,7 +9,6 @@ import argparse
 import dataclasses
 import html
 import importlib.metadata
-import json
 import platform
 import sys
 from collections.abc import Iterable, Sequence
@@ -20,7 +19,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from jaxlm import page
+from jaxlm import page, utf8
 from jaxlm.errors import UserError, reported
 from jaxlm.names import Arrays
 from parity_tests import case as cases
@@ -195,7 +194,7 @@ def tensors(rows: Iterable[Row]) -> str:
 def faults(path: Path) -> str:
     """Return the table of planted faults. Raises UserError if the file has none."""
     try:
-        results = json.loads(path.read_text())
+        results = utf8.from_json(utf8.read(path))
         lines: dict[str, dict[str, str]] = {}
         for result in results:
             line = lines.setdefault(result["name"], {"description": result["description"]})

@@ -4,7 +4,6 @@ import contextlib
 import shlex
 import subprocess
 import sys
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,6 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from jaxlm import config as configs
+from jaxlm import utf8
 from jaxlm.errors import UserError, nearest, reported
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -89,8 +89,8 @@ def load(flags: Sequence[str] = (), train: Sequence[str] = (), file: Path = FILE
     Raises UserError for an unknown setting or a wrong value, also for one of jaxlm.train.
     """
     try:
-        values: dict[str, Any] = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        values: dict[str, Any] = utf8.from_toml(utf8.read(file))
+    except (OSError, ValueError) as error:
         raise UserError(f"{file}: cannot be read as TOML: {error}") from error
     settings = _convert(values, file, strict=True)
     if flags:

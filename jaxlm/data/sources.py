@@ -4,22 +4,18 @@ Files are read by the builders of `datasets`, streamed and never held in memory 
 text builder and `json`: its own JSON builder guesses types, and turns the text "2020-01-01" into a date.
 """
 
-import codecs
 import contextlib
 import csv
 import glob
-import gzip
 import hashlib
 import io
 import json
-import lzma
 import re
 import shutil
 import tempfile
 import threading
 import time
 import warnings
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -28,6 +24,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
+from jaxlm import utf8
 from jaxlm.config import DataConfig
 from jaxlm.errors import UserError, nearest
 
@@ -124,12 +121,6 @@ def open_source(config: DataConfig, reads: Reads) -> Source:
 def split_of(text: str, config: DataConfig, given: Iterable[str] = ()) -> str:
     """Return the part an article falls into, by a hash of its text, where the parts in `given` come from elsewhere."""
     return _hash_split(text, config.split_seed, _shares(config, given))
-
-
-def decompressed_open(path: Path) -> IO[bytes]:
-    """Open a file for reading; .gz and .xz are decompressed on the way."""
-    opener: Any = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix.lower(), open)
-    return opener(path, "rb")
 
 
 def _shares(config: DataConfig, given: Iterable[str]) -> dict[str, float]:
@@ -376,29 +367,28 @@ def _scan(path: Path, is_text: bool) -> tuple[str, int, str]:
 
     Raises UserError for a file that is unreadable, damaged or empty, or that should be text and is not UTF-8.
     """
-    digest, decoder, head, offset = hashlib.sha256(), codecs.getincrementaldecoder("utf-8")(), "", 0
+    digest, size, head = hashlib.sha256(), 0, ""
+
+    def blocks(stream: IO[bytes]) -> Iterator[bytes]:
+        nonlocal size
+        for block in iter(partial(stream.read, 1 << 20), b""):
+            digest.update(block)
+            size += len(block)
+            yield block
+
     try:
-        with decompressed_open(path) as stream:
-            for block in iter(partial(stream.read, 1 << 20), b""):
-                if is_text and not offset and b"\0" in block[: 1 << 16]:
-                    raise UserError(f"{path}: is binary, or text in UTF-16; give UTF-8 text or set data.format")
-                digest.update(block)
-                n_pending = len(decoder.getstate()[0])
-                text = decoder.decode(block) if is_text else ""
-                head = head or text.removeprefix("\ufeff")
-                offset += len(block)
-            n_pending, block = len(decoder.getstate()[0]), b""
-            decoder.decode(b"", final=True)
-    except UnicodeDecodeError as error:
-        position = offset - n_pending + error.start
-        raise UserError(f"{path}: not UTF-8 at byte {position} (from 0); convert it, as with iconv -t UTF-8") from error
-    except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
+        with utf8.opened(path) as stream:
+            for block in utf8.decoded(blocks(stream)) if is_text else blocks(stream):
+                head = head or (str(block) if is_text else "")
+    except utf8.DAMAGED as error:
         raise UserError(f"{path}: the compressed file is damaged ({error}); fetch or compress it again") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}; check its permissions") from error
-    if not offset:
+    except ValueError as error:
+        raise UserError(f"{path}: is {error}") from error
+    if not size:
         raise UserError(f"{path}: is empty; give a file with text")
-    return digest.hexdigest(), offset, head
+    return digest.hexdigest(), size, head
 
 
 def _guarded(rows: Callable[[], Iterator[Any]], failure: str) -> Iterator[Any]:
@@ -439,11 +429,8 @@ def _batches(builder: str, path: Path, **settings: Any) -> Iterator[dict[str, li
 
 
 def _text_rows(path: Path) -> Iterator[tuple[int, str, None]]:
-    number = 0
-    for batch in _batches("text", path, chunksize=1 << 20):  # characters; with the default, reading takes 0.5 GB
-        for line in batch["text"]:
-            number += 1
-            yield number, line.removeprefix("\ufeff") if number == 1 else line, None
+    for number, line in enumerate(utf8.lines(utf8.opened(path)), start=1):
+        yield number, line, None
 
 
 def _wikitext_rows(path: Path) -> Iterator[tuple[int, str, None]]:
@@ -469,9 +456,7 @@ def _json_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-            if "\\ud" in line.lower():  # half of a surrogate pair is JSON, but no text
-                json.dumps(row, ensure_ascii=False).encode()
+            row = utf8.from_json(line)
         except ValueError as error:
             raise UserError(f"{path}, line {number}: not JSON: {error}; write one object a line") from error
         if not isinstance(row, dict):
@@ -579,7 +564,7 @@ def _plain_file(path: Path) -> Iterator[Path]:
     if path.suffix.lower() not in (".gz", ".xz"):
         yield path
         return
-    with tempfile.NamedTemporaryFile(suffix=".parquet") as plain, decompressed_open(path) as stream:
+    with tempfile.NamedTemporaryFile(suffix=".parquet") as plain, utf8.opened(path) as stream:
         shutil.copyfileobj(stream, plain)
         plain.flush()
         yield Path(plain.name)

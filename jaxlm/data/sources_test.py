@@ -492,7 +492,7 @@ def test_binary_file(tmp_path, suffix):
 @pytest.mark.parametrize("suffix", PACK)
 def test_not_utf8_names_the_byte(tmp_path, suffix):
     path = write(tmp_path / f"a.txt{suffix}", "é".encode() + b"abc\nd\xe9f")
-    assert f"{path}: not UTF-8 at byte 7" in failure(path=path)
+    assert f"{path}: is not UTF-8 at byte 7" in failure(path=path)
     # A character across the border of two blocks is fine; a wrong byte after it is found; so is a cut one at the end.
     long = b"a" * ((1 << 20) - 1) + "é".encode()
     assert len(texts(write(tmp_path / f"b.txt{suffix}", long))[0]) == 1 << 20

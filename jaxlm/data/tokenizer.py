@@ -13,7 +13,7 @@ from typing import TypeVar
 import tokenizers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from jaxlm import storage, temporary
+from jaxlm import storage, temporary, utf8
 from jaxlm.config import TokenizerConfig
 from jaxlm.errors import UserError, note, slow, warn
 
@@ -151,18 +151,20 @@ def read(config: TokenizerConfig) -> Tokenizer:
     merges = path.with_name(path.name.replace("vocab.json", "merges.txt"))
     try:
         if path.name.endswith("vocab.json"):
-            tokenizer = _byte_level(models.BPE.from_file(str(path), str(merges)))
+            lines = [line for line in utf8.read(merges).split("\n") if line and not line.startswith("#version")]
+            pairs = [(first, second) for first, second in (line.split(" ") for line in lines)]
+            tokenizer = _byte_level(models.BPE(utf8.from_json(utf8.read(path)), pairs))
             tokenizer.add_special_tokens([name for names in NAMES.values() for name in names if _has(tokenizer, name)])
         elif path.suffix == ".txt":
-            with path.open(encoding="utf-8") as lines:  # splitlines() would split at U+2028 and others, too
-                vocab = {line.rstrip("\n"): i for i, line in enumerate(lines)}
+            lines = utf8.read(path).removesuffix("\n").split("\n")  # splitlines() would split at U+2028 and others
+            vocab = {line: i for i, line in enumerate(lines)}
             if "[UNK]" not in vocab:
                 raise UserError(
                     f"tokenizer.path={config.path}: no [UNK] among its {len(vocab)} lines; is it a vocab.txt?"
                 )
             tokenizer = _wordpiece(models.WordPiece(vocab, unk_token="[UNK]"), config.lowercase)
         else:
-            tokenizer = Tokenizer.from_file(str(path))
+            tokenizer = Tokenizer.from_str(utf8.read(path))
     except UserError:
         raise
     except Exception as error:  # the library raises plain Exception for a file it cannot parse

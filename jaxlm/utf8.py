@@ -1,0 +1,133 @@
+"""The one way to read text: UTF-8, without the byte-order mark at its start; anything else is refused with a mend.
+
+Lines end at \\n, \\r\\n or \\r, not at the other characters of `str.splitlines`. What is refused raises ValueError; its
+message goes behind the name of the file and "is".
+"""
+
+import codecs
+import contextlib
+import gzip
+import io
+import json
+import lzma
+import re
+import tomllib
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+LONGEST = 1 << 26  # characters of a line or a document: its tokens take about 8 GB while they are made
+START = 1 << 16  # bytes, in which a NUL tells binary data
+DAMAGED = (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error)  # what reading a damaged .gz or .xz raises
+MARKS = {  # the longest first: UTF-32's begins with UTF-16's
+    **{codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32"},
+    **{codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"},
+}
+CONTROLS = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")  # bytes of binary data that text of no encoding has
+BINARY = "binary, or text in UTF-16; give UTF-8 text (of UTF-16, as with iconv -f UTF-16LE -t UTF-8 OLD > NEW)"
+TOO_LONG = f"longer than {LONGEST:,} characters; break it into shorter ones"
+
+
+def decoded(blocks: Iterable[bytes]) -> Iterator[str]:
+    """Yield the text of blocks of bytes. Raises ValueError for what is not UTF-8, with the place from the start."""
+    decoder, n_done, n_pending, block, start = codecs.getincrementaldecoder("utf-8")(), 0, 0, b"", b""
+    try:
+        for block in blocks:
+            n_pending = len(decoder.getstate()[0])
+            if not n_done:
+                start = block[:START]
+                _check_mark(block)
+                if b"\0" in start:
+                    raise ValueError(BINARY)
+            text = decoder.decode(block)
+            yield text if n_done else text.removeprefix("\ufeff")
+            n_done += len(block)
+        n_pending, block = len(decoder.getstate()[0]), b""
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        if CONTROLS.search(start):
+            raise ValueError(BINARY) from error
+        place = n_done - n_pending + error.start
+        mend = "convert it, as with iconv -f LATIN1 -t UTF-8 OLD > NEW"
+        raise ValueError(f"not UTF-8 at byte {place} (from 0); {mend}") from error
+
+
+def decode(data: bytes) -> str:
+    """Return the text of bytes. Raises ValueError for what is not UTF-8."""
+    return "".join(decoded([data]))
+
+
+def read(path: Path) -> str:
+    """Return the text of a file, its lines ending in \\n. Raises OSError, or ValueError for what is no text."""
+    return decode(path.read_bytes()).replace("\r\n", "\n").replace("\r", "\n")
+
+
+def opened(path: Path) -> IO[bytes]:
+    """Open a file for reading; .gz and .xz are decompressed on the way, and may raise one of DAMAGED while read."""
+    opener: Any = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix.lower(), open)
+    return opener(path, "rb")
+
+
+def lines(stream: IO[bytes], errors: str = "strict") -> Iterator[str]:
+    """Yield the lines of a stream without their ends, and close it. Raises ValueError for the mark of another encoding.
+
+    A line longer than LONGEST is cut after LONGEST + 1 characters, and with errors="surrogateescape", bytes that are
+    not UTF-8 become surrogates. `check` refuses both, so that one bad line does not end the stream.
+    """
+    with io.TextIOWrapper(stream, encoding="utf-8-sig", errors=errors) as reader:
+        is_first = True
+        while line := reader.readline(LONGEST + 1):
+            rest = line
+            while not rest.endswith("\n") and (rest := reader.readline(LONGEST)):
+                pass
+            if is_first:
+                _check_mark(line[:4].encode("utf-8", errors))
+            is_first = False
+            yield line.removesuffix("\n")
+
+
+def check(text: str) -> None:
+    """Raise ValueError unless a string that came by a pipe, the command line or JSON is text."""
+    if len(text) > LONGEST:
+        raise ValueError(TOO_LONG)
+    if "\0" in text[:START]:
+        raise ValueError(BINARY)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        with contextlib.suppress(UnicodeEncodeError):
+            decode(text.encode("utf-8", "surrogateescape"))
+        raise ValueError(_half(error)) from None
+
+
+def from_json(text: str) -> Any:
+    """Return the value of a JSON text. Raises ValueError, also for half of a surrogate pair and for deep nesting."""
+    try:
+        value = json.loads(text)
+        if "\\ud" in text.lower():
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("nested too deeply; flatten it") from None
+    except UnicodeEncodeError as error:
+        raise ValueError(_half(error)) from None
+    return value
+
+
+def from_toml(text: str) -> dict[str, Any]:
+    """Return the values of a TOML text. Raises ValueError, also for deep nesting."""
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply; flatten it") from None
+
+
+def _half(error: UnicodeEncodeError) -> str:
+    code = f"\\u{ord(error.object[error.start]):04x}"
+    return f"no Unicode at character {error.start + 1}: {code} is half of a surrogate pair; write both, or leave it out"
+
+
+def _check_mark(data: bytes) -> None:
+    for mark, name in MARKS.items():
+        if data.startswith(mark):
+            raise ValueError(f"{name}, not UTF-8; convert it, as with iconv -f {name} -t UTF-8 OLD > NEW")
