@@ -39,7 +39,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from jaxlm import page, storage, utf8
 from jaxlm.engine import Engine, Failed
 from jaxlm.errors import UserError
-from jaxlm.predict import ENDINGS, Answer, Classify, Continue, FillMasks, Predictor, Reply
+from jaxlm.predict import ENDINGS, Answer, Classify, Continue, FillMasks, Predict, Predictor, Reply
 from jaxlm.terminal import dumps
 
 PATHS = ("/", "/predict", "/generate", "/attention", "/health", "/metrics", "/docs", "/openapi.json")
@@ -51,6 +51,7 @@ PAGES: dict[type[Predictor], tuple[str, str]] = {
     Continue: ("continue", "Continue a text"),
     Reply: ("answer", "Answer a prompt"),
     Classify: ("classify", "Classify a text"),
+    Predict: ("predict", "Predict"),
 }
 EVENTS = "text/event-stream"
 RETRY = {"Retry-After": "1"}  # seconds
@@ -106,6 +107,12 @@ class Classified(BaseModel):
     probabilities: list[float]
 
 
+class Predicted(BaseModel):
+    model_config = ConfigDict(extra="allow")  # what the task's `answer` returns
+
+    text: str
+
+
 class Attended(BaseModel):
     text: str
     layer: int
@@ -129,6 +136,7 @@ ANSWERS: dict[type[Predictor], type[BaseModel]] = {
     Continue: Continued,
     Reply: Continued,
     Classify: Classified,
+    Predict: Predicted,
 }
 PLAIN = {"content": {"text/plain": {"schema": {"type": "string"}}}}
 # A host name that is not this host's, and what is no HTTP, are answered below this service, as plain text.
@@ -178,7 +186,7 @@ def make(engine: Engine, limits: Limits, token: str = "", is_loopback: bool = Tr
 
     @app.post("/predict", responses={200: {"model": ANSWERS[type(predictor)]}, **errors(503)}, **secured)
     async def predict(request: asked) -> Response:  # type: ignore[valid-type]
-        """Answer a text: fill its masks, continue it, or classify it, as the model is trained to."""
+        """Answer a text: fill its masks, continue it, classify it, or what else the model is trained to do."""
         text, options = parts(request)
         async with _in_time(limits):
             return Json(await engine.answer(text, options))
@@ -196,14 +204,16 @@ def make(engine: Engine, limits: Limits, token: str = "", is_loopback: bool = Tr
             events = _events(engine, limits, *parts(request))
             return StreamingResponse(events, media_type=EVENTS, headers={"Cache-Control": "no-store"})
 
-    @app.post("/attention", responses={200: {"model": Attended}, **errors(503)}, **secured)
-    async def attention(request: looked) -> Response:  # type: ignore[valid-type]
-        """Tell, for each token of a text, how much a head of attention makes it look at each."""
-        asked_for = request.model_dump()  # type: ignore[attr-defined]
-        with _told_of("text"):
-            predictor.encode_any(asked_for["text"])
-        async with _in_time(limits):
-            return Json(await engine.attention(**asked_for))
+    if predictor.has_attention:
+
+        @app.post("/attention", responses={200: {"model": Attended}, **errors(503)}, **secured)
+        async def attention(request: looked) -> Response:  # type: ignore[valid-type]
+            """Tell, for each token of a text, how much a head of attention makes it look at each."""
+            asked_for = request.model_dump()  # type: ignore[attr-defined]
+            with _told_of("text"):
+                predictor.encode_any(asked_for["text"])
+            async with _in_time(limits):
+                return Json(await engine.attention(**asked_for))
 
     failed = {503: {"model": Health, "description": "requests are not answered"}}
 
@@ -255,7 +265,7 @@ def _asked(predictor: Predictor, limits: Limits) -> type[BaseModel]:
             top_k: int = Field(min(defaults["top_k"], most), ge=1, le=most, description="guesses for each mask")
 
         return Fill
-    if isinstance(predictor, Classify):
+    if isinstance(predictor, Predict):
 
         class Text(Strict):
             text: str = Field(description=takes)
@@ -449,7 +459,7 @@ def _page(predictor: Predictor, limits: Limits, name: str, wants_token: bool) ->
         "options": {name: field for name, field in options.items() if "default" in field},
         "between": getattr(predictor, "between", ""),
         "isByteLevel": predictor.is_byte_level(),
-        "layers": predictor.model.n_layers,
+        "layers": predictor.model.n_layers if predictor.has_attention else 0,
         "heads": predictor.model.n_heads,
         "endings": ENDINGS,
         "wantsToken": wants_token,

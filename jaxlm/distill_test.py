@@ -79,7 +79,10 @@ def test_a_student_has_evenly_spaced_layers_and_all_else() -> None:
         (("--model.d-model", "24"), "model.d_model=24, but "),
         (("--distill.teacher", "nowhere/at/all"), "distill.teacher=nowhere/at/all: there is no such run"),
         (("--task", "sst2"), "task=sst2, but that of distill.teacher="),
-        (("--task", "gpt", "--model.pad-id", "0"), "task=gpt has no distillation; use one of mlm, sst2, cola"),
+        (
+            ("--task", "gpt", "--model.pad-id", "0"),
+            "task=gpt has no distillation; use mlm, sst2, cola or a task made of one",
+        ),
         (
             ("--distill.soft-weight", "0", "--distill.hard-weight", "0", "--distill.cosine-weight", "0"),
             "are all 0; raise one of them",

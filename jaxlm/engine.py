@@ -186,7 +186,8 @@ class Engine:
         self.asked: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
         self.metrics.waiting.set_function(self._n_waiting)
         jax.monitoring.register_event_duration_secs_listener(self._note)
-        predictor.attention("", 0, 0)
+        if predictor.has_attention:
+            predictor.attention("", 0, 0)
         begun = Metrics()  # of which only the compilations are told
         self.work: Batches | Places = (
             Places(predictor, begun) if isinstance(predictor, Continue) else Batches(predictor, begun)

@@ -58,8 +58,9 @@ class Bin:
 class Mistake:
     text: str
     label: int
-    predicted: int | None  # None: the original's head predicts no class
-    probability: float  # of the label
+    predicted: Any  # what the task predicts; None: the original's head predicts no class
+    probability: float | None  # of the label; None for tasks without probabilities
+    loss: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,10 +94,10 @@ def evaluate(trained: "Trained", samples: "Samples", batch_size: int = BATCH_SIZ
     task = trained.task
     lower = (*task.lower_is_better, "calibration_error")
     scores = _scores(task.scores, grouped)
-    baseline = task.baseline(samples) | {"calibration_error": None}
+    baseline: Mapping[str, float] = task.baseline(samples)
     intervals = bootstrap(grouped, lambda sums: _scores(task.scores, sums))
     told = {
-        name: Score(value, *intervals[name], baseline[name], "lower" if name in lower else "higher")
+        name: Score(value, *intervals[name], baseline.get(name), "lower" if name in lower else "higher")
         for name, value in scores.items()
     }
     summed = _summed(grouped)
@@ -110,7 +111,7 @@ def evaluate(trained: "Trained", samples: "Samples", batch_size: int = BATCH_SIZ
         "scores": told,
         "bins": _bins(summed["reliability"]) if "reliability" in summed else [],
         "confusion": confusion,
-        "worst": _worst(trained, samples, totals) if confusion else [],
+        "worst": _worst(trained, samples, totals) if "prediction" in totals else [],
         "warning": task.warning(summed),
     }
 
@@ -233,7 +234,10 @@ class _Watched:
     """A model that remembers its last logits."""
 
     def __init__(self, model: Any):
-        self.model = model
+        self.model, self.logits = model, None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.logits = self.model(*args, **kwargs)
@@ -246,21 +250,18 @@ class _Watched:
 
 
 def _one(trained: "Trained", model: Any, sample: dict[str, Any]) -> dict[str, Any]:
-    """Return the totals of one sample, of a classifier also its prediction and the probability of its label.
+    """Return the totals of one sample; where samples have labels, also its prediction.
 
-    `reliability` has, by bin of confidence, how many predictions there are, how many are right, and their confidence.
+    Of a task with probabilities, also that of a class label, and `reliability`: by bin of confidence, how many
+    predictions there are, how many are right, and their confidence.
     """
     import jax
     import jax.numpy as jnp
 
-    from jaxlm.tasks.gpt import Gpt
-    from jaxlm.tasks.mlm import Mlm
-    from jaxlm.tasks.sst2 import Sst2
-
-    watched = _Watched(model)
-    totals = trained.task.loss(watched, {name: x[None] for name, x in sample.items()}, None)
-    if not isinstance(trained.task, Mlm | Gpt | Sst2):
-        return totals
+    watched, task, batch = _Watched(model), trained.task, {name: x[None] for name, x in sample.items()}
+    totals = task.loss(watched, batch, None)
+    if watched.logits is None or not trained.has_probabilities():
+        return totals | ({"prediction": task.predict(model, batch)[0]} if task.samples.reads == "labels" else {})
     p, labels = jax.nn.softmax(watched.logits[0]), sample["labels"]
     confidence, prediction, is_counted = p.max(axis=-1), p.argmax(axis=-1), labels >= 0
     of_bin = jax.nn.one_hot(jnp.minimum(confidence * N_BINS, N_BINS - 1).astype(int), N_BINS) * is_counted[..., None]
@@ -326,16 +327,19 @@ def _bins(reliability: np.ndarray) -> list[Bin]:
 
 
 def _worst(trained: "Trained", samples: Any, totals: Totals) -> list[Mistake]:
-    """Return the wrong predictions that give their labels the least probability."""
-    labels, split = samples.split.labels, samples.split
-    wrong = np.flatnonzero(totals["prediction"] != labels)
+    """Return the wrong predictions of the largest loss; without probabilities, all with a loss count as wrong."""
+    labels, split, losses = samples.split.labels, samples.split, totals["loss"]
+    has_probabilities = "probability" in totals
+    wrong = np.flatnonzero(totals["prediction"] != labels if has_probabilities else losses > 0)
+    order = np.argsort(totals["probability"][wrong] if has_probabilities else -losses[wrong], kind="stable")
     found = []
-    for i in wrong[np.argsort(totals["probability"][wrong], kind="stable")][:N_WORST]:
+    for i in wrong[order][:N_WORST]:
         text = trained.tokenizer.decode(split.tokens[split.offsets[i] : split.offsets[i + 1]].tolist())
-        predicted = int(totals["prediction"][i])
-        is_class = predicted < trained.config.data.n_labels
-        probability = float(totals["probability"][i])
-        found.append(Mistake(text, int(labels[i]), predicted if is_class else None, probability))
+        predicted = totals["prediction"][i].tolist()
+        if has_probabilities and predicted >= trained.config.data.n_labels:
+            predicted = None
+        probability = float(totals["probability"][i]) if has_probabilities else None
+        found.append(Mistake(text, int(labels[i]), predicted, probability, float(losses[i])))
     return found
 
 
@@ -380,12 +384,16 @@ def _tell(found: Evaluation) -> None:
             table.add_row(span, f"{b.count:,}", f"{b.confidence:.3f}", f"{b.accuracy:.3f}")
         console.print(table)
     if found.worst:
-        console.print("worst errors, by the probability of the label:")
+        console.print(f"worst errors, by the {'probability of the label' if found.confusion else 'loss'}:")
         for error in found.worst:
-            predicted = "no class" if error.predicted is None else error.predicted
             text = " ".join(error.text.split())
             text = text if len(text) <= 100 else f"{text[:97]}..."
-            console.print(f"  {error.probability:.4f}  label {error.label}, predicted {predicted}: {text}")
+            measure = error.loss if error.probability is None else error.probability
+            console.print(f"  {measure:.4f}  label {error.label}, predicted {_predicted(error.predicted)}: {text}")
+
+
+def _predicted(value: Any) -> str:
+    return "no class" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _number(name: str, x: float) -> str:

@@ -4,8 +4,8 @@ Model flops as in PaLM (arXiv 2204.02311, appendix B), but with a model's own wi
 what is computed again to save memory counts nothing, and attention counts whole, also where it is causal.
 """
 
+from jaxlm import names
 from jaxlm.config import Config
-from jaxlm.names import CAUSAL, LANGUAGE_MODELS, lora_products
 
 
 def forward_flops(config: Config, seq_len: int = 0) -> int:
@@ -21,11 +21,12 @@ def n_logits(config: Config, seq_len: int = 0) -> tuple[int, int]:
     """Return how many positions of a sample have logits, and how many outputs each of them has."""
     model, data = config.model, config.data
     seq_len = seq_len or model.seq_len
-    n_masks = max(1, int(data.mask_fraction * seq_len))
-    classes = model.vocab_size if model.head_outputs == "vocabulary" else data.n_labels
-    if config.task in LANGUAGE_MODELS:
-        return seq_len if config.task in CAUSAL else n_masks, model.vocab_size
-    return 1, classes
+    kind = names.model_kind(config.task)
+    if kind == "classifier":
+        classes = model.vocab_size if model.head_outputs == "vocabulary" else data.n_labels
+        own = names.shapes(config) if names.own_task(config.task) else {}
+        return 1, own.get("head.linear.bias", (classes,))[0]
+    return seq_len if kind == "causal" else max(1, int(data.mask_fraction * seq_len)), model.vocab_size
 
 
 def flops_per_sample(config: Config, seq_len: int = 0) -> int:
@@ -35,12 +36,12 @@ def flops_per_sample(config: Config, seq_len: int = 0) -> int:
     """
     model = config.model
     layers, pairs, adapters, output = _products(config, seq_len)
-    n = model.frozen_layers
+    n, kind = model.frozen_layers, names.model_kind(config.task)
     is_embedding_frozen = model.frozen_embedding or model.lora_rank > 0
-    is_trained_below = n < model.n_layers or not is_embedding_frozen or model.final_norm or config.task == "mlm"
+    is_trained_below = n < model.n_layers or not is_embedding_frozen or model.final_norm or kind == "masked"
     frozen = layers + pairs + adapters if is_embedding_frozen else 2 * layers + 3 * pairs
     upper = (2 if model.lora_rank else 3) * layers + 3 * (pairs + adapters)
-    is_output_trained = not (model.tied_embedding and is_embedding_frozen and config.task in LANGUAGE_MODELS)
+    is_output_trained = not (model.tied_embedding and is_embedding_frozen and kind != "classifier")
     passes = 1 + is_trained_below + is_output_trained
     return n * frozen + (model.n_layers - n) * upper + passes * output
 
@@ -56,6 +57,6 @@ def _products(config: Config, seq_len: int) -> tuple[int, int, int, int]:
     positions, outputs = n_logits(config, T)
     # Query, key, value and output, then d -> 4d -> d; scores of all pairs of positions, and the sums they weight.
     layers, pairs = 2 * T * (4 * D * D + 8 * D * D), 2 * (2 * T * T * D)
-    ends = sum(5 * D if name in ("fc1", "fc2") else 2 * D for name in lora_products(config.model))
-    dense = D * D if config.model.head_dense != "none" and config.task not in CAUSAL else 0
+    ends = sum(5 * D if name in ("fc1", "fc2") else 2 * D for name in names.lora_products(config.model))
+    dense = D * D if config.model.head_dense != "none" and names.model_kind(config.task) != "causal" else 0
     return layers, pairs, 2 * T * config.model.lora_rank * ends, 2 * positions * (dense + D * outputs)

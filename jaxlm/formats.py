@@ -258,7 +258,7 @@ def _info_of_1_2(tree: dict[str, Any], weights: Arrays) -> dict[str, Any]:
     group = tree["optimizer"]["param_groups"][0]
     settings |= {"train.beta1": group["betas"][0], "train.beta2": group["betas"][1], "train.epsilon": group["eps"]}
     settings |= {"task": task, "model.vocab_size": len(weights["base.embedding.token.weight"])}
-    if task not in names.LANGUAGE_MODELS and "head.linear.bias" in weights:
+    if names.model_kind(task) == "classifier" and "head.linear.bias" in weights:
         n_outputs = len(weights["head.linear.bias"])
         is_slip = n_outputs == settings["model.vocab_size"]
         settings |= {"model.head_outputs": "vocabulary"} if is_slip else {"data.n_labels": n_outputs}
@@ -288,15 +288,10 @@ def _moments_of_1_2(optimizer: dict[str, Any], shapes: Shapes, path: Path) -> tu
 
 
 def _write_1_2(path: Path, snapshot: Snapshot) -> None:
-    import torch
-
     from torchlm import checkpoint, optim, step
-    from torchlm.tasks import TASKS
 
     config, info = snapshot.config, snapshot.info
-    if config.task not in TASKS:
-        raise UserError(f"task={config.task}: torchlm does not have it; it has {', '.join(TASKS)}")
-    model = TASKS[config.task](config).build_model(torch.Generator())
+    model = checkpoint.model_for(snapshot, str(path))
     state = step.init_state(model, optim.adamw(config.train, model))
     state = checkpoint.with_snapshot(state, snapshot, str(path))
     loss = math.inf if info["val_loss"] is None else info["val_loss"]

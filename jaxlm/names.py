@@ -8,6 +8,7 @@ Arrays are NumPy; where only names change, tensors will do. Nothing here is roun
 equal bit for bit. Moments of an optimizer, one array a parameter, go the same ways.
 """
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,8 +20,8 @@ from jaxlm.errors import UserError
 Arrays = dict[str, np.ndarray]
 Shapes = dict[str, tuple[int, ...]]
 
-CAUSAL = ("gpt", "pairs")  # tasks of a causal language model
-LANGUAGE_MODELS = ("mlm", *CAUSAL)  # tasks with outputs for the vocabulary; all others classify
+# What the tasks of this package train. Tasks of a user say it in their file, which imports JAX: see `model_kind`.
+KINDS = {"mlm": "masked", "gpt": "causal", "pairs": "causal", "sst2": "classifier", "cola": "classifier"}
 
 # Settings by their names in the original's files, which have all of these.
 ORIGINAL_SETTINGS = {
@@ -48,10 +49,53 @@ _MOST_TOLD = 6  # differences in one error message
 
 
 def shapes(config: Config) -> Shapes:
-    """Return torchlm's name and shape of every parameter, in model order; of a classifier but for LANGUAGE_MODELS.
+    """Return torchlm's name and shape of every parameter, in model order.
 
     The order is PyTorch's, where a module's own parameters come before those of its parts.
     """
+    known = _known_shapes(config)
+    if (task := own_task(config.task)) is None:
+        return known
+    built = _built_shapes(task, config)
+    return {name: built[name] for name in (*(x for x in known if x in built), *(x for x in built if x not in known))}
+
+
+def model_kind(task: str) -> str:
+    """Return "masked" or "causal" for a language model with outputs for the vocabulary, else "classifier"."""
+    own = own_task(task)
+    return KINDS.get(task, "classifier") if own is None else own.samples.model_kind
+
+
+def own_task(task: str) -> Any:
+    """Return the class of a task that a user has added; None for those of this package, and unknown ones."""
+    if task in KINDS:
+        return None
+    from jaxlm.tasks import TASKS  # imports JAX, which settings of this package's tasks are looked at without
+
+    return TASKS.get(task)
+
+
+@functools.cache
+def _built_shapes(task: Any, config: Config) -> Shapes:
+    """Return the names and shapes of the parameters of the model that a user's task builds."""
+    from flax import nnx
+
+    model = nnx.eval_shape(lambda: task(config).build_model(nnx.Rngs(0)))
+    result: Shapes = {}
+    for path, x in _leaves(nnx.to_pure_dict(nnx.state(model, nnx.Param))):
+        shape = x.shape[1:] if _is_stacked(path) else x.shape
+        for name in (torch_names := _torch_names(path, x.shape)):
+            if _jax_path(name)[0] != path or any(key.isdecimal() for key in path):
+                raise UserError(
+                    f"task={config.task}: its parameter {'/'.join(path)} would be {name} in other forms, which does "
+                    "not lead back to it; call the module otherwise, and use attributes in place of a list"
+                )
+        result |= dict.fromkeys(torch_names, shape[::-1] if path[-1] in _TRANSPOSED else shape)
+    return result
+
+
+def _known_shapes(config: Config) -> Shapes:
+    """Return the shapes of the model that heads.py has for the kind of the task, with the settings' outputs."""
     model, D, adapted = config.model, config.model.d_model, lora_products(config.model)
     F, V = 4 * D, config.model.vocab_size
 
@@ -77,14 +121,15 @@ def shapes(config: Config) -> Shapes:
         result |= linear(f"{block}.feed_forward.fc1", D, F) | linear(f"{block}.feed_forward.fc2", F, D)
     if model.final_norm:
         result |= layernorm("base.final_norm")
-    dense = linear("head.dense", D, D) if model.head_dense != "none" and config.task not in CAUSAL else {}
-    if config.task not in LANGUAGE_MODELS:
+    of_kind = model_kind(config.task)
+    dense = linear("head.dense", D, D) if model.head_dense != "none" and of_kind != "causal" else {}
+    if of_kind == "classifier":
         n_outputs = V if model.head_outputs == "vocabulary" else config.data.n_labels
         return result | dense | linear("head.linear", D, n_outputs)
     if model.tied_embedding:
         result["head.bias"] = (V,)
     result |= dense
-    if config.task == "mlm":
+    if of_kind == "masked":
         result |= layernorm("head.layernorm")
     return result if model.tied_embedding else result | linear("head.linear", D, V)
 
@@ -177,15 +222,9 @@ def to_torch(params: Mapping[str, Any], first_block: int = 0) -> Arrays:
     """
     state: Arrays = {}
     for path, array in _leaves(params):
-        if path[:2] == ["base", "blocks"]:
-            blocks = {f"base.blocks.{i}.": block for i, block in enumerate(array, first_block)}
-            rest = path[2:]
-        else:
-            blocks, rest = {"": array}, path
-        name = {"kernel": "weight", "scale": "weight", "embedding": "weight"}.get(rest[-1], rest[-1])
-        for start, block in blocks.items():
-            block = block.T if rest[-1] in _TRANSPOSED else block
-            state[start + ".".join([*rest[:-1], name])] = np.ascontiguousarray(block)
+        blocks = np.asarray(array) if _is_stacked(path) else [np.asarray(array)]
+        for name, block in zip(_torch_names(path, array.shape, first_block), blocks, strict=True):
+            state[name] = np.ascontiguousarray(block.T if path[-1] in _TRANSPOSED else block)
     return state
 
 
@@ -193,12 +232,7 @@ def to_jax(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Return torchlm's state dict, with all blocks or all from one on, as jaxlm's tree of arrays."""
     leaves: dict[str, dict[int, np.ndarray]] = {}
     for name, array in state.items():
-        path = name.split(".")
-        block = 0
-        if path[:2] == ["base", "blocks"]:
-            block = int(path.pop(2))
-        if path[-1] == "weight":
-            path[-1] = "embedding" if path[-2] == "token" else "scale" if "norm" in path[-2] else "kernel"
+        path, block = _jax_path(name)
         leaves.setdefault("/".join(path), {})[block] = array.T if path[-1] in _TRANSPOSED else array
     tree: dict[str, Any] = {}
     for name, blocks in leaves.items():
@@ -206,7 +240,7 @@ def to_jax(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
         place = tree
         for part in parents:
             place = place.setdefault(part, {})
-        is_stacked = parents[:2] == ["base", "blocks"]
+        is_stacked = _is_stacked([*parents, last])
         place[last] = np.stack([blocks[i] for i in sorted(blocks)]) if is_stacked else np.ascontiguousarray(blocks[0])
     return tree
 
@@ -229,12 +263,37 @@ def from_original(state: Mapping[str, Any], task: str) -> dict[str, Any]:
     return {_torch_name(name, task): array for name, array in state.items() if not name.endswith(_BUFFERS)}
 
 
-def _leaves(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[list[str], np.ndarray]]:
+def _leaves(tree: Mapping[Any, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[list[str], Any]]:
     for name, value in tree.items():
         if isinstance(value, Mapping):
-            yield from _leaves(value, (*path, name))
+            yield from _leaves(value, (*path, str(name)))
         else:
-            yield [*path, name], np.asarray(value)
+            yield [*path, str(name)], value
+
+
+def _is_stacked(path: Sequence[str]) -> bool:
+    """Return whether a parameter of jaxlm has a leading axis of blocks."""
+    return list(path[:2]) == ["base", "blocks"]
+
+
+def _torch_names(path: list[str], shape: Sequence[int], first_block: int = 0) -> list[str]:
+    """Return torchlm's names of a parameter of jaxlm, one for each block that is in it."""
+    words = [*path[:-1], "weight" if path[-1] == _weight(path) else path[-1]]
+    if not _is_stacked(path):
+        return [".".join(words)]
+    return [".".join([*words[:2], str(first_block + i), *words[2:]]) for i in range(shape[0])]
+
+
+def _jax_path(name: str) -> tuple[list[str], int]:
+    """Return the path of a parameter of torchlm in jaxlm's tree, and the number of its block."""
+    path = name.split(".")
+    block = int(path.pop(2)) if _is_stacked(path) else 0
+    return [*path[:-1], _weight(path) if path[-1] == "weight" else path[-1]], block
+
+
+def _weight(path: Sequence[str]) -> str:
+    """Return what jaxlm calls torchlm's `weight` of the module that a parameter is in."""
+    return "embedding" if path[-2] == "token" else "scale" if "norm" in path[-2] else "kernel"
 
 
 def _words(task: str, is_head: bool) -> dict[str, str]:

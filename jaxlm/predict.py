@@ -1,7 +1,7 @@
 """The command `python -m jaxlm.predict`: what a trained model makes of a text. USING.md has examples.
 
-In Python: `predict.load(RUN)` returns what answers the model's kind of question, FillMasks, Continue, Reply or
-Classify. Numbers are computed in float32, whatever precision the model was trained in.
+In Python: `predict.load(RUN)` returns what answers the model's kind of question: FillMasks, Continue, Reply, Classify
+or Predict. Numbers are computed in float32, whatever precision the model was trained in.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxlm import hugepages, utf8
 from jaxlm.convert import Parser
+from jaxlm.data.samples import IGNORED, marks
 from jaxlm.data.sources import PROMPT_END
 from jaxlm.errors import UserError, reported
 from jaxlm.terminal import dumps
@@ -43,7 +44,6 @@ class Predictor:
     Raises UserError for a text that it cannot take, and for an option out of range.
     """
 
-    task = ""  # what the model is trained for
     wants = ""  # what it takes, for a person
     options: dict[str, Any] = {}  # with their defaults
     __call__: Callable[..., list[Answer]]
@@ -53,7 +53,9 @@ class Predictor:
 
         from jaxlm import attention
         from jaxlm.data import tokenizer as tokenizers
+        from jaxlm.model import Transformer
 
+        self.has_attention = isinstance(trained.model.base, Transformer)
         self.trained, self.tokenizer, self.model = trained, trained.tokenizer, trained.config.model
         self.specials = tokenizers.special_ids(self.tokenizer)
         self.compiled_attention = jax.jit(attention.weights)
@@ -64,6 +66,8 @@ class Predictor:
 
     def attention(self, text: str, layer: int, head: int) -> Answer:
         """Return the tokens of a text, and for each how much it looks at each; `layer` and `head` count from 0."""
+        if not self.has_attention:
+            raise UserError(f"{self.trained}: its base is no Transformer of model.py, so it has no attention to show")
         _check("layer", layer, 0 <= layer < self.model.n_layers, f"0 to {self.model.n_layers - 1}")
         _check("head", head, 0 <= head < self.model.n_heads, f"0 to {self.model.n_heads - 1}")
         ids = self.encode_any(text)
@@ -122,7 +126,7 @@ class Predictor:
 class FillMasks(Predictor):
     """Guesses the words that [MASK] stands for."""
 
-    task, wants = "mlm", "a text with [MASK] for each word to guess"
+    wants = "a text with [MASK] for each word to guess"
     options = {"top_k": 5}
 
     def __init__(self, trained: "Trained"):
@@ -192,10 +196,40 @@ class FillMasks(Predictor):
         return first
 
 
-class Classify(Predictor):
+class Predict(Predictor):
+    """Tells what the task makes of a text."""
+
+    wants = "a text"
+
+    def __init__(self, trained: "Trained"):
+        import jax
+
+        super().__init__(trained)
+        self.compiled = jax.jit(trained.task.predict)
+
+    def __call__(self, texts: Sequence[str]) -> list[Answer]:
+        answers = []
+        for some, ids_BT, last_B in self._batches(texts):
+            batch = {"tokens": ids_BT, "labels": np.full_like(last_B, IGNORED)}
+            batch |= {"last": last_B} if self.model.pooling == "last" else {}
+            predictions = np.asarray(self.compiled(self.trained.model, batch))
+            for text, prediction in zip(texts[some], predictions, strict=False):
+                answers.append({"text": text, **self.trained.task.answer(prediction)})
+        return answers
+
+    def encode(self, text: str) -> list[int]:
+        first, last = marks(self.model, self.specials)
+        return self._checked([first, *self._ids(text), *([] if last is None else [last])])
+
+    def shown(self, answer: Answer) -> str:
+        values = {name: f"{x:.4g}" if isinstance(x, float) else x for name, x in answer.items() if name != "text"}
+        return f"{'  '.join(f'{name} {x}' for name, x in values.items())}  {answer['text']}"
+
+
+class Classify(Predict):
     """Tells which class a text is of."""
 
-    task, wants = "sst2 or cola", "a text to classify"
+    wants = "a text to classify"
 
     def __init__(self, trained: "Trained"):
         import jax
@@ -215,12 +249,6 @@ class Classify(Predictor):
                 answers.append({"text": text, "label": label, "probabilities": p_C[:n_labels].tolist()})
         return answers
 
-    def encode(self, text: str) -> list[int]:
-        from jaxlm.data.samples import marks
-
-        first, last = marks(self.model, self.specials)
-        return self._checked([first, *self._ids(text), *([] if last is None else [last])])
-
     def shown(self, answer: Answer) -> str:
         told = "  ".join(f"{i}: {p:.3f}" for i, p in enumerate(answer["probabilities"]))
         label = "none" if answer["label"] is None else answer["label"]
@@ -230,7 +258,7 @@ class Classify(Predictor):
 class Continue(Predictor):
     """Continues prompts."""
 
-    task, wants = "gpt", "the beginning of a text"
+    wants = "the beginning of a text"
     between = ""  # what stands between a prompt and what continues it
     options = {"max_new_tokens": 100, "temperature": 0.8, "top_k": 0, "top_p": 0.95, "seed": None}
 
@@ -336,7 +364,7 @@ class Continue(Predictor):
 class Reply(Continue):
     """Answers prompts, by default with the likeliest tokens."""
 
-    task, wants = "pairs", "a prompt to answer"
+    wants = "a prompt to answer"
     between = PROMPT_END
     options = Continue.options | {"temperature": 0.0}
 
@@ -356,19 +384,20 @@ def load(checkpoint: str | Path, tokenizer: str = "") -> Predictor:
     `tokenizer` as in tokenizer.path, "": that of the run. Raises UserError.
     """
     from jaxlm import trained
-    from jaxlm.tasks.gpt import Gpt
-    from jaxlm.tasks.mlm import Mlm
-    from jaxlm.tasks.pairs import Pairs
-    from jaxlm.tasks.sst2 import Sst2
+    from jaxlm.heads import LanguageModel
 
     found = trained.load(checkpoint, tokenizer, precision="float32")
-    kinds: dict[type[Any], type[Predictor]] = {Mlm: FillMasks, Pairs: Reply, Gpt: Continue, Sst2: Classify}
-    for task, kind in kinds.items():
-        if isinstance(found.task, task):
-            return kind(found)
-    raise UserError(
-        f"{checkpoint}: task={found.config.task} is none of mlm, gpt, sst2, cola, pairs or of a class made of them"
-    )
+    samples = found.task.samples
+    if samples.model_kind == "classifier":
+        return Classify(found) if found.has_probabilities() else Predict(found)
+    if not isinstance(found.model, LanguageModel):
+        raise UserError(
+            f"{checkpoint}: the model of task={found.config.task} is a {type(found.model).__name__}, but only a "
+            "LanguageModel of heads.py can fill or continue a text; jaxlm.evaluate and jaxlm.convert take any model"
+        )
+    if samples.model_kind == "masked":
+        return FillMasks(found)
+    return Reply(found) if samples.reads == "pairs" else Continue(found)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -504,7 +533,8 @@ def _start(text: str, most: int = 40) -> str:
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser(
         prog="python -m jaxlm.predict",
-        description="Uses a trained model: mlm fills [MASK]s, gpt continues a text, pairs replies, sst2, cola label.",
+        description="Uses a trained model: mlm fills [MASK]s, gpt continues a text, pairs replies, sst2, cola label; "
+        "a task of your own does as its file says.",
         epilog="Without a text, lines of standard input are read; in a terminal, they are asked for.",
     )
     parser.add_argument(

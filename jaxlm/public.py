@@ -20,7 +20,7 @@ from jaxlm.config import Config, TokenizerConfig
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.errors import UserError
 from jaxlm.formats import Snapshot, Stored
-from jaxlm.names import CAUSAL, LANGUAGE_MODELS, Arrays, Shapes
+from jaxlm.names import Arrays, Shapes
 
 CONFIG, WEIGHTS, TOKENIZER_CONFIG = "config.json", "model.safetensors", "tokenizer_config.json"
 TOKENIZER = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt")
@@ -417,9 +417,7 @@ def _shapes(family: Family, config: Config) -> Shapes:
 
 def _task(config: Config) -> str:
     """Return the task that a family has the head by."""
-    if config.task in CAUSAL:
-        return "gpt"
-    return config.task if config.task in LANGUAGE_MODELS else CLASSES
+    return {"causal": "gpt", "masked": "mlm"}.get(names.model_kind(config.task), CLASSES)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

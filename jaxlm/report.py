@@ -245,12 +245,13 @@ def _evaluations(runs: Sequence[Folder], names: Sequence[str]) -> list[str]:
         parts.append(
             page.table([*head, "score", "", "95% interval", "baseline", "better"], lines, f"scores of the {split} part")
         )
-        drawn = page.chart("calibration", _reliability(found), x_label="confidence of a prediction")
-        parts.append(f'<div class="figures">{drawn}</div>')
-        parts.append(
-            '<p class="soft">Calibration: how often predictions of some confidence are right. On the dotted '
-            "line they are right as often as the model says.</p>"
-        )
+        if any(result["bins"] for result in found.values()):
+            drawn = page.chart("calibration", _reliability(found), x_label="confidence of a prediction")
+            parts.append(f'<div class="figures">{drawn}</div>')
+            parts.append(
+                '<p class="soft">Calibration: how often predictions of some confidence are right. On the dotted '
+                "line they are right as often as the model says.</p>"
+            )
         for name, result in found.items():
             parts += _classes(result, name if len(runs) > 1 else "")
     if not parts:
@@ -282,27 +283,25 @@ def _reliability(found: dict[str, dict[str, Any]]) -> list[Curve]:
 
 
 def _classes(result: dict[str, Any], name: str) -> list[str]:
-    if not result["confusion"]:
-        return []
-    n = len(result["confusion"])
-    lines = [[f"label {i}", *map(str, row)] for i, row in enumerate(result["confusion"])]
-    has_none = any(row[n] for row in result["confusion"])
-    heads = ["", *(f"predicted {i}" for i in range(n)), "no class"][: n + 1 + has_none]
-    parts = [f"<h3>Confusion{page.text(f' of {name}' if name else '')}</h3>"]
-    parts.append(page.table(heads, [line[: len(heads)] for line in lines], "confusion"))
-    worst = [
-        [
-            x["text"],
-            str(x["label"]),
-            "none" if x["predicted"] is None else str(x["predicted"]),
-            f"{x['probability']:.4f}",
-        ]
-        for x in result["worst"]
-    ]
+    parts = []
+    measure = "probability" if result["confusion"] else "loss"
+    if result["confusion"]:
+        n = len(result["confusion"])
+        lines = [[f"label {i}", *map(str, row)] for i, row in enumerate(result["confusion"])]
+        has_none = any(row[n] for row in result["confusion"])
+        heads = ["", *(f"predicted {i}" for i in range(n)), "no class"][: n + 1 + has_none]
+        parts.append(f"<h3>Confusion{page.text(f' of {name}' if name else '')}</h3>")
+        parts.append(page.table(heads, [line[: len(heads)] for line in lines], "confusion"))
+    worst = [[x["text"], str(x["label"]), _predicted(x["predicted"]), f"{x[measure]:.4f}"] for x in result["worst"]]
     if worst:
-        head = ["text", "label", "predicted", "probability of the label"]
-        parts.append(page.folded("Worst errors", page.table(head, worst, "worst errors")))
+        head = ["text", "label", "predicted", "probability of the label" if result["confusion"] else "loss"]
+        title = f"Worst errors{f' of {name}' if name and not result['confusion'] else ''}"
+        parts.append(page.folded(title, page.table(head, worst, "worst errors")))
     return parts
+
+
+def _predicted(value: Any) -> str:
+    return "none" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 # What else the folder has

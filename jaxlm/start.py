@@ -14,7 +14,7 @@ from jaxlm import config as configs
 from jaxlm.config import Config, Layer, TrainConfig
 from jaxlm.data.position import Position
 from jaxlm.errors import UserError
-from jaxlm.names import CAUSAL, LANGUAGE_MODELS, Arrays, Shapes
+from jaxlm.names import Arrays, Shapes, model_kind
 
 if TYPE_CHECKING:  # settings are read before anything that takes long to import
     from rich.table import Table
@@ -88,9 +88,9 @@ class Start:
                 names = (*names, "model.head_dense")
             if self.is_public():
                 names = (*names, "tokenizer.path", "tokenizer.lowercase")
-            is_causal = stored["task"] in CAUSAL or stored["model.pooling"] == "last"
+            is_causal = model_kind(stored["task"]) == "causal" or stored["model.pooling"] == "last"
             stored = {name: stored[name] for name in names}
-            if is_causal and task not in LANGUAGE_MODELS:
+            if is_causal and model_kind(task) == "classifier":
                 stored["model.pooling"] = "last"
             folder = self.run or self.path.parent
             if not self.is_public() and not storage.is_remote(folder) and (folder / "tokenizer.json").is_file():
@@ -331,7 +331,7 @@ def _parts_of_base(given: Mapping[str, Any], form: str, info: Mapping[str, Any])
     """
     task = given.get("task", Config().task)
     is_own = form.startswith(formats.TRANSFORMERS) and task == info["task"]
-    goes_on = is_own or (task in CAUSAL and info["task"] in CAUSAL)
+    goes_on = is_own or (model_kind(task) == model_kind(info["task"]) == "causal")
     return PARTS[:2] if goes_on and not given.get("train.switch_training") else PARTS[:1]
 
 

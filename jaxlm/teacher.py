@@ -8,7 +8,7 @@ import hashlib
 from typing import TYPE_CHECKING
 
 from jaxlm import config as configs
-from jaxlm import convert
+from jaxlm import convert, names
 from jaxlm.config import Config
 from jaxlm.errors import UserError
 from jaxlm.names import Arrays
@@ -21,7 +21,6 @@ SHARED = (
     *("task", "model.seq_len", "model.vocab_size", "model.pad_id", "model.pooling", "model.head_outputs"),
     "data.n_labels",
 )
-TASKS = ("mlm", "sst2", "cola")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +47,9 @@ class Teacher:
 def check(config: Config, start: "Start", is_start: bool) -> None:
     """Raise UserError if a teacher does not fit the settings; `is_start`: the student begins with its layers."""
     named, own = f"distill.teacher={config.distill.teacher}", start.config()
-    if config.task not in TASKS:
-        raise UserError(f"{named}: task={config.task} has no distillation; use one of {', '.join(TASKS)}")
+    task = names.own_task(config.task)
+    if not hasattr(task, "totals") if task else names.model_kind(config.task) == "causal":
+        raise UserError(f"{named}: task={config.task} has no distillation; use mlm, sst2, cola or a task made of one")
     shared = (*SHARED, "model.d_model") if config.distill.cosine_weight else SHARED
     for name in shared:
         wanted, found = (configs.get(x, name) for x in (own, config))

@@ -6,7 +6,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from jaxlm import backend, checkpoint, storage
+from jaxlm import backend, checkpoint, flops, names, storage
 from jaxlm import config as configs
 from jaxlm import start as starts
 from jaxlm.config import Config, TokenizerConfig
@@ -25,6 +25,12 @@ class Trained:
     task: Task
     tokenizer: Tokenizer
     model: Any
+
+    def has_probabilities(self) -> bool:
+        """Return whether the softmax of the logits is of the labels, which it is not with fewer outputs than labels."""
+        is_classifier = names.model_kind(self.config.task) == "classifier"
+        is_short = is_classifier and flops.n_logits(self.config)[1] < self.config.data.n_labels
+        return self.task.has_probabilities and not is_short
 
     def __str__(self) -> str:
         return f"{self.start.path} (task {self.config.task}, step {self.start.info['step']:,})"

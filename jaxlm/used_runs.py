@@ -33,7 +33,7 @@ def write(
 ) -> Path:
     """Write a run with a checkpoint for each step of `losses`, by default for step 3 alone; return its folder."""
     sizes = {f"model.{name}": value for name, value in SIZES.items()}
-    config = configs.build({"task": task, "tokenizer.vocab_size": 300, **sizes, **OF_TASK[task], **settings})
+    config = configs.build({"task": task, "tokenizer.vocab_size": 300, **sizes, **OF_TASK.get(task, {}), **settings})
     tokenizer = tokenizer or tokenizers.train(config.tokenizer, lambda: iter(TEXTS))
     config = configs.replace(config, "model.vocab_size", tokenizers.n_ids(tokenizer))
     (folder / "checkpoints").mkdir(parents=True)

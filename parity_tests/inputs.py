@@ -64,7 +64,7 @@ def edges(task: str, precision: Precision = "float64") -> list[Row]:
     tokens[1] = [1, V - 1] * (T // 2) + [1] * (T % 2)
     tokens[2, -1] = 1  # pads, then one token; row 3 has only pads
     batch: Batch = {"tokens": tokens, "labels": np.array([0, 1, 1, 0], np.int32)}
-    if task in names.LANGUAGE_MODELS:
+    if names.model_kind(task) != "classifier":
         labels = np.full((4, T), -1, np.int32)
         labels[0, 0], labels[1], labels[2, -1] = V - 1, [0, V - 1] * (T // 2) + [0] * (T % 2), 0
         batch["labels"] = labels

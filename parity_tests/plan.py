@@ -63,7 +63,7 @@ def random_batch(config: Config, random: np.random.Generator, batch_size: int, p
     is_pad = np.arange(T) >= lengths[:, None]
     if model.pad_id >= 0:
         tokens[is_pad] = model.pad_id
-    if config.task in names.CAUSAL:
+    if names.model_kind(config.task) == "causal":
         labels = np.where(np.roll(is_pad, -1, axis=1), -1, np.roll(tokens, -1, axis=1)).astype(np.int32)
         if config.task == "pairs":  # the first are of the prompt
             labels[np.arange(T) < random.integers(0, lengths)[:, None]] = -1

@@ -18,7 +18,7 @@ from jaxlm import step as jax_step
 from jaxlm.config import Config
 from jaxlm.data.cache import Split
 from jaxlm.data.samples import PairSamples
-from jaxlm.names import CAUSAL, Arrays
+from jaxlm.names import Arrays, model_kind
 from parity_tests import trajectory
 from parity_tests.drift import config_of
 from parity_tests.original import position_table
@@ -66,7 +66,7 @@ def scaled_dot_product_attention(config: Config, weights: Weights, hidden: Tenso
     """Run pre-norm blocks on PyTorch's attention."""
     (B, T, D), H = hidden.shape, config.model.n_heads
     mask = ~is_pad[:, None, None, :]
-    if config.task in CAUSAL:
+    if model_kind(config.task) == "causal":
         mask = mask & torch.ones(T, T, dtype=torch.bool).tril()
     for i in range(config.model.n_layers):
         linear, norm = (functools.partial(f, _part(weights, f"base.blocks.{i}.")) for f in (_linear, _norm))
@@ -95,7 +95,7 @@ def transformer_encoder_layer(config: Config, weights: Weights, hidden: Tensor, 
         norm_first=not config.model.post_norm,
         dtype=torch.float64,
     )
-    is_future = torch.ones(T, T, dtype=torch.bool).triu(1) if config.task in CAUSAL else None
+    is_future = torch.ones(T, T, dtype=torch.bool).triu(1) if model_kind(config.task) == "causal" else None
     renamed = {
         "self_attn.out_proj": "attention.output",
         "linear1": "feed_forward.fc1",

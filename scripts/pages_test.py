@@ -42,7 +42,7 @@ ELSEWHERE = {
     r"python -m parity_tests\.faults": "parity_tests/faults_test.py",
     r"python -m parity_tests\.report": "parity_tests/report_test.py",
     r"python -m jaxlm\.plan .*--topology v5e": "jaxlm/plan_test.py",
-    r"python -m jaxlm\.train --task rating": "jaxlm/tasks/readme_test.py",
+    r"python -m jaxlm\.\w+ .*\brating\b": "jaxlm/tasks/readme_test.py",
     r"python -m jaxlm\.report .*--png": "jaxlm/report_test.py",  # where there is Chromium
     r"python scripts/launch_": "scripts/launch_page_test.py",
     r"python scripts/benchmark\.py": "scripts/benchmark_test.py",

@@ -21,6 +21,7 @@ from jaxlm.errors import UserError
 from jaxlm.formats import Snapshot
 from jaxlm.run import Run
 from torchlm import parallel
+from torchlm.heads import Classifier, LanguageModel
 from torchlm.step import TrainState
 
 FORMAT = "1.2"
@@ -179,14 +180,36 @@ def load_model(path: str | Path) -> tuple[torch.nn.Module, Config]:
 
     A run has that of its best checkpoint.
     """
-    from torchlm.tasks import TASKS
-
     found = start.to_use(path).path
     assert found is not None, "nothing was found"
     snapshot = convert.read(found)
-    model = TASKS[snapshot.config.task](snapshot.config).build_model(torch.Generator())
+    model = model_for(snapshot, str(found))
     model.load_state_dict({name: torch.tensor(x) for name, x in snapshot.weights.items()})
     return model.eval(), snapshot.config
+
+
+def model_for(snapshot: Snapshot, source: str) -> torch.nn.Module:
+    """Return a model that the weights fit; of a task that torchlm lacks, the one of heads.py that its kind has.
+
+    Raises UserError, which begins with `source`, if that is another than the weights are of.
+    """
+    from torchlm.tasks import TASKS
+
+    config, kind, rngs = snapshot.config, names.model_kind(snapshot.config.task), torch.Generator()
+    if config.task in TASKS:
+        return TASKS[config.task](config).build_model(rngs)
+    model: torch.nn.Module
+    if kind == "classifier":
+        n_outputs = len(snapshot.weights.get("head.linear.bias", (0,)))
+        model = Classifier(config.model, n_outputs, torch.float32, rngs)
+    else:
+        model = LanguageModel(config.model, kind == "causal", torch.float32, rngs)
+    if {name: x.shape for name, x in model.named_parameters()} != {n: x.shape for n, x in snapshot.weights.items()}:
+        raise UserError(
+            f"{source}: the model of task={config.task} is none of heads.py, so torchlm cannot have it; "
+            "convert it to safetensors"
+        )
+    return model
 
 
 def content(state: TrainState, info: dict[str, Any], validation_loss: float) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 A samples object knows its length and makes any batch of samples: `batch(indices, epochs)` returns the arrays of a
 model's input by name, each with a leading axis of samples. A label of -1 is ignored by the loss. Nothing depends on
 which samples share a batch, so that order, batch size and number of processes are free. `lengths(indices)` are the
-positions of samples that are no padding, and `cut(batch, length)` a batch without what lies beyond.
+positions of samples that are no padding, and `cut(batch, length)` a batch without what lies beyond. `model_kind` is the
+kind of model that they are for, as names.model_kind returns it.
 """
 
 from typing import Any
@@ -68,6 +69,7 @@ class CausalSamples:
     """
 
     reads: Reads = "text"
+    model_kind = "causal"
 
     def __init__(self, split: Split, config: Config, specials: dict[str, int], vocab_size: int):
         self.seq_len, self.pad_id = config.model.seq_len, config.model.pad_id
@@ -120,6 +122,7 @@ class MaskedSamples:
     """
 
     reads: Reads = "text"
+    model_kind = "masked"
 
     def __init__(self, split: Split, config: Config, specials: dict[str, int], vocab_size: int):
         self.config, self.seq_len = config, config.model.seq_len
@@ -199,6 +202,7 @@ class ClassifiedSamples:
     """
 
     reads: Reads = "labels"
+    model_kind = "classifier"
 
     def __init__(self, split: Split, config: Config, specials: dict[str, int], vocab_size: int):
         self.split, self.seq_len = split, config.model.seq_len
@@ -262,6 +266,7 @@ class PairSamples:
     """
 
     reads: Reads = "pairs"
+    model_kind = "causal"
 
     def __init__(self, split: Split, config: Config, specials: dict[str, int], vocab_size: int):
         self.split, self.seq_len, self.article = split, config.model.seq_len, specials["article"]

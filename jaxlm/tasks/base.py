@@ -22,6 +22,7 @@ class Task(abc.ABC):
     settings: ClassVar[tuple[str, ...]] = ()  # settings that only such tasks use; elsewhere they warn
     baseline_name: ClassVar[str]  # what `baseline` guesses
     lower_is_better: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "bits_per_byte")  # of the scores
+    has_probabilities: ClassVar[bool] = False  # the softmax of the logits is of the labels: jaxlm.predict gives it
 
     def __init__(self, config: Config):
         self.config = config
@@ -54,6 +55,13 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def show(self, batch: Batch, predictions: Any, tokenizer: Tokenizer) -> str:
         """Return the samples of a batch with what the model makes of them, for a person."""
+
+    def answer(self, prediction: Any) -> dict[str, Any]:
+        """Return what jaxlm.predict answers about a text, in values of JSON; `prediction` is what `predict` returns.
+
+        Used by tasks of labels without probabilities.
+        """
+        return {"prediction": prediction.tolist()}
 
     def warning(self, totals: Any) -> str:
         """Return one line on totals that look like a collapsed model, or ""."""

@@ -22,6 +22,7 @@ class Gpt(Task):
     samples: ClassVar[type[Any]] = CausalSamples
     settings: ClassVar[tuple[str, ...]] = ("data.text_column",)
     baseline_name = "guessing by word frequency"
+    has_probabilities = True
 
     def embedded(self) -> Source:
         return embedded.python_reference(self.config.data)

@@ -19,6 +19,7 @@ class Mlm(Task):
     samples = MaskedSamples
     settings = ("data.text_column", "data.mask_fraction", "data.n_maskings", "model.head_dense")
     baseline_name = "guessing by word frequency"
+    has_probabilities = True
 
     def embedded(self) -> Source:
         return embedded.python_reference(self.config.data)

@@ -25,6 +25,7 @@ class Sst2(Task):
         *("model.head_outputs", "model.pooling", "model.head_dense"),
     )
     baseline_name = "always the most frequent class"
+    has_probabilities = True
 
     def embedded(self) -> Source:
         return embedded.sentences("sst2")
