@@ -148,6 +148,7 @@ class DistributedConfig:
     coordinator: str = ""  # host:port of process 0; "": found on TPU VMs, in Slurm, JobSet and under torchrun
     n_processes: Count = 0  # of the run; 0: as found
     process: Annotated[int, Meta(ge=-1, le=MOST)] = -1  # number of this process, from 0; -1: as found
+    timeout_s: Positive = 25  # seconds to wait for the other processes at the start
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -192,7 +193,7 @@ SETTINGS = _settings()
 TRANSIENT = (
     *("resume", "debug", "profile", "run.dir", "run.checkpoint_dir"),
     *("train.reset_optimizer", "train.switch_training"),
-    *("distributed.coordinator", "distributed.n_processes", "distributed.process"),
+    *("distributed.coordinator", "distributed.n_processes", "distributed.process", "distributed.timeout_s"),
 )
 BARE = {"profile": "5"}  # values of flags that are given without one
 AXES = ("data", "fsdp", "tensor")  # of the mesh of devices

@@ -26,9 +26,10 @@ import jax
 from jax._src.distributed import global_state  # its key-value store has no public name
 
 from jaxlm import config as configs
-from jaxlm import storage
+from jaxlm import rendezvous, storage
 from jaxlm.config import Config, LogConfig
 from jaxlm.errors import CLEANUPS, UserError, reported
+from jaxlm.rendezvous import variable
 from jaxlm.start import Start
 
 FOREVER_MS = 7 * 24 * 3600 * 1000  # who waits longer for another is ended by what ends the other
@@ -275,6 +276,9 @@ def _initialize(config: Config) -> bool:
         return False
     # Its handler of SIGTERM would take the place of ours.
     jax.config.update("jax_enable_preemption_service", False)
+    if place:
+        arguments = (place[name] for name in ("coordinator_address", "num_processes", "process_id"))
+        rendezvous.meet(*arguments, config.distributed.timeout_s)
     try:
         jax.distributed.initialize(**place)
     except ValueError:  # a TPU VM that is no cluster
@@ -294,36 +298,24 @@ def _place(config: Config) -> dict[str, Any] | None:
     if given.coordinator:
         return _explicit(given.coordinator, given.n_processes, given.process)
     if address := os.environ.get("JAX_COORDINATOR_ADDRESS"):
-        return _explicit(address, _variable("JAX_NUM_PROCESSES"), _variable("JAX_PROCESS_ID"))
-    if "MASTER_ADDR" in os.environ and (size := _variable("WORLD_SIZE", 1)) > 1:
+        return _explicit(address, variable("JAX_NUM_PROCESSES"), variable("JAX_PROCESS_ID"))
+    if "MASTER_ADDR" in os.environ and (size := variable("WORLD_SIZE", 1)) > 1:
         # torchrun's own agent listens at its port.
-        port = _variable("MASTER_PORT") + ("TORCHELASTIC_RUN_ID" in os.environ)
-        place = _explicit(f"{os.environ['MASTER_ADDR']}:{port}", size, _variable("RANK"))
-        if _variable("LOCAL_WORLD_SIZE", 1) > 1:
-            place["local_device_ids"] = _variable("LOCAL_RANK")
+        port = variable("MASTER_PORT") + ("TORCHELASTIC_RUN_ID" in os.environ)
+        place = _explicit(f"{os.environ['MASTER_ADDR']}:{port}", size, variable("RANK"))
+        if variable("LOCAL_WORLD_SIZE", 1) > 1:
+            place["local_device_ids"] = variable("LOCAL_RANK")
         return place
     # JAX finds the rest itself on these.
     has_tpu = importlib.util.find_spec("libtpu") and (os.path.exists("/dev/accel0") or os.path.exists("/dev/vfio/0"))
-    if _variable("SLURM_STEP_NUM_TASKS", 1) > 1 or (has_tpu and os.environ.get("JAX_PLATFORMS", "tpu") != "cpu"):
+    if variable("SLURM_STEP_NUM_TASKS", 1) > 1 or (has_tpu and os.environ.get("JAX_PLATFORMS", "tpu") != "cpu"):
         return {}
     return None
 
 
 def _explicit(address: str, n_processes: int, process: int) -> dict[str, Any]:
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal():
-        raise UserError(f"{address}: the address of process 0 is HOST:PORT; give it with --distributed.coordinator")
-    if not 0 <= process < n_processes:
-        raise UserError(f"process {process} of {n_processes}: the processes are numbered from 0; see SHARDING.md")
     place: dict[str, Any] = {"coordinator_address": address, "num_processes": n_processes, "process_id": process}
     return place | {"cluster_detection_method": "deactivate"}
-
-
-def _variable(name: str, default: int | None = None) -> int:
-    text = os.environ.get(name, "" if default is None else str(default))
-    if not text.isdecimal():
-        raise UserError(f"{name}={text!r} in the environment is no number; set it, or give --distributed.coordinator")
-    return int(text)
 
 
 def _identity(config: Config, start: Start) -> dict[str, Any]:

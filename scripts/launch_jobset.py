@@ -65,7 +65,8 @@ def manifest(settings: Settings) -> str:
         "max_restarts": jobset.max_restarts,
         "hosts": jobset.hosts,
         "image": jobset.image,
-        "command": settings.training("python", run_dir),
+        # Pods start when their nodes and images are there, and have a name in DNS only then.
+        "command": [*settings.training("python", run_dir), "--distributed.timeout-s", "600"],
         "env": environment(settings),
         "resources": {"limits": {resource: str(jobset.chips_per_host)}} if resource else {},
         "node_selector": selector,

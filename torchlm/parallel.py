@@ -19,8 +19,10 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from jaxlm import config as configs
+from jaxlm import rendezvous
 from jaxlm.config import Config, LogConfig
 from jaxlm.errors import CLEANUPS, UserError
+from jaxlm.rendezvous import variable
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,12 @@ class Mesh:
 
 def make_mesh(config: Config) -> Mesh:
     """Join the processes that torchrun started. Raises UserError if they cannot share a batch evenly."""
-    size, batch_size = int(os.environ.get("WORLD_SIZE", 1)), config.train.batch_size
+    size, batch_size = variable("WORLD_SIZE", 1), config.train.batch_size
+    if config.distributed.coordinator:
+        raise UserError(
+            f"distributed.coordinator={config.distributed.coordinator}: processes of torchlm find each other by the "
+            "variables that torchrun sets; leave it, and start them with torchrun"
+        )
     for name, asked in (("fsdp", config.mesh.fsdp), ("tensor", config.mesh.tensor)):
         if asked > 1:
             raise UserError(
@@ -48,12 +55,22 @@ def make_mesh(config: Config) -> Mesh:
         raise UserError(f"train.batch_size={batch_size} is not divisible by the {size} processes; use {fits}")
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device("cuda", variable("LOCAL_RANK", 0))
         torch.cuda.set_device(device)
+    rank = variable("RANK") if size > 1 else 0
     if size > 1 and not dist.is_initialized():
-        # Flags of the host go over gloo also where gradients go over NCCL: no wait for the device.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return Mesh(int(os.environ.get("RANK", 0)), size, device)
+        address = f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # torchrun itself does not listen there
+            rendezvous.meet(address, size, rank, config.distributed.timeout_s)
+        try:
+            # Flags of the host go over gloo also where gradients go over NCCL: no wait for the device.
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        except (RuntimeError, ValueError) as error:
+            raise UserError(
+                f"{address}: the processes of the run cannot find each other ({str(error).splitlines()[0]}); "
+                "see that MASTER_ADDR and MASTER_PORT are those of process 0, which all hosts have to reach"
+            ) from error
+    return Mesh(rank, size, device)
 
 
 def device_kind(mesh: Mesh) -> str:
