@@ -6,7 +6,11 @@ Exit status 1 if any is farther, 2 if a folder is no case. Without a folder, all
 
 import argparse
 import sys
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from jaxlm.errors import reported
 from parity_tests import case as cases
@@ -28,6 +32,16 @@ def check(case: Case) -> list[Row]:
     ]
 
 
+def announced(steps: Iterable[tuple[str, Callable[[], Any]]]) -> list[Any]:
+    """Return the results of named steps. Standard error says which one runs, of how many, and the time so far."""
+    steps, started_s = list(steps), time.monotonic()
+    results = []
+    for i, (name, compute) in enumerate(steps, start=1):
+        print(f"{i} of {len(steps)}, after {time.monotonic() - started_s:.0f} s: {name}", file=sys.stderr, flush=True)
+        results.append(compute())
+    return results
+
+
 def main(argv: list[str]) -> int:
     """Replay the cases of a command line; return the exit status."""
     parser = argparse.ArgumentParser("python -m parity_tests.replay", description="Replay recorded cases.")
@@ -35,7 +49,8 @@ def main(argv: list[str]) -> int:
     with reported(debug=False):
         args = parser.parse_args(argv)
         loaded = [cases.load(folder) for folder in args.case_dir or sorted(cases.CASES.iterdir())]
-        rows = trajectory.worst(row for case in loaded for row in check(case))
+        checked = announced((f"recorded case {case.name}", partial(check, case)) for case in loaded)
+        rows = trajectory.worst(row for rows in checked for row in rows)
         print(trajectory.table(rows))
         failed = sum(not row.passes for row in rows)
         print(f"\n{failed} of {len(rows)} quantities FAIL" if failed else f"\nall {len(rows)} quantities pass")

@@ -3,6 +3,9 @@
 Curves of both frameworks on top of each other, their difference against the update number with the tolerance, each
 tensor, the recorded cases, the planted faults (`--faults FILE`, which `python -m parity_tests.faults --json FILE`
 writes), and versions. The page is one file without scripts; `--png FILE` writes one of its pictures for the README.
+
+It takes about 12 minutes on 2 cores, and says on standard error what it computes. `--quick` takes one or two: fewer
+updates, tasks and cases, and no bfloat16.
 """
 
 import argparse
@@ -12,6 +15,7 @@ import importlib.metadata
 import platform
 import sys
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +28,7 @@ from jaxlm.errors import UserError, reported
 from jaxlm.names import Arrays
 from parity_tests import case as cases
 from parity_tests import packages, replay, trajectory
-from parity_tests.drift import SEEDS, Drift, bfloat16, bfloat16_rows, config_of
+from parity_tests.drift import N_DRIFTS, SEEDS, Drift, bfloat16, bfloat16_rows, config_of
 from parity_tests.plan import random_plan
 from parity_tests.tolerances import BFLOAT16_FACTOR, FLOAT32, FLOAT64
 from parity_tests.trajectory import Row, Trajectory, worst
@@ -33,6 +37,7 @@ TASKS = ("mlm", "gpt", "sst2", "cola")
 N_UPDATES, N_BATCHES = 200, 25  # the same batches again and again, so that there is something to learn
 # In float32, what rounding does to single tensors grows with the updates; tolerances are of runs as long as recorded.
 N_SHORT = 15
+QUICK_TASKS, QUICK_CASES = ("mlm", "gpt", "sst2"), ("cola",)
 # Of a picture; a page has them in its own style.
 INK, GRID, FIRST, SECOND, BOUND = "#1c1f24", "#d5d8de", "#0b63ce", "#d06a00", "#c2263a"
 IN_PAGE = {FIRST: page.COLOURS[0], SECOND: page.COLOURS[1], BOUND: page.BOUND}
@@ -220,8 +225,14 @@ def both_packages(
     drifted: dict[str, Drift],
     replayed: list[Row],
     fault_table: Path | None,
+    note: str = "",
 ) -> str:
-    """Return the page; `pairs` has float32 and float64 of each task, `short` a shorter run of the first in float32."""
+    """Return the page; `pairs` has float32 and float64 of each task, `short` a shorter run of the first in float32.
+
+    `note` says what the page leaves out.
+    """
+    first = next(iter(pairs))
+    n_updates = len(pairs[first][0].jaxlm.losses)
     singles = [row for single, _ in pairs.values() for row in single.rows if row.quantity == "losses"]
     doubles = [row for _, double in pairs.values() for row in double.rows]
     halves = [row for task, drift in drifted.items() for row in bfloat16_rows(task, drift)]
@@ -233,30 +244,26 @@ def both_packages(
 
     totals = {
         f"of {len(rows)} numbers and tensors within tolerance": str(len(rows) - n_failed),
-        f"largest relative difference of losses in {N_UPDATES} updates, float32": largest(singles, "losses"),
+        f"largest relative difference of losses in {n_updates} updates, float32": largest(singles, "losses"),
         "the same in float64": largest(doubles, "losses"),
-        f"of weights after {N_UPDATES} updates, float64": largest(doubles, "final weights"),
+        f"of weights after {n_updates} updates, float64": largest(doubles, "final weights"),
     }
     figures = []
     for task, (single, double) in pairs.items():
         figures += [svg(*losses(task, single)), svg(*differences(task, single, double), is_log=True)]
-    first = next(iter(pairs))
     parts = [
+        *([f"<p><b>{html.escape(note)}</b></p>"] if note else []),
         "<p>Two implementations of one trainer, from the same weights, on the same batches: every number that one "
         "computes is compared with the other's, and with what the original recorded.</p>",
         page.totals(totals.items()),
-        f"<h2>{N_UPDATES} updates</h2><p>For each task the losses of both on top of each other, and "
+        f"<h2>{n_updates} updates</h2><p>For each task the losses of both on top of each other, and "
         "how far they are apart. In float64 only the mathematics is left: what is seen in float32 is rounding.</p>",
         f'<div class="figures">{"".join(figures)}</div>',
-        f"<h2>bfloat16</h2><p>How far rounding to bfloat16 moves the loss in {N_UPDATES} updates: each package against "
-        "itself in float32, torchlm by PyTorch's autocast. After the last update, jaxlm's mean drift and that of its "
-        f"weights may be at most {BFLOAT16_FACTOR} times torchlm's.</p>",
-        f'<div class="figures">{"".join(svg(*drift_curves(*x)) for x in drifted.items())}</div>',
-        drift_table(drifted),
+        *_bfloat16(drifted),
         f"<h2>Each tensor</h2><p>Of {first}: norm of the difference over the norm; of weights, over how far the tensor "
         "has moved.</p>",
-        f"<details open><summary>float32, {N_SHORT} updates</summary>{tensors(short.rows)}</details>",
-        f"<details><summary>float64, {N_UPDATES} updates</summary>{tensors(pairs[first][1].rows)}</details>",
+        f"<details open><summary>float32, {len(short.jaxlm.losses)} updates</summary>{tensors(short.rows)}</details>",
+        f"<details><summary>float64, {n_updates} updates</summary>{tensors(pairs[first][1].rows)}</details>",
         '<p class="soft">* Of the bias of the keys only rounding is left, since it shifts all scores of a query alike: '
         "over the norm of all tensors, and of weights over the sum of the rates.</p>",
     ]
@@ -266,7 +273,7 @@ def both_packages(
         )
         parts.append(f"<h2>Recorded cases of the original</h2><p>The worst of all cases.</p>{shown}")
     parts += [
-        f"<h2>Every quantity</h2><p>The worst tensor or update of {N_UPDATES} in float64.</p>",
+        f"<h2>Every quantity</h2><p>The worst tensor or update of {n_updates} in float64.</p>",
         *(
             f"<details><summary>{task}</summary>{of_rows(worst(b.rows), task)}</details>"
             for task, (_, b) in pairs.items()
@@ -277,13 +284,27 @@ def both_packages(
     return page.page("jaxlm and torchlm, number for number", [*parts, versions()])
 
 
+def _bfloat16(drifted: dict[str, Drift]) -> list[str]:
+    if not drifted:
+        return []
+    n_updates = len(next(iter(drifted.values())).losses("jaxlm"))
+    return [
+        f"<h2>bfloat16</h2><p>How far rounding to bfloat16 moves the loss in {n_updates} updates: each package against "
+        "itself in float32, torchlm by PyTorch's autocast. After the last update, jaxlm's mean drift and that of its "
+        f"weights may be at most {BFLOAT16_FACTOR} times torchlm's.</p>",
+        f'<div class="figures">{"".join(svg(*drift_curves(*x)) for x in drifted.items())}</div>',
+        drift_table(drifted),
+    ]
+
+
 def picture(path: Path, pairs: dict[str, tuple[Pair, Pair]]) -> None:
     """Write the pictures of gpt as a file."""
     figure = Figure(figsize=(9, 3.2), layout="constrained", facecolor="white")
     left, right = figure.subplots(1, 2)
     single, double = pairs["gpt"]
     draw(left, *losses("gpt", single))
-    draw(right, *differences("gpt", single, double), is_log=True)
+    title, *curves = differences("gpt", single, double)
+    draw(right, f"{title} (log scale)", *curves, is_log=True)
     figure.savefig(path, dpi=160)
 
 
@@ -321,15 +342,33 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("parity.html"), help="file of the page (default: parity.html)")
     parser.add_argument("--png", type=Path, help="file for a picture")
     parser.add_argument("--faults", type=Path, help="table of python -m parity_tests.faults --json FILE")
+    parser.add_argument("--quick", action="store_true", help="a minute or two: fewer updates, tasks and cases")
     with reported(debug=False):
         args = parser.parse_args(argv)
         if args.faults:
             faults(args.faults)  # before minutes of work
-        pairs = {task: (pair(task, "float32"), pair(task, "float64")) for task in TASKS}
-        short = pair(TASKS[0], "float32", N_SHORT)
-        drifted = {task: bfloat16(task, N_UPDATES) for task in TASKS}
-        replayed = [row for folder in sorted(cases.CASES.iterdir()) for row in replay.check(cases.load(folder))]
-        args.out.write_text(both_packages(pairs, short, drifted, replayed, args.faults), encoding="utf-8")
+        tasks, n_updates = (QUICK_TASKS, N_SHORT) if args.quick else (TASKS, N_UPDATES)
+        folders = [cases.CASES / name for name in QUICK_CASES] if args.quick else sorted(cases.CASES.iterdir())
+        steps = [
+            (f"{task} in {precision}, {n_updates} updates of both packages", partial(pair, task, precision, n_updates))
+            for task in tasks
+            for precision in ("float32", "float64")
+        ]
+        if not args.quick:
+            steps += [(f"{tasks[0]} in float32, {N_SHORT} updates", partial(pair, tasks[0], "float32", N_SHORT))]
+            steps += [
+                (f"{task} in bfloat16, {N_DRIFTS} starts of {n_updates} updates", partial(bfloat16, task, n_updates))
+                for task in tasks
+            ]
+        steps += [(f"recorded case {folder.name}", partial(replay.check, cases.load(folder))) for folder in folders]
+        results = iter(replay.announced(steps))
+        pairs = {task: (next(results), next(results)) for task in tasks}
+        short = pairs[tasks[0]][0] if args.quick else next(results)
+        drifted = {} if args.quick else {task: next(results) for task in tasks}
+        replayed = [row for rows in results for row in rows]
+        full = f"{N_UPDATES} updates of {', '.join(TASKS)}, bfloat16, and all recorded cases"
+        note = f"Quick: a page made without --quick has {full}." if args.quick else ""
+        args.out.write_text(both_packages(pairs, short, drifted, replayed, args.faults, note), encoding="utf-8")
         if args.png:
             picture(args.png, pairs)
         print(args.out)

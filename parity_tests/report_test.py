@@ -106,6 +106,28 @@ def test_the_page_has_all_parts_and_needs_nothing_else(pairs: dict, tmp_path: Pa
     assert "torch 2." in text and "flax 0." in text
 
 
+@pytest.mark.slow
+def test_a_quick_page_says_what_it_computes_and_that_it_is_quick(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    assert report.main(["--quick", "--out", str(tmp_path / "page.html")]) == 0
+    output, errors = capfd.readouterr()
+    lines = [re.fullmatch(r"(\d+) of (\d+), after (\d+) s: (.*)", line) for line in errors.splitlines()]
+    steps = [(int(line[1]), int(line[2])) for line in lines if line]
+    assert output == f"{tmp_path}/page.html\n" and steps == [(i + 1, 7) for i in range(7)]
+    assert all(task in errors for task in ("mlm in float32", "gpt in float64", "sst2 in", "recorded case cola"))
+    text = (tmp_path / "page.html").read_text()
+    (passed, n) = re.search(r"<b>(\d+)</b>of (\d+) numbers", text).groups()  # type: ignore[union-attr]
+    assert passed == n and int(n) > 100
+    assert "Quick: a page made without --quick has 200 updates of mlm, gpt, sst2, cola, bfloat16," in text
+    assert "in 15 updates, float32" in text and "bfloat16</h2>" not in text
+
+
+def test_log_scales_are_labelled_and_what_they_leave_out_is_said(pairs: dict) -> None:
+    text = report.both_packages(pairs, pairs["gpt"][0], {"gpt": DRIFT}, [], None)
+    assert "<b>gpt: difference of losses, relative</b> <small>(log scale)</small>" in text
+    assert "values are zero, negative or not finite, and left out." in text
+    assert "Quick" not in text and "bfloat16</h2>" in text
+
+
 def test_a_name_from_a_file_is_text(tmp_path: Path, pairs: dict) -> None:
     (tmp_path / "faults.json").write_text(json.dumps([FAULTS[0] | {"name": "<script>"}]))
     assert "<script>" not in report.both_packages(pairs, pairs["gpt"][0], {}, [], tmp_path / "faults.json")
