@@ -4,8 +4,10 @@ import os
 
 import jax
 
+from jaxlm import config as configs
 from jaxlm.config import Config
 from jaxlm.data import cache
+from jaxlm.errors import UserError
 
 # Of libtpu's compiler, which reads them when it is loaded. It overflows the stacks of its threads where dropout makes
 # random numbers for large attention. And where fsdp splits what a product sums over, it would send parts of the matrix
@@ -20,6 +22,11 @@ def configure(config: Config) -> None:
     if LIBTPU_FLAGS not in given:
         os.environ["LIBTPU_INIT_ARGS"] = f"{LIBTPU_FLAGS} {given}"  # of two, the later counts
     folder = cache.user_cache_dir(config.data.cache_dir) / "xla"
+    if not configs.is_unicode(str(folder)):
+        raise UserError(
+            f"{str(folder)!r}: has bytes that are not UTF-8, which JAX takes for no cache; give another "
+            "folder with --data.cache-dir"
+        )
     jax.config.update("jax_compilation_cache_dir", str(folder))
     for entry in folder.glob("*-cache"):
         if not entry.stat().st_size:  # of a disk that was full: JAX would compile anew each time, and never mend it

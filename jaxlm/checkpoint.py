@@ -44,6 +44,8 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int = 1, warn: Callable[[str], None] = print):
         self.folder, self.keep, self.warn = storage.absolute(folder), keep, warn
+        self.closing = contextlib.ExitStack()
+        self.place = self.closing.enter_context(storage.plain(self.folder))  # for Orbax
         self.checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self.finishing: threading.Thread | None = None
         self.n_saved, self.stalled_s = 0, 0.0  # saves that are whole, and how long training stood still for all
@@ -93,7 +95,7 @@ class Checkpoints:
         self.wait()
         path = self.folder / str(step)
         if distributed.is_first():
-            checksums.check(path)
+            formats.check_run(path)
         distributed.wait()
         return restore(path, like, is_checked=True)
 
@@ -117,6 +119,7 @@ class Checkpoints:
         self.wait()
         with contextlib.suppress(Exception):  # of a save that failed, which was told then
             self.checkpointer.close()
+        self.closing.close()
 
     def _found(self) -> list[int]:
         return [step for step, path in checksums.finished_in(self.folder) if path.is_dir()]
@@ -135,13 +138,13 @@ class Checkpoints:
         self.needs_frozen = bool(frozen)
         saved: dict[str, Any] = {name: ocp.args.PyTreeSave(tree) for name, tree in items.items()}
         self.checkpointer.save(
-            self.folder / str(step), args=ocp.args.Composite(**saved, info=ocp.args.JsonSave(info)), force=True
+            self.place / str(step), args=ocp.args.Composite(**saved, info=ocp.args.JsonSave(info)), force=True
         )
 
     def _save_frozen(self, frozen: dict[str, Any]) -> None:
         folder = self.folder / checksums.FROZEN
         saved = {name: ocp.args.PyTreeSave(tree) for name, tree in frozen.items()}
-        self.checkpointer.save(folder, args=ocp.args.Composite(**saved), force=True)
+        self.checkpointer.save(self.place / folder.name, args=ocp.args.Composite(**saved), force=True)
         self.checkpointer.wait_until_finished()
         if distributed.is_first():
             checksums.write(folder)
@@ -151,10 +154,12 @@ class Checkpoints:
         """Make the checkpoint whole, and only then remove those that it replaces."""
         try:
             self.checkpointer.wait_until_finished()
+            if distributed.is_first():
+                formats.check_opens(self.folder / str(step))
+                checksums.write(self.folder / str(step), self.needs_frozen)
             self.n_saved += 1
             if not distributed.is_first():
                 return
-            checksums.write(self.folder / str(step), self.needs_frozen)
             steps = self._found()
             for old in set(steps[: -self.keep]) - {start.best(steps, losses)}:
                 _remove(self.folder / str(old))
@@ -220,7 +225,7 @@ def frozen_of(state: TrainState) -> dict[str, Any]:
 
 def remove_unfinished(folder: Path) -> None:
     """Remove what a save that never came to its end has left."""
-    for path in folder.glob("*"):
+    for path in storage.children(folder):
         if path.is_dir() and path.name.split(".")[0].isdecimal() and not path.name.endswith(start.DAMAGED):
             if not checksums.is_finished(path):
                 # In a folder that the user names, only what is like a checkpoint.
@@ -242,7 +247,7 @@ def restore(
     for, is damaged.
     """
     if not is_checked:
-        checksums.check(path, (*parts, "info"))
+        formats.check_run(path, (*parts, "info"))
     found = _restored(path, {name: tree for name, tree in parts_of(like).items() if name in parts})
     if step is None:
         step = int(checksums.read_json(path / "info" / "metadata")["step"])
@@ -295,18 +300,16 @@ def _restored(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
     Raises UserError if a part has other shapes or types.
     """
     found = {}
-    with ocp.PyTreeCheckpointer() as checkpointer:
+    with ocp.PyTreeCheckpointer() as checkpointer, storage.plain(path) as place:
         for name, tree in wanted.items():
-            stored = checkpointer.metadata(storage.absolute(path) / name).item_metadata.tree
+            stored = checkpointer.metadata(place / name).item_metadata.tree
             n_stored, n_rows = (_n_positions(x) for x in (stored, tree))
             is_cut = n_stored > n_rows > 0  # learned positions: the first of them are used
             if is_cut:
                 tree = _with_positions(tree, functools.partial(_abstract, n_rows=n_stored))
             _check(f"{path}/{name}", _shapes(stored), _shapes(tree))
             kinds = ocp.checkpoint_utils.construct_restore_args(tree)
-            found[name] = checkpointer.restore(
-                storage.absolute(path) / name, args=ocp.args.PyTreeRestore(item=tree, restore_args=kinds)
-            )
+            found[name] = checkpointer.restore(place / name, args=ocp.args.PyTreeRestore(item=tree, restore_args=kinds))
             if is_cut:
                 found[name] = _with_positions(found[name], operator.itemgetter(slice(n_rows)))
     return found

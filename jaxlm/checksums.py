@@ -46,7 +46,7 @@ def checkpoints_in(folder: Path) -> list[tuple[int, Path]]:
     """Return the checkpoints in a folder by step, of jaxlm (folders) and torchlm (files)."""
     found = [
         (int(path.stem), path)
-        for path in folder.glob("*")
+        for path in storage.children(folder)
         if path.stem.isdecimal() and (path.suffix == ".pt" if path.is_file() else not path.suffix)
     ]
     return sorted(found)

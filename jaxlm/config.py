@@ -20,7 +20,7 @@ import msgspec
 import tomli_w
 from msgspec import Meta
 
-from jaxlm import terminal, utf8
+from jaxlm import storage, terminal, utf8
 from jaxlm.errors import UserError, nearest
 
 MOST = 2**31 - 1  # what the integers of the libraries below hold
@@ -235,6 +235,8 @@ def load(
         values[name] = _convert(name, value, origin)
         origins[name] = origin
     config = build(values)
+    if (folder := config.run.checkpoint_dir) and not storage.is_remote(folder):  # config.toml is read from anywhere
+        config = replace(config, "run.checkpoint_dir", str(Path(folder).absolute()))
     if wants_help:
         _print_help(config, prog)
     _check(config)
@@ -334,6 +336,11 @@ def _command_line(argv: list[str]) -> typing.Iterator[Layer]:
             yield name, value, COMMAND_LINE
 
 
+def is_unicode(text: str) -> bool:
+    """Return whether a text has no bytes of a path that are not UTF-8."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def _nearest_flag(name: str) -> str:
     return nearest(name, ["config", *SETTINGS]).replace("mean ", "mean --").replace("_", "-")
 
@@ -390,7 +397,13 @@ def _convert(name: str, value: Any, origin: str) -> Any:
 def _check(config: Config) -> None:
     """Raise UserError for settings that are fine alone but do not go together."""
     model, train, data = config.model, config.train, config.data
-    if "://" in config.run.dir:
+    for name in SETTINGS:
+        if isinstance(value := get(config, name), str) and not is_unicode(value):
+            raise UserError(
+                f"{name}={value!r}: has bytes that are not UTF-8, which config.toml cannot hold; "
+                "give another name, or a link to it"
+            )
+    if storage.is_remote(config.run.dir):
         raise UserError(f"run.dir={config.run.dir}: has to be a local folder; only run.checkpoint_dir can be another")
     if model.d_model % model.n_heads:
         lower = model.d_model // model.n_heads * model.n_heads

@@ -65,7 +65,7 @@ def write(path: Path, snapshot: Snapshot, form: str, tokenizer: Tokenizer | None
     n_free = shutil.disk_usage(path.absolute().parent).free
     if n_free < n_bytes:
         raise UserError(f"{path}: needs {n_bytes / 1e6:,.1f} MB, but {n_free / 1e6:,.1f} MB are free; free some space")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".jaxlm.{os.getpid()}.tmp")
     try:
         if form.startswith(formats.TRANSFORMERS):
             public.write(temporary, snapshot, public.FAMILIES[form.removeprefix(formats.TRANSFORMERS)], tokenizer)

@@ -47,7 +47,7 @@ class Folder:
         losses = {row["step"]: row["loss"] for row in self.rows if row["split"] == "validation"}
         found = []
         try:
-            paths = list(storage.checkpoints(self.path).glob("*"))
+            paths = storage.children(storage.checkpoints(self.path))
         except UserError:  # elsewhere, where they cannot be reached from here
             paths = []
         for path in paths:

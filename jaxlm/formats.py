@@ -19,7 +19,7 @@ import math
 import pickle
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -104,7 +104,7 @@ def need_torch(path: Path) -> None:
 def load_run(path: Path) -> Stored:
     """Return what is in a jaxlm run's last checkpoint, or in the folder of one checkpoint."""
     folder = _step_folder(path)
-    checksums.check(folder)
+    check_run(folder)
     info = info_of_run(folder)
     import jax
     import orbax.checkpoint as ocp
@@ -117,14 +117,13 @@ def load_run(path: Path) -> Stored:
             places["frozen"] = folder.parent / checksums.FROZEN / "base"
         with ocp.PyTreeCheckpointer() as checkpointer:
             for part, place in places.items():
-                item = storage.absolute(place)
-                if not item.exists():  # nothing of the base is trained
+                if not place.exists():  # nothing of the base is trained
                     continue
-                # As NumPy's arrays, whatever devices they were saved from.
-                kinds = jax.tree.map(
-                    lambda _: ocp.RestoreArgs(restore_type=np.ndarray), checkpointer.metadata(item).item_metadata.tree
-                )
-                tree[part] = checkpointer.restore(item, args=ocp.args.PyTreeRestore(restore_args=kinds))
+                with storage.plain(place) as item:
+                    stored = checkpointer.metadata(item).item_metadata.tree
+                    # As NumPy's arrays, whatever devices they were saved from.
+                    kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored)
+                    tree[part] = checkpointer.restore(item, args=ocp.args.PyTreeRestore(restore_args=kinds))
         tree["base"] = tune.joined(tree.pop("frozen", {}), tree.get("base", {}))
         weights = names.to_torch({"base": tree["base"], "head": tree["head"]})
     except Exception as error:  # Orbax raises whatever its parts do
@@ -155,10 +154,59 @@ def validation_loss(path: Path) -> float | None:
         import torch
 
         try:
-            loss = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["val_loss"]
+            with storage.plain(path) as place:
+                loss = torch.load(place, map_location="cpu", weights_only=True, mmap=True)["val_loss"]
         except Exception as error:  # a damaged file can fail anywhere
             raise UserError(f"{path}: cannot be read as a file of torch.save: {reason(error)}") from error
     return float(loss) if isinstance(loss, int | float) and math.isfinite(loss) else None
+
+
+def check_run(folder: Path, parts: Iterable[str] | None = None) -> None:
+    """Raise UserError unless a checkpoint of jaxlm, or its `parts`, is as it was written and can be opened."""
+    parts = None if parts is None else tuple(parts)
+    checksums.check(folder, parts)
+    check_opens(folder, parts)
+
+
+def check_opens(folder: Path, parts: Iterable[str] | None = None) -> None:
+    """Raise UserError unless every array in a checkpoint of jaxlm, or in its `parts`, can be read."""
+    is_whole = names.is_whole(info_of_run(folder).get("config") or {})
+    places = {part: folder / part for part in ("base", "head", "optimizer") if parts is None or part in parts}
+    if "base" in places and not is_whole:
+        places[checksums.FROZEN] = folder.parent / checksums.FROZEN / "base"
+        if not places["base"].exists():  # nothing of the base is trained
+            del places["base"]
+    for part, place in places.items():
+        try:
+            _read_arrays(place)
+        except Exception as error:  # TensorStore raises whatever its parts do
+            if storage.is_remote(folder) and not isinstance(error, ValueError):
+                raise  # the network fails, which tells nothing of the checkpoint
+            why = reason(error).partition(" [")[0]  # without TensorStore's source lines
+            raise UserError(f"{folder}: damaged: {part} cannot be opened ({why})") from error
+
+
+def _read_arrays(folder: Path) -> None:
+    """Read the arrays of one part, as Orbax stores them; raises any error. Imports no framework."""
+    import tensorstore
+
+    leaves = checksums.read_json(folder / "_METADATA")["tree_metadata"].values()
+    if not (folder / "manifest.ocdbt").is_file():
+        raise ValueError("manifest.ocdbt is missing")
+    with storage.plain(folder) as place:
+        base = {"driver": "file", "path": f"{place}/"}
+        if storage.is_remote(place):
+            bucket, _, path = str(place).removeprefix("gs://").partition("/")
+            base = {"driver": "gcs", "bucket": bucket, "path": f"{path}/"}
+        store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
+        keys = store.list().result()
+        for leaf in leaves:
+            name = ".".join(str(key["key"]) for key in leaf["key_metadata"])
+            is_array = leaf["value_metadata"]["value_type"] in ("jax.Array", "np.ndarray", "scalar")
+            if is_array and f"{name}/.zarray".encode() not in keys:
+                raise ValueError(f"{name} is missing")
+        for key in keys:
+            store.read(key).result()
 
 
 def _step_folder(path: Path) -> Path:
@@ -168,7 +216,8 @@ def _step_folder(path: Path) -> Path:
     for folder in (storage.checkpoints(path), path):
         if found := [child for _, child in checksums.finished_in(folder) if child.is_dir()]:
             return found[-1]
-    files = sorted([*path.glob("*.pt"), *storage.checkpoints(path).glob("*.pt")])
+    both = (*storage.children(path), *storage.children(storage.checkpoints(path)))
+    files = sorted(file for file in both if file.suffix == ".pt")
     mend = f"; give a file of it, such as {files[0]}" if files else ""
     raise UserError(f"{path}: a folder without a checkpoint of jaxlm{mend}")
 
@@ -312,7 +361,7 @@ def load_safetensors(path: Path) -> Stored:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="np") as file:
+        with storage.plain(path) as place, safe_open(place, framework="np") as file:
             tree = {name: file.get_tensor(name) for name in file.keys()}
             info = json.loads((file.metadata() or {}).get("jaxlm", "{}"))
     except (OSError, ValueError, SafetensorError) as error:

@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
         runs = [folder.read(path) for path in args.runs]
         out = args.out or (runs[0].path / "report.html" if len(runs) == 1 else Path("report.html"))
         try:
-            out.write_text(report(runs), encoding="utf-8")
+            out.write_text(report(runs), encoding="utf-8", errors="backslashreplace")  # a path can have any bytes
             print(out)
             if args.png:
                 picture(out, args.png)

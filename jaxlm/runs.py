@@ -177,7 +177,7 @@ def verify(paths: Sequence[Path]) -> int:
 def examined(path: Path) -> dict[str, Any]:
     """Return what a checkpoint tells of itself. Raises UserError if it is not as it was written, or cannot be used."""
     if path.is_dir():
-        checksums.check(path)
+        formats.check_run(path)
         info = formats.info_of_run(path)
     else:
         info = convert.load(path).info

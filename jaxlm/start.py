@@ -389,7 +389,7 @@ def _read(path: Path, parts: Iterable[str] | None) -> tuple[str, dict[str, Any]]
         if not stored.info:
             raise UserError(f"{path}: bare weights without settings; make a run of them with python -m jaxlm.convert")
         return stored.form, stored.info
-    checksums.check(path, parts)
+    formats.check_run(path, parts)
     return formats.RUN, formats.info_of_run(path)
 
 

@@ -3,9 +3,12 @@
 The rest of the package uses what both have, and the functions here for what they have not.
 """
 
+import contextlib
 import logging
 import re
 import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,8 @@ def path(text: str | Path) -> Path:
         return Path(text)
     if not str(text).startswith("gs://"):
         raise UserError(f"{text}: neither a local folder nor gs://, and Orbax stores arrays in no other; give one")
+    if found := re.search(r"[][*?#%\n\r]", str(text)):
+        raise UserError(f"{text}: a name in gs:// cannot have {found[0]!r}, a pattern or part of a URL; give another")
     try:
         import fsspec
         import gcsfs  # noqa: F401
@@ -63,7 +68,7 @@ def _children(folder: Path, file: str) -> list[Path]:
 
 def is_remote(path: str | Path) -> bool:
     """Return whether a path is that of no local file."""
-    return "://" in str(path)
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", str(path)) is not None
 
 
 def is_hub_name(path: Path) -> bool:
@@ -77,8 +82,50 @@ def absolute(path: Path) -> Path:
     return path if is_remote(path) else path.absolute()
 
 
+@contextlib.contextmanager
+def plain(path: Path) -> Iterator[Path]:
+    """Yield a path that libraries read as it is written: the absolute one, or a temporary link to it.
+
+    Orbax takes a path as a pattern and as a URL; TensorStore refuses names of its own locks. Raises UserError if there
+    can be no link.
+    """
+    path = absolute(path)
+    if is_remote(path) or _is_plain(str(path)):
+        yield path
+        return
+    folder = tempfile.gettempdir() if _is_plain(tempfile.gettempdir()) else "/tmp"
+    with contextlib.ExitStack() as stack:
+        try:
+            link = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="jaxlm-", dir=folder))) / "link"
+            link.symlink_to(path)
+        except OSError as error:
+            raise UserError(
+                f"{path}: has characters that need a link in {folder}, which cannot be made ({error.strerror}); "
+                "set TMPDIR to a folder that can be written, or give another name"
+            ) from error
+        yield link
+
+
+def _is_plain(path: str) -> bool:
+    # etils takes /gs/x for gs://x. A `..` after a link is another folder for the system than for Orbax.
+    is_safe = re.fullmatch(r"(/(?!\.+(/|$))[\w.-]+)+", path, re.ASCII) and not re.match("/(gs|s3|az|hf)/", path)
+    return is_safe is not None and not any(word in path for word in ("__lock", "orbax-checkpoint-tmp"))
+
+
+def children(folder: Path) -> list[Path]:
+    """Return what is in a folder, nothing if it is not there. Raises UserError if it cannot be looked at."""
+    if is_remote(folder):
+        return list(folder.glob("*"))
+    try:
+        return list(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({error.strerror})") from error
+
+
 def remove(path: Path) -> None:
-    """Remove a file or folder, if it is there."""
+    """Remove a file or folder, if it is there; of a link, not what it leads to."""
     if is_remote(path):
         path.rmtree(missing_ok=True)  # type: ignore[attr-defined]
     elif path.is_dir() and not path.is_symlink():

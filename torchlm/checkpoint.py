@@ -8,6 +8,7 @@ import os
 import pickle
 import shutil
 import time
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ class Checkpoints:
                 self.n_saved += 1
                 for old in set(self.steps()[: -self.keep]) - {self.best_step(losses)}:
                     self._path(old).unlink()
-            except (OSError, RuntimeError) as error:
+            except (OSError, RuntimeError, zipfile.BadZipFile) as error:
                 why = formats.reason(error)
                 self.warn(
                     f"the checkpoint of step {state.step} could not be saved ({why}); training goes on without it"
@@ -239,6 +240,9 @@ def write(path: Path, checkpoint: dict[str, Any]) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         torch.save(checkpoint, temporary)
+        with zipfile.ZipFile(temporary) as archive:  # by its checksums, before an earlier checkpoint is removed
+            if damaged := archive.testzip():
+                raise OSError(f"{damaged} is not as it was written")
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

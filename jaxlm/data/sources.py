@@ -10,6 +10,7 @@ import glob
 import hashlib
 import io
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -265,7 +266,7 @@ def _files(config: DataConfig) -> tuple[str, list[tuple[str, Path]], list[str]]:
 
 def _existing(setting: str, value: str, beside: Path) -> Path:
     """Return the path `value`, from here or from the folder `beside`. Raises UserError if it is not there."""
-    path = Path(value).expanduser()
+    path = Path(value if os.path.lexists(value) else os.path.expanduser(value))
     try:
         if not path.exists() and (beside / path).exists():
             path = beside / path
