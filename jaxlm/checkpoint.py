@@ -30,6 +30,7 @@ from jaxlm.step import TrainState
 
 FORMAT = formats.RUN_FORMAT
 PARTS = start.PARTS
+PAUSES_S = (0.0, 1.0, 4.0)  # before the tries to save the last state
 # What a checkpoint has, or a save of it that was cut short, with suffixes left off.
 CONTENTS = {*PARTS, "info", "checksums", "_CHECKPOINT_METADATA", "commit_success"}
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what it does, and what it raises, too
@@ -50,6 +51,7 @@ class Checkpoints:
         self.finishing: threading.Thread | None = None
         self.n_saved, self.stalled_s = 0, 0.0  # saves that are whole, and how long training stood still for all
         self.needs_frozen = False
+        self.failed: tuple[int, str] | None = None  # step of the save that failed, if it was the last one, and why
         self.failure: UserError | None = None
         if distributed.is_first():
             remove_unfinished(self.folder)
@@ -81,22 +83,34 @@ class Checkpoints:
                     raise self.failure from error
         self.stalled_s += time.monotonic() - started_s
 
+    def save_last(self, state: TrainState, info: dict[str, Any], losses: Mapping[int, float]) -> None:
+        """Save as `save` does and wait for it; try again where that fails, since nothing is saved after it."""
+        for pause_s in PAUSES_S:
+            time.sleep(pause_s)
+            self.save(state, info, losses)
+            self.wait()
+            if int(state.step) in self.steps():
+                return
+
     def steps(self) -> list[int]:
         """Return the steps of all that is whole."""
         return distributed.from_first(self._found())
 
-    def best_step(self, losses: Mapping[int, float]) -> int | None:
-        """Return the step with the lowest of the losses among the checkpoints, None if there is none."""
-        self.wait()
-        return start.best(self.steps(), losses)
-
     def restore(self, step: int, like: TrainState) -> TrainState:
-        """Return the state saved at `step`, with the shapes, types and placement of `like`."""
+        """Return the state saved at `step`, with the shapes, types and placement of `like`.
+
+        Raises UserError, in all processes, if it is damaged.
+        """
         self.wait()
         path = self.folder / str(step)
+        problem = ""
         if distributed.is_first():
-            formats.check_run(path)
-        distributed.wait()
+            try:
+                formats.check_run(path)
+            except UserError as error:
+                problem = str(error)
+        if problem := distributed.from_first(problem):
+            raise UserError(problem)
         return restore(path, like, is_checked=True)
 
     def wait(self) -> None:
@@ -112,7 +126,8 @@ class Checkpoints:
         """Return a line on the saves so far."""
         self.wait()
         n, stalled_s = self.n_saved, self.stalled_s / max(self.n_saved, 1)
-        return f"{n} checkpoint{'s' * (n != 1)} saved; training stood still {stalled_s:.3f} s for each"
+        failed = f"; that of step {self.failed[0]} could not be saved ({self.failed[1]})" if self.failed else ""
+        return f"{n} checkpoint{'s' * (n != 1)} saved; training stood still {stalled_s:.3f} s for each{failed}"
 
     def close(self) -> None:
         """Wait for the last save, and end."""
@@ -133,7 +148,10 @@ class Checkpoints:
             n_free = shutil.disk_usage(self.folder).free
             if n_free < 1.05 * n_bytes + 1e5:  # and a little for the small files
                 raise OSError(f"it needs {n_bytes / 1e6:,.1f} MB, and {n_free / 1e6:,.1f} MB are free")
-        if frozen and not self.steps():  # once, before the first; what lies there is of a run that never had one
+        # Once, before the first; what lies there without one is of a run that never had one.
+        if frozen and not (
+            self.steps() and distributed.from_first(checksums.is_finished(self.folder / checksums.FROZEN))
+        ):
             self._save_frozen(frozen)
         self.needs_frozen = bool(frozen)
         saved: dict[str, Any] = {name: ocp.args.PyTreeSave(tree) for name, tree in items.items()}
@@ -157,26 +175,31 @@ class Checkpoints:
             if distributed.is_first():
                 formats.check_opens(self.folder / str(step))
                 checksums.write(self.folder / str(step), self.needs_frozen)
-            self.n_saved += 1
-            if not distributed.is_first():
-                return
-            steps = self._found()
-            for old in set(steps[: -self.keep]) - {start.best(steps, losses)}:
-                _remove(self.folder / str(old))
+            self.n_saved, self.failed = self.n_saved + 1, None
         except Exception as error:
             self._failed(step, error)
+            return
+        if distributed.is_first():
+            steps = self._found()
+            for old in set(steps[: -self.keep]) - {start.best(steps, losses)}:
+                try:
+                    _remove(self.folder / str(old))
+                except Exception as error:  # of a disk or a network that fails
+                    self.warn(f"the checkpoint of step {old} could not be removed ({formats.reason(error)})")
 
     def _failed(self, step: int, error: Exception) -> None:
-        why = formats.reason(error)
+        failed = step, formats.reason(error)
+        is_new, self.failed = failed != self.failed, failed
         if jax.process_count() > 1:  # the others wait for this part of it
             self.failure = UserError(
-                f"{self.folder}: the checkpoint of step {step} could not be saved ({why}); mend that, and go on with "
-                "--resume auto"
+                f"{self.folder}: the checkpoint of step {step} could not be saved ({failed[1]}); free some space, and "
+                "go on with --resume auto"
             )
             return
         with contextlib.suppress(Exception):  # of a disk or a network that fails
             remove_unfinished(self.folder)
-        self.warn(f"the checkpoint of step {step} could not be saved ({why}); training goes on without it")
+        if is_new:
+            self.warn(f"the checkpoint of step {step} could not be saved ({failed[1]}); the run goes on")
 
 
 def begin(run: Run, fresh: Callable[[], TrainState], shardings: TrainState) -> TrainState:

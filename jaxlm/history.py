@@ -91,7 +91,7 @@ def json_lines(path: Path, read: Callable[[Any], T | None], warn: Warn) -> Itera
     bad: list[int] = []
     try:
         for n, line in enumerate(_lines(path), start=1):
-            value, others = None, []
+            value, others = None, list[str]()
             # A number of too many digits is a ValueError, and a line of too many brackets a RecursionError.
             with contextlib.suppress(ValueError, RecursionError):
                 value = read(json.loads(line, parse_constant=others.append))  # of NaN, which is no JSON, None

@@ -255,9 +255,9 @@ class RunLog:
         self.console.print(*parts)
         self._append_to_log(*parts)
 
-    def warn(self, text: str) -> None:
-        """Print a warning on stderr, and to log.txt."""
-        text = f"warning: {text}"
+    def warn(self, text: str, kind: str = "warning") -> None:
+        """Print a warning, or a line of another kind, on stderr, and to log.txt."""
+        text = f"{kind}: {text}"
         self._append_to_log(text)
         if self.bar is not None:  # which redraws itself below what its console prints
             self.bar.console.print(text, style="yellow")

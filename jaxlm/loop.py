@@ -74,8 +74,7 @@ def run(config: Config, origins: dict[str, str], start: Start, started_s: float)
         stack.enter_context(contextlib.closing(this))
         checkpoints = stack.enter_context(Checkpoints(folder, config.run.keep_checkpoints, this.log.warn))
         state = fit(this, compiled, state, checkpoints, status)
-        finish(this, compiled, state, checkpoints, status)
-        return status()
+        return finish(this, compiled, state, checkpoints, status)
 
 
 def build(
@@ -180,8 +179,10 @@ def fit(
                 with meter.paused():
                     if is_evaluated:
                         evaluate_and_show(run, compiled, state, i, status)
-                    checkpoints.save(state, _info(run, i, position), run.losses())
-                if is_last or status():
+                    is_last = is_last or bool(status())
+                    save = checkpoints.save_last if is_last else checkpoints.save
+                    save(state, _info(run, i, position), run.losses())
+                if is_last:
                     break
         return state
 
@@ -225,18 +226,17 @@ def evaluate_and_show(run: Run, compiled: Compiled, state: TrainState, i: int, s
     run.log.samples(i, run.task.show(batch, predictions, run.data.tokenizer), run.config.log.samples)
 
 
-def finish(
-    run: Run, compiled: Compiled, state: TrainState, checkpoints: Checkpoints, status: Callable[[], int]
-) -> None:
-    """Score the test part with the best checkpoint, for the only time, and print the summary."""
-    last, best = int(state.step), checkpoints.best_step(run.losses())
+def finish(run: Run, compiled: Compiled, state: TrainState, checkpoints: Checkpoints, status: Callable[[], int]) -> int:
+    """Score the test part with the best checkpoint, for the only time, print the summary, return the exit status."""
+    last, saved = int(state.step), checkpoints.steps()
     first, _, _ = optim.moments(state.opt_state)
     n_all, n_trained = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (state.params, first))
     totals = None
-    if best is not None and runs.has_test(run) and not status():
-        state = checkpoints.restore(best, state)
+    if run.validation and runs.has_test(run) and not status():
+        state = runs.best_state(run, last, saved, state, checkpoints.restore)
         totals = evaluate(run, compiled, state.params, "test", status)
-    runs.sum_up(run, last, best, (n_all, n_trained), totals, checkpoints.summary(), bool(status()))
+    is_saved = runs.sum_up(run, last, saved, (n_all, n_trained), totals, checkpoints.summary(), bool(status()))
+    return status() or (0 if is_saved else runs.UNSAVED)
 
 
 def _describe(mesh: Mesh, config: Config) -> str:

@@ -14,16 +14,17 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 import numpy as np
 from rich.table import Table
 
 from jaxlm import checksums, environment, history, log, metrics, storage, temporary
 from jaxlm import config as configs
+from jaxlm import start as starts
 from jaxlm import teacher as teachers
 from jaxlm.config import Config
 from jaxlm.data import cache, prepare
@@ -38,7 +39,9 @@ from jaxlm.teacher import Teacher
 N_SHOWN = 4  # validation samples of the debug dump
 MOST_ROLLBACKS = 10  # to one checkpoint
 SPIKE, SPIKE_WINDOW = 10, 50  # a gradient norm so many times the median of so many updates is told
+UNSAVED = 1  # exit status of a run whose last state could not be saved
 FILE_CHECK_S = 1.0  # between looks for the files `stop` and `save_checkpoint`
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -127,8 +130,7 @@ def started(
         if start.teacher:
             start.teacher.check(data)
         _set_aside(start, storage.checkpoints(run_dir, config.run.checkpoint_dir), run_log)
-        _write(run_dir / "config.toml", configs.dump(config))
-        _write(run_dir / "tokenizer.json", data.tokenizer.to_str())
+        _write_settings(run_dir, config, data)
         loggers = log.open_loggers(config, run_log, run_dir, configs.flat(config), start.position().step)
         run_log.open(run_dir, loggers)
         validation = history.restore(start, run_dir, run_log.warn)
@@ -252,6 +254,12 @@ def _remove_empty(folders: list[Path]) -> None:
     for folder in folders:
         with contextlib.suppress(OSError):  # another run has begun beside it
             folder.rmdir()
+
+
+def _write_settings(run_dir: Path, config: Config, data: prepare.Data) -> None:
+    """Write what it takes to use the checkpoints of a run. Raises UserError if it cannot be written."""
+    _write(run_dir / "config.toml", configs.dump(config))
+    _write(run_dir / "tokenizer.json", data.tokenizer.to_str())
 
 
 def _write(path: Path, text: str) -> None:
@@ -568,6 +576,25 @@ def without(run: Run, position: Position, step: int, bad: int) -> Position:
     return Position(step, before, (*position.skipped, samples))
 
 
+def best_step(run: Run, last: int, saved: Iterable[int]) -> int | None:
+    """Return the step with the lowest validation loss among those saved and the last one; None if none has one."""
+    return starts.best({*saved, last}, run.losses())
+
+
+def best_state(run: Run, last: int, saved: list[int], state: T, restore: Callable[[int, T], T]) -> T:
+    """Return the state of `best_step`: restored, or that of the last update, `state`, where it is not saved.
+
+    A checkpoint that is found damaged is removed from `saved`, and the next best is taken.
+    """
+    while (best := best_step(run, last, saved)) in saved:
+        try:
+            return restore(best, state)
+        except UserError as error:
+            run.log.warn(str(error))
+            saved.remove(best)
+    return state
+
+
 def has_test(run: Run) -> bool:
     """Return whether there is a test part, with labels."""
     return len(run.data.samples["test"]) > 0 and not run.data.source.test_refusal
@@ -576,16 +603,16 @@ def has_test(run: Run) -> bool:
 def sum_up(
     run: Run,
     last: int,
-    best: int | None,
+    saved: list[int],
     sizes: tuple[int, int],
     test_totals: Any,
     saves: str,
     is_interrupted: bool,
-) -> None:
-    """Print the summary of a run that ended after update `last`; `saves` is a line on its checkpoints.
+) -> bool:
+    """Print the summary of a run that ended after update `last`; return whether that state is saved.
 
-    `sizes` are the numbers of all parameters, and of those that are trained.
-    `test_totals` are those of the checkpoint of step `best`; None if it was not tested.
+    `saved` are the steps that are on the disk, and `saves` is a line on them. `sizes` are the numbers of all
+    parameters, and of those that are trained. `test_totals` are those of `best_step`; None if it was not tested.
     """
     n_updates = run.config.train.max_steps
     seconds = int(time.monotonic() - run.started_s)
@@ -597,29 +624,63 @@ def sum_up(
         f"{run.config.task} {ending} after {seconds // 60} min {seconds % 60} s: {last:,} of {n_updates:,} updates of "
         f"{n_parameters:,} parameters{share}, on {run.data.source.description}"
     )
-    if best is None:
+    folder = run.config.run.checkpoint_dir or run.dir / "checkpoints"
+    best, lowest = best_step(run, last, saved), starts.best(run.validation, run.losses())
+    if lowest is None:
         run.log.say("There are no scores: the run ended before its first evaluation.")
     else:
-        _tell_result(run, best, test_totals)
+        _tell_result(run, lowest if best is None else best, test_totals)
+        if lowest not in saved:
+            loss = _number("loss", run.losses()[lowest])
+            run.log.say(f"Step {lowest:,} has the lowest validation loss, {loss}, but no checkpoint in {folder}.")
     if run.skipped:
         run.log.say(f"{len(run.skipped)} updates were skipped, since they were no numbers: {_some(run.skipped)}")
     run.log.say(saves)
-    run.log.say(f"\nEverything is in {run.dir}:")
-    kept = {None: f"step {last}", last: f"step {last}, the best and the last"}
-    folder = run.config.run.checkpoint_dir or "checkpoints"
-    for name, what in (
-        (folder, kept.get(best, f"step {best}, the best, and step {last}, the last")),
+    if saved:
+        try:
+            _write_settings(run.dir, run.config, run.data)  # someone may have removed them
+        except UserError as error:
+            run.log.warn(str(error))
+    run.log.flush()
+    files = [
         ("config.toml", "all settings; a new run of the same: --config with this file"),
+        ("tokenizer.json", "the tokenizer"),
         ("metrics.jsonl", "scores by step, one JSON object a line"),
         ("samples.txt", "what the model made of some validation samples, by step"),
-        ("log.txt", "what is printed here; tokenizer.json is the tokenizer"),
-    ):
-        run.log.say(f"  {name:<14} {what}")
-    if best is not None:
-        where = shlex.quote(str(run.dir))
+        ("log.txt", "what is printed here"),
+    ]
+    files = [(name, what) for name, what in files if (run.dir / name).is_file()]
+    if saved:
+        files.insert(0, (run.config.run.checkpoint_dir or "checkpoints", _steps(saved, best, last)))
+    run.log.say(f"\nEverything is in {run.dir}:" if files else f"\nNothing is left in {run.dir}.")
+    unwritten = run.log.unwritten()
+    for name, what in files:
+        run.log.say(f"  {name:<14} {what}" + (f"; {unwritten[name]}" if name in unwritten else ""))
+    where = shlex.quote(str(run.dir))
+    if saved:
         run.log.say(f"Use it: python -m jaxlm.predict --checkpoint {where}; see it: python -m jaxlm.report {where}")
-    go_on = f"go on with it: {run.program} --resume {shlex.quote(str(run.dir))}"
-    run.log.say(f"Next, {go_on if last < n_updates else _next_command(run)}")
+    if last in saved:
+        go_on = f"go on with it: {run.program} --resume {where}"
+        run.log.say(f"Next, {go_on if last < n_updates else _next_command(run)}")
+        return True
+    settings = f" --config {shlex.quote(str(run.dir / 'config.toml'))}" if (run.dir / "config.toml").is_file() else ""
+    elsewhere = f"{run.program}{settings} --run.dir NEW --run.checkpoint-dir FOLDER"
+    if saved:
+        elsewhere = f"{run.program} --resume {where} --run.dir NEW, which goes on from step {saved[-1]:,}"
+    run.log.warn(
+        f"{folder}: the weights of step {last:,} are not saved; free some space, or save elsewhere: {elsewhere}",
+        "error",
+    )
+    return False
+
+
+def _steps(saved: list[int], best: int | None, last: int) -> str:
+    """Return a list of the steps that are on the disk, with the best and the last marked."""
+    notes = {last: ["the last"]}
+    if best is not None:
+        notes[best] = ["the best"] if best != last else ["the best and the last"]
+    texts = [", ".join([f"step {step}", *notes.get(step, [])]) for step in saved]
+    return ", and ".join(texts) if len(texts) == 2 else "; ".join(texts)
 
 
 def _tell_result(run: Run, best: int, test_totals: Any) -> None:
@@ -631,7 +692,10 @@ def _tell_result(run: Run, best: int, test_totals: Any) -> None:
         if warning := run.task.warning(test_totals):
             run.log.warn(f"test: {warning}")
     baselines = run.baselines
-    title = f"scores of step {best}, the best by validation loss; baseline: {run.task.baseline_name}"
+    title = f"scores of step {best}, the best by validation loss"
+    if min(run.losses().values()) < run.losses()[best]:
+        title += " of those that are left"
+    title += f"; baseline: {run.task.baseline_name}"
     table = Table("", *(column for split in scores for column in (split, "baseline")), title=title, title_style="")
     for name in baselines["validation"]:
         if any(name not in x for x in scores.values()):  # of a checkpoint whose row in the log was lost

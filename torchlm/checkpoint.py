@@ -3,6 +3,7 @@
 A file has the original's keys and names of tensors (jaxlm/names.py), and its buffers, so that the original reads it.
 """
 
+import contextlib
 import math
 import os
 import pickle
@@ -27,6 +28,7 @@ from torchlm.step import TrainState
 
 FORMAT = "1.2"
 PARTS = start.PARTS
+PAUSES_S = (0.0, 1.0, 4.0)  # before the tries to save the last state
 KEYS = (
     *("version", "task_type", "iter", "sample_iter", "base_model", "lm_head"),
     *("optimizer", "lr", "val_loss", "config"),
@@ -43,8 +45,10 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int = 1, warn: Callable[[str], None] = print):
         self.folder, self.keep, self.warn = folder, keep, warn
         self.n_saved, self.stalled_s = 0, 0.0  # saves that are whole, and how long training stood still for all
+        self.failed: tuple[int, str] | None = None  # step of the save that failed, if it was the last one, and why
         for path in folder.glob("*.pt.*.tmp"):  # of a save that never came to its end
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -67,23 +71,26 @@ class Checkpoints:
                     raise OSError(f"it needs {n_bytes / 1e6:,.1f} MB, and {n_free / 1e6:,.1f} MB are free")
                 # Infinite means none: whoever reads the file compares it with losses.
                 write(self._path(state.step), content(state, info, losses.get(state.step, math.inf)))
-                self.n_saved += 1
-                for old in set(self.steps()[: -self.keep]) - {self.best_step(losses)}:
-                    self._path(old).unlink()
+                self.n_saved, self.failed = self.n_saved + 1, None
+                self._remove_old(losses)
             except (OSError, RuntimeError, zipfile.BadZipFile) as error:
-                why = formats.reason(error)
-                self.warn(
-                    f"the checkpoint of step {state.step} could not be saved ({why}); training goes on without it"
-                )
+                failed = state.step, formats.reason(error)
+                is_new, self.failed = failed != self.failed, failed
+                if is_new:
+                    self.warn(f"the checkpoint of step {failed[0]} could not be saved ({failed[1]}); the run goes on")
         self.stalled_s += time.monotonic() - started_s
+
+    def save_last(self, state: TrainState, info: dict[str, Any], losses: Mapping[int, float]) -> None:
+        """Save as `save` does; try again where that fails, since nothing is saved after it."""
+        for pause_s in PAUSES_S:
+            time.sleep(pause_s)
+            self.save(state, info, losses)
+            if state.step in self.steps():
+                return
 
     def steps(self) -> list[int]:
         """Return the steps of all that is whole."""
         return [step for step, path in checksums.checkpoints_in(self.folder) if path.is_file()]
-
-    def best_step(self, losses: Mapping[int, float]) -> int | None:
-        """Return the step with the lowest of the losses among the checkpoints, None if there is none."""
-        return start.best(self.steps(), losses)
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """Return the state saved at `step`: `like`, changed in place."""
@@ -95,10 +102,19 @@ class Checkpoints:
     def summary(self) -> str:
         """Return a line on the saves so far."""
         n, stalled_s = self.n_saved, self.stalled_s / max(self.n_saved, 1)
-        return f"{n} checkpoint{'s' * (n != 1)} saved; training stood still {stalled_s:.3f} s for each"
+        failed = f"; that of step {self.failed[0]} could not be saved ({self.failed[1]})" if self.failed else ""
+        return f"{n} checkpoint{'s' * (n != 1)} saved; training stood still {stalled_s:.3f} s for each{failed}"
 
     def close(self) -> None:
         """End."""
+
+    def _remove_old(self, losses: Mapping[int, float]) -> None:
+        steps = self.steps()
+        for old in set(steps[: -self.keep]) - {start.best(steps, losses)}:
+            try:
+                self._path(old).unlink()
+            except OSError as error:
+                self.warn(f"the checkpoint of step {old} could not be removed ({formats.reason(error)})")
 
     def _path(self, step: int) -> Path:
         return self.folder / f"{step}.pt"

@@ -58,9 +58,9 @@ def run(config: Config, origins: dict[str, str], start: Start, started_s: float)
         folder = storage.checkpoints(this.dir, config.run.checkpoint_dir)
         checkpoints = stack.enter_context(Checkpoints(folder, config.run.keep_checkpoints, this.log.warn))
         state = fit(this, compiled, state, checkpoints, status)
-        finish(this, compiled, state, checkpoints, status)
+        ending = finish(this, compiled, state, checkpoints, status)
         del state  # before the processes part (parallel.joined)
-        return status()
+        return ending
 
 
 def build(
@@ -144,9 +144,11 @@ def fit(
                 with meter.paused():
                     if is_evaluated:
                         evaluate_and_show(run, compiled, state, i, status)
+                    is_last = is_last or bool(status())
+                    save = checkpoints.save_last if is_last else checkpoints.save
                     if not mesh.rank:
-                        checkpoints.save(state, _info(run, i, position), run.losses())
-                if is_last or status():
+                        save(state, _info(run, i, position), run.losses())
+                if is_last:
                     break
         return state
 
@@ -190,20 +192,19 @@ def evaluate_and_show(run: Run, compiled: Compiled, state: TrainState, i: int, s
     run.log.samples(i, run.task.show(batch, predictions, run.data.tokenizer), run.config.log.samples)
 
 
-def finish(
-    run: Run, compiled: Compiled, state: TrainState, checkpoints: Checkpoints, status: Callable[[], int]
-) -> None:
-    """Score the test part with the best checkpoint, for the only time, and print the summary."""
-    last, best = state.step, parallel.from_first(checkpoints.best_step(run.losses()))
+def finish(run: Run, compiled: Compiled, state: TrainState, checkpoints: Checkpoints, status: Callable[[], int]) -> int:
+    """Score the test part with the best checkpoint, for the only time, print the summary, return the exit status."""
+    last, saved = state.step, parallel.from_first(checkpoints.steps())
     parameters = list(state.model.parameters())
     sizes = sum(x.numel() for x in parameters), sum(x.numel() for x in parameters if x.requires_grad)
     totals = None
-    if best is not None and runs.has_test(run) and not status():
+    if run.validation and runs.has_test(run) and not status():
         if not compiled.mesh.rank:
-            state = checkpoints.restore(best, state)
+            state = runs.best_state(run, last, saved, state, checkpoints.restore)
         parallel.copy_from_first(compiled.mesh, state.model)
         totals = evaluate(run, compiled, state.model, "test", status)
-    runs.sum_up(run, last, best, sizes, totals, checkpoints.summary(), bool(status()))
+    is_saved = runs.sum_up(run, last, saved, sizes, totals, checkpoints.summary(), bool(status()))
+    return parallel.from_first(status() or (0 if is_saved else runs.UNSAVED))
 
 
 def _info(run: Run, i: int, position: Position) -> dict[str, Any]:
