@@ -39,7 +39,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from jaxlm import page, storage, utf8
 from jaxlm.engine import Engine, Failed
 from jaxlm.errors import UserError
-from jaxlm.predict import ENDINGS, Answer, Classify, Continue, FillMasks, Predict, Predictor, Reply
+from jaxlm.predict import ENDINGS, Answer, Classify, Continue, FillMasks, Look, Predict, Predictor, Reply
 from jaxlm.terminal import dumps
 
 PATHS = ("/", "/predict", "/generate", "/attention", "/health", "/metrics", "/docs", "/openapi.json")
@@ -52,6 +52,7 @@ PAGES: dict[type[Predictor], tuple[str, str]] = {
     Reply: ("answer", "Answer a prompt"),
     Classify: ("classify", "Classify a text"),
     Predict: ("predict", "Predict"),
+    Look: ("look", "Attention"),
 }
 EVENTS = "text/event-stream"
 RETRY = {"Retry-After": "1"}  # seconds
@@ -184,12 +185,14 @@ def make(engine: Engine, limits: Limits, token: str = "", is_loopback: bool = Tr
             predictor.encode(text)
         return text, predictor.checked(options) if isinstance(predictor, Continue) else options
 
-    @app.post("/predict", responses={200: {"model": ANSWERS[type(predictor)]}, **errors(503)}, **secured)
-    async def predict(request: asked) -> Response:  # type: ignore[valid-type]
-        """Answer a text: fill its masks, continue it, classify it, or what else the model is trained to do."""
-        text, options = parts(request)
-        async with _in_time(limits):
-            return Json(await engine.answer(text, options))
+    if type(predictor) is not Look:
+
+        @app.post("/predict", responses={200: {"model": ANSWERS[type(predictor)]}, **errors(503)}, **secured)
+        async def predict(request: asked) -> Response:  # type: ignore[valid-type]
+            """Answer a text: fill its masks, continue it, classify it, or what else the model is trained to do."""
+            text, options = parts(request)
+            async with _in_time(limits):
+                return Json(await engine.answer(text, options))
 
     if isinstance(predictor, Continue):
         described = {
@@ -265,7 +268,7 @@ def _asked(predictor: Predictor, limits: Limits) -> type[BaseModel]:
             top_k: int = Field(min(defaults["top_k"], most), ge=1, le=most, description="guesses for each mask")
 
         return Fill
-    if isinstance(predictor, Predict):
+    if isinstance(predictor, Look):
 
         class Text(Strict):
             text: str = Field(description=takes)

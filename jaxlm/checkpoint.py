@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
@@ -293,7 +294,8 @@ def with_parts(state: TrainState, parts: Mapping[str, Any], step: int) -> TrainS
 def load_model(path: str | Path) -> tuple[nnx.Module, Config]:
     """Return the model of a checkpoint, of any form that jaxlm.convert reads, and its settings.
 
-    A run has that of its best checkpoint. Nothing of jaxlm's optimizer is read.
+    A run has that of its best checkpoint. Nothing of jaxlm's optimizer is read. A model without an output layer returns
+    hidden states.
     """
     found = start.to_use(path)
     return model_of(found, found.config()), found.config()
@@ -301,12 +303,22 @@ def load_model(path: str | Path) -> tuple[nnx.Module, Config]:
 
 def model_of(found: start.Start, config: Config) -> nnx.Module:
     """Return the model of a checkpoint that was found; `config` has its settings, but for train.precision, say."""
+    from jaxlm.heads import BaseModel
     from jaxlm.tasks import TASKS
 
     assert found.path is not None, "nothing was found"
-    if config.task not in TASKS:
-        raise UserError(f"{found.path}: task={config.task} is unknown here; there are {', '.join(TASKS)}")
-    model = nnx.eval_shape(lambda: TASKS[config.task](config).build_model(nnx.Rngs(0)))
+    if config.task not in TASKS and config.task != names.BASE:
+        raise UserError(
+            f"{found.path}: task={config.task} is unknown here; there are {', '.join(TASKS)}; "
+            "add its file and its line in TASKS (jaxlm/tasks/README.md)"
+        )
+
+    def build() -> nnx.Module:
+        if config.task == names.BASE:
+            return BaseModel(config.model, jnp.float32, nnx.Rngs(0))
+        return TASKS[config.task](config).build_model(nnx.Rngs(0))
+
+    model = nnx.eval_shape(build)
     graphdef, variables = nnx.split(model, nnx.Param)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), nnx.to_pure_dict(variables))

@@ -367,8 +367,9 @@ def _preset(task: Any) -> list[Layer]:
     """Return the settings of the task's preset, the TOML file of its name whose `task` it is."""
     tasks = [p.stem for p in sorted(presets_dir().glob("*.toml")) if ("task", p.stem, str(p)) in _file(p)]
     if task not in tasks:
-        if str(task).isidentifier() and (Path(__file__).parent / "tasks" / f"{task}.py").is_file():
-            return []  # a task of the user's, with nothing but defaults
+        is_own = str(task).isidentifier() and (Path(__file__).parent / "tasks" / f"{task}.py").is_file()
+        if is_own or task == "base":  # names.BASE, for settings of a model without an output layer
+            return []
         match = difflib.get_close_matches(str(task), tasks, n=1)
         hint = f"; did you mean {match[0]}?" if match else ""
         raise UserError(

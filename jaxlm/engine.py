@@ -22,7 +22,7 @@ import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from jaxlm.decode import Sampling
-from jaxlm.predict import N_ROWS, Answer, Continue, FillMasks, Predictor
+from jaxlm.predict import N_ROWS, Answer, Continue, FillMasks, Look, Predictor
 
 GATHER_S = 0.002  # how long a text waits for others to go with
 AT_ONCE = 2  # tokens made of each prompt before others are let in
@@ -56,6 +56,8 @@ class Batches:
 
     def __init__(self, predictor: Predictor, metrics: "Metrics"):
         self.predictor, self.metrics = predictor, metrics
+        if type(predictor) is Look:
+            return
         text = "[MASK]" if isinstance(predictor, FillMasks) else ""
         for i in range(N_ROWS.bit_length()):
             predictor([text] * 2**i)

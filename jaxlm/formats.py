@@ -117,7 +117,7 @@ def load_run(path: Path) -> Stored:
             places["frozen"] = folder.parent / checksums.FROZEN / "base"
         with ocp.PyTreeCheckpointer() as checkpointer:
             for part, place in places.items():
-                if not place.exists():  # nothing of the base is trained
+                if not place.exists():  # nothing of the base is trained, or there is no head
                     continue
                 with storage.plain(place) as item:
                     stored = checkpointer.metadata(item).item_metadata.tree
@@ -125,7 +125,7 @@ def load_run(path: Path) -> Stored:
                     kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored)
                     tree[part] = checkpointer.restore(item, args=ocp.args.PyTreeRestore(restore_args=kinds))
         tree["base"] = tune.joined(tree.pop("frozen", {}), tree.get("base", {}))
-        weights = names.to_torch({"base": tree["base"], "head": tree["head"]})
+        weights = names.to_torch({part: tree[part] for part in ("base", "head") if part in tree})
     except Exception as error:  # Orbax raises whatever its parts do
         raise UserError(f"{folder}: cannot be read as a checkpoint of jaxlm: {reason(error)}") from error
     return Stored(RUN, folder, tree, weights, info)
@@ -170,8 +170,11 @@ def check_run(folder: Path, parts: Iterable[str] | None = None) -> None:
 
 def check_opens(folder: Path, parts: Iterable[str] | None = None) -> None:
     """Raise UserError unless every array in a checkpoint of jaxlm, or in its `parts`, can be read."""
-    is_whole = names.is_whole(info_of_run(folder).get("config") or {})
+    info = info_of_run(folder)
+    is_whole = names.is_whole(info.get("config") or {})
     places = {part: folder / part for part in ("base", "head", "optimizer") if parts is None or part in parts}
+    if info.get("task") == names.BASE:
+        places.pop("head", None)
     if "base" in places and not is_whole:
         places[checksums.FROZEN] = folder.parent / checksums.FROZEN / "base"
         if not places["base"].exists():  # nothing of the base is trained
@@ -211,7 +214,7 @@ def _read_arrays(folder: Path) -> None:
 
 def _step_folder(path: Path) -> Path:
     """Return the folder of one checkpoint: `path`, or the last one in it."""
-    if (path / "head").is_dir() and (path / "info").is_dir():
+    if (path / "info").is_dir():
         return path
     for folder in (storage.checkpoints(path), path):
         if found := [child for _, child in checksums.finished_in(folder) if child.is_dir()]:

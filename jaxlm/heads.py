@@ -1,4 +1,4 @@
-"""Output layers, and the two models that put them on a Transformer: LanguageModel and Classifier.
+"""Output layers, and models: LanguageModel and Classifier put them on a Transformer, BaseModel has none.
 
 Each model has the parts `base` and `head`, so that a base can be restored alone.
 Letters as in model.py; M masked positions per sample, C classes.
@@ -131,6 +131,16 @@ class Classifier(nnx.Module):
         x_BTD = self.base(tokens_BT, key)
         logits = self.head(x_BTD, last_B)
         return (logits, x_BTD) if with_hidden else logits
+
+
+class BaseModel(nnx.Module):
+    """Token ids to hidden states [B, T, D]: a bidirectional Transformer without an output layer."""
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.base = Transformer(config, False, dtype, rngs)
+
+    def __call__(self, tokens_BT: Array, key: Array | None = None) -> Array:
+        return self.base(tokens_BT, key)
 
 
 def _at(x_BTD: Array, positions_BM: Array | None) -> Array:

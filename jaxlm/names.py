@@ -22,6 +22,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 # What the tasks of this package train. Tasks of a user say it in their file, which imports JAX: see `model_kind`.
 KINDS = {"mlm": "masked", "gpt": "causal", "pairs": "causal", "sst2": "classifier", "cola": "classifier"}
+BASE = "base"  # in place of the task of a model without an output layer, and its kind
 
 # Settings by their names in the original's files, which have all of these.
 ORIGINAL_SETTINGS = {
@@ -61,14 +62,14 @@ def shapes(config: Config) -> Shapes:
 
 
 def model_kind(task: str) -> str:
-    """Return "masked" or "causal" for a language model with outputs for the vocabulary, else "classifier"."""
+    """Return "masked" or "causal" for a language model with outputs for the vocabulary, BASE, else "classifier"."""
     own = own_task(task)
-    return KINDS.get(task, "classifier") if own is None else own.samples.model_kind
+    return BASE if task == BASE else KINDS.get(task, "classifier") if own is None else own.samples.model_kind
 
 
 def own_task(task: str) -> Any:
     """Return the class of a task that a user has added; None for those of this package, and unknown ones."""
-    if task in KINDS:
+    if task in KINDS or task == BASE:
         return None
     from jaxlm.tasks import TASKS  # imports JAX, which settings of this package's tasks are looked at without
 
@@ -122,6 +123,8 @@ def _known_shapes(config: Config) -> Shapes:
     if model.final_norm:
         result |= layernorm("base.final_norm")
     of_kind = model_kind(config.task)
+    if of_kind == BASE:
+        return result
     dense = linear("head.dense", D, D) if model.head_dense != "none" and of_kind != "causal" else {}
     if of_kind == "classifier":
         n_outputs = V if model.head_outputs == "vocabulary" else config.data.n_labels

@@ -196,7 +196,22 @@ class FillMasks(Predictor):
         return first
 
 
-class Predict(Predictor):
+class Look(Predictor):
+    """Shows where a model without an output layer looks: it has attention, but no answers."""
+
+    wants = "a text"
+
+    def __call__(self, texts: Sequence[str]) -> list[Answer]:
+        from jaxlm import trained
+
+        raise UserError(trained.no_output(self.trained.start))
+
+    def encode(self, text: str) -> list[int]:
+        first, last = marks(self.model, self.specials)
+        return self._checked([first, *self._ids(text), *([] if last is None else [last])])
+
+
+class Predict(Look):
     """Tells what the task makes of a text."""
 
     wants = "a text"
@@ -216,10 +231,6 @@ class Predict(Predictor):
             for text, prediction in zip(texts[some], predictions, strict=False):
                 answers.append({"text": text, **self.trained.task.answer(prediction)})
         return answers
-
-    def encode(self, text: str) -> list[int]:
-        first, last = marks(self.model, self.specials)
-        return self._checked([first, *self._ids(text), *([] if last is None else [last])])
 
     def shown(self, answer: Answer) -> str:
         values = {name: f"{x:.4g}" if isinstance(x, float) else x for name, x in answer.items() if name != "text"}
@@ -386,7 +397,9 @@ def load(checkpoint: str | Path, tokenizer: str = "") -> Predictor:
     from jaxlm import trained
     from jaxlm.heads import LanguageModel
 
-    found = trained.load(checkpoint, tokenizer, precision="float32")
+    found = trained.load(checkpoint, tokenizer, precision="float32", needs_output=False)
+    if found.task is None:
+        return Look(found)
     samples = found.task.samples
     if samples.model_kind == "classifier":
         return Classify(found) if found.has_probabilities() else Predict(found)
@@ -406,6 +419,8 @@ def main(argv: list[str] | None = None) -> int:
         args = _parse(sys.argv[1:] if argv is None else argv)
         texts = _texts(args)
         predictor = load(args.checkpoint, getattr(args, "tokenizer.path"))
+        if type(predictor) is Look:
+            predictor([])
         options = _given_options(args, predictor)
         print(predictor.trained, file=sys.stderr, flush=True)
         if texts is None:

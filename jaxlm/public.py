@@ -50,13 +50,17 @@ class Family:
     dropouts: tuple[str, ...]  # keys of rates of dropout
     settings: dict[str, Any]  # ours, the same for all of them
     modules: dict[str, str]  # their names by ours
-    heads: dict[str, tuple[str, dict[str, str]]]  # by task: their class, and modules of the head
+    heads: dict[str, tuple[str, dict[str, str]]]  # by task: their class, and modules of the head; the last that fits
     copies: dict[str, str]  # tensors that may be in the file a second time
     activation: str = "gelu"  # where config.json does not tell
     epsilon: float = 1e-12  # likewise
     segments: str = ""  # table of token types
     fixed: dict[str, Any] = dataclasses.field(default_factory=dict)  # further keys, as FIXED
     transposed: str = "^$"  # weights that are [in, out]
+
+    def prefix(self) -> str:
+        """Return what the names of the base model begin with, where there is an output layer."""
+        return self.modules["base.embedding.token"].partition(".")[0] + "."
 
     def first_position(self, pad_id: int) -> int:
         """Return the row of the first token in the table of positions."""
@@ -116,6 +120,7 @@ BERT = Family(
             },
         ),
         "sst2": ("BertForSequenceClassification", {"head.dense": "bert.pooler.dense", "head.linear": "classifier"}),
+        names.BASE: ("BertModel", {}),
     },
     copies={
         "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
@@ -156,6 +161,7 @@ DISTILBERT = Family(
             {"head": "vocab_projector", "head.dense": "vocab_transform", "head.layernorm": "vocab_layer_norm"},
         ),
         "sst2": ("DistilBertForSequenceClassification", {"head.dense": "pre_classifier", "head.linear": "classifier"}),
+        names.BASE: ("DistilBertModel", {}),
     },
     copies={"vocab_projector.weight": "distilbert.embeddings.word_embeddings.weight"},
     fixed={"sinusoidal_pos_embds": False},
@@ -175,6 +181,7 @@ ROBERTA = Family(
             "RobertaForSequenceClassification",
             {"head.dense": "classifier.dense", "head.linear": "classifier.out_proj"},
         ),
+        names.BASE: ("RobertaModel", {}),
     },
     copies={
         "lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight",
@@ -235,6 +242,8 @@ def find(source: str | Path) -> Path:
     Raises UserError if the hub does not have it or cannot be reached.
     """
     path = storage.run_path(source)
+    if (path / "modules.json").is_file() and not is_model(path):  # of sentence-transformers, in its older form
+        path = next(iter(sorted(path.glob("*_Transformer"))), path)
     if storage.is_remote(source) or path.exists() or not storage.is_hub_name(path):
         return path
     import huggingface_hub
@@ -278,10 +287,9 @@ def load(path: Path) -> Stored:
         )
     stored = formats.load_safetensors(path / WEIGHTS)
     tensors = _tensors(family, stored.tree, path / WEIGHTS)
-    task = next((task for task in family.heads if _has_head(family, task, tensors)), "")
-    if not task:
-        classes = " or ".join(name for name, _ in family.heads.values())
-        raise UserError(f"{path / WEIGHTS}: it has not the output layer of a {classes}, which is needed")
+    task = next(task for task in family.heads if _has_head(family, task, tensors))
+    if task == names.BASE:  # what is not of it are output layers that are of no use here
+        tensors = {name: x for name, x in tensors.items() if name.startswith(family.prefix())}
     settings["task"] = task
     if task == CLASSES:
         settings["data.n_labels"] = _n_labels(family, values, tensors, path / CONFIG)
@@ -331,7 +339,7 @@ def _settings(family: Family, values: dict[str, Any], source: Path) -> dict[str,
 
 def _tensors(family: Family, stored: Mapping[str, np.ndarray], source: Path) -> Arrays:
     """Return the tensors of a file under the names that transformers gives them today, and none twice."""
-    prefix = family.modules["base.embedding.token"].partition(".")[0] + "."
+    prefix = family.prefix()
     is_bare = not any(name.startswith(prefix) for name in stored)  # as openai-community/gpt2 is
     heads = tuple(x for _, modules in family.heads.values() for x in modules.values() if not x.startswith(prefix))
     tensors: Arrays = {}
@@ -417,7 +425,7 @@ def _shapes(family: Family, config: Config) -> Shapes:
 
 def _task(config: Config) -> str:
     """Return the task that a family has the head by."""
-    return {"causal": "gpt", "masked": "mlm"}.get(names.model_kind(config.task), CLASSES)
+    return {"causal": "gpt", "masked": "mlm", names.BASE: names.BASE}.get(names.model_kind(config.task), CLASSES)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -438,7 +446,8 @@ def check(config: Config, family: Family) -> None:
     """Raise UserError, which names the settings, unless a family has models with these."""
     task = _task(config)
     if task not in family.heads:
-        raise UserError(f"--as {family.type}: task={config.task}, but it has {' and '.join(family.heads)} only")
+        tasks = [name for name in family.heads if name != names.BASE]
+        raise UserError(f"--as {family.type}: task={config.task}, but it has {' and '.join(tasks)} only")
     wanted = family.settings | {"model.lora_rank": 0}
     if task == CLASSES:
         wanted |= {"model.head_outputs": "labels", "model.pooling": "first"}
@@ -487,6 +496,9 @@ def write(path: Path, snapshot: Snapshot, family: Family, tokenizer: Tokenizer |
     if family is GPT2:
         article = tokenizers.special_ids(tokenizer).get("article") if tokenizer else None
         values |= {"bos_token_id": article, "eos_token_id": article}
+
+    if _task(config) == names.BASE:
+        tensors = {name.removeprefix(family.prefix()): x for name, x in tensors.items()}
 
     from safetensors.numpy import save
 

@@ -14,7 +14,7 @@ from jaxlm import config as configs
 from jaxlm.config import Config, Layer, TrainConfig
 from jaxlm.data.position import Position
 from jaxlm.errors import UserError
-from jaxlm.names import Arrays, Shapes, model_kind
+from jaxlm.names import BASE, Arrays, Shapes, model_kind
 
 if TYPE_CHECKING:  # settings are read before anything that takes long to import
     from rich.table import Table
@@ -307,6 +307,8 @@ def _resume(source: Path, given: Mapping[str, Any], form: str) -> Start:
     path, stored_form, info, damaged = _newest(source, None)
     if stored_form.startswith(formats.TRANSFORMERS):
         raise UserError(f"resume={source}: is a model without a training state; start a new run with --init-from")
+    if "task" not in given and info["task"] == BASE:
+        raise UserError(f"resume={source}: has no output layer; start a new run with --task TASK --init-from {source}")
     run = _run_of(path, source)
     if given.get("task", info["task"]) != info["task"] or given.get("train.switch_training"):
         return Start("base", path, stored_form, info, _parts_of_base(given, stored_form, info), run, damaged=damaged)

@@ -47,6 +47,8 @@ class Teacher:
 def check(config: Config, start: "Start", is_start: bool) -> None:
     """Raise UserError if a teacher does not fit the settings; `is_start`: the student begins with its layers."""
     named, own = f"distill.teacher={config.distill.teacher}", start.config()
+    if own.task == names.BASE:
+        raise UserError(f"{named}: it has no output layer to learn from; train one with --init-from, and give that run")
     task = names.own_task(config.task)
     if not hasattr(task, "totals") if task else names.model_kind(config.task) == "causal":
         raise UserError(f"{named}: task={config.task} has no distillation; use mlm, sst2, cola or a task made of one")

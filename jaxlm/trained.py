@@ -1,6 +1,7 @@
 """A trained model as the commands have it that use one: weights without those of the optimizer, settings, tokenizer."""
 
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ class Trained:
 
     start: Start  # the checkpoint, and what it tells of itself
     config: Config
-    task: Task
+    task: Task  # None, without an output layer
     tokenizer: Tokenizer
     model: Any
 
@@ -36,20 +37,32 @@ class Trained:
         return f"{self.start.path} (task {self.config.task}, step {self.start.info['step']:,})"
 
 
-def load(source: str | Path, tokenizer: str = "", precision: str = "") -> Trained:
+def load(source: str | Path, tokenizer: str = "", precision: str = "", needs_output: bool = True) -> Trained:
     """Return the model of a run (its best checkpoint) or of one checkpoint, in any form that jaxlm.convert reads.
 
     `tokenizer` is a path as in tokenizer.path; "": that of the run. `precision` is as in train.precision; "": that of
-    the run. Raises UserError.
+    the run. Raises UserError, also for a model without an output layer if that is needed.
     """
     found = starts.to_use(source)
     config = found.config()
+    if config.task == names.BASE and needs_output:
+        raise UserError(no_output(found))
     if precision:
         config = configs.replace(config, "train.precision", precision)
     read = _tokenizer(found, config, tokenizer)
     backend.configure(config)
     model = checkpoint.model_of(found, config)
-    return Trained(found, config, TASKS[config.task](config), read, model)
+    task: Any = None if config.task == names.BASE else TASKS[config.task](config)
+    return Trained(found, config, task, read, model)
+
+
+def no_output(found: Start) -> str:
+    """Return what can be done with a model without an output layer."""
+    name = shlex.quote(str(found.path))
+    return (
+        f"{found.path}: it has no output layer; train one with python -m jaxlm.train --task TASK --init-from {name}, "
+        f"see its attention with python -m jaxlm.serve --checkpoint {name}, or convert it with jaxlm.convert"
+    )
 
 
 def _tokenizer(found: Start, config: Config, named: str) -> Tokenizer:

@@ -23,7 +23,7 @@ from jaxlm.errors import UserError
 from jaxlm.formats import Snapshot
 from jaxlm.run import Run
 from torchlm import parallel
-from torchlm.heads import Classifier, LanguageModel
+from torchlm.heads import BaseModel, Classifier, LanguageModel
 from torchlm.step import TrainState
 
 FORMAT = "1.2"
@@ -216,7 +216,9 @@ def model_for(snapshot: Snapshot, source: str) -> torch.nn.Module:
     if config.task in TASKS:
         return TASKS[config.task](config).build_model(rngs)
     model: torch.nn.Module
-    if kind == "classifier":
+    if kind == names.BASE:
+        model = BaseModel(config.model, torch.float32, rngs)
+    elif kind == "classifier":
         n_outputs = len(snapshot.weights.get("head.linear.bias", (0,)))
         model = Classifier(config.model, n_outputs, torch.float32, rngs)
     else:

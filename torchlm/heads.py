@@ -1,4 +1,4 @@
-"""Output layers, and the two models that put them on a Transformer: LanguageModel and Classifier.
+"""Output layers, and models: LanguageModel and Classifier put them on a Transformer, BaseModel has none.
 
 Each model has the parts `base` and `head`, so that a base can be restored alone. `dtype` is what products compute in.
 Letters as in model.py; M masked positions per sample, C classes.
@@ -114,6 +114,19 @@ class Classifier(nn.Module):
             x_BTD = self.base(tokens_BT)
             logits = self.head(x_BTD, last_B)
         return (logits, x_BTD) if with_hidden else logits
+
+
+class BaseModel(nn.Module):
+    """Token ids to hidden states [B, T, D]: a bidirectional Transformer without an output layer."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, rngs: torch.Generator):
+        super().__init__()
+        self.dtype = dtype
+        self.base = Transformer(config, False, rngs)
+
+    def forward(self, tokens_BT: Tensor, key: None = None) -> Tensor:
+        with _autocast(tokens_BT.device, self.dtype):
+            return self.base(tokens_BT)
 
 
 def _at(x_BTD: Tensor, positions_BM: Tensor | None) -> Tensor:

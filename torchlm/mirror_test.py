@@ -62,7 +62,8 @@ ONLY_TORCH = {
     },
     "checkpoint": dict.fromkeys(
         ("KEYS", "OWN", "with_snapshot", "content", "write", "read", "weights"), "the original's file format"
-    ),
+    )
+    | {"model_for": "tasks that only jaxlm has"},
 }
 # Arguments that only JAX has: what products compute in (autocast), explicit keys, and a source of keys for no values.
 JAX_ARGUMENTS = {"dtype", "key", "keys", "rngs"}
