@@ -6,6 +6,7 @@ message goes behind the name of the file and "is".
 
 import codecs
 import contextlib
+import functools
 import gzip
 import io
 import json
@@ -13,7 +14,7 @@ import lzma
 import re
 import tomllib
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -46,11 +47,22 @@ def decoded(blocks: Iterable[bytes]) -> Iterator[str]:
         n_pending, block = len(decoder.getstate()[0]), b""
         decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
-        if CONTROLS.search(start):
+        if is_binary(start):
             raise ValueError(BINARY) from error
         place = n_done - n_pending + error.start
         mend = "convert it, as with iconv -f LATIN1 -t UTF-8 OLD > NEW"
         raise ValueError(f"not UTF-8 at byte {place} (from 0); {mend}") from error
+
+
+def is_binary(start: bytes) -> bool:
+    """Return whether the first bytes of a file are those of data that is text in no encoding of one byte a letter."""
+    if b"\0" in start and not any(start.startswith(mark) for mark in MARKS):
+        return True
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(start)
+    except UnicodeDecodeError:
+        return bool(CONTROLS.search(start)) and not any(start.startswith(mark) for mark in MARKS)
+    return False
 
 
 def decode(data: bytes) -> str:
@@ -64,27 +76,38 @@ def read(path: Path) -> str:
 
 
 def opened(path: Path) -> IO[bytes]:
-    """Open a file for reading; .gz and .xz are decompressed on the way, and may raise one of DAMAGED while read."""
-    opener: Any = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix.lower(), open)
-    return opener(path, "rb")
+    """Open a file for reading; .gz and .xz are decompressed on the way, and may raise one of DAMAGED while read.
+
+    A file is one of these by its name or, if it can be read twice, by how it begins.
+    """
+    start = b""
+    if path.is_file():
+        with open(path, "rb") as file:
+            start = file.read(6)
+    for suffix, first, opener in ((".gz", b"\x1f\x8b\x08", gzip.open), (".xz", b"\xfd7zXZ\0", lzma.open)):
+        if path.suffix.lower() == suffix or start.startswith(first):
+            compressed: Any = opener(path, "rb")
+            return compressed
+    return open(path, "rb")
 
 
-def lines(stream: IO[bytes], errors: str = "strict") -> Iterator[str]:
+def lines(stream: IO[bytes], errors: str = "strict", keep_ends: bool = False) -> Iterator[str]:
     """Yield the lines of a stream without their ends, and close it. Raises ValueError for the mark of another encoding.
 
-    A line longer than LONGEST is cut after LONGEST + 1 characters, and with errors="surrogateescape", bytes that are
-    not UTF-8 become surrogates. `check` refuses both, so that one bad line does not end the stream.
+    With `keep_ends` each line has its own end. A line longer than LONGEST is cut after LONGEST + 1 characters, and with
+    errors="surrogateescape", bytes that are not UTF-8 become surrogates. `check` refuses both, so that one bad line
+    does not end the stream.
     """
-    with io.TextIOWrapper(stream, encoding="utf-8-sig", errors=errors) as reader:
+    with io.TextIOWrapper(stream, "utf-8-sig", errors, newline="" if keep_ends else None) as reader:
         is_first = True
         while line := reader.readline(LONGEST + 1):
             rest = line
-            while not rest.endswith("\n") and (rest := reader.readline(LONGEST)):
+            while not rest.endswith(("\n", "\r")) and (rest := reader.readline(LONGEST)):
                 pass
             if is_first:
                 _check_mark(line[:4].encode("utf-8", errors))
             is_first = False
-            yield line.removesuffix("\n")
+            yield line if keep_ends else line.removesuffix("\n")
 
 
 def check(text: str) -> None:
@@ -98,13 +121,16 @@ def check(text: str) -> None:
     except UnicodeEncodeError as error:
         with contextlib.suppress(UnicodeEncodeError):
             decode(text.encode("utf-8", "surrogateescape"))
-        raise ValueError(_half(error)) from None
+        raise ValueError(f"no Unicode at character {error.start + 1}: {_half(error)}") from None
 
 
-def from_json(text: str) -> Any:
-    """Return the value of a JSON text. Raises ValueError, also for half of a surrogate pair and for deep nesting."""
+def from_json(text: str, object_of: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """Return the value of a JSON text, with `object_of(pairs)` in the place of each object, a dict by default.
+
+    Raises ValueError, also for half of a surrogate pair and for deep nesting.
+    """
     try:
-        value = json.loads(text)
+        value = _decoder(object_of).decode(text)
         if "\\ud" in text.lower():
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
@@ -112,6 +138,11 @@ def from_json(text: str) -> Any:
     except UnicodeEncodeError as error:
         raise ValueError(_half(error)) from None
     return value
+
+
+@functools.cache
+def _decoder(object_of: Callable[[list[tuple[str, Any]]], Any] | None) -> json.JSONDecoder:
+    return json.JSONDecoder(object_pairs_hook=object_of)
 
 
 def from_toml(text: str) -> dict[str, Any]:
@@ -124,7 +155,7 @@ def from_toml(text: str) -> dict[str, Any]:
 
 def _half(error: UnicodeEncodeError) -> str:
     code = f"\\u{ord(error.object[error.start]):04x}"
-    return f"no Unicode at character {error.start + 1}: {code} is half of a surrogate pair; write both, or leave it out"
+    return f"{code} is half of a surrogate pair, no character; write both halves, or leave it out"
 
 
 def _check_mark(data: bytes) -> None:

@@ -1,12 +1,11 @@
 """From settings to a stream of articles, out of local files or a data set of the hub. Imports neither jax nor torch.
 
-Files are read by the builders of `datasets`, streamed and never held in memory as a whole. JSON lines go through its
-text builder and `json`: its own JSON builder guesses types, and turns the text "2020-01-01" into a date.
+Files are streamed, and never held in memory as a whole: a line, row or article of more than utf8.LONGEST characters is
+refused. The cells of a CSV file are text: nothing guesses types, which would make "2020-01-01" a date.
 """
 
 import contextlib
 import csv
-import glob
 import hashlib
 import io
 import json
@@ -33,16 +32,22 @@ SPLITS = ("train", "validation", "test")
 STEMS = {"train": "train", "in_domain_train": "train"}  # file name before its first dot -> part
 STEMS |= dict.fromkeys(("validation", "valid", "val", "dev", "in_domain_dev"), "validation")
 STEMS |= dict.fromkeys(("test", "out_of_domain_dev"), "test")
+PARQUET = b"PAR1"  # how such a file begins
 FORMATS = {"txt": "text", "csv": "csv", "tsv": "tsv", "jsonl": "jsonl", "json": "jsonl", "parquet": "parquet"}
 TEXT_COLUMNS = ("text", "sentence", "content", "document", "article", "review")
 LABEL_COLUMNS = ("label", "labels", "acceptability", "target")
 PROMPT_COLUMNS = ("prompt", "question", "instruction", "input")
 ANSWER_COLUMNS = ("answer", "completion", "response", "output", "reply")
+DELIMITERS = {"tsv": "\t,;|", "csv": ",;\t|"}  # the first, unless only another makes columns
+MOST_COLUMNS = 10_000
 TITLE = re.compile(r"\s*= [^=].* =\s*")  # a full line; "= = Section = =" has "=" where a title has a word
 CHECK_LIMIT = 200_000_000  # bytes; rows of a larger file are checked as they are used, not at the start
 PROBE_S = 2  # that the hub has to answer; bad input is told within 5
 BATCH = 1000  # rows
+BATCH_BYTES = 1 << 30  # of a column in one batch, at most, if a row is no larger
 PROMPT_END = "\n"  # between a prompt and its answer
+CSV_END = "\0end of file\0"  # a line behind the last one, by which a quote that is still open is noticed
+TWICE = ()  # value of a key that a JSON object has more than once; JSON has no tuples
 
 
 Reads = Literal["text", "labels", "pairs"]  # what of a source is used: texts, these with labels, or prompts and answers
@@ -98,6 +103,7 @@ def open_source(config: DataConfig, reads: Reads) -> Source:
         notes.append(f"no {split} part: {100 * share:g} % of articles split off by hash (data.{split}_fraction)")
     own = [split for split in SPLITS[1:] if split in given and not getattr(config, f"{split}_path")]
     unused = [f"{split}_fraction" for split in own] + ([] if shares else ["split_seed"])
+    notes += [f"{part.name}: its columns are separated by {part.columns[3]!r}" for part in parts if part.columns[3:]]
     for name in unused:
         if getattr(config, name) != getattr(DataConfig(), name):
             notes.append(f"data.{name}={getattr(config, name)} has no effect: the source has parts of its own")
@@ -283,19 +289,29 @@ def _existing(setting: str, value: str, beside: Path) -> Path:
 
 
 def _folder_files(folder: Path, config: DataConfig, notes: list[str]) -> dict[str, list[Path]]:
-    """Return {part: files} by the names of the files in a folder; all are for training where no name says a part."""
+    """Return {part: files} by the names of the files in a folder; all are for training where no name says a part.
+
+    If no name tells a format, all files that have text are used.
+    """
     try:
-        visible = sorted(f for f in folder.iterdir() if f.is_file() and not f.name.startswith("."))
+        files = sorted(f for f in folder.iterdir() if f.is_file())
+        visible = [f for f in files if not f.name.startswith(".")]
+        wanted = "text" if config.format == "wikitext" else config.format
+        usable = [f for f in visible if (_suffix_format(f) if wanted == "auto" else _suffix_format(f) == wanted)]
+        unused = [f for f in visible if usable and f not in usable]
+        if not usable:
+            usable = visible if wanted != "auto" else [f for f in visible if _has_text(f)]
+            unused = [f for f in files if f not in usable]
     except OSError as error:
         raise UserError(
             f"data.path={folder}: cannot be read: {error.strerror or error}; check its permissions"
         ) from error
-    wanted = "text" if config.format == "wikitext" else config.format
-    usable = [f for f in visible if (_suffix_format(f) if wanted == "auto" else _suffix_format(f) == wanted)]
-    usable = usable or (visible if wanted != "auto" else [])
     if not usable:
-        names = ", ".join(f.name for f in visible[:5]) or "nothing"
-        raise UserError(f"data.path={folder}: no .{', .'.join(FORMATS)} file in it, only {names}; set data.format")
+        names = _some(visible) or "nothing"
+        raise UserError(f"data.path={folder}: no file of text in it, only {names}; name a folder or file with text")
+    if unused and wanted == "auto":
+        why = "the format of others is told by their names" if _suffix_format(usable[0]) else "hidden, binary or empty"
+        notes.append(f"not used ({why}): {_some(unused)}")
     found: dict[str, list[Path]] = {}
     for file in usable:
         found.setdefault(STEMS.get(file.name.partition(".")[0].lower(), ""), []).append(file)
@@ -304,12 +320,27 @@ def _folder_files(folder: Path, config: DataConfig, notes: list[str]) -> dict[st
         return {"train": unnamed}
     for split, files in found.items():
         if len(files) > 1:
-            names = " and ".join(f.name for f in files)
-            raise UserError(f"data.path={folder}: {names} are each the {split} part; move all but one elsewhere")
+            raise UserError(
+                f"data.path={folder}: {_some(files, ' and ')} are each the {split} part; move all but one elsewhere"
+            )
     unnamed = [f for f in unnamed if f.name not in (Path(config.validation_path).name, Path(config.test_path).name)]
     if unnamed:
-        notes.append(f"not used, as the name says no part: {', '.join(f.name for f in unnamed)}")
+        notes.append(f"not used, as the name says no part: {_some(unnamed)}")
     return found
+
+
+def _some(files: list[Path], between: str = ", ", most: int = 5) -> str:
+    """Return the names of the first files, and how many more there are."""
+    more = [f"{len(files) - most} more"] if len(files) > most else []
+    return between.join([file.name for file in files[:most]] + more)
+
+
+def _has_text(path: Path) -> bool:
+    """Return whether a file is neither empty nor binary; of text in another encoding, reading it tells."""
+    with contextlib.suppress(*utf8.DAMAGED), utf8.opened(path) as stream:
+        start = stream.read(utf8.START)
+        return bool(start.strip()) and (start.startswith(PARQUET) or not utf8.is_binary(start))
+    return False
 
 
 def _suffix_format(path: Path) -> str:
@@ -324,11 +355,9 @@ def _file_part(path: Path, split: str, config: DataConfig, reads: Reads) -> _Par
     """Return the part that a file is. Raises UserError for a file that cannot be read or lacks a wanted column."""
     if not path.is_file():
         raise UserError(f"{path}: is not a regular file; name a file")
-    kind = _suffix_format(path) if config.format == "auto" else config.format
-    if not kind:
-        choices = ", ".join(dict.fromkeys(("text", "wikitext", *FORMATS.values())))
-        raise UserError(f"{path}: the name does not tell the format; set data.format to one of {choices}")
+    kind = config.format if config.format != "auto" else _suffix_format(path) or _content_format(path)
     content, size, head = _scan(path, is_text=kind != "parquet")
+    kind = kind or _table_format(head, config, reads) or "text"
     if config.format == "auto" and kind == "text" and any(TITLE.fullmatch(line) for line in head.splitlines()[:50]):
         kind = "wikitext"
     if reads != "text" and kind in ("text", "wikitext"):
@@ -338,10 +367,11 @@ def _file_part(path: Path, split: str, config: DataConfig, reads: Reads) -> _Par
     rows: Any
     text: Any = None
     label: Any = None
-    is_header = False
+    more: tuple[Any, ...] = (False,)
     if kind in ("csv", "tsv"):
-        n_columns, is_header, text, label = _csv_columns(path, kind, head, split, config, reads)
-        rows = partial(_csv_rows, path, kind, n_columns, is_header, text, label)
+        dialect, n_columns, is_header, text, label = _csv_columns(path, kind, head, split, config, reads)
+        rows = partial(_csv_rows, path, dialect, n_columns, is_header, text, label)
+        more = (is_header, *(dialect["delimiter"] if dialect["delimiter"] != DELIMITERS[kind][0] else ()))
     elif kind in ("jsonl", "parquet"):
         names: list[str] = next(
             iter(_guarded(partial(_json_names if kind == "jsonl" else _parquet_names, path), failure)), []
@@ -349,6 +379,8 @@ def _file_part(path: Path, split: str, config: DataConfig, reads: Reads) -> _Par
         if not names:
             raise UserError(f"{path}: no article in it; give a file with text")
         text, label = _columns(str(path), names, split, config, reads)
+        if len(set(names)) == len(names):  # else names do not tell columns apart
+            text, label = names[text], None if label is None else names[label]
         rows = partial(_json_rows if kind == "jsonl" else _parquet_rows, path, text, label)
     else:
         rows = partial(_wikitext_rows if kind == "wikitext" else _text_rows, path)
@@ -358,9 +390,33 @@ def _file_part(path: Path, split: str, config: DataConfig, reads: Reads) -> _Par
         format=kind,
         content=content,
         size=size,
-        columns=(text, label, is_header),
+        columns=(text, label, *more),
         rows=partial(_guarded, rows, failure),
     )
+
+
+def _content_format(path: Path) -> str:
+    """Return "parquet" if a file begins as one, else "": its text tells more."""
+    try:
+        with utf8.opened(path) as stream:
+            return "parquet" if stream.read(len(PARQUET)) == PARQUET else ""
+    except (OSError, *utf8.DAMAGED):
+        return ""  # which is told when the file is read
+
+
+def _table_format(head: str, config: DataConfig, reads: Reads) -> str:
+    """Return the format of a table whose name does not tell it, by its first rows; "" where they leave a doubt."""
+    lines = [line for line in head.split("\n")[:100] if line.strip()]
+    usual = _usual(config, reads)
+    with contextlib.suppress(ValueError):
+        rows = [utf8.from_json(line) for line in lines if line.startswith("{")]
+        if len(rows) == len(lines) and (reads != "text" or not usual.isdisjoint(key.lower() for key in rows[0])):
+            return "jsonl"
+    for kind, delimiters in DELIMITERS.items():
+        tables = [_even_rows(head, _dialect(kind, delimiter)) for delimiter in delimiters]
+        if any(len(rows) > 1 and not usual.isdisjoint(cell.lower() for cell in rows[0]) for rows in tables):
+            return kind
+    return ""
 
 
 def _scan(path: Path, is_text: bool) -> tuple[str, int, str]:
@@ -368,7 +424,7 @@ def _scan(path: Path, is_text: bool) -> tuple[str, int, str]:
 
     Raises UserError for a file that is unreadable, damaged or empty, or that should be text and is not UTF-8.
     """
-    digest, size, head = hashlib.sha256(), 0, ""
+    digest, size, head, n_open = hashlib.sha256(), 0, "", 0
 
     def blocks(stream: IO[bytes]) -> Iterator[bytes]:
         nonlocal size
@@ -380,7 +436,12 @@ def _scan(path: Path, is_text: bool) -> tuple[str, int, str]:
     try:
         with utf8.opened(path) as stream:
             for block in utf8.decoded(blocks(stream)) if is_text else blocks(stream):
-                head = head or (str(block) if is_text else "")
+                if isinstance(block, str):
+                    head = head or block
+                    end = max(block.rfind("\n"), block.rfind("\r"))
+                    n_open = len(block) - end - 1 + (n_open if end < 0 else 0)
+                    if n_open > utf8.LONGEST:  # where the rest would be read for nothing
+                        raise UserError(f"{path}: has a line {utf8.TOO_LONG}")
     except utf8.DAMAGED as error:
         raise UserError(f"{path}: the compressed file is damaged ({error}); fetch or compress it again") from error
     except OSError as error:
@@ -418,20 +479,16 @@ def _datasets() -> Any:
     return datasets
 
 
-def _batches(builder: str, path: Path, **settings: Any) -> Iterator[dict[str, list[Any]]]:
-    # The builder takes a name as a pattern, and finds nothing, without an error, where one holds [ or *.
-    pattern = glob.escape(str(path.absolute()))
-    with tempfile.TemporaryDirectory() as locks:  # streams are not cached, but lock files are written, one a file
-        stream = _datasets().load_dataset(
-            builder, data_files=pattern, split="train", streaming=True, cache_dir=locks, **settings
-        )
-    for table in stream.with_format("arrow").iter(batch_size=BATCH):
-        yield table.to_pydict()
+def _lines(path: Path, keep_ends: bool = False) -> Iterator[tuple[int, str]]:
+    """Yield the lines of a file and their numbers. Raises UserError for one that is too long."""
+    for number, line in enumerate(utf8.lines(utf8.opened(path), keep_ends=keep_ends), start=1):
+        if len(line) > utf8.LONGEST:
+            raise UserError(f"{path}, line {number}: is {utf8.TOO_LONG}")
+        yield number, line
 
 
 def _text_rows(path: Path) -> Iterator[tuple[int, str, None]]:
-    for number, line in enumerate(utf8.lines(utf8.opened(path)), start=1):
-        yield number, line, None
+    return ((number, line, None) for number, line in _lines(path))
 
 
 def _wikitext_rows(path: Path) -> Iterator[tuple[int, str, None]]:
@@ -439,30 +496,45 @@ def _wikitext_rows(path: Path) -> Iterator[tuple[int, str, None]]:
 
 
 def _grouped(lines: Iterable[tuple[int, str, Any]]) -> Iterator[tuple[int, str, None]]:
-    """Join the lines from a title to the next into one row."""
+    """Join the lines from a title to the next into one row. Raises ValueError for one that is too long."""
     article: list[str] = []
-    start = 1
+    start, size = 1, 0
     for number, line, _ in lines:
         line = line.removesuffix("\n")
         if article and TITLE.fullmatch(line):
             yield start, "\n".join(article), None
             article.clear()
+            size = 0
         start = start if article else number
         article.append(line)
+        size += len(line) + 1
+        if size > utf8.LONGEST:
+            raise ValueError(f"the article at line {start} is {utf8.TOO_LONG} with titles")
     yield start, "\n".join(article), None
 
 
 def _json_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line, _ in _text_rows(path):
+    for number, line in _lines(path):
         if not line.strip():
             continue
         try:
-            row = utf8.from_json(line)
+            row = utf8.from_json(line, _object)
+        except json.JSONDecodeError as error:
+            mend = "write one object a line, as with jq -c . OLD > NEW"
+            raise UserError(f"{path}, line {number}: not JSON: {error}; {mend}") from error
         except ValueError as error:
-            raise UserError(f"{path}, line {number}: not JSON: {error}; write one object a line") from error
+            raise UserError(f"{path}, line {number}: {error}") from error
         if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number}: {line.strip()[:20]!r} is not a JSON object; write one a line")
+            mend = "write one a line" + (", as with jq -c '.[]' OLD > NEW" if isinstance(row, list) else "")
+            raise UserError(f"{path}, line {number}: {line.strip()[:20]!r} is not a JSON object; {mend}")
         yield number, row
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        row |= {key: TWICE for key, count in Counter(key for key, _ in pairs).items() if count > 1}
+    return row
 
 
 def _json_names(path: Path) -> Iterator[list[str]]:
@@ -474,52 +546,99 @@ def _json_rows(path: Path, text: str, label: str | None) -> Iterator[tuple[int, 
         for column in filter(None, (text, label)):
             if column not in row:
                 raise UserError(f"{path}, line {number}: the object has no {column!r}; add it")
+            if row[column] is TWICE:
+                raise UserError(f"{path}, line {number}: the object has {column!r} more than once; keep one of them")
         yield number, row[text], row[label] if label else None
 
 
 def _csv_rows(
-    path: Path, kind: str, n_columns: int, is_header: bool, text: int, label: int | None
+    path: Path, dialect: dict[str, Any], n_columns: int, is_header: bool, text: int, label: int | None
 ) -> Iterator[tuple[int, str, str | None]]:
-    import datasets
+    start, size = 1, 0  # of the row that is being read: its first line, and its characters so far
 
-    names = [str(column) for column in range(n_columns)]
-    batches = _batches(
-        "csv",
-        path,
-        # Everything is text: no column of numbers, dates or missing values. The header is read as a row, because
-        # otherwise pandas takes the first field of too long a row for a row name, without an error.
-        names=names,
-        features=datasets.Features({name: datasets.Value("string") for name in names}),
-        header=None,
-        keep_default_na=False,
-        na_filter=False,
-        skip_blank_lines=False,
-        chunksize=BATCH,
-        **({"sep": "\t", "quoting": csv.QUOTE_NONE} if kind == "tsv" else {}),
-    )
-    number = 1
-    for batch in batches:
-        for row in zip(*(batch[name] for name in names), strict=True):
-            if any(cell and not cell.isspace() for cell in row):
-                if not is_header:
-                    yield number, row[text], None if label is None else row[label]
-                is_header = False
-            number += 1 + (sum(cell.count("\n") for cell in row) if kind == "csv" else 0)
+    def lines() -> Iterator[str]:
+        nonlocal size
+        for _, line in _lines(path, keep_ends=True):
+            size += len(line)
+            if size > utf8.LONGEST:
+                raise UserError(f"{path}, line {start}: the row is {utf8.TOO_LONG}; is its last quote missing?")
+            yield line
+        yield CSV_END
+
+    csv.field_size_limit(utf8.LONGEST)  # of all readers, 131,072 by default
+    reader = csv.reader(lines(), **dialect)
+    for row in reader:
+        if row == [CSV_END]:
+            return
+        if row and row[-1].endswith(CSV_END):
+            raise UserError(f"{path}, line {start}: a quote opens a cell that never ends; close it, or double it")
+        if len(row) > n_columns:
+            rule = f"the row has {len(row):,} columns, but the first one has {n_columns}"
+            delimiter = {"\t": "tab"}.get(dialect["delimiter"], dialect["delimiter"])
+            quote = f"put a cell with {delimiter} in it into quotes" if dialect["quoting"] != csv.QUOTE_NONE else ""
+            raise UserError(f"{path}, line {start}: {rule}; {quote or f'take the {delimiter} out of a cell'}")
+        if any(cell and not cell.isspace() for cell in row):
+            if not is_header:
+                row += [""] * (n_columns - len(row))
+                yield start, row[text], None if label is None else row[label]
+            is_header = False
+        start, size = reader.line_num + 1, 0
+
+
+def _dialect(kind: str, delimiter: str) -> dict[str, Any]:
+    """Return the settings of csv.reader; in a TSV file that has tabs, a quote is a character like any other."""
+    is_plain = kind == "tsv" and delimiter == "\t"
+    return {"delimiter": delimiter, "quoting": csv.QUOTE_NONE if is_plain else csv.QUOTE_MINIMAL}
+
+
+def _first_rows(head: str, dialect: dict[str, Any]) -> list[list[str]]:
+    rows: list[list[str]] = []
+    csv.field_size_limit(utf8.LONGEST)
+    with contextlib.suppress(csv.Error):  # a damaged row is found, with its line, when rows are checked
+        lines = csv.reader(io.StringIO(head, newline=""), **dialect)
+        rows += islice((row for row in lines if any(cell.strip() for cell in row)), 100)
+    return rows
+
+
+def _even_rows(head: str, dialect: dict[str, Any]) -> list[list[str]]:
+    """Return the first rows if all have as many columns, of two or more, else none."""
+    rows = _first_rows(head, dialect)
+    rows = rows[:-1] if 1 < len(rows) < 100 and not head.endswith("\n") and len(head) > 1 << 16 else rows  # cut
+    return rows if rows and len(rows[0]) > 1 and len({len(row) for row in rows}) == 1 else []
+
+
+def _usual(config: DataConfig, reads: Reads) -> set[str]:
+    """Return the names, in lower case, by which the column of the text is known."""
+    name = config.prompt_column if reads == "pairs" else config.text_column
+    if name and not name.isdecimal():
+        return {name.lower()}
+    return set(PROMPT_COLUMNS if reads == "pairs" else TEXT_COLUMNS)
+
+
+def _csv_dialect(head: str, kind: str, config: DataConfig, reads: Reads) -> dict[str, Any]:
+    """Return how a table is written: with its usual delimiter, unless only another one makes columns."""
+    first, *others = (_dialect(kind, delimiter) for delimiter in DELIMITERS[kind])
+    rows = _first_rows(head, first)
+    if rows and len(rows[0]) > 1 and all(len(row) <= len(rows[0]) for row in rows):
+        return first
+    for dialect in others:
+        if even := _even_rows(head, dialect):
+            if reads != "text" or not _usual(config, reads).isdisjoint(cell.lower() for cell in even[0]):
+                return dialect
+    return first
 
 
 def _csv_columns(
     path: Path, kind: str, head: str, split: str, config: DataConfig, reads: Reads
-) -> tuple[int, bool, int, int | None]:
-    """Return the number of columns, whether a header names them, and the numbers of the text and label columns."""
-    quoting: Any = csv.QUOTE_NONE if kind == "tsv" else csv.QUOTE_MINIMAL
-    lines = csv.reader(io.StringIO(head, newline=""), delimiter="\t" if kind == "tsv" else ",", quoting=quoting)
-    rows: list[list[str]] = []
-    csv.field_size_limit(1 << 24)  # a long article may be one field
-    with contextlib.suppress(csv.Error):  # a damaged row is found, with its line, when rows are checked
-        rows += islice((row for row in lines if any(cell.strip() for cell in row)), 100)
+) -> tuple[dict[str, Any], int, bool, int, int | None]:
+    """Return the dialect, the number of columns, whether a header names them, and the text and label columns."""
+    dialect = _csv_dialect(head, kind, config, reads)
+    rows = _first_rows(head, dialect)
     if not rows:
         raise UserError(f"{path}: no article in it; give a file with text")
     first = rows[0]
+    if len(first) > MOST_COLUMNS:
+        raise UserError(f"{path}: has {len(first):,} columns or more, but {MOST_COLUMNS:,} can be read; leave some out")
     wanted = (config.text_column, config.label_column)
     wanted = (config.prompt_column, config.answer_column) if reads == "pairs" else wanted
     given = {name for name in wanted if name and not name.isdecimal()}
@@ -532,8 +651,7 @@ def _csv_columns(
     # The raw release of CoLA: source, label, mark, text.
     is_cola = reads != "pairs" and all(len(row) == 4 and row[1] in ("0", "1") for row in rows)
     usual = None if is_header else (("3",), ("1",)) if is_cola else ((), ())
-    text, label = _columns(str(path), names, split, config, reads, usual, shown)
-    return len(first), is_header, names.index(text), None if label is None else names.index(label)
+    return dialect, len(first), is_header, *_columns(str(path), names, split, config, reads, usual, shown)
 
 
 def _parquet_names(path: Path) -> Iterator[list[str]]:
@@ -543,19 +661,41 @@ def _parquet_names(path: Path) -> Iterator[list[str]]:
         yield list(pyarrow.parquet.read_schema(plain).names)
 
 
-def _parquet_rows(path: Path, text: str, label: str | None) -> Iterator[tuple[int, Any, Any]]:
+def _parquet_rows(path: Path, text: str | int, label: str | int | None) -> Iterator[tuple[int, Any, Any]]:
+    import pyarrow.parquet
+
     with _plain_file(path) as plain:
-        columns = list(dict.fromkeys(filter(None, (text, label))))
-        yield from _table_rows(_batches("parquet", plain, columns=columns, batch_size=BATCH), text, label)
+        # Not by the builder of `datasets`, which does not take categories, as pandas writes them.
+        with pyarrow.parquet.ParquetFile(plain, buffer_size=1 << 20) as file:
+            columns = [column for column in (text, label) if column is not None]
+            by_name = [column for column in columns if isinstance(column, str)]
+            # A value that is written once may be repeated in many rows, so that a small file can make a huge batch.
+            size = min(BATCH, max(1, BATCH_BYTES // max(1, _largest_chunk(file.metadata, by_name))))
+            batches = file.iter_batches(size, columns=by_name if by_name == columns else None)
+            yield from _table_rows((_lists(batch, columns) for batch in batches), text, label)
 
 
-def _table_rows(
-    batches: Iterable[dict[str, list[Any]]], text: str, label: str | None
-) -> Iterator[tuple[int, Any, Any]]:
+def _largest_chunk(metadata: Any, names: list[str]) -> int:
+    """Return the bytes, decompressed, of the largest piece of a column; `names` are those that count, if any."""
+    chunks = (
+        metadata.row_group(i).column(j) for i in range(metadata.num_row_groups) for j in range(metadata.num_columns)
+    )
+    used = (chunk for chunk in chunks if not names or chunk.path_in_schema.partition(".")[0] in names)
+    return max((chunk.total_uncompressed_size for chunk in used), default=0)
+
+
+def _lists(batch: Any, columns: list[Any]) -> dict[Any, list[Any]]:
+    return {column: batch.column(column).to_pylist() for column in columns}
+
+
+def _table_rows(batches: Iterable[dict[Any, list[Any]]], text: Any, label: Any) -> Iterator[tuple[int, Any, Any]]:
+    """Yield number, text and label of each row. Raises ValueError for a text that is too long."""
     number = 0
     for batch in batches:
-        for row in zip(batch[text], batch[label] if label else batch[text], strict=True):
+        for row in zip(batch[text], batch[text if label is None else label], strict=True):
             number += 1
+            if isinstance(row[0], str) and len(row[0]) > utf8.LONGEST:
+                raise ValueError(f"row {number}: the text is {utf8.TOO_LONG}")
             yield number, *row
 
 
@@ -579,33 +719,38 @@ def _columns(
     reads: Reads,
     usual: tuple[tuple[str, ...], tuple[str, ...]] | None = None,
     shown: list[str] | None = None,
-) -> tuple[str, str | None]:
+) -> tuple[int, int | None]:
     """Return which of the columns `names` hold the text and the label; None: it is not wanted or, in test, not there.
 
-    Of pairs, they are prompt and answer. Raises UserError for a column that is not there.
+    Of pairs, they are prompt and answer. Raises UserError for a column that is not there, or there twice.
     """
     there = f"there are {', '.join((shown or names)[:20])}"
 
-    def choose(setting: str, wanted: str, usual: tuple[str, ...]) -> str:
+    def choose(setting: str, wanted: str, usual: tuple[str, ...]) -> int:
         if wanted:
-            if wanted in names:
-                return wanted
-            if wanted.isdecimal() and int(wanted) < len(names):
-                return names[int(wanted)]
-            raise UserError(f"data.{setting}={wanted}: no such column in {name}{nearest(wanted, names)}; {there}")
-        lower = {key.lower(): key for key in reversed(names)}
-        for key in usual:
-            if key in lower:
-                return lower[key]
-        raise UserError(f"{name}: no column has a usual name; set data.{setting}; {there}")
+            numbers = [i for i, key in enumerate(names) if key == wanted]
+            if not numbers and wanted.isdecimal() and int(wanted) < len(names):
+                return int(wanted)
+            if not numbers:
+                mend = nearest(wanted, names) or f"; set data.{setting} to one of them"
+                raise UserError(f"data.{setting}={wanted}: no such column in {name}{mend}; {there}")
+        else:
+            lower = [key.lower() for key in names]
+            numbers = next(([i for i, key in enumerate(lower) if key == one] for one in usual if one in lower), [])
+            if not numbers:
+                raise UserError(f"{name}: no column has a usual name; set data.{setting}; {there}")
+        if len(numbers) > 1:
+            both = " and ".join(f"{i} ({names[i]})" for i in numbers[:5])
+            raise UserError(f"{name}: columns {both} have the same name; set data.{setting} to the number of one")
+        return numbers[0]
 
     if reads == "pairs":
         usual = usual or (PROMPT_COLUMNS, ANSWER_COLUMNS)
         prompt = choose("prompt_column", config.prompt_column, usual[0])
         return prompt, choose("answer_column", config.answer_column, usual[1])
     usual = usual or (TEXT_COLUMNS, LABEL_COLUMNS)
-    only = names[:1] if len(names) == 1 and not config.text_column else []
-    text = only[0] if only else choose("text_column", config.text_column, usual[0])
+    is_only = len(names) == 1 and not config.text_column
+    text = 0 if is_only else choose("text_column", config.text_column, usual[0])
     # GLUE publishes test files without labels.
     is_hidden = split == "test" and not config.label_column and not {key.lower() for key in names} & set(usual[1])
     if reads == "text" or is_hidden:
@@ -644,7 +789,8 @@ def _hub_parts(config: DataConfig, reads: Reads, named: set[str], notes: list[st
         if not split or split in named:
             continue
         part = f"{name}, {key}"
-        text, label = _columns(part, rows.column_names, split, config, reads)
+        names = rows.column_names
+        text, label = (None if i is None else names[i] for i in _columns(part, names, split, config, reads))
         parts.append(
             _Part(
                 name=part,

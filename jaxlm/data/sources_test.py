@@ -1,6 +1,7 @@
 """Sources: formats, columns, labels, parts, the hash split, the hub, and one line for each thing that can be wrong."""
 
 import gzip
+import hashlib
 import json
 import lzma
 import os
@@ -10,6 +11,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -137,9 +140,7 @@ def test_path_may_hold_pattern_characters(tmp_path):
 
 def test_format_setting_wins_over_the_name(tmp_path):
     assert texts(write(tmp_path / "notes.md", "text,n\none,1\n"), format="csv") == ["one"]
-    message = failure(path=str(tmp_path / "notes.md"))
-    assert "notes.md" in message and "data.format" in message
-    assert "text, wikitext, csv, tsv, jsonl, parquet" in message
+    assert texts(str(tmp_path / "notes.md"), format="text") == ["text,n", "one,1"]
 
 
 def test_local_file_needs_no_network_and_no_cache_folder(tmp_path):
@@ -155,6 +156,142 @@ source = open_source(DataConfig(path={path!r}, validation_fraction=0, test_fract
 print([article.text for article in source.articles()], [name for name in ("jax", "torch") if name in sys.modules])
 """
     assert run(code, HF_HOME=str(tmp_path / "home"), HF_HUB_OFFLINE="0") == "['one'] []\n"
+
+
+# Formats by content
+
+
+ANY_NAMES = [
+    "README.md",
+    "code.py",
+    "server.log",
+    "page.html",
+    "wiki.train.tokens",
+    "NOTES",
+    "A.TXT",
+    "b.Md.gz",
+    "c.rst.xz",
+]
+
+
+@pytest.mark.parametrize("name", ANY_NAMES)
+def test_text_is_read_whatever_its_name(tmp_path, name):
+    lines = ["# A title, and more", "import os; x = 1", "a\tb", "{not json}", "<p>one</p>"]
+    path = tmp_path / name
+    path.write_bytes(PACK[path.suffix if path.suffix in PACK else ""]("\n".join(lines).encode()))
+    assert texts(str(path)) == lines
+    path = write(tmp_path / "d" / name.replace("A.TXT", "e"), "= One =\nText .\n= Two =\nText .\n")
+    assert len(texts(path)) == 2
+
+
+@pytest.mark.parametrize("name", ["rows", "rows.data", "rows.dat.gz", "rows.log"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "text,label\none,1\ntwo,0\n",
+        "Sentence\tlabel\none\t1\ntwo\t0\n",
+        '{"text": "one", "label": 1}\n{"text": "two", "label": 0}\n',
+        "text;label\none;1\ntwo;0\n",
+    ],
+    ids=["csv", "tsv", "jsonl", "semicolons"],
+)
+def test_tables_are_recognized_by_their_first_rows(tmp_path, name, content):
+    path = write(tmp_path / name, content)
+    assert rows(path) == [("one", 1), ("two", 0)]
+    assert texts(path) == ["one", "two"]
+    assert texts(write(tmp_path / "a.txt", content)) == content.splitlines()  # the name says what it is
+
+
+def test_compressed_files_and_parquet_are_recognized_without_their_ending(tmp_path):
+    for name, pack in (("a", gzip.compress), ("b.txt", lzma.compress), ("c.csv", gzip.compress)):
+        (tmp_path / name).write_bytes(pack(b"text\none\n"))
+    assert texts(str(tmp_path / "a")) == texts(str(tmp_path / "b.txt")) == ["text", "one"]
+    assert texts(str(tmp_path / "c.csv")) == ["one"]
+    parquet = Path(write_parquet(tmp_path / "a.parquet", text=["one"])).rename(tmp_path / "rows")
+    assert texts(str(parquet)) == ["one"]
+
+
+PDF, PNG = b"%PDF-1.4\n%\xe2\xe3\xcf\xd3\n\x03\x10", b"\x89PNG\r\n\x1a\n\0"
+
+
+@pytest.mark.parametrize("content", [bytes(range(256)), PDF, PNG])
+@pytest.mark.parametrize("name", ["a", "a.pdf", "a.txt", "a.jsonl"])
+def test_binary_files_are_refused_whatever_their_name(tmp_path, name, content):
+    assert f"{name}: is binary, or text in UTF-16" in failure(path=write(tmp_path / name, content))
+
+
+def test_a_folder_of_texts_leaves_out_what_is_hidden_binary_or_empty(tmp_path):
+    write(tmp_path / "README.md", "read\n")
+    write(tmp_path / "b.py", "code\n")
+    write(tmp_path / ".hidden", "hidden\n")
+    write(tmp_path / "d.png", PNG)
+    write(tmp_path / "e.pdf", PDF)
+    write(tmp_path / "empty.py", "")
+    source = open_source(DataConfig(path=str(tmp_path), **WHOLE), "text")
+    assert [article.text for article in source.articles()] == ["read", "code"]
+    assert "not used (hidden, binary or empty): .hidden, d.png, e.pdf, empty.py" in source.notes
+    for i in range(10):
+        write(tmp_path / f"f{i}.bin", b"\0")
+    assert any("9 more" in note for note in open_source(DataConfig(path=str(tmp_path), **WHOLE), "text").notes)
+    write(tmp_path / "train.md", "train\n")
+    write(tmp_path / "valid", "valid\n")
+    found = parts(articles(path=str(tmp_path), **WHOLE))
+    assert found["train"] == ["train"] and found["validation"] == ["valid"]
+
+
+def test_a_folder_without_text_says_what_it_has(tmp_path):
+    write(tmp_path / "d.png", PNG)
+    (tmp_path / "more").mkdir()
+    assert "no file of text in it, only d.png; name a folder or file with text" in failure(path=str(tmp_path))
+
+
+# Sources as they were read when these figures were written down: fingerprint, and hash and number of the articles.
+TEXT = "\ufefffirst line\n\n  indented \u2028 kept \x0c\n \t\n= not\r\nlone\rcarriage\nlast, no newline"
+WIKITEXT = " \n = One = \n \n Text . \n = = Part = = \n More . \n = Two = \n \n End ."
+CSV = '\ufeff"text",label\n"a, ""b""\nc",1\nnull,0\n\n2020-01-01,1\n,0\n"x"y,1\nz"q",0\r\n"cr\r\nlf",1\n'
+TSV = 'sentence\tlabel\none\t1\na "lone quote\t1\nNA\t0\n007\t0'
+JSONL = '\ufeff{"id": 0, "text": "one", "label": 1}\n\n{"id": 1, "text": "n\\u00e9", "label": 0}\n'
+PAIRS_JSONL = '{"question": "a", "answer": "b"}\n{"question": "c", "answer": "d"}\n'
+RECORDED: dict[str, tuple[dict[str, str], Reads, dict, str]] = {
+    "text": ({"a.txt": TEXT}, "text", {}, "30a50c9a 72c198e2 6"),
+    "gzip": ({"a.txt.gz": TEXT}, "text", {}, "30a50c9a 72c198e2 6"),
+    "xz": ({"a.txt.xz": TEXT}, "text", {}, "30a50c9a 72c198e2 6"),
+    "wikitext": ({"a.txt": WIKITEXT}, "text", {}, "e14ac882 b21d194c 2"),
+    "wikitext as text": ({"a.txt": WIKITEXT}, "text", {"format": "text"}, "e631c6c2 c8e74a7c 6"),
+    "csv": ({"a.csv": CSV}, "text", {}, "ebc8a88f 69c35dea 6"),
+    "csv labels": ({"a.csv": CSV}, "labels", {}, "4c6fda3d bc7add8f 7"),
+    "tsv": ({"a.tsv": TSV}, "text", {}, "a2ffd6fb 7c2f9ff7 4"),
+    "tsv labels": ({"a.tsv": TSV}, "labels", {}, "ca90a16a 0716411f 4"),
+    "jsonl": ({"a.jsonl": JSONL}, "text", {}, "ce9cb8bf 54b96591 2"),
+    "jsonl labels": ({"a.jsonl": JSONL}, "labels", {}, "48da5363 4aeb15df 2"),
+    "pairs": ({"a.jsonl": PAIRS_JSONL}, "pairs", {}, "e8a06ae8 2ded2de6 4"),
+    "parts": (
+        {"train.txt": "one\ntwo\n", "dev.txt": "three\n", "other.txt": "four\n"},
+        "text",
+        {},
+        "60d249c7 e7879187 3",
+    ),
+    "files": ({"a.txt": "one\ntwo\n", "b.csv": "text\nthree\n", "c.log": "log\n"}, "text", {}, "4fd501f5 765b81f4 3"),
+    "md as csv": ({"a.md": "text,n\none,1\n"}, "text", {"format": "csv"}, "590141c2 78bd195f 1"),
+    "split": (
+        {"a.txt": "\n".join(f"article {i}" for i in range(100))},
+        "text",
+        {"split_seed": 3, "validation_fraction": 0.1, "test_fraction": 0.3},
+        "30c06a24 071c92ae 100",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_sources_are_read_as_ever(name, tmp_path):
+    files, reads, settings, expected = RECORDED[name]
+    for file, content in files.items():
+        write(tmp_path / file, content)
+    path = tmp_path if len(files) > 1 else tmp_path / next(iter(files))
+    source = open_source(DataConfig(path=str(path), **WHOLE | settings), reads)
+    found = list(source.articles())
+    digest = hashlib.sha256(json.dumps(found).encode()).hexdigest()
+    assert f"{source.fingerprint[:8]} {digest[:8]} {len(found)}" == expected
 
 
 # Columns
@@ -184,6 +321,67 @@ def test_header_auto_yes_and_no(tmp_path):
     assert texts(write(tmp_path / "c.csv", "only column\nno header\n")) == ["only column", "no header"]
 
 
+def test_columns_of_the_same_name_are_refused_in_every_format(tmp_path):
+    twice = {
+        "a.csv": "text,id,text,label,n,n\none,7,two,1,0,0\n",
+        "a.tsv": "text\tid\ttext\tlabel\tn\tn\none\t7\ttwo\t1\t0\t0\n",
+        "b.csv": "text;id;text;label;n;n\none;7;two;1;0;0\n",
+        "a.parquet": "",
+    }
+    columns = {name: pa.array([value]) for name, value in zip("abcdef", ["one", 7, "two", 1, 0, 0], strict=True)}
+    table = pa.table(columns).rename_columns(["text", "id", "text", "label", "n", "n"])
+    for name, content in twice.items():
+        path = write(tmp_path / name, content)
+        if name.endswith("parquet"):
+            pyarrow.parquet.write_table(table, path)
+        for settings in ({}, {"text_column": "text"}):
+            message = failure("labels", path=path, **settings)
+            assert f"{path}: columns 0 (text) and 2 (text) have the same name; set data.text_column to" in message
+        assert rows(path, text_column="2") == [("two", 1)]  # the mend; that n is there twice is harmless
+        assert texts(path, text_column="0") == ["one"]
+        assert failure("labels", path=path, text_column="0", label_column="n").count("4 (n) and 5 (n)") == 1
+    path = write(tmp_path / "a.jsonl", '{"text": "one", "n": 1, "n": 2}\n{"n": 1, "text": "a", "text": "b"}\n')
+    assert f"{path}, line 2: the object has 'text' more than once; keep one of them" in failure(path=path)
+    assert texts(write(tmp_path / "b.jsonl", '{"text": "one", "n": 1, "n": 2, "m": {"n": 1, "n": 2}}\n')) == ["one"]
+
+
+def test_usual_names_that_differ_in_case_only_are_refused(tmp_path):
+    content = "Text,text,LABEL,Label\none,two,1,0\n"
+    for path in (
+        write(tmp_path / "a.csv", content),
+        write(tmp_path / "a.tsv", content.replace(",", "\t")),
+        write(tmp_path / "a.jsonl", '{"Text": "one", "text": "two", "LABEL": 1, "Label": 0}\n'),
+        write_parquet(tmp_path / "a.parquet", Text=["one"], text=["two"], LABEL=[1], Label=[0]),
+    ):
+        assert "columns 0 (Text) and 1 (text) have the same name; set data.text_column" in failure(path=path)
+        message = failure("labels", path=path, text_column="text")
+        assert "columns 2 (LABEL) and 3 (Label) have the same name; set data.label_column" in message
+        assert rows(path, text_column="1", label_column="Label") == [("two", 0)]
+        assert rows(path, text_column="Text", label_column="2") == [("one", 1)]
+    hub = tmp_path / "hub"
+    write_parquet(hub / "train.parquet", Text=["one"], text=["two"])
+    assert "columns 0 (Text) and 1 (text) have the same name" in failure(hub=str(hub))
+    assert [article.text for article in articles(hub=str(hub), text_column="1", **WHOLE)] == ["two"]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "csv.gz", "tsv"])
+@pytest.mark.parametrize("delimiter", [";", "|", "\t", ","])
+def test_tables_with_another_delimiter(tmp_path, suffix, delimiter):
+    quoted = f'"it is good{delimiter} really"' if (delimiter, suffix) != ("\t", "tsv") else '"it is good'
+    lines = [("text", "label"), (quoted, "1"), ("bad, or so" if delimiter != "," else "bad", "0")]
+    path = write(tmp_path / f"a.{suffix}", "\n".join(delimiter.join(line) for line in lines))
+    expected = [line[0] if '"it is good' == line[0] else line[0].strip('"') for line in lines[1:]]
+    assert rows(path) == list(zip(expected, [1, 0], strict=True))
+    assert texts(path) == expected
+    path = write(tmp_path / f"b.{suffix}", "\n".join(delimiter.join(line) for line in lines[1:]))
+    assert rows(path, text_column="0", label_column="1") == list(zip(expected, [1, 0], strict=True))
+
+
+def test_a_column_of_text_with_semicolons_is_one_column(tmp_path):
+    lines = ["one; two", "three; four"]
+    assert texts(write(tmp_path / "a.csv", "\n".join(lines))) == lines
+
+
 def test_missing_column_names_setting_file_and_columns(tmp_path):
     path = write(tmp_path / "a.csv", "text,stars\ngood,1\n")
     assert f"data.text_column=txt: no such column in {path}" in failure(path=path, text_column="txt")
@@ -197,8 +395,9 @@ def test_missing_column_names_setting_file_and_columns(tmp_path):
 
 
 def test_row_with_too_many_fields_is_an_error(tmp_path):
-    assert "line 3, saw 3" in failure(path=write(tmp_path / "a.tsv", "text\tn\none\t1\ntwo\t2\t3\n"))
-    assert "line 2, saw 3" in failure(path=write(tmp_path / "b.tsv", "text\tn\none\t1\t2\n"))
+    rule = "the row has 3 columns, but the first one has 2; take the tab out of a cell"
+    assert f"line 3: {rule}" in failure(path=write(tmp_path / "a.tsv", "text\tn\none\t1\ntwo\t2\t3\n"))
+    assert f"line 2: {rule}" in failure(path=write(tmp_path / "b.tsv", "text\tn\none\t1\t2\n"))
 
 
 def test_text_has_no_labels(tmp_path):
@@ -525,7 +724,7 @@ def test_damaged_tables(tmp_path):
         path.write_bytes(content)
         assert f"{path}: cannot be read as parquet" in failure(path=str(path))
     path = Path(write(tmp_path / "a.csv", 'text,label\n"never closed,1\nb,0\n'))
-    assert f"{path}: cannot be read as csv" in failure(path=str(path))
+    assert f"{path}, line 2: a quote opens a cell that never ends" in failure(path=str(path))
 
 
 def test_large_files_are_checked_as_they_are_used(tmp_path, monkeypatch):
@@ -534,6 +733,90 @@ def test_large_files_are_checked_as_they_are_used(tmp_path, monkeypatch):
     source = open_source(DataConfig(path=path), "labels")
     with pytest.raises(UserError, match="line 3: label '7'"):
         list(source.articles())
+
+
+# What is too large
+
+
+N_BLOCKS = 150  # of a million characters each, decompressed
+
+
+def blocks(
+    *, start: str = "", block: str = "a" * 1_000_000, n: int = N_LONG // 1_000_000, end: str = ""
+) -> Iterator[bytes]:
+    yield start.encode()
+    for _ in range(n):
+        yield block.encode()
+    yield end.encode()
+
+
+BOMBS: dict[str, tuple[str, dict, str]] = {
+    "a line": ("a.txt.gz", {}, "a.txt.gz: has a line longer than 67,108,864 characters"),
+    "a line in xz": ("a.txt.xz", {}, "a.txt.xz: has a line longer than 67,108,864 characters"),
+    "a line behind others": ("a.md.gz", {"start": "one\ntwo\n"}, "a.md.gz: has a line longer"),
+    "JSON": ("a.jsonl.gz", {"start": '{"text": "', "end": '"}\n'}, "a.jsonl.gz: has a line longer"),
+    "a cell": ("a.csv.gz", {"start": 'text,label\n"', "end": '",1\n'}, "a.csv.gz: has a line longer"),
+    "a cell of many lines": (
+        "a.csv.gz",
+        {"start": 'text,label\nb,1\n"', "block": ("a" * 99 + "\n") * 10_000, "end": '",1\n'},
+        "a.csv.gz, line 3: the row is longer than 67,108,864 characters",
+    ),
+    "a header": (
+        "a.csv.gz",
+        {"start": "text", "block": ",a" * 500_000, "n": 20},
+        "columns or more, but 10,000 can be read",
+    ),
+    "a row": (
+        "a.csv.gz",
+        {"start": "text,label\nb", "block": ",a" * 500_000, "n": 20},
+        "a.csv.gz, line 2: the row has 10,000,001 columns, but the first one has 2",
+    ),
+    "an article": (
+        "a.txt.gz",
+        {"start": " = Title = \n", "block": ("a" * 99 + "\n") * 10_000},
+        "the article at line 1 is longer than 67,108,864 characters",
+    ),
+    "nested JSON": ("a.jsonl", {"start": '{"text": ', "block": "[" * 1_000_000, "n": 1}, "line 1: nested too deeply"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BOMBS)
+def test_what_is_too_large_is_refused_in_bounded_memory(name, tmp_path):
+    file, settings, message = BOMBS[name]
+    opener = {".gz": partial(gzip.open, compresslevel=1), ".xz": partial(lzma.open, preset=0)}
+    with opener.get(Path(file).suffix, open)(tmp_path / file, "wb") as out:
+        out.writelines(blocks(**settings))
+    text, peak = refused(tmp_path / file)
+    assert message in text
+    assert peak < 1.5e9
+
+
+@pytest.mark.slow
+def test_a_parquet_file_that_repeats_a_large_value_is_refused_in_bounded_memory(tmp_path):
+    values = pa.DictionaryArray.from_arrays(pa.array([0] * 5000, pa.int32()), pa.array(["a" * 70_000_000]))
+    pyarrow.parquet.write_table(pa.table({"text": values}), tmp_path / "a.parquet", compression="zstd")
+    assert (tmp_path / "a.parquet").stat().st_size < 1e6
+    text, peak = refused(tmp_path / "a.parquet")
+    assert "row 1: the text is longer than 67,108,864 characters" in text
+    assert peak < 3e9
+
+
+def refused(path: Path) -> tuple[str, float]:
+    """Return what a new process says of a file, and the bytes that it had at most."""
+    code = f"""
+import resource
+from jaxlm.config import DataConfig
+from jaxlm.data.sources import open_source
+from jaxlm.errors import UserError
+try:
+    for _ in open_source(DataConfig(path={str(path)!r}), "text").articles():
+        pass
+except UserError as error:
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, error)
+"""
+    peak, _, text = run(code).partition(" ")
+    return text, float(peak)
 
 
 # The hub
