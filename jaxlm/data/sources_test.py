@@ -738,12 +738,10 @@ def test_large_files_are_checked_as_they_are_used(tmp_path, monkeypatch):
 # What is too large
 
 
-N_BLOCKS = 150  # of a million characters each, decompressed
+N_BLOCKS = 80  # of a million characters each, decompressed
 
 
-def blocks(
-    *, start: str = "", block: str = "a" * 1_000_000, n: int = N_LONG // 1_000_000, end: str = ""
-) -> Iterator[bytes]:
+def blocks(*, start: str = "", block: str = "a" * 1_000_000, n: int = N_BLOCKS, end: str = "") -> Iterator[bytes]:
     yield start.encode()
     for _ in range(n):
         yield block.encode()
