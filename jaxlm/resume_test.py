@@ -124,7 +124,7 @@ def test_a_run_interrupted_again_and_again_goes_on_alike(
 @pytest.mark.slow
 @pytest.mark.parametrize("faults", ["kills terms", "bytes data"])
 def test_runs_outlive_faults(faults: str) -> None:
-    script = Path(__file__).parents[1] / "scripts" / "inject_faults.py"
+    script = Path(__file__).parents[1] / "scripts" / "torture.py"
     done = subprocess.run([sys.executable, script, *faults.split(), "--kills", "3"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "WRONG" not in done.stdout and done.stdout.count("as it should be") >= 2
