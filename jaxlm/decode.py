@@ -4,6 +4,7 @@ Letters as in model.py; S positions kept, C positions run at once. All rows of a
 alone: each has its own length, its own end and its own random numbers.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from jax import Array
 
 from jaxlm import products
 from jaxlm.heads import LanguageModel
-from jaxlm.model import Attention, fixed_positions, rotate
+from jaxlm.model import attend
 from jaxlm.parallel import platform
 
 CHUNK = 32  # positions of a prompt that go through the model at once
@@ -149,46 +150,19 @@ def forward(parts: Parts, tokens_BC: Array, positions_BC: Array, rows: Rows) -> 
 
     Transformer.__call__ for a part of the positions: those before are known by their keys and values alone.
     """
-    config, S = parts.embedding.config, rows.tokens_BS.shape[1]
-    x_BCD = parts.embedding.token.embedding[...][tokens_BC]
-    if config.positions == "fixed":
-        x_BCD += jnp.asarray(fixed_positions(S, config.d_model))[positions_BC]
-    elif config.positions == "learned":
-        x_BCD += parts.embedding.position[...][positions_BC]
-    if config.embedding_norm:
-        x_BCD = parts.embedding.layernorm(x_BCD)
-    is_pad_BS = rows.tokens_BS == config.pad_id
+    pad_id, S = parts.embedding.config.pad_id, rows.tokens_BS.shape[1]
+    x_BCD = parts.embedding(tokens_BC, None, positions_BC)
+    is_pad_BS = rows.tokens_BS == pad_id if pad_id >= 0 else None
     is_future_BCS = jnp.arange(S)[None, None] > positions_BC[:, :, None]
-
-    def attention(i: int, module: Attention, x_BCD: Array) -> Array:
-        B, C, D = x_BCD.shape
-        H = config.n_heads
-        q_BHCK, k_BHCK, v_BHCK = (
-            f(x_BCD).reshape(B, C, H, D // H).swapaxes(1, 2) for f in (module.query, module.key, module.value)
-        )
-        if config.positions == "rotary":
-            q_BHCK, k_BHCK = (_rotate(x, positions_BC, S) for x in (q_BHCK, k_BHCK))
-        keys[i] = _put(keys[i], k_BHCK.astype(module.dtype), positions_BC)
-        values[i] = _put(values[i], v_BHCK.astype(module.dtype), positions_BC)
-
-        def product(subscripts: str, x_BHCK: Array, cache_BHSK: Array) -> Array:
-            return products.einsum(subscripts, x_BHCK.astype(module.dtype), cache_BHSK, cache_BHSK.dtype)
-
-        scores_BHCS = product("BHCK,BHSK->BHCS", q_BHCK, keys[i]) / (D // H) ** 0.5
-        if config.pad_id >= 0:
-            scores_BHCS = jnp.where(is_pad_BS[:, None, None], -1e9, scores_BHCS)
-        scores_BHCS = jnp.where(is_future_BCS[:, None], -jnp.inf, scores_BHCS)
-        x_BHCK = product("BHCS,BHSK->BHCK", jax.nn.softmax(scores_BHCS), values[i])
-        return module.output(x_BHCK.swapaxes(1, 2).reshape(B, C, D))
-
     keys, values = list(rows.keys), list(rows.values)
+
+    def attend_to(q_BCHK: Array, k_BCHK: Array, v_BCHK: Array, i: int) -> Array:
+        keys[i] = _put(keys[i], k_BCHK, positions_BC)
+        values[i] = _put(values[i], v_BCHK, positions_BC)
+        return attend(q_BCHK, keys[i], values[i], is_pad_BS, is_future_BCS, axes="BHSK")
+
     for i, block in enumerate(parts.blocks):
-        if config.post_norm:
-            x_BCD = block.layernorm1(x_BCD + attention(i, block.attention, x_BCD))
-            x_BCD = block.layernorm2(x_BCD + block.feed_forward(x_BCD, None))
-        else:
-            x_BCD += attention(i, block.attention, block.layernorm1(x_BCD))
-            x_BCD += block.feed_forward(block.layernorm2(x_BCD), None)
+        x_BCD = block(x_BCD, None, None, positions_BC, functools.partial(attend_to, i=i))
     if parts.final_norm is not None:
         x_BCD = parts.final_norm(x_BCD)
     return x_BCD, rows._replace(keys=tuple(keys), values=tuple(values))
@@ -243,16 +217,6 @@ def _threshold(p_BV: Array, is_enough: Callable[[Array], Array]) -> Array:
     return jax.lax.bitcast_convert_type(found_B, jnp.float32)[:, None]
 
 
-def _rotate(x_BHCK: Array, positions_BC: Array, n: int) -> Array:
-    """Return what model.rotate does to vectors at these positions, all below n."""
-    half = x_BHCK.shape[-1] // 2
-    # It turns the pair (1, 0) into the cosine and the sine of each position's angle.
-    pairs_1T1K = jnp.concatenate([jnp.ones((1, n, 1, half)), jnp.zeros((1, n, 1, half))], axis=-1)
-    cos, sin = jnp.split(rotate(pairs_1T1K)[0, :, 0][positions_BC][:, None], 2, axis=-1)
-    first, second = jnp.split(x_BHCK, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-
-
-def _put(cache_BHSK: Array, new_BHCK: Array, positions_BC: Array) -> Array:
+def _put(cache_BHSK: Array, new_BCHK: Array, positions_BC: Array) -> Array:
     rows_B1 = jnp.arange(len(positions_BC))[:, None]
-    return cache_BHSK.at[rows_B1, :, positions_BC].set(new_BHCK.swapaxes(1, 2).astype(cache_BHSK.dtype))
+    return cache_BHSK.at[rows_B1, :, positions_BC].set(new_BCHK.astype(cache_BHSK.dtype))

@@ -5,7 +5,8 @@ Every module takes `key`: a PRNG key turns dropout on (training), None turns it 
 Parameters are float32; `dtype` is what products compute in, summed in float32 at least.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from jaxlm.config import ModelConfig
 from jaxlm.names import lora_products
 from jaxlm.parallel import BATCH, constrain, is_one_cpu, is_one_device, platform
 
+Attend = Callable[[Array, Array, Array], Array]  # queries, keys and values [B, T, H, K] -> what each position takes
 DROPOUTS = 3  # of a block: attention weights and output, and inside the feed-forward
 REMAT = {  # what is kept of a block for its gradients
     "dots": jax.checkpoint_policies.save_only_these_names("product"),
@@ -120,13 +122,49 @@ def fixed_positions(seq_len: int, d_model: int) -> np.ndarray:
     return np.where(column % 2 == 0, np.sin(angle_TD), np.cos(angle_TD)).astype(np.float32)
 
 
-def rotate(x_BTHK: Array) -> Array:
-    """Turn each pair (k, k + K/2) by position * 10000^(-2k/K). Source: RoFormer, arXiv 2104.09864, eq. 34."""
+def rotate(x_BTHK: Array, positions_BT: Array | None = None, seq_len: int = 0) -> Array:
+    """Turn each pair (k, k + K/2) by position * 10000^(-2k/K). Source: RoFormer, arXiv 2104.09864, eq. 34.
+
+    Positions are 0 to T - 1, or `positions_BT`, each below `seq_len`.
+    """
     T, K = x_BTHK.shape[1], x_BTHK.shape[3]
-    angle_TK = np.arange(T)[:, None] * 10000.0 ** (-np.arange(0, K, 2) / K)
+    angle_TK = np.arange(seq_len or T)[:, None] * 10000.0 ** (-np.arange(0, K, 2) / K)
     cos, sin = (f(angle_TK).astype(np.float32)[None, :, None, :] for f in (np.cos, np.sin))
+    if positions_BT is not None:
+        cos, sin = (jnp.asarray(x[0])[positions_BT] for x in (cos, sin))
     first, second = jnp.split(x_BTHK, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def future(T: int) -> np.ndarray:
+    """Return which positions are after each, [1, T, T]."""
+    return np.triu(np.ones((T, T), bool), k=1)[None]
+
+
+def attend(
+    q_BTHK: Array,
+    k: Array,
+    v: Array,
+    is_pad_BS: Array | None,
+    is_future_BTS: Any,
+    drop: Callable[[Array], Array] = lambda weights_BHTS: weights_BHTS,
+    axes: str = "BSHK",
+) -> Array:
+    """Return what each of T positions takes from S values, [B, T, H, K]: the plain attention, which all others equal.
+
+    Keys and values have the given axes. What the future hides and what pads hide is masked; None: nothing is.
+    """
+
+    def product(subscripts: str, a: Array, b: Array) -> Array:
+        return products.einsum(subscripts, a.astype(q_BTHK.dtype), b, b.dtype)
+
+    scores_BHTS = product(f"BTHK,{axes}->BHTS", q_BTHK, k) / q_BTHK.shape[-1] ** 0.5
+    # Pads mask keys only: a query at a pad position still attends, and a row of pads stays finite.
+    if is_pad_BS is not None:
+        scores_BHTS = jnp.where(is_pad_BS[:, None, None, :], -1e9, scores_BHTS)
+    if is_future_BTS is not None:
+        scores_BHTS = jnp.where(is_future_BTS[:, None], -jnp.inf, scores_BHTS)
+    return product(f"BHTS,{axes}->BTHK", drop(jax.nn.softmax(scores_BHTS)), v)
 
 
 class Embedding(nnx.Module):
@@ -148,7 +186,8 @@ class Embedding(nnx.Module):
             self.layernorm = layernorm(config, rngs)
 
     @jax.named_scope("embedding")
-    def __call__(self, tokens_BT: Array, key: Array | None) -> Array:
+    def __call__(self, tokens_BT: Array, key: Array | None, positions_BT: Array | None = None) -> Array:
+        """Return [B, T, D]; positions are 0 to T - 1, or `positions_BT`."""
         T = tokens_BT.shape[1]
         # Gathered over fsdp before the lookup: XLA would gather the result of the whole batch otherwise.
         x_BTD = constrain(self.token.embedding[...], "tensor")[tokens_BT]
@@ -156,9 +195,10 @@ class Embedding(nnx.Module):
             is_pad_BT1 = (tokens_BT == self.config.pad_id)[:, :, None]
             x_BTD = jnp.where(is_pad_BT1, jax.lax.stop_gradient(x_BTD), x_BTD)
         if self.config.positions == "fixed":
-            x_BTD += fixed_positions(self.config.seq_len, self.config.d_model)[None, :T]
+            table_TD = fixed_positions(self.config.seq_len, self.config.d_model)
+            x_BTD += table_TD[None, :T] if positions_BT is None else jnp.asarray(table_TD)[positions_BT]
         elif self.config.positions == "learned":
-            x_BTD += self.position[...][None, :T]
+            x_BTD += self.position[...][None, :T] if positions_BT is None else self.position[...][positions_BT]
         if self.config.embedding_norm:
             x_BTD = self.layernorm(x_BTD)
         return constrain(dropout(x_BTD, self.config.dropout, key), BATCH)
@@ -175,29 +215,33 @@ class Attention(nnx.Module):
         self.output = linear(config.d_model, config.d_model, dtype, rngs)
 
     @jax.named_scope("attention")
-    def __call__(self, x_BTD: Array, is_pad_BT: Array | None, keys: Sequence[Array | None]) -> Array:
+    def __call__(
+        self,
+        x_BTD: Array,
+        is_pad_BT: Array | None,
+        keys: Sequence[Array | None],
+        positions_BT: Array | None = None,
+        attend_to: Attend | None = None,
+    ) -> Array:
+        """Return [B, T, D]. Cached decoding gives positions and its own `attend_to`, and so do maps of attention."""
         B, T, D = x_BTD.shape
         H = self.config.n_heads
         weights_key, output_key = keys
         q_BTHK, k_BTHK, v_BTHK = (f(x_BTD).reshape(B, T, H, D // H) for f in (self.query, self.key, self.value))
         if self.config.positions == "rotary":
-            q_BTHK, k_BTHK = rotate(q_BTHK), rotate(k_BTHK)
-        if not fused.hindrance(self.config, self.dtype, T):
-            q_BTHK, k_BTHK, v_BTHK = (x.astype(self.dtype) for x in (q_BTHK, k_BTHK, v_BTHK))
-            return self.output(fused.attend(q_BTHK, k_BTHK, v_BTHK, is_pad_BT, self.is_causal).reshape(B, T, D))
-        scores_BHTT = self._product("BTHK,BSHK->BHTS", q_BTHK, k_BTHK) / (D // H) ** 0.5
-        # Pads mask keys only: a query at a pad position still attends, and a row of pads stays finite.
-        if is_pad_BT is not None:
-            scores_BHTT = jnp.where(is_pad_BT[:, None, None, :], -1e9, scores_BHTT)
-        if self.is_causal:
-            is_future_TT = np.triu(np.ones((T, T), bool), k=1)
-            scores_BHTT = jnp.where(is_future_TT[None, None], -jnp.inf, scores_BHTT)
-        weights_BHTT = dropout(jax.nn.softmax(scores_BHTT), self.config.dropout, weights_key)
-        x_BTD = self._product("BHTS,BSHK->BTHK", weights_BHTT, v_BTHK).reshape(B, T, D)
-        return dropout(self.output(x_BTD), self.config.dropout, output_key)
-
-    def _product(self, subscripts: str, a: Array, b: Array) -> Array:
-        return products.einsum(subscripts, a, b, self.dtype)
+            seq_len = 0 if positions_BT is None else self.config.seq_len
+            q_BTHK, k_BTHK = (rotate(x, positions_BT, seq_len) for x in (q_BTHK, k_BTHK))
+        q_BTHK, k_BTHK, v_BTHK = (x.astype(self.dtype) for x in (q_BTHK, k_BTHK, v_BTHK))
+        if attend_to is not None:
+            x_BTHK = attend_to(q_BTHK, k_BTHK, v_BTHK)
+        elif not fused.hindrance(self.config, self.dtype, T):
+            x_BTHK = fused.attend(q_BTHK, k_BTHK, v_BTHK, is_pad_BT, self.is_causal)
+        else:
+            x_BTHK = attend(
+                *(q_BTHK, k_BTHK, v_BTHK, is_pad_BT, future(T) if self.is_causal else None),
+                lambda weights_BHTT: dropout(weights_BHTT, self.config.dropout, weights_key),
+            )
+        return dropout(self.output(x_BTHK.reshape(B, T, D)), self.config.dropout, output_key)
 
 
 class FeedForward(nnx.Module):
@@ -224,12 +268,20 @@ class Block(nnx.Module):
         self.layernorm2 = layernorm(config, rngs)
         self.feed_forward = FeedForward(config, dtype, rngs)
 
-    def __call__(self, x_BTD: Array, is_pad_BT: Array | None, keys: Array | None) -> Array:
+    def __call__(
+        self,
+        x_BTD: Array,
+        is_pad_BT: Array | None,
+        keys: Array | None,
+        positions_BT: Array | None = None,
+        attend_to: Attend | None = None,
+    ) -> Array:
         *attention_keys, feed_forward_key = [None] * DROPOUTS if keys is None else keys
+        how = (is_pad_BT, attention_keys, positions_BT, attend_to)
         if self.config.post_norm:
-            x_BTD = self.layernorm1(x_BTD + self.attention(x_BTD, is_pad_BT, attention_keys))
+            x_BTD = self.layernorm1(x_BTD + self.attention(x_BTD, *how))
             return self.layernorm2(x_BTD + self.feed_forward(x_BTD, feed_forward_key))
-        x_BTD += self.attention(self.layernorm1(x_BTD), is_pad_BT, attention_keys)
+        x_BTD += self.attention(self.layernorm1(x_BTD), *how)
         return x_BTD + self.feed_forward(self.layernorm2(x_BTD), feed_forward_key)
 
 

@@ -285,13 +285,18 @@ _RUNS: dict[Any, Any] = {}
 def _model() -> list[Fault]:
     mlm, gpt, cola = "batch 0 of mlm", "batch 0 of gpt", "batch 0 of cola"
     last_token, answers = "GPT-2 of transformers that classifies", "GPT-2 of transformers that answers"
-    attention, block = "model.Attention", "model.Block"
-    output = "self.output(x_BTD)"
+    attention, attend, block = "model.Attention", "model.attend", "model.Block"
+    joined = "x_BTHK.reshape(B, T, D)"
+    output = f"self.output({joined})"
     table = "model.fixed_positions"
     return [
-        *mirrored("no scale", "scores are not divided", mlm, attention, (" / (D // H) ** 0.5", "")),
+        *mirrored("no scale", "scores are not divided", mlm, attend, (" / q_BTHK.shape[-1] ** 0.5", "")),
         *mirrored(
-            "scale of the width", "scores / sqrt(d_model), not sqrt(head size)", mlm, attention, ("(D // H) **", "D **")
+            "scale of the width",
+            "scores / sqrt(d_model), not sqrt(head size)",
+            mlm,
+            attend,
+            ("q_BTHK.shape[-1] **", "(q_BTHK.shape[-1] * q_BTHK.shape[-2]) **"),
         ),
         *both(
             "tanh GELU",
@@ -330,41 +335,47 @@ def _model() -> list[Fault]:
             "mask on queries",
             "pad mask over queries, not keys",
             mlm,
-            attention,
+            attend,
             ("[:, None, None, :]", "[:, None, :, None]"),
         ),
-        *mirrored("no pad mask", "pads are attended to", mlm, attention, ("is_pad_BT is not None", "False")),
+        *mirrored("no pad mask", "pads are attended to", mlm, attend, ("is_pad_BS is not None", "False")),
         *both(
             "infinite pad mask",
             "pads masked with -inf: a row of pads becomes NaN",
             "inputs at the edges",
-            edit(jax_model.Attention.__call__, ("-1e9", "-jnp.inf")),
-            edit(torch_model.Attention.forward, ("-1e9", "-torch.inf")),
+            edit(jax_model.attend, ("-1e9", "-jnp.inf")),
+            edit(torch_model.attend, ("-1e9", "-torch.inf")),
         ),
         *both(
             "future off by one",
             "each position sees the next",
             gpt,
-            edit(jax_model.Attention.__call__, ("k=1)", "k=2)")),
-            edit(torch_model.Attention.forward, ("diagonal=1", "diagonal=2")),
+            edit(jax_model.future, ("k=1)", "k=2)")),
+            edit(torch_model.future, ("diagonal=1", "diagonal=2")),
         ),
-        *mirrored("no future mask", "the future is seen", gpt, attention, ("if self.is_causal", "if False")),
+        *mirrored(
+            "no future mask",
+            "the future is seen",
+            gpt,
+            attention,
+            ("if self.is_causal else None", "if False else None"),
+        ),
         *both(
             "transposed kernel",
             "a square weight applied transposed",
             mlm,
             edit(
                 jax_model.Attention.__call__,
-                (output, "(x_BTD @ self.output.kernel[...].T + self.output.bias[...][None, None])"),
+                (output, f"({joined} @ self.output.kernel[...].T + self.output.bias[...][None, None])"),
             ),
-            edit(torch_model.Attention.forward, (output, "(x_BTD @ self.output.weight + self.output.bias)")),
+            edit(torch_model.Attention.forward, (output, f"({joined} @ self.output.weight + self.output.bias)")),
         ),
         *both(
             "no bias",
             "the bias of the attention's output is dropped",
             mlm,
-            edit(jax_model.Attention.__call__, (output, "(x_BTD @ self.output.kernel[...])")),
-            edit(torch_model.Attention.forward, (output, "(x_BTD @ self.output.weight.T)")),
+            edit(jax_model.Attention.__call__, (output, f"({joined} @ self.output.kernel[...])")),
+            edit(torch_model.Attention.forward, (output, f"({joined} @ self.output.weight.T)")),
         ),
         *mirrored(
             "key for query", "query and key swapped", gpt, attention, ("self.query, self.key,", "self.key, self.query,")
@@ -380,15 +391,15 @@ def _model() -> list[Fault]:
             "heads not merged",
             "heads and positions are not swapped back before they are joined",
             mlm,
-            attention,
-            ("BHTS,BSHK->BTHK", "BHTS,BSHK->BHTK"),
+            attend,
+            ("->BTHK", "->BHTK"),
         ),
         *both(
             "softmax over queries",
             "softmax over the wrong axis",
             mlm,
-            edit(jax_model.Attention.__call__, ("softmax(scores_BHTT)", "softmax(scores_BHTT, axis=-2)")),
-            edit(torch_model.Attention.forward, ("softmax(dim=-1)", "softmax(dim=-2)")),
+            edit(jax_model.attend, ("softmax(scores_BHTS)", "softmax(scores_BHTS, axis=-2)")),
+            edit(torch_model.attend, ("softmax(dim=-1)", "softmax(dim=-2)")),
         ),
         *mirrored(
             "residual dropped",
@@ -1046,7 +1057,7 @@ def _schedule() -> list[Fault]:
 
 def _random() -> list[Fault]:
     start, masks, same = "start values", "statistics of dropout", "dropout with the same masks"
-    softmax = ("jax.nn.softmax(scores_BHTT)", "scores_BHTT.softmax(dim=-1)")
+    softmax = ("jax.nn.softmax(scores_BHTS)", "scores_BHTS.softmax(dim=-1)")
     return [
         *both(
             "head of Xavier",
@@ -1097,13 +1108,8 @@ def _random() -> list[Fault]:
             "no dropout of attention",
             "attention weights are not dropped",
             same,
-            edit(
-                jax_model.Attention.__call__, (f"dropout({softmax[0]}, self.config.dropout, weights_key)", softmax[0])
-            ),
-            edit(
-                torch_model.Attention.forward,
-                (f"dropout({softmax[1]}, self.config.dropout, self.training)", softmax[1]),
-            ),
+            edit(jax_model.attend, (f"drop({softmax[0]})", softmax[0])),
+            edit(torch_model.attend, (f"drop({softmax[1]})", softmax[1])),
         ),
         *both(
             "no dropout of the embedding",

@@ -27,6 +27,7 @@ MIRRORED = (
 ONLY_JAX = {
     "model": {
         "gelu": "PyTorch has it",
+        "Attend": "keys and values of a cache, which only jaxlm has",
         "DROPOUTS": "explicit keys",
         "keeps": "PyTorch draws the masks of its dropout itself",
     },
@@ -65,9 +66,11 @@ ONLY_TORCH = {
     )
     | {"model_for": "tasks that only jaxlm has"},
 }
-# Arguments that only JAX has: what products compute in (autocast), explicit keys, and a source of keys for no values.
-JAX_ARGUMENTS = {"dtype", "key", "keys", "rngs"}
+# Arguments that only jaxlm has: what products compute in (autocast), explicit keys, a source of keys for no values, and
+# what cached decoding gives.
+JAX_ARGUMENTS = {"dtype", "key", "keys", "rngs", "positions_BT", "seq_len", "attend_to", "axes"}
 ARGUMENTS = {  # (jaxlm's, torchlm's) where they differ otherwise
+    "model.future": (["T"], ["T", "device"]),
     "model.dropout": (["x", "rate", "key"], ["x", "rate", "is_training"]),
     "optim.adamw": (["config", "rate", "n_layers"], ["config", "model"]),
     "optim.layer_shares": (["params", "layer_decay", "n_layers"], ["model", "layer_decay"]),

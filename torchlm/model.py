@@ -6,6 +6,7 @@ Parameters are float32; products compute in bfloat16 inside `torch.autocast`, wh
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -92,6 +93,37 @@ def rotate(x_BTHK: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
+def future(T: int, device: torch.device) -> Tensor:
+    """Return which positions are after each, [1, T, T]."""
+    return torch.ones(T, T, dtype=torch.bool, device=device).triu(diagonal=1)[None]
+
+
+def attend(
+    q_BTHK: Tensor,
+    k: Tensor,
+    v: Tensor,
+    is_pad_BS: Tensor | None,
+    is_future_BTS: Tensor | None,
+    drop: Callable[[Tensor], Tensor] = lambda weights_BHTS: weights_BHTS,
+) -> Tensor:
+    """Return what each of T positions takes from S values, [B, T, H, K].
+
+    Keys and values are [B, S, H, K]. What the future hides and what pads hide is masked; None: nothing is.
+    """
+
+    def product(subscripts: str, a: Tensor, b: Tensor) -> Tensor:
+        found = torch.einsum(subscripts, a, b)
+        return found.to(torch.promote_types(found.dtype, torch.float32))
+
+    scores_BHTS = product("BTHK,BSHK->BHTS", q_BTHK, k) / q_BTHK.shape[-1] ** 0.5
+    # Pads mask keys only: a query at a pad position still attends, and a row of pads stays finite.
+    if is_pad_BS is not None:
+        scores_BHTS = torch.where(is_pad_BS[:, None, None, :], -1e9, scores_BHTS)
+    if is_future_BTS is not None:
+        scores_BHTS = torch.where(is_future_BTS[:, None], -torch.inf, scores_BHTS)
+    return product("BHTS,BSHK->BTHK", drop(scores_BHTS.softmax(dim=-1)), v)
+
+
 class Embedding(nn.Module):
     """Token table plus positions, LayerNorm, dropout. The row of `pad_id` starts at zero and gets no gradient."""
 
@@ -145,20 +177,12 @@ class Attention(nn.Module):
         q_BTHK, k_BTHK, v_BTHK = (f(x_BTD).reshape(B, T, H, D // H) for f in (self.query, self.key, self.value))
         if self.config.positions == "rotary":
             q_BTHK, k_BTHK = rotate(q_BTHK), rotate(k_BTHK)
-        scores_BHTT = self._product("BTHK,BSHK->BHTS", q_BTHK, k_BTHK) / (D // H) ** 0.5
-        # Pads mask keys only: a query at a pad position still attends, and a row of pads stays finite.
-        if is_pad_BT is not None:
-            scores_BHTT = torch.where(is_pad_BT[:, None, None, :], -1e9, scores_BHTT)
-        if self.is_causal:
-            is_future_TT = torch.ones(T, T, dtype=torch.bool, device=x_BTD.device).triu(diagonal=1)
-            scores_BHTT = torch.where(is_future_TT[None, None], -torch.inf, scores_BHTT)
-        weights_BHTT = dropout(scores_BHTT.softmax(dim=-1), self.config.dropout, self.training)
-        x_BTD = self._product("BHTS,BSHK->BTHK", weights_BHTT, v_BTHK).reshape(B, T, D)
-        return dropout(self.output(x_BTD), self.config.dropout, self.training)
-
-    def _product(self, subscripts: str, a: Tensor, b: Tensor) -> Tensor:
-        product = torch.einsum(subscripts, a, b)
-        return product.to(torch.promote_types(product.dtype, torch.float32))
+        is_future = future(T, x_BTD.device) if self.is_causal else None
+        x_BTHK = attend(
+            *(q_BTHK, k_BTHK, v_BTHK, is_pad_BT, is_future),
+            lambda weights_BHTT: dropout(weights_BHTT, self.config.dropout, self.training),
+        )
+        return dropout(self.output(x_BTHK.reshape(B, T, D)), self.config.dropout, self.training)
 
 
 class FeedForward(nn.Module):
