@@ -155,16 +155,16 @@ def attend(
     Keys and values have the given axes. What the future hides and what pads hide is masked; None: nothing is.
     """
 
-    def product(subscripts: str, a: Array, b: Array) -> Array:
+    def multiply(subscripts: str, a: Array, b: Array) -> Array:
         return products.einsum(subscripts, a.astype(q_BTHK.dtype), b, b.dtype)
 
-    scores_BHTS = product(f"BTHK,{axes}->BHTS", q_BTHK, k) / q_BTHK.shape[-1] ** 0.5
+    scores_BHTS = multiply(f"BTHK,{axes}->BHTS", q_BTHK, k) / q_BTHK.shape[-1] ** 0.5
     # Pads mask keys only: a query at a pad position still attends, and a row of pads stays finite.
     if is_pad_BS is not None:
         scores_BHTS = jnp.where(is_pad_BS[:, None, None, :], -1e9, scores_BHTS)
     if is_future_BTS is not None:
         scores_BHTS = jnp.where(is_future_BTS[:, None], -jnp.inf, scores_BHTS)
-    return product(f"BHTS,{axes}->BTHK", drop(jax.nn.softmax(scores_BHTS)), v)
+    return multiply(f"BHTS,{axes}->BTHK", drop(jax.nn.softmax(scores_BHTS)), v)
 
 
 class Embedding(nnx.Module):

@@ -111,17 +111,17 @@ def attend(
     Keys and values are [B, S, H, K]. What the future hides and what pads hide is masked; None: nothing is.
     """
 
-    def product(subscripts: str, a: Tensor, b: Tensor) -> Tensor:
-        found = torch.einsum(subscripts, a, b)
-        return found.to(torch.promote_types(found.dtype, torch.float32))
+    def multiply(subscripts: str, a: Tensor, b: Tensor) -> Tensor:
+        product = torch.einsum(subscripts, a, b)
+        return product.to(torch.promote_types(product.dtype, torch.float32))
 
-    scores_BHTS = product("BTHK,BSHK->BHTS", q_BTHK, k) / q_BTHK.shape[-1] ** 0.5
+    scores_BHTS = multiply("BTHK,BSHK->BHTS", q_BTHK, k) / q_BTHK.shape[-1] ** 0.5
     # Pads mask keys only: a query at a pad position still attends, and a row of pads stays finite.
     if is_pad_BS is not None:
         scores_BHTS = torch.where(is_pad_BS[:, None, None, :], -1e9, scores_BHTS)
     if is_future_BTS is not None:
         scores_BHTS = torch.where(is_future_BTS[:, None], -torch.inf, scores_BHTS)
-    return product("BHTS,BSHK->BTHK", drop(scores_BHTS.softmax(dim=-1)), v)
+    return multiply("BHTS,BSHK->BTHK", drop(scores_BHTS.softmax(dim=-1)), v)
 
 
 class Embedding(nn.Module):
