@@ -14,7 +14,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from jaxlm import names, parallel
-from jaxlm.step import Totals
+from jaxlm.loss import Totals
 from jaxlm.teacher import Teacher
 
 

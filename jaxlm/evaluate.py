@@ -244,7 +244,7 @@ class _Watched:
         return self.logits
 
     def loss(self, tokens_BT: Any, labels_BM: Any, *args: Any) -> Any:
-        from jaxlm.step import cross_entropy
+        from jaxlm.loss import cross_entropy
 
         return cross_entropy(self(tokens_BT, *args), labels_BM)  # the model's own keeps no logits
 

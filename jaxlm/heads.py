@@ -13,9 +13,9 @@ from jax import Array
 
 from jaxlm import products
 from jaxlm.config import ModelConfig
+from jaxlm.loss import Totals, by_chunks, cross_entropy
 from jaxlm.model import Linear, Transformer, gelu, layernorm
 from jaxlm.parallel import BATCH, constrain, is_one_device
-from jaxlm.step import Totals, cross_entropy
 
 
 def head_linear(n_in: int, n_out: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> Linear:
@@ -87,7 +87,7 @@ class LanguageModel(nnx.Module):
             return cross_entropy(nnx.merge(graphdef, state)(x_ND[None], table_VD)[0], labels_N)
 
         x_RD = x_BMD.reshape(-1, x_BMD.shape[-1])
-        return products.by_chunks(totals_of, (state, table_VD), x_RD, labels_BM.reshape(-1))
+        return by_chunks(totals_of, (state, table_VD), x_RD, labels_BM.reshape(-1))
 
 
 class ClassifierHead(nnx.Module):

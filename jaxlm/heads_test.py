@@ -14,7 +14,7 @@ from flax import nnx
 from jaxlm import products
 from jaxlm.config import ModelConfig
 from jaxlm.heads import Classifier, ClassifierHead, LanguageModel
-from jaxlm.step import cross_entropy
+from jaxlm.loss import cross_entropy
 
 B, T, D, H, V, C = 2, 5, 12, 3, 11, 4
 TOKENS = np.array([[3, 1, 10, 4, 1], [7, 7, 2, 0, 0]])

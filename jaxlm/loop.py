@@ -111,16 +111,13 @@ def build(
     shardings = parallel.shardings(mesh, jax.eval_shape(fresh), model, config.model)
     loss = with_model(task.loss)
     distilled = with_model(functools.partial(distill.loss, task))
-    skips = train.on_nonfinite == "skip"
+    rule = step.Rule(optimizer, rate, train.clip_norm, train.on_nonfinite == "skip", config.model)
 
     def update(state: TrainState, batches: Any, key: Any, teacher: nnx.Module | None = None) -> tuple[TrainState, Any]:
         def taught(params: Any, batch: Any, key: Any) -> Any:
             return distilled(params, teacher, batch, key)
 
-        loss_fn = loss if teacher is None else taught
-        return step.train_step(
-            loss_fn, optimizer, rate, train.clip_norm, state, batches, key, skips_nonfinite=skips, model=config.model
-        )
+        return step.train_step(rule, loss if teacher is None else taught, state, batches, key)
 
     # A CUDA graph would be one operation of a trace.
     options = {"xla_gpu_enable_command_buffer": ""} if config.profile and jax.default_backend() == "gpu" else None

@@ -1,4 +1,4 @@
-"""One optimizer update, as a pure function of the training state, and the loss; read after model.py."""
+"""One optimizer update, as a pure function of the training state; read after model.py and loss.py."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,11 +9,10 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from jaxlm import optim, products, tune
+from jaxlm import optim, tune
 from jaxlm.config import ModelConfig
+from jaxlm.loss import Totals
 
-# Sums over samples or tokens: "loss" and "count", and what a task adds, such as "correct". Quotients are taken last.
-Totals = dict[str, Array]
 # loss(params, batch, key) -> Totals; gradients are of totals["loss"] / totals["count"].
 LossFn = Callable[[Any, Any, Array | None], Totals]
 _ALL_TRAINED = ModelConfig()
@@ -34,22 +33,22 @@ def init_state(params: Any, optimizer: optax.GradientTransformation, model: Mode
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(tune.trained(model, params)))
 
 
-def train_step(
-    loss_fn: LossFn,
-    optimizer: optax.GradientTransformation,
-    schedule: optax.Schedule,
-    clip_norm: float,
-    state: TrainState,
-    batches: Any,
-    key: Array,
-    skips_nonfinite: bool = False,
-    model: ModelConfig = _ALL_TRAINED,
-) -> tuple[TrainState, Totals]:
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """How updates are made: all that stays the same from one to the next, but for the loss."""
+
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    clip_norm: float
+    skips_nonfinite: bool = False  # an update with a NaN or infinite loss or gradient norm changes only the count
+    model: ModelConfig = _ALL_TRAINED  # says which parameters are frozen
+
+
+def train_step(rule: Rule, loss_fn: LossFn, state: TrainState, batches: Any, key: Array) -> tuple[TrainState, Totals]:
     """Make one update from `batches`, arrays [A, B, ...] of A accumulated batches.
 
     The loss is the mean over all that the A batches count, as if they were one batch. Returns the new state and
-    the totals, with the `rate` of this update and the `grad_norm` before clipping. With `skips_nonfinite`, an update
-    whose loss or norm is no number changes nothing but the count of updates. What `model` freezes stays as it is.
+    the totals, with the `rate` of this update and the `grad_norm` before clipping.
     """
 
     def loss(trained: Any, batch: Any, key: Array) -> tuple[Array, Totals]:
@@ -59,7 +58,7 @@ def train_step(
     def accumulate(sums: Any, batch_and_key: Any) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, sums, grad(trained, *batch_and_key)), None
 
-    trained = tune.trained(model, state.params)
+    trained = tune.trained(rule.model, state.params)
     grad = jax.grad(loss, has_aux=True)
     n_batches = jax.tree.leaves(batches)[0].shape[0]
     keys = jax.random.split(jax.random.fold_in(key, state.step), n_batches)
@@ -72,35 +71,13 @@ def train_step(
     with jax.named_scope("optimizer"):
         share = 1 / jnp.maximum(totals["count"], 1)  # multiplied: a division is not fused into all that need it
         grads = jax.tree.map(lambda x: x * share.astype(x.dtype), grads)
-        grads, grad_norm = optim.clip_by_global_norm(grads, clip_norm)
-        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+        grads, grad_norm = optim.clip_by_global_norm(grads, rule.clip_norm)
+        updates, opt_state = rule.optimizer.update(grads, state.opt_state, trained)
         params = tune.with_trained(state.params, optax.apply_updates(trained, updates))
-    if skips_nonfinite:
+    if rule.skips_nonfinite:
         is_finite = jnp.isfinite(totals["loss"]) & jnp.isfinite(grad_norm)
         new, old = (params, opt_state), (state.params, state.opt_state)
         params, opt_state = jax.tree.map(lambda x, before: jnp.where(is_finite, x, before), new, old)
         opt_state = optim.at_step(opt_state, state.step + 1)
-    metrics = {**totals, "rate": schedule(state.step), "grad_norm": grad_norm}
+    metrics = {**totals, "rate": rule.schedule(state.step), "grad_norm": grad_norm}
     return TrainState(state.step + 1, params, opt_state), metrics
-
-
-@jax.named_scope("output layer")
-def cross_entropy(logits: Array, labels: Array) -> Totals:
-    """Return the summed cross-entropy, the number of labels, and how often the largest logit is the label.
-
-    logits [..., V], labels [...]; a negative label counts nothing.
-    """
-    is_counted = labels >= 0
-    labels = jnp.maximum(labels, 0)
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    indices = jnp.arange(logits.shape[-1]).reshape((1,) * (logits.ndim - 1) + (-1,))
-    # A sum rather than an index, whose derivative is a scatter.
-    label_logits = jnp.sum(jnp.where(indices == labels[..., None], logits, 0), axis=-1)
-    # logsumexp minus the logit would round a small loss as coarsely as the logits; this is exact to the rounding of 1.
-    largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
-    losses = jnp.log(jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1)) + (largest - label_logits)
-    return {
-        "loss": jnp.sum(jnp.where(is_counted, losses, 0)),
-        "count": jnp.sum(is_counted),
-        "correct": jnp.sum(is_counted & (products.argmax(logits, largest) == labels)),
-    }

@@ -72,7 +72,7 @@ def test_what_is_frozen_stays_to_the_bit_in_both_packages_and_all_else_changes(c
     other = torchlm.step.init_state(model, torchlm.optim.adamw(config.train, model))
     for batch in batches(config, 2):
         tensors = {name: torch.tensor(x).long() for name, x in batch.items()}
-        torchlm.step.train_step(task.loss, lambda i: 0.1, 1.0, other, tensors)
+        torchlm.step.train_step(torchlm.step.Rule(lambda i: 0.1, 1.0), task.loss, other, tensors)
     found["torchlm"] = {name: x.detach().numpy() for name, x in model.named_parameters()}
     assert len(other.optimizer.state) == len(moments)
     for package, weights in found.items():

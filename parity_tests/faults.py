@@ -28,6 +28,7 @@ import jaxlm.tasks.gpt
 import torchlm.tasks.gpt
 from jaxlm import distill as jax_distill
 from jaxlm import heads as jax_heads
+from jaxlm import loss as jax_loss
 from jaxlm import model as jax_model
 from jaxlm import names
 from jaxlm import optim as jax_optim
@@ -42,6 +43,7 @@ from parity_tests.tolerances import FLOAT32
 from parity_tests.trajectory import Row
 from torchlm import distill as torch_distill
 from torchlm import heads as torch_heads
+from torchlm import loss as torch_loss
 from torchlm import model as torch_model
 from torchlm import optim as torch_optim
 from torchlm import schedule as torch_schedule
@@ -633,15 +635,15 @@ def _loss() -> list[Fault]:
             "mean over all positions",
             "ignored labels are in the count",
             mlm,
-            edit(jax_step.cross_entropy, ("jnp.sum(is_counted)", "is_counted.size")),
-            edit(torch_step.cross_entropy, ("is_counted.sum()", "torch.tensor(is_counted.numel())")),
+            edit(jax_loss.cross_entropy, ("jnp.sum(is_counted)", "is_counted.size")),
+            edit(torch_loss.cross_entropy, ("is_counted.sum()", "torch.tensor(is_counted.numel())")),
         ),
         *both(
             "ignored labels guessed",
             "ignored labels are in the loss as class 0",
             mlm,
-            edit(jax_step.cross_entropy, ("jnp.where(is_counted, losses, 0)", "losses")),
-            edit(torch_step.cross_entropy, ("torch.where(is_counted, labels, -1)", "labels.clamp(min=0)")),
+            edit(jax_loss.cross_entropy, ("jnp.where(is_counted, losses, 0)", "losses")),
+            edit(torch_loss.cross_entropy, ("torch.where(is_counted, labels, -1)", "labels.clamp(min=0)")),
         ),
         *both(
             "own token as label",
@@ -654,25 +656,25 @@ def _loss() -> list[Fault]:
             "accuracy as a mean of means",
             "right predictions as a share of each batch",
             "replay of cola",
-            edit(jax_step.cross_entropy, ("jnp.sum(is_counted & (", "jnp.mean(is_counted & (")),
-            edit(torch_step.cross_entropy, ("== labels)).sum()", "== labels)).float().mean()")),
+            edit(jax_loss.cross_entropy, ("jnp.sum(is_counted & (", "jnp.mean(is_counted & (")),
+            edit(torch_loss.cross_entropy, ("== labels)).sum()", "== labels)).float().mean()")),
         ),
         *both(
             "argmax of all",
             "the largest of all logits, not of each sample's",
             "replay of cola",
-            edit(jax_step.cross_entropy, ("products.argmax(logits, largest)", "jnp.argmax(logits)")),
-            edit(torch_step.cross_entropy, ("logits.argmax(dim=-1)", "logits.argmax()")),
+            edit(jax_loss.cross_entropy, ("products.argmax(logits, largest)", "jnp.argmax(logits)")),
+            edit(torch_loss.cross_entropy, ("logits.argmax(dim=-1)", "logits.argmax()")),
         ),
         *both(
             "smoothed labels",
             "label smoothing of 0.1",
             mlm,
             edit(
-                jax_step.cross_entropy,
+                jax_loss.cross_entropy,
                 ("- label_logits)", "- 0.9 * label_logits - 0.1 * jnp.mean(logits, axis=-1))"),
             ),
-            edit(torch_step.cross_entropy, ('reduction="sum"', 'reduction="sum", label_smoothing=0.1')),
+            edit(torch_loss.cross_entropy, ('reduction="sum"', 'reduction="sum", label_smoothing=0.1')),
         ),
     ]
 
@@ -754,9 +756,9 @@ def _part() -> list[Fault]:
 def _optimizer() -> list[Fault]:
     adamw = "AdamW of NumPy and PyTorch"
     jax_step_function, torch_step_function = jax_step.train_step, torch_step.train_step
-    clipped = "optim.clip_by_global_norm(state.model.parameters(), clip_norm)"
+    clipped = "optim.clip_by_global_norm(state.model.parameters(), rule.clip_norm)"
     averaged = "grads = jax.tree.map(lambda x: x * share.astype(x.dtype), grads)"
-    jax_clipped = "grads, grad_norm = optim.clip_by_global_norm(grads, clip_norm)"
+    jax_clipped = "grads, grad_norm = optim.clip_by_global_norm(grads, rule.clip_norm)"
     return [
         *both(
             "decay on all",
@@ -867,7 +869,7 @@ def _optimizer() -> list[Fault]:
                 (jax_clipped, jax_clipped.replace("grads,", "_,", 1)),
                 (
                     "params = tune.with_trained(",
-                    "updates, _ = optim.clip_by_global_norm(updates, clip_norm)\n    params = tune.with_trained(",
+                    "updates, _ = optim.clip_by_global_norm(updates, rule.clip_norm)\n    params = tune.with_trained(",
                 ),
             ),
             edit(
@@ -950,7 +952,7 @@ def _optimizer() -> list[Fault]:
             "the optimizer is a step ahead of the schedule",
             adamw,
             edit(jax_optim.adamw, ("scale_by_learning_rate(rate)", "scale_by_learning_rate(lambda i: rate(i + 1))")),
-            edit(torch_step_function, ("schedule(state.step)", "schedule(state.step + 1)")),
+            edit(torch_step_function, ("rule.schedule(state.step)", "rule.schedule(state.step + 1)")),
         ),
     ]
 

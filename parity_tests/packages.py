@@ -92,7 +92,9 @@ class Jaxlm:
         self.rate = rate
         model, clip_norm = self.config.model, self.config.train.clip_norm
         self.optimizer = jax_optim.adamw(self.config.train, rate, model.n_layers)
-        step = functools.partial(jax_step.train_step, self.loss, self.optimizer, rate, clip_norm, model=model)
+        step = functools.partial(
+            jax_step.train_step, jax_step.Rule(self.optimizer, rate, clip_norm, model=model), self.loss
+        )
         self.step = jax.jit(step)
 
     def exact_rate(self, i: int) -> float:
@@ -191,7 +193,9 @@ class Torchlm:
     def set_rate(self, rate: Rate) -> None:
         """Let the rate of further updates be another function of their numbers."""
         self.rate = rate
-        self.step = functools.partial(torch_step.train_step, self.loss, rate, self.config.train.clip_norm)
+        self.step = functools.partial(
+            torch_step.train_step, torch_step.Rule(rate, self.config.train.clip_norm), self.loss
+        )
 
     def exact_rate(self, i: int) -> float:
         """Return the rate of update i."""

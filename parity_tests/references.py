@@ -339,7 +339,8 @@ def _adamw_of_jaxlm(config: Config, start: Arrays, gradients: list[Arrays]) -> A
     with jax.enable_x64(True):
         rate = jax_schedule.learning_rate(config.train)
         optimizer = jax_optim.adamw(config.train, rate, config.model.n_layers)
-        update = jax.jit(functools.partial(jax_step.train_step, loss, optimizer, rate, config.train.clip_norm))
+        rule = jax_step.Rule(optimizer, rate, config.train.clip_norm)
+        update = jax.jit(functools.partial(jax_step.train_step, rule, loss))
         state = jax_step.init_state(names.to_jax(start), optimizer)
         for gradient in gradients:
             state, _ = update(state, jax.tree.map(lambda x: x[None], names.to_jax(gradient)), jax.random.key(0))
@@ -357,7 +358,7 @@ def _adamw_of_torchlm(config: Config, start: Arrays, gradients: list[Arrays]) ->
     rate = torch_schedule.learning_rate(config.train)
     for gradient in gradients:
         batch = {name: torch.from_numpy(x)[None] for name, x in gradient.items()}
-        state, _ = torch_step.train_step(loss, rate, config.train.clip_norm, state, batch)
+        state, _ = torch_step.train_step(torch_step.Rule(rate, config.train.clip_norm), loss, state, batch)
     return {name: x.detach().numpy() for name, x in model.named_parameters()}
 
 

@@ -216,7 +216,7 @@ def _loss_everywhere(model: Any, batch: dict[str, Any], key: None) -> Any:
     """Return torchlm's loss of mlm as the original has it: logits at every position, few of which have a label."""
     import torch
 
-    from torchlm.step import cross_entropy
+    from torchlm.loss import cross_entropy
 
     is_counted, positions = batch["labels"] >= 0, batch["positions"]
     rows = torch.arange(len(positions))[:, None].expand_as(positions)

@@ -14,6 +14,7 @@ from jaxlm import start as starts
 from jaxlm.errors import UserError
 from torchlm import checkpoint, optim, schedule, step
 from torchlm.checkpoint import Checkpoints
+from torchlm.loss import Totals, cross_entropy
 from torchlm.tasks import TASKS
 
 CASES = Path(__file__).parent.parent / "parity_tests" / "cases"
@@ -108,16 +109,16 @@ def test_a_restored_state_goes_on_alike(task: str, options: dict, tmp_path: Path
     batches = {"tokens": torch.randint(1, V, (1, B, T)), "labels": torch.tensor([[0, 1]])}
     rate = schedule.learning_rate(config.train)
 
-    def loss(model: Any, batch: Any, key: None) -> step.Totals:
-        return step.cross_entropy(model(batch["tokens"]).flatten(1), batch["labels"])
+    def loss(model: Any, batch: Any, key: None) -> Totals:
+        return cross_entropy(model(batch["tokens"]).flatten(1), batch["labels"])
 
     for _ in range(2):
-        step.train_step(loss, rate, 1.0, state, batches)
+        step.train_step(step.Rule(rate, 1.0), loss, state, batches)
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(state, info_of(config, 2), {2: 1.0})
         other = checkpoints.restore(2, start(configs.replace(config, "train.seed", 1)))
     assert other.step == 2
-    losses = [float(step.train_step(loss, rate, 1.0, x, batches)[1]["loss"]) for x in (state, other)]
+    losses = [float(step.train_step(step.Rule(rate, 1.0), loss, x, batches)[1]["loss"]) for x in (state, other)]
     assert losses[0] == losses[1]
     weights, weights_2 = state.model.state_dict(), other.model.state_dict()
     assert all(torch.equal(weights_2[name], x) for name, x in weights.items())

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from jaxlm.teacher import Teacher
+from torchlm.loss import Totals
 from torchlm.parallel import Mesh
-from torchlm.step import Totals
 
 
 def model_of(teacher: Teacher, task: Any, mesh: Mesh) -> nn.Module:

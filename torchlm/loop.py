@@ -88,14 +88,13 @@ def build(
         return call
 
     rate = schedule.learning_rate(train, rewarmed)
-    skips = train.on_nonfinite == "skip"
+    rule = step.Rule(rate, train.clip_norm, train.on_nonfinite == "skip")
 
     def update(state: TrainState, batches: Any, key: Any, teacher: nn.Module | None = None) -> tuple[TrainState, Any]:
         def taught(model: nn.Module, batch: Any, key: None) -> Any:
             return distill.loss(task, model, teacher, batch, key)
 
-        loss_fn = task.loss if teacher is None else taught
-        return step.train_step(loss_fn, rate, train.clip_norm, state, batches, key, skips_nonfinite=skips)
+        return step.train_step(rule, task.loss if teacher is None else taught, state, batches, key)
 
     compiled = Compiled(
         mesh=mesh,

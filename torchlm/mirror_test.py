@@ -18,8 +18,8 @@ from torchlm import tasks as torchlm_tasks
 
 ROOT = Path(__file__).parent.parent
 MIRRORED = (
-    *("__init__", "model", "heads", "step", "distill", "optim", "schedule", "parallel", "generate", "checkpoint"),
-    *("loop", "train"),
+    *("__init__", "model", "heads", "loss", "step", "distill", "optim", "schedule", "parallel", "generate"),
+    *("checkpoint", "loop", "train"),
     *("tasks/__init__", "tasks/base", "tasks/mlm", "tasks/gpt", "tasks/sst2", "tasks/cola", "tasks/pairs"),
 )
 
@@ -31,6 +31,7 @@ ONLY_JAX = {
         "DROPOUTS": "explicit keys",
         "keeps": "PyTorch draws the masks of its dropout itself",
     },
+    "loss": dict.fromkeys(("ROWS", "by_chunks"), "logits and loss in one pass that never has all logits"),
     "heads": {"LanguageModel.loss": "logits and loss in one pass that never has all logits"},
     "optim": {
         "scale_by_adam": "Optax's own rounds the bias correction",
@@ -47,7 +48,11 @@ ONLY_JAX = {
         ("CONTENTS", "parts_of", "frozen_of", "remove_unfinished", "with_parts", "model_of"), "parts of an array tree"
     ),
     "loop": dict.fromkeys(("Compiled.shardings", "Compiled.model"), "DDP keeps all parameters on each device"),
-    "step": {"TrainState.params": "an array tree beside the model", "TrainState.opt_state": "beside the optimizer"},
+    "step": {
+        "TrainState.params": "an array tree beside the model",
+        **dict.fromkeys(("TrainState.opt_state", "Rule.optimizer"), "beside the optimizer"),
+        "Rule.model": "a module knows which of its parameters are trained",
+    },
 }
 ONLY_TORCH = {
     "model": {"Embedding.table_TD": "a constant on the device; JAX compiles it in"},
@@ -78,10 +83,6 @@ ARGUMENTS = {  # (jaxlm's, torchlm's) where they differ otherwise
     "optim.clip_by_global_norm": (["grads", "max_norm"], ["parameters", "max_norm"]),
     "parallel.replicated": (["mesh"], ["mesh", "model"]),
     "step.init_state": (["params", "optimizer", "model"], ["model", "optimizer"]),
-    "step.train_step": (
-        ["loss_fn", "optimizer", "schedule", "clip_norm", "state", "batches", "key", "skips_nonfinite", "model"],
-        ["loss_fn", "schedule", "clip_norm", "state", "batches", "key", "skips_nonfinite"],
-    ),
     "checkpoint.restore": (
         ["path", "like", "parts", "step", "is_checked"],
         ["path", "like", "parts", "step", "is_base"],

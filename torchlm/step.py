@@ -1,4 +1,4 @@
-"""One optimizer update, made in place on the training state, and the loss; read after model.py."""
+"""One optimizer update, made in place on the training state; read after model.py and loss.py."""
 
 import dataclasses
 from collections.abc import Callable, Hashable
@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from torchlm import optim, parallel
+from torchlm.loss import Totals
 
-# Sums over samples or tokens: "loss" and "count", and what a task adds, such as "correct". Quotients are taken last.
-Totals = dict[str, Tensor]
 # loss(model, batch, key) -> Totals; gradients are of totals["loss"] / totals["count"]. The key is None: see model.py.
 LossFn = Callable[[Any, Any, None], Totals]
 
@@ -29,20 +28,22 @@ def init_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainState
     return TrainState(0, model, optimizer)
 
 
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """How updates are made: all that stays the same from one to the next, but for the loss."""
+
+    schedule: Callable[[int], float]
+    clip_norm: float
+    skips_nonfinite: bool = False  # an update with a NaN or infinite loss or gradient norm changes only the count
+
+
 def train_step(
-    loss_fn: LossFn,
-    schedule: Callable[[int], float],
-    clip_norm: float,
-    state: TrainState,
-    batches: dict[str, Tensor],
-    key: Hashable = None,
-    skips_nonfinite: bool = False,
+    rule: Rule, loss_fn: LossFn, state: TrainState, batches: dict[str, Tensor], key: Hashable = None
 ) -> tuple[TrainState, Totals]:
     """Make one update from `batches`, arrays [A, B, ...] of A accumulated batches.
 
     The loss is the mean over all that the A batches count, as if they were one batch. Returns the state, changed in
     place, and the totals, with the `rate` of this update and the `grad_norm` before clipping. `key` seeds dropout.
-    With `skips_nonfinite`, an update whose loss or norm is no number changes nothing but the count of updates.
     """
     state.model.train()
     if key is not None:
@@ -59,27 +60,12 @@ def train_step(
 
     for grad in (x.grad for x in state.model.parameters() if x.grad is not None):
         grad.div_(totals["count"].clamp(min=1))
-    grad_norm = optim.clip_by_global_norm(state.model.parameters(), clip_norm)
-    rate = schedule(state.step)
+    grad_norm = optim.clip_by_global_norm(state.model.parameters(), rule.clip_norm)
+    rate = rule.schedule(state.step)
     for group in state.optimizer.param_groups:
         group["lr"] = rate * group.get("share", 1.0)
-    if not skips_nonfinite or torch.isfinite(totals["loss"]) & torch.isfinite(grad_norm):
+    if not rule.skips_nonfinite or torch.isfinite(totals["loss"]) & torch.isfinite(grad_norm):
         state.optimizer.step()
     state.optimizer.zero_grad()
     state.step += 1
     return state, {**totals, "rate": torch.tensor(rate, dtype=torch.float64), "grad_norm": grad_norm}
-
-
-def cross_entropy(logits: Tensor, labels: Tensor) -> Totals:
-    """Return the summed cross-entropy, the number of labels, and how often the largest logit is the label.
-
-    logits [..., V], labels [...]; a negative label counts nothing.
-    """
-    is_counted = labels >= 0
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    ignored = torch.where(is_counted, labels, -1).flatten()
-    return {
-        "loss": nn.functional.cross_entropy(logits.flatten(0, -2), ignored, ignore_index=-1, reduction="sum"),
-        "count": is_counted.sum(),
-        "correct": (is_counted & (logits.argmax(dim=-1) == labels)).sum(),
-    }

@@ -9,6 +9,7 @@ import torch
 
 from jaxlm import config as configs
 from torchlm import optim, schedule, step
+from torchlm.loss import Totals
 from torchlm.tasks import TASKS
 
 B, T, D, V, M = 4, 6, 12, 11, 2
@@ -40,34 +41,9 @@ def start(config: configs.Config) -> tuple[Any, step.TrainState]:
 
 def update(
     config: configs.Config, task: Any, state: step.TrainState, batches: dict[str, torch.Tensor], key: Any = None
-) -> step.Totals:
+) -> Totals:
     rate = schedule.learning_rate(config.train)
-    return step.train_step(task.loss, rate, config.train.clip_norm, state, batches, key)[1]
-
-
-def test_loss_is_the_log_of_the_vocabulary_at_uniform_logits() -> None:
-    totals = step.cross_entropy(torch.full((2, 3, V), 7.0), torch.tensor([[0, 5, 10], [1, -1, -1]]))
-    assert float(totals["loss"]) == pytest.approx(4 * math.log(V))
-    assert int(totals["count"]) == 4
-
-
-def test_loss_count_and_right_predictions_against_numpy() -> None:
-    random = np.random.default_rng(0)
-    logits, labels = random.normal(size=(2, 3, V)), random.integers(0, V, (2, 3))
-    labels[0, 1], labels[1, 2] = -1, logits[1, 2].argmax()
-    expected = [
-        np.log(np.exp(x).sum()) - x[y] for x, y in zip(logits.reshape(-1, V), labels.flat, strict=True) if y >= 0
-    ]
-    totals = step.cross_entropy(torch.from_numpy(logits), torch.from_numpy(labels))
-    assert totals["loss"].dtype == torch.float64
-    assert float(totals["loss"]) == pytest.approx(sum(expected), rel=1e-12)
-    assert int(totals["count"]) == 5
-    assert int(totals["correct"]) == np.sum(logits.argmax(-1) == labels)
-
-
-def test_loss_of_bfloat16_logits_is_summed_in_float32() -> None:
-    totals = step.cross_entropy(torch.zeros(1, 5, V, dtype=torch.bfloat16), torch.zeros(1, 5, dtype=torch.long))
-    assert totals["loss"].dtype == torch.float32
+    return step.train_step(step.Rule(rate, config.train.clip_norm), task.loss, state, batches, key)[1]
 
 
 def test_accumulated_batches_count_as_one_large_batch() -> None:
@@ -180,7 +156,7 @@ GOOD = {"x": torch.ones(1, 4), "root": torch.ones(1, 4)}
 # A batch whose loss is no number, and one whose loss is fine, but at a root of 0 not its gradient.
 @pytest.mark.parametrize("bad", [{"x": torch.full((1, 4), math.nan)}, {"root": torch.zeros(1, 4)}])
 def test_an_update_that_is_no_number_changes_nothing_but_the_count(bad: dict[str, torch.Tensor]) -> None:
-    def loss(model: Any, batch: Any, key: None) -> step.Totals:
+    def loss(model: Any, batch: Any, key: None) -> Totals:
         values = (model.weight[0] - batch["x"]) ** 2 + (batch["root"] * model.weight[0]).sqrt()
         return {"loss": values.sum(), "count": torch.tensor(4)}
 
@@ -188,10 +164,10 @@ def test_an_update_that_is_no_number_changes_nothing_but_the_count(bad: dict[str
         model = torch.nn.Linear(4, 1, bias=False)
         model.weight.data = torch.arange(1.0, 5.0)[None]
         state = step.init_state(model, optim.adamw(configs.TrainConfig(), model))
-        metrics = []
+        rule, metrics = step.Rule(lambda i: 0.1 / (1 + i), 1.0, skips_nonfinite=True), []
         for batch, i in zip(batches, steps, strict=True):
             state.step = i
-            metrics.append(step.train_step(loss, lambda i: 0.1 / (1 + i), 1.0, state, batch, skips_nonfinite=True)[1])
+            metrics.append(step.train_step(rule, loss, state, batch)[1])
             assert state.step == i + 1
         return metrics, model.weight.detach(), state.optimizer.state[model.weight]
 

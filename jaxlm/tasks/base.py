@@ -12,7 +12,7 @@ from jaxlm import metrics
 from jaxlm.config import Config
 from jaxlm.data.samples import Batch
 from jaxlm.data.sources import Source
-from jaxlm.step import Totals
+from jaxlm.loss import Totals
 
 
 class Task(abc.ABC):

@@ -12,7 +12,7 @@ from jaxlm.data.samples import Batch, CausalSamples
 from jaxlm.data.sources import Source
 from jaxlm.generate import continue_greedily
 from jaxlm.heads import LanguageModel
-from jaxlm.step import Totals
+from jaxlm.loss import Totals
 from jaxlm.tasks.base import Task
 
 N_SHOWN = 24  # tokens of a shown continuation

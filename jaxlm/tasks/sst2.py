@@ -14,7 +14,7 @@ from jaxlm.data import embedded
 from jaxlm.data.samples import Batch, ClassifiedSamples
 from jaxlm.data.sources import Source
 from jaxlm.heads import Classifier
-from jaxlm.step import Totals, cross_entropy
+from jaxlm.loss import Totals, cross_entropy
 from jaxlm.tasks.base import Task
 
 

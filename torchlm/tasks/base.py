@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from jaxlm import tasks
 from jaxlm.config import Config
-from torchlm.step import Totals
+from torchlm.loss import Totals
 
 
 class Task(tasks.Task):

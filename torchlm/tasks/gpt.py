@@ -6,7 +6,7 @@ from torch import Tensor
 from jaxlm.tasks import gpt
 from torchlm.generate import continue_greedily
 from torchlm.heads import LanguageModel
-from torchlm.step import Totals, cross_entropy
+from torchlm.loss import Totals, cross_entropy
 from torchlm.tasks.base import Task
 
 

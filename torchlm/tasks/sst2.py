@@ -5,7 +5,7 @@ from torch import Tensor
 
 from jaxlm.tasks import sst2
 from torchlm.heads import Classifier
-from torchlm.step import Totals, cross_entropy
+from torchlm.loss import Totals, cross_entropy
 from torchlm.tasks.base import Task
 
 
