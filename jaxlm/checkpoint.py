@@ -25,7 +25,7 @@ from flax import nnx
 from jaxlm import checksums, convert, distributed, formats, names, optim, start, storage, tune
 from jaxlm import config as configs
 from jaxlm.config import Config
-from jaxlm.errors import UserError
+from jaxlm.errors import UserError, slow
 from jaxlm.run import Run
 from jaxlm.step import TrainState
 
@@ -203,6 +203,7 @@ class Checkpoints:
             self.warn(f"the checkpoint of step {step} could not be saved ({failed[1]}); the run goes on")
 
 
+@slow("making or restoring the weights")
 def begin(run: Run, fresh: Callable[[], TrainState], shardings: TrainState) -> TrainState:
     """Return the state that a run starts with, and print where each part of it is from.
 

@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import socket
 import sys
 import tempfile
@@ -28,7 +29,7 @@ from jax._src.distributed import global_state  # its key-value store has no publ
 from jaxlm import config as configs
 from jaxlm import rendezvous, storage
 from jaxlm.config import Config, LogConfig
-from jaxlm.errors import CLEANUPS, UserError, reported
+from jaxlm.errors import CLEANUPS, UserError, reported, slow
 from jaxlm.rendezvous import variable
 from jaxlm.start import Start
 
@@ -72,7 +73,8 @@ def joined(config: Config, start: Start) -> Iterator[Config]:
                 yield config if is_first() else own
             watch.stop()
         except SystemExit as ending:  # a UserError
-            watch.end(int(ending.code or 0), printed.getvalue())
+            error = re.search(r"^(error: |Traceback).*", printed.getvalue(), re.M | re.S)  # behind notes and warnings
+            watch.end(int(ending.code or 0), error[0] if error else "")
         except Exception as error:
             watch.wait_for_the_cause(error)
             traceback.print_exc()
@@ -105,6 +107,7 @@ def from_first(value: Any) -> Any:
     return json.loads(global_state.client.blocking_key_value_get(key, FOREVER_MS))
 
 
+@slow("waiting for the other processes")
 def wait() -> None:
     """Wait until every process is here."""
     if global_state.client is not None:
@@ -269,6 +272,7 @@ class _Watch:
         return False
 
 
+@slow("joining the other processes")
 def _initialize(config: Config) -> bool:
     """Join the other processes, and return whether there are any."""
     place = _place(config)

@@ -18,7 +18,7 @@ from jaxlm import config as configs
 from jaxlm import hugepages, storage
 from jaxlm.config import DataConfig
 from jaxlm.convert import Parser
-from jaxlm.errors import UserError, reported
+from jaxlm.errors import UserError, reported, slow
 from jaxlm.terminal import dumps
 
 if TYPE_CHECKING:  # the command line is looked at before anything that takes long to import
@@ -85,6 +85,7 @@ class Evaluation:
     version: str
 
 
+@slow("scoring the samples")
 def evaluate(trained: "Trained", samples: "Samples", batch_size: int = BATCH_SIZE) -> dict[str, Any]:
     """Return the fields of an Evaluation that depend on the samples alone."""
     articles = _articles(samples)
@@ -183,7 +184,7 @@ def part(trained: "Trained", split: str, given: Mapping[str, Any]) -> "tuple[Sou
     for name, value in given.items():
         config = configs.replace(config, name, value)
     source, samples = prepare.part(
-        config, trained.task.samples, trained.task.embedded, trained.tokenizer, read, RunLog().bytes_bar
+        config, trained.task.samples, trained.task.embedded, trained.tokenizer, read, RunLog(stderr=True).bytes_bar
     )
     stored = trained.start.info.get("data")
     if not path and stored and stored != source.fingerprint:

@@ -187,8 +187,8 @@ class RunLog:
     waits in memory until it can be. May be called in any thread.
     """
 
-    def __init__(self) -> None:
-        self.console = Console()
+    def __init__(self, stderr: bool = False) -> None:
+        self.console = Console(stderr=stderr)
         self.loggers: list[Logger] = []
         self.run_dir: Path | None = None
         self.files: dict[str, GrowingFile] = {}

@@ -30,7 +30,7 @@ from jaxlm.checkpoint import Checkpoints
 from jaxlm.config import Config
 from jaxlm.data import loader
 from jaxlm.data.position import Position
-from jaxlm.errors import UserError
+from jaxlm.errors import UserError, slow
 from jaxlm.run import Run
 from jaxlm.start import Start
 from jaxlm.step import TrainState
@@ -193,6 +193,7 @@ def roll_back(
     return checkpoints.restore(step, state), runs.without(run, position, step, bad)
 
 
+@slow("scoring the samples of a split")
 def evaluate(run: Run, compiled: Compiled, params: Any, split: str, status: Callable[[], int]) -> dict[str, Any] | None:
     """Return the totals over every sample of a split, once each, summed in float64 on the host; None after a signal."""
     sums: dict[str, Any] = {}

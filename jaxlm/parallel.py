@@ -19,7 +19,7 @@ from rich.table import Table
 
 from jaxlm import config as configs
 from jaxlm.config import AXES, Config, ModelConfig
-from jaxlm.errors import UserError
+from jaxlm.errors import UserError, slow
 
 BATCH = ("data", "fsdp")  # the axes that split samples
 _AUTO = (AxisType.Auto,) * len(AXES)  # XLA decides where `constrain` says nothing
@@ -43,6 +43,7 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 )
 
 
+@slow("finding the devices")
 def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
     """Return the mesh of all devices (or of `devices`) that the settings ask for; UserError as in mesh_sizes."""
     sizes = configs.mesh_sizes(config, len(devices) if devices is not None else jax.device_count())

@@ -31,7 +31,7 @@ from jaxlm.data import cache, prepare
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data.position import Position
 from jaxlm.data.samples import Batch
-from jaxlm.errors import CLEANUPS, UserError, signals
+from jaxlm.errors import CLEANUPS, UserError, signals, slow
 from jaxlm.log import RunLog
 from jaxlm.start import DAMAGED, LOCK, Start
 from jaxlm.teacher import Teacher
@@ -62,6 +62,7 @@ class Run:
     skipped: list[int] = field(default_factory=list)  # updates that were no numbers and were not made
 
     @functools.cached_property
+    @slow("reading the teacher")
     def teacher(self) -> Teacher | None:
         """The model to learn from, read at first use: by all processes at a time, as Orbax wants it."""
         if self.start.teacher is None:
@@ -70,6 +71,7 @@ class Run:
         return teachers.load(self.start.teacher, self.start.info.get("teacher", "") if is_same else "")
 
     @functools.cached_property
+    @slow("scoring the baselines")
     def baselines(self) -> dict[str, metrics.Scores]:
         """The scores of the best guess that looks at no input, of each split that is scored."""
         splits = ("validation", *(["test"] if has_test(self) else []))

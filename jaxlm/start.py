@@ -13,7 +13,7 @@ from jaxlm import checksums, convert, formats, public, storage, teacher
 from jaxlm import config as configs
 from jaxlm.config import Config, Layer, TrainConfig
 from jaxlm.data.position import Position
-from jaxlm.errors import UserError
+from jaxlm.errors import UserError, slow
 from jaxlm.names import BASE, Arrays, Shapes, model_kind
 
 if TYPE_CHECKING:  # settings are read before anything that takes long to import
@@ -191,6 +191,7 @@ def load(argv: list[str], prog: str, form: str) -> tuple[Config, dict[str, str],
     return config, origins, start
 
 
+@slow("checking the checkpoint to start from")
 def find(given: Mapping[str, Any], form: str) -> Start:
     """Return what the settings `resume` and `init_from` ask for, checked to be whole. Raises UserError."""
     resume, base, run_dir = (given.get(name, "") for name in ("resume", "init_from", "run.dir"))

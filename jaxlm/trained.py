@@ -12,7 +12,7 @@ from jaxlm import config as configs
 from jaxlm import start as starts
 from jaxlm.config import Config, TokenizerConfig
 from jaxlm.data import tokenizer as tokenizers
-from jaxlm.errors import UserError
+from jaxlm.errors import UserError, slow
 from jaxlm.start import Start
 from jaxlm.tasks import TASKS, Task
 
@@ -37,6 +37,7 @@ class Trained:
         return f"{self.start.path} (task {self.config.task}, step {self.start.info['step']:,})"
 
 
+@slow("loading the model")
 def load(source: str | Path, tokenizer: str = "", precision: str = "", needs_output: bool = True) -> Trained:
     """Return the model of a run (its best checkpoint) or of one checkpoint, in any form that jaxlm.convert reads.
 

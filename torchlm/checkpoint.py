@@ -19,7 +19,7 @@ from torch import Tensor
 
 from jaxlm import checksums, convert, formats, names, start
 from jaxlm.config import Config
-from jaxlm.errors import UserError
+from jaxlm.errors import UserError, slow
 from jaxlm.formats import Snapshot
 from jaxlm.run import Run
 from torchlm import parallel
@@ -120,6 +120,7 @@ class Checkpoints:
         return self.folder / f"{step}.pt"
 
 
+@slow("making or restoring the weights")
 def begin(run: Run, fresh: Callable[[], TrainState]) -> TrainState:
     """Return the state that a run starts with, and print where each part of it is from.
 

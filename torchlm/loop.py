@@ -13,7 +13,7 @@ from jaxlm import run as runs
 from jaxlm.config import Config
 from jaxlm.data import loader
 from jaxlm.data.position import Position
-from jaxlm.errors import UserError
+from jaxlm.errors import UserError, slow
 from jaxlm.run import Run
 from jaxlm.start import Start
 from jaxlm.teacher import Teacher
@@ -161,6 +161,7 @@ def roll_back(
     return Checkpoints(folder).restore(step, state), runs.without(run, position, step, bad)
 
 
+@slow("scoring the samples of a split")
 def evaluate(
     run: Run, compiled: Compiled, model: nn.Module, split: str, status: Callable[[], int]
 ) -> dict[str, Any] | None:

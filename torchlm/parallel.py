@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from jaxlm import config as configs
 from jaxlm import rendezvous
 from jaxlm.config import Config, LogConfig
-from jaxlm.errors import CLEANUPS, UserError
+from jaxlm.errors import CLEANUPS, UserError, slow
 from jaxlm.rendezvous import variable
 
 
@@ -34,6 +34,7 @@ class Mesh:
     device: torch.device
 
 
+@slow("finding the devices and the other processes")
 def make_mesh(config: Config) -> Mesh:
     """Join the processes that torchrun started. Raises UserError if they cannot share a batch evenly."""
     size, batch_size = variable("WORLD_SIZE", 1), config.train.batch_size
@@ -147,6 +148,7 @@ def copy_from_first(mesh: Mesh, model: nn.Module) -> None:
             dist.broadcast(x.data, src=0)
 
 
+@slow("waiting for the other processes")
 def wait(mesh: Mesh) -> None:
     """Wait until every process is here. Ends this one if the first has ended, which has told why."""
     try:

@@ -177,7 +177,7 @@ def _check_sums(folder: Path, files: Mapping[str, BufferedReader], expected: Map
         size, sums = expected[name]
         if os.fstat(file.fileno()).st_size != size:
             raise ValueError(f"{name} has {os.fstat(file.fileno()).st_size} bytes, not {size}")
-        blocks = range(len(sums))
+        blocks = list(range(len(sums)))
         if checked.get(name) == _state(file):
             blocks = sorted(random.sample(blocks, min(len(sums), CHECKED_BYTES // BLOCK)))
         for i in blocks:

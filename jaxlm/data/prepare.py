@@ -14,7 +14,7 @@ from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data.cache import Split
 from jaxlm.data.samples import Samples
 from jaxlm.data.sources import SPLITS, Source
-from jaxlm.errors import UserError
+from jaxlm.errors import UserError, slow
 
 # Told a title and the bytes of text to come; inside the context, the returned function is told those done so far.
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
@@ -48,21 +48,32 @@ def prepare(
     source = _source(config, samples_class, embedded)
     cache_dir = cache.user_cache_dir(config.data.cache_dir)
 
-    def training_texts() -> Iterator[str]:
-        share = TOKENIZER_BYTES / max(source.n_bytes, 1)
-        texts = (article.text for article in source.articles() if article.split == "train")
-        # The seed is none of a split, so that the choice does not depend on which articles are for training.
-        return (text for text in texts if share >= 1 or sources.hash_of(text, seed=-1) < share)
+    last = ""
+    long_words: list[tuple[str, int]] = []
 
-    tokenizer = tokenizers.cached(config.tokenizer, training_texts, source.fingerprint, cache_dir)
+    def training_texts() -> Iterator[str]:
+        nonlocal last
+        share = TOKENIZER_BYTES / max(source.n_bytes, 1)
+        for article in source.articles():
+            last = article.text
+            # The seed is none of a split, so that the choice does not depend on which articles are for training.
+            if article.split == "train" and (share >= 1 or sources.hash_of(article.text, seed=-1) < share):
+                yield article.text
+
+    def on_long_word(length: int) -> None:
+        long_words.append((source.place(last) if not long_words else "", length))
+
+    tokenizer = tokenizers.cached(config.tokenizer, training_texts, source.fingerprint, cache_dir, on_long_word)
     config = _with_vocab_size(config, tokenizer)
     specials = _specials(config, tokenizer, samples_class)
     with progress("tokenizing", source.n_bytes) as on_progress:
         splits = cache.open_cache(source, tokenizer, cache_dir, on_progress)
     n_ids = tokenizers.n_ids(tokenizer)
-    samples = {name: samples_class(split, config, specials, n_ids) for name, split in splits.items()}
+    with slow("cutting the texts into samples"):
+        samples = {name: samples_class(split, config, specials, n_ids) for name, split in splits.items()}
     _check_sizes(config, splits, samples)
-    return config, Data(source, tokenizer, samples, (*source.notes, *_notes(config, samples, source, is_embedded)))
+    notes = (*source.notes, *_long_words_note(long_words), *_notes(config, samples, source, is_embedded))
+    return config, Data(source, tokenizer, samples, notes)
 
 
 def part(
@@ -84,6 +95,7 @@ def part(
     return source, samples_class(splits[split], config, specials, tokenizers.n_ids(tokenizer))
 
 
+@slow("reading the data")
 def _source(config: Config, samples_class: type[Any], embedded: Callable[[], Source]) -> Source:
     if not (config.data.path or config.data.hub):
         return embedded()
@@ -158,6 +170,15 @@ def _notes(config: Config, samples: dict[str, Samples], source: Source, is_embed
     if not len(samples["test"]) and not source.test_refusal:
         yield "there is no test part, so there will be no test score"
     yield from length_notes(config, samples.values())
+
+
+def _long_words_note(words: list[tuple[str, int]]) -> Iterator[str]:
+    if words:
+        others = f", and {len(words) - 1:,} more words were" if len(words) > 1 else " was"
+        yield (
+            f"{words[0][0] or 'the data'}: a word of {words[0][1]:,} characters{others} cut into pieces of "
+            f"{tokenizers.MOST_LETTERS:,} to train the tokenizer; if it is no text, leave it out"
+        )
 
 
 def length_notes(config: Config, samples: Collection[Samples]) -> Iterator[str]:

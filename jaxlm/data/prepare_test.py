@@ -116,9 +116,9 @@ def test_a_tokenizer_is_trained_on_a_bounded_and_spread_part(folder, tmp_path, m
     seen: list[str] = []
     real = prepare.tokenizers.train
 
-    def spied(config, texts):
+    def spied(config, texts, *others):
         seen[:] = list(texts())
-        return real(config, texts)
+        return real(config, texts, *others)
 
     monkeypatch.setattr(prepare.tokenizers, "train", spied)
     prepared(folder, data__cache_dir=str(tmp_path / "a"))
@@ -133,6 +133,20 @@ def test_a_tokenizer_is_trained_on_a_bounded_and_spread_part(folder, tmp_path, m
     assert abs(places.mean() - 0.5) < 0.15 and np.diff(places).max() < 0.15
     prepared(folder, data__cache_dir=str(tmp_path / "c"))
     assert seen == part
+
+
+def test_a_long_word_is_named_with_its_line(folder, tmp_path):
+    lines = [*LINES[:20], *["ACGT" * 1000] * 2, *LINES[20:]]
+    path = write(tmp_path / "a.txt", "\n".join(lines))
+    other = write(tmp_path / "b.txt", "\n".join(LINES))
+    _, data = prepared(tmp_path, data__path=path, data__test_fraction=0.0, data__validation_path=other)
+    expected = (
+        f"{path}, line 21: a word of 4,000 characters, and 1 more words were cut into pieces of 1,000 to train the "
+        "tokenizer; if it is no text, leave it out"
+    )
+    assert expected in data.notes
+    _, again = prepared(tmp_path, data__path=path, data__test_fraction=0.0, data__validation_path=other)
+    assert not any("characters" in note for note in again.notes)  # it is in the cache
 
 
 def test_hidden_test_labels_are_told(tmp_path):

@@ -67,6 +67,7 @@ class Source:
     n_bytes: int  # of the decompressed files or the text, about
     notes: tuple[str, ...] = ()  # lines to show at the start
     test_refusal: str = ""  # why there can be no test score, else ""
+    place: Callable[[str], str] = lambda text: ""  # file and line of an article, for people; a pass over the source
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,7 @@ def open_source(config: DataConfig, reads: Reads) -> Source:
         n_bytes=sum(part.size for part in parts),
         notes=tuple(notes),
         test_refusal=refusal,
+        place=partial(_place, parts),
     )
 
 
@@ -201,6 +203,14 @@ def _pairs(parts: list[_Part], config: DataConfig, shares: dict[str, float]) -> 
             # By the prompt alone: one that has several answers is in one part only.
             split = part.split if part.split != "train" else _hash_split(prompt, config.split_seed, shares)
             yield from pair(split, prompt, answer)
+
+
+def _place(parts: list[_Part], text: str) -> str:
+    for part in parts:
+        for number, *texts in part.rows():
+            if text in texts or text.removesuffix(PROMPT_END) in texts:
+                return part.place(number)
+    return ""
 
 
 def pair(split: str, prompt: str, answer: str) -> tuple[Article, Article]:

@@ -6,12 +6,14 @@ Trained vocabularies depend on nothing but the text and the settings: the same i
 import collections
 import contextlib
 import hashlib
+import itertools
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
 import tokenizers
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import PreTokenizedString, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from jaxlm import storage, temporary, utf8
 from jaxlm.config import TokenizerConfig
@@ -28,6 +30,12 @@ NAMES = {
 }
 WORDPIECE_SPECIALS = tuple(NAMES[role][0] for role in ("pad", "unknown", "start", "end", "mask"))
 T = TypeVar("T")
+MOST_LETTERS = 1000  # of a word that a tokenizer is trained on; the time for one grows with more than its length
+# Characters between words, as both kinds of tokenizer divide a text. There are further ones outside ASCII.
+_SPACES = "\t\n\v\f\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+_BERT_ENDS = (re.compile(rf"[{_SPACES}!-/:-@\[-`{{-~\u3400-\u4dbf\u4e00-\u9fff]"),)
+# Words of GPT-2 are letters alone, digits alone, spaces alone, or others alone.
+_BYTE_LEVEL_ENDS = tuple(map(re.compile, (r"[\W_]", rf"[^\W_]|[{_SPACES}]", rf"[^{_SPACES}]")))
 ALPHABET_SIZE = 1000  # characters, at most, that get two tokens of their own; rarer ones become [UNK]
 
 
@@ -47,7 +55,13 @@ def fingerprint(tokenizer: Tokenizer) -> str:
     return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
 
 
-def cached(config: TokenizerConfig, texts: Callable[[], Iterator[str]], corpus: str, cache_dir: Path) -> Tokenizer:
+def cached(
+    config: TokenizerConfig,
+    texts: Callable[[], Iterator[str]],
+    corpus: str,
+    cache_dir: Path,
+    on_long_word: Callable[[int], None] = lambda length: None,
+) -> Tokenizer:
     """Return the tokenizer of `config`, trained on `texts()` unless the cache has it for this `corpus` fingerprint.
 
     A file of the cache has its checksum in its name; a damaged one is removed, with a warning. Raises UserError if the
@@ -68,7 +82,7 @@ def cached(config: TokenizerConfig, texts: Callable[[], Iterator[str]], corpus: 
             with contextlib.suppress(OSError):
                 storage.remove(path)
     with slow("training the tokenizer"):
-        content = train(config, texts).to_str()
+        content = train(config, texts, on_long_word).to_str()
     tokenizer = Tokenizer.from_str(content)
     save(tokenizer, _with_checksum(cache_dir / "tokenizers" / key, content.encode()))
     return _as_used(tokenizer)
@@ -110,8 +124,15 @@ def save(tokenizer: Tokenizer, path: Path) -> None:
         ) from error
 
 
-def train(config: TokenizerConfig, texts: Callable[[], Iterator[str]]) -> Tokenizer:
-    """Return a tokenizer trained on texts(), which is read twice for WordPiece."""
+def train(
+    config: TokenizerConfig,
+    texts: Callable[[], Iterator[str]],
+    on_long_word: Callable[[int], None] = lambda length: None,
+) -> Tokenizer:
+    """Return a tokenizer trained on texts(), which is read twice for WordPiece.
+
+    `on_long_word` gets the length of each word that is cut, while its text is the last one that texts() has yielded.
+    """
     if config.kind == "bpe":
         tokenizer = _byte_level(models.BPE())
         bpe_trainer = trainers.BpeTrainer(
@@ -119,7 +140,7 @@ def train(config: TokenizerConfig, texts: Callable[[], Iterator[str]]) -> Tokeni
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
-        tokenizer.train_from_iterator(chunks(texts(), len), bpe_trainer)
+        tokenizer.train_from_iterator(chunks(_short_words(tokenizer, texts(), on_long_word), len), bpe_trainer)
         # Behind the learned tokens, as in GPT-2, so that id 0 is "!" there and here.
         tokenizer.add_special_tokens([NAMES["article"][0]])
         return tokenizer
@@ -136,7 +157,7 @@ def train(config: TokenizerConfig, texts: Callable[[], Iterator[str]]) -> Tokeni
         special_tokens=seed,
         show_progress=False,
     )
-    draft.train_from_iterator(chunks(texts(), len), trainer)
+    draft.train_from_iterator(chunks(_short_words(draft, texts(), on_long_word), len), trainer)
     vocab = draft.get_vocab()
     vocab = {token: i for i, token in enumerate(sorted(vocab, key=vocab.__getitem__))}
     return _wordpiece(models.WordPiece(vocab, unk_token="[UNK]"), config.lowercase)
@@ -244,6 +265,58 @@ def _alphabet(normalizer: normalizers.Normalizer, texts: Iterable[str], size: in
     for character, count in counts.items():
         normal.update({part: count for part in normalizer.normalize_str(character) if not part.isspace()})
     return sorted(sorted(normal, key=lambda character: (-normal[character], character))[:size])
+
+
+def _short_words(tokenizer: Tokenizer, texts: Iterable[str], on_long_word: Callable[[int], None]) -> Iterator[str]:
+    """Return the texts, cut where a word of the tokenizer has more than MOST_LETTERS characters."""
+    ends = _BYTE_LEVEL_ENDS if isinstance(tokenizer.model, models.BPE) else _BERT_ENDS
+    return _cut(texts, ends, tokenizer.normalizer, tokenizer.pre_tokenizer, on_long_word)
+
+
+def _cut(
+    texts: Iterable[str],
+    ends: Iterable[re.Pattern[str]],
+    # Not the tokenizer, which waits for its training to end before it gives them.
+    normalizer: normalizers.Normalizer | None,
+    pre_tokenizer: pre_tokenizers.PreTokenizer,
+    on_long_word: Callable[[int], None],
+) -> Iterator[str]:
+    for text in texts:
+        if len(text) <= MOST_LETTERS:
+            yield text
+            continue
+        cuts = [0]
+        for first, last in _runs(text, ends):
+            words = PreTokenizedString(text[first:last])
+            if normalizer is not None:
+                words.normalize(normalizer.normalize)
+            pre_tokenizer.pre_tokenize(words)
+            for _, (start, end), _ in words.get_splits("original", "char"):
+                if end - start > MOST_LETTERS:
+                    on_long_word(end - start)
+                    cuts += range(first + start + MOST_LETTERS, first + end, MOST_LETTERS)
+        yield from (text[start:end] for start, end in itertools.pairwise([*cuts, len(text)]))
+
+
+def _runs(text: str, ends: Iterable[re.Pattern[str]]) -> list[tuple[int, int]]:
+    """Return the places, in order, between the `ends` of words that have more than MOST_LETTERS characters.
+
+    Looks for an end in each half of that length, and so at few of the characters.
+    """
+    half = MOST_LETTERS // 2
+    places = []
+    for end in ends:
+        last = 0
+        for start in range(0, len(text) - half + 1, half):
+            if start >= last and not end.search(text, start, start + half):
+                first = start
+                while first > last and not end.match(text, first - 1):
+                    first -= 1
+                found = end.search(text, start + half)
+                last = found.start() if found else len(text)
+                if last - first > MOST_LETTERS:
+                    places.append((first, last))
+    return sorted(set(places))
 
 
 def chunks(items: Iterable[T], size_of: Callable[[T], int], most: int = 1_000_000) -> Iterator[list[T]]:

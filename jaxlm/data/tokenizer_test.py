@@ -158,6 +158,61 @@ def test_byte_level_bpe_loses_nothing(text):
     assert tokenizer.decode(ids(tokenizer, text), skip_special_tokens=False) == text
 
 
+N = 4 * tokenizers.MOST_LETTERS + 10
+LONG_WORDS = {  # text, pieces of the longest word for each kind of tokenizer (1: a word for it is short)
+    "letters": ("ACGT" * (N // 4), 5, 5),
+    "behind a word": ("some words " + "ACGT" * (N // 4) + " more", 5, 5),
+    "in a line": ("first line\n" + "x" * N + "\nlast line", 5, 5),
+    "digits": ("0123456789" * (N // 10), 5, 5),
+    "accents": ("e\u0301" * (N // 2), 5, 1),
+    "capitals": ("É" * N, 5, 5),
+    "kana": ("あいう" * (N // 3), 5, 5),
+    "Chinese": ("東京" * (N // 2), 1, 5),
+    "digits and letters": ("a1" * (N // 2), 5, 1),
+    "control characters": ("a\x1c" * (N // 2), 5, 1),
+    "zero-width": ("a\u200b" * (N // 2), 5, 1),
+    "punctuation": ("!?" * (N // 2), 1, 5),
+    "underscores": ("_" * N, 1, 5),
+    "spaces": ("a" + " " * N + "b", 1, 5),
+    "line ends": ("\n" * N, 1, 5),
+    "emoji": ("🙂" * N, 5, 5),
+    "words of a line of code": ("f(x);a=b{c}" * (N // 11), 1, 1),
+    "short enough": ("x" * tokenizers.MOST_LETTERS + " y", 1, 1),
+    "one more": ("x" * (tokenizers.MOST_LETTERS + 1) + " y", 2, 2),
+}
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "bpe"])
+@pytest.mark.parametrize("name", LONG_WORDS)
+def test_long_words_are_cut_before_training_and_others_are_not(kind, name):
+    text, *pieces = LONG_WORDS[name]
+    draft = trained(kind=kind)
+    lengths: list[int] = []
+    cut = list(tokenizers._short_words(draft, ["before", text, "after"], lengths.append))
+    assert "".join(cut) == f"before{text}after" and cut[0] == "before" and cut[-1] == "after"
+    assert len(cut) - 2 == pieces[kind == "bpe"] and len(lengths) == (len(cut) > 3)
+    for part in cut:
+        words = draft.pre_tokenizer.pre_tokenize_str(draft.normalizer.normalize_str(part) if draft.normalizer else part)
+        assert max((last - first for _, (first, last) in words), default=0) <= tokenizers.MOST_LETTERS + 1
+
+
+def test_a_long_line_of_short_words_is_learned_from_as_before():
+    code = "".join(random.Random(0).choices(["f(x)", "{a.b}", "if(", "return;", "foo", "=1,"], k=5000))
+    for kind in ("wordpiece", "bpe"):
+        lengths: list[int] = []
+        assert list(tokenizers._short_words(trained(kind=kind), [code], lengths.append)) == [code] and not lengths
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "bpe"])
+def test_a_word_of_two_million_letters_trains_a_tokenizer_in_seconds(kind):
+    # A hundredth of it takes half a minute where it is not cut.
+    word = "".join(random.Random(0).choices("ACGT", k=200_000))
+    lengths: list[int] = []
+    tokenizer = train(TokenizerConfig(kind=kind, vocab_size=300), lambda: iter(["some text", word]), lengths.append)
+    assert lengths == [200_000] and n_ids(tokenizer) == 300
+    assert tokenizer.encode(word, add_special_tokens=False).ids  # and it can be used
+
+
 # The cache of trained tokenizers
 
 

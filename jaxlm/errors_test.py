@@ -1,0 +1,51 @@
+"""Steps that take long say what they do."""
+
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+from jaxlm import errors
+
+ROOT = Path(errors.__file__).parents[1]
+
+
+@pytest.mark.parametrize("as_decorator", [True, False])
+def test_a_slow_step_says_once_what_it_does_and_a_fast_one_nothing(as_decorator, monkeypatch, capsys):
+    monkeypatch.setattr(errors, "SLOW_S", 0.05)
+    said = ""
+
+    def work(is_slow: bool) -> None:
+        nonlocal said
+        while is_slow and not said:
+            said = capsys.readouterr().err
+            time.sleep(0.01)
+
+    if as_decorator:
+        errors.slow("counting sheep")(work)(True)
+    else:
+        with errors.slow("counting sheep"):
+            work(True)
+    assert said == "counting sheep ...\n"
+    monkeypatch.setattr(errors, "SLOW_S", 60.0)
+    with errors.slow("counting sheep"):
+        pass
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("package", ["jaxlm", "torchlm"])
+def test_each_step_to_the_first_update_is_one_that_speaks(package):
+    steps = {
+        "jaxlm/start.py": ["find"],
+        "jaxlm/data/prepare.py": ["_source"],
+        "jaxlm/run.py": ["teacher", "baselines"],
+        "jaxlm/distributed.py": ["_initialize", "wait"],
+        f"{package}/parallel.py": ["make_mesh"] + ["wait"] * (package == "torchlm"),
+        f"{package}/checkpoint.py": ["begin"],
+        f"{package}/loop.py": ["evaluate"],
+    }
+    for path, names in steps.items():
+        text = (ROOT / path).read_text(encoding="utf-8")
+        for name in names:
+            assert re.search(rf'@slow\("[^"]+"\)\n\s*def {name}\(', text), f"{path}: {name}"
