@@ -274,7 +274,8 @@ def _asked(predictor: Predictor, limits: Limits) -> type[BaseModel]:
             text: str = Field(description=takes)
 
         return Text
-    length = min(defaults["max_new_tokens"], limits.new_tokens)
+    # A prompt of up to half of the positions gets as much as is asked for by default.
+    length = max(1, min(defaults["max_new_tokens"], limits.new_tokens, model.seq_len // 2))
 
     class Prompt(Strict):
         prompt: str = Field(description=takes)
@@ -464,6 +465,7 @@ def _page(predictor: Predictor, limits: Limits, name: str, wants_token: bool) ->
         "isByteLevel": predictor.is_byte_level(),
         "layers": predictor.model.n_layers if predictor.has_attention else 0,
         "heads": predictor.model.n_heads,
+        "positions": predictor.model.seq_len,
         "endings": ENDINGS,
         "wantsToken": wants_token,
     }

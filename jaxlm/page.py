@@ -148,7 +148,8 @@ def chart(
         at = f"{place_y(value):.1f}"
         parts.append(f'<path d="M{LEFT} {at}H{WIDTH - RIGHT}" stroke="var(--grid)" stroke-width=".7"/>')
         parts.append(f'<text x="{LEFT - 5}" y="{at}" dy=".35em" text-anchor="end">{_short(value)}</text>')
-    for value in _ticks(left, right, most=6):
+    are_whole = all(np.all(x == np.round(x)) for _, x, _ in drawable)  # as updates are
+    for value in [tick for tick in _ticks(left, right, most=6) if tick == round(tick) or not are_whole]:
         at = f"{place_x(value):.1f}"
         parts.append(f'<path d="M{at} {HEIGHT - BOTTOM}v4" stroke="var(--soft)"/>')
         parts.append(f'<text x="{at}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{_short(value)}</text>')

@@ -46,6 +46,13 @@ def test_points_lie_where_the_axes_say(low: float, high: float, is_log: bool) ->
     assert drawn(svg)[:, 1].min() >= page.TOP and drawn(svg)[:, 1].max() <= page.HEIGHT - page.BOTTOM
 
 
+def test_updates_are_whole_numbers() -> None:
+    for n in (2, 3, 6, 14, 15):
+        at = ticks(page.chart("", [Curve("", np.arange(n), np.arange(n))]))["x"]
+        assert len(at) >= 2 and all(value == round(value) for value in at)
+    assert 0.4 in ticks(page.chart("", [Curve("", np.array([0.1, 0.9]), np.arange(2))]))["x"]
+
+
 def test_what_has_no_place_is_left_out() -> None:
     y = np.array([1.0, math.nan, 3.0, math.inf, 0.0, 2.0])
     assert len(drawn(page.chart("", [Curve("", np.arange(6), y)]))) == 4

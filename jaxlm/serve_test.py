@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxlm import predict, report, serve, used_runs
+from jaxlm import predict, report, serve, terminal, trained, used_runs
 from jaxlm.errors import UserError
 from jaxlm.report_test import Page
 
@@ -103,6 +103,19 @@ def test_prompts_are_answered(serving: Callable[..., Server], tmp_path: Path) ->
     status, _, answer = server.ask("POST", "/predict", {"prompt": "the cat?", "seed": 3})
     assert (status, answer) == (200, server.predictor(["the cat?"], seed=3)[0])
     assert "<title>Answer a prompt: run" in str(server.ask("GET", "/")[2])
+
+
+@pytest.mark.parametrize(("task", "seq_len", "most", "expected"), [("pairs", 16, 1000, 8), ("gpt", 5, 1000, 2)])
+def test_the_default_length_fits_the_model(
+    task: str, seq_len: int, most: int, expected: int, serving: Callable[..., Server], tmp_path: Path
+) -> None:
+    run = used_runs.write(tmp_path / "run", task, **{"model.seq_len": seq_len})
+    server = serving(predict.load(run), new_tokens=most)
+    fields = server.ask("GET", "/openapi.json")[2]["components"]["schemas"]["Prompt"]["properties"]
+    assert fields["max_new_tokens"]["default"] == expected
+    for seed in range(5):
+        status, _, answer = server.ask("POST", "/predict", {"prompt": "", "temperature": 5, "top_p": 1, "seed": seed})
+        assert status == 200 and answer["ending"] in ("length", "article") and answer["tokens"] <= expected
 
 
 def events(answer: http.client.HTTPResponse) -> Iterator[tuple[str, Any]]:
@@ -318,9 +331,11 @@ def is_of(schema: dict[str, Any], value: Any, types: dict[str, Any]) -> bool:
     if schema["type"] == "array":
         return isinstance(value, list) and all(is_of(schema["items"], x, types) for x in value)
     if schema["type"] == "object":
-        fields = schema["properties"]
-        is_complete = set(schema.get("required", ())) <= value.keys() <= fields.keys()
-        return is_complete and all(is_of(fields[name], x, types) for name, x in value.items())
+        if not isinstance(value, dict) or not set(schema.get("required", ())) <= value.keys():
+            return False
+        fields, others = schema.get("properties", {}), schema.get("additionalProperties")
+        has_all = others is not None or value.keys() <= fields.keys()
+        return has_all and all(is_of(fields.get(name, others), x, types) for name, x in value.items())
     kinds = {"string": str, "integer": int, "number": (int, float), "null": type(None)}
     return isinstance(value, kinds[schema["type"]])
 
@@ -503,6 +518,18 @@ def type_in(tab: Any, text: str) -> None:
     tab.keyboard.press("Control+Enter")
 
 
+def copied(tab: Any) -> str:
+    """Return what the button copies, pasted."""
+    tab.press("#copy", "Enter")
+    tab.locator("#copied", has_text="Copied.").wait_for()
+    before = tab.input_value("#text")
+    tab.fill("#text", "")
+    tab.press("#text", "Control+V")
+    pasted = tab.input_value("#text")
+    tab.fill("#text", before)
+    return str(pasted)
+
+
 def percent(p: float) -> str:
     return f"{100 * p:.1f}%"
 
@@ -520,6 +547,7 @@ def test_the_page_fills_masks(browser: Any, servers: dict[str, Server]) -> None:
                 assert found == [guess["token"] for guess in guesses]
                 found = masks.nth(i).locator(".bar i").all_text_contents()
                 assert found == [percent(guess["probability"]) for guess in guesses]
+            assert copied(tab) == expected["filled"]
             second = f" {expected['masks'][1][1]['token']}".replace(" ##", "")
             masks.nth(1).locator("button").nth(1).press("Enter")
             masks.nth(1).wait_for(state="detached")
@@ -556,7 +584,7 @@ def test_the_page_streams_a_continuation(browser: Any, servers: dict[str, Server
         tab.focus("#text")
         type_in(tab, "the cat")
         tab.locator("#state", has_text="seed 3").wait_for()
-        assert tab.locator(".made").text_content() == "the cat" + expected["continuation"]
+        assert tab.locator(".made").text_content() == terminal.shown("the cat" + expected["continuation"])
         assert tab.evaluate("n") > 5
         tab.evaluate("document.querySelector('#go').click(); document.querySelector('#stop').click()")
         tab.locator("#state", has_text="Stopped.").wait_for()
@@ -564,6 +592,83 @@ def test_the_page_streams_a_continuation(browser: Any, servers: dict[str, Server
         while server.figures()["jaxlm_open_requests"] and time.monotonic() < until_s:
             time.sleep(0.02)
         assert server.figures()["jaxlm_open_requests"] == 0
+
+
+@pytest.mark.slow
+def test_a_continuation_is_copied_and_continued(browser: Any, serving: Callable[..., Server], tmp_path: Path) -> None:
+    found = trained.load(used_runs.write(tmp_path / "run", "gpt", **{"model.seq_len": 256}), precision="float32")
+    bias = found.model.head.linear.bias
+    tokens = [found.tokenizer.decode([i]) for i in range(len(bias[...]))]
+    # A text area does not keep control characters as they are.
+    bias[...] = np.where([token.isascii() and token.isprintable() and token != "" for token in tokens], 0.0, -1e9)
+    server = serving(predict.Continue(found))
+    for clipboard in ("granted", "denied", "missing"):
+        with shown(browser, server) as tab:
+            setting = {"permission": {"name": "clipboard-write"}, "setting": clipboard}
+            if clipboard == "missing":  # as at an address that is neither https nor this host's
+                tab.evaluate("delete Navigator.prototype.clipboard")
+            else:
+                tab.context.new_cdp_session(tab).send("Browser.setPermission", setting)
+            assert tab.input_value("#max_new_tokens") == "100" and tab.is_hidden("#use")
+            prompt = "the cat"
+            tab.fill("#seed", "3")
+            tab.focus("#text")
+            type_in(tab, prompt)
+            tab.locator("#state", has_text="seed 3").wait_for()
+            (expected,) = server.predictor([prompt], max_new_tokens=100, seed=3)
+            prompt += expected["continuation"]
+            assert copied(tab) == prompt
+    with shown(browser, server) as tab:
+        tab.fill("#seed", "3")
+        tab.focus("#text")
+        type_in(tab, "the cat")
+        tab.locator("#state", has_text="seed 3").wait_for()
+        for seed in range(4, 9):  # more than there are positions
+            tab.fill("#seed", str(seed))
+            tab.press("#more", "Enter")
+            tab.locator("#state", has_text=f"seed {seed}").wait_for()
+            before, whole = tab.input_value("#text"), str(tab.locator(".made").text_content())
+            assert prompt.endswith(before) and whole.startswith(before) and len(whole) > len(before)
+            assert seed > 4 or before == prompt
+            prompt = prompt + whole.removeprefix(before)
+        assert len(before) < len(prompt) / 2
+
+
+@pytest.mark.slow
+def test_the_attention_matrix_names_its_tokens(browser: Any, servers: dict[str, Server]) -> None:
+    server = servers["gpt"]
+    text = " ".join(f"the cat {i}" for i in range(20))
+    looked = server.predictor.attention(text, 0, 0)
+    names = [token.strip() or "␣" for token in looked["tokens"]]
+    assert len(names) >= 60
+    for width in (1000, 360):
+        with shown(browser, server, width) as tab:
+            tab.fill("#text", text)
+            tab.press("#look summary", "Enter")
+            tab.locator("#matrix").wait_for()
+            assert tab.locator("#grid .rows span").all_text_contents() == names
+            assert tab.locator("#grid .columns span").all_text_contents() == names
+            canvas = tab.locator("#grid canvas")
+            size = canvas.bounding_box()
+            cell = size["width"] / len(names)
+            assert size["height"] == size["width"] and cell >= 12
+            for kind, side, length in (("rows", "y", "height"), ("columns", "x", "width")):
+                boxes = [span.bounding_box() for span in tab.locator(f"#grid .{kind} span").all()]
+                for i in (0, 1, 30, len(names) - 1):  # beside its cells, as high or as wide as they are
+                    assert boxes[i][side] == pytest.approx(size[side] + i * cell, abs=1)
+                    assert boxes[i][length] == pytest.approx(cell, abs=1)
+            assert (
+                tab.evaluate("parseFloat(getComputedStyle(document.querySelector('#grid span.chosen')).fontSize)") >= 11
+            )
+            canvas.hover(position={"x": 2.5 * cell, "y": 5.5 * cell})
+            assert tab.inner_text("#axes") == f"{names[5]} looks at {names[2]}: {percent(looked['weights'][5][2])}"
+            canvas.click(position={"x": 2.5 * cell, "y": 7.5 * cell})
+            buttons = tab.locator("#tokens button i").all_text_contents()
+            assert buttons == [percent(p) for p in looked["weights"][7]]
+            # Names stay in sight where the matrix is scrolled.
+            tab.evaluate("document.querySelector('#matrix').scrollTo(500, 500)")
+            area, row = (tab.locator(x).first.bounding_box() for x in ("#matrix", "#grid .rows"))
+            assert row["x"] == pytest.approx(area["x"], abs=1)
 
 
 @pytest.mark.slow
