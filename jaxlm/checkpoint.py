@@ -32,8 +32,6 @@ from jaxlm.step import TrainState
 FORMAT = formats.RUN_FORMAT
 PARTS = start.PARTS
 PAUSES_S = (0.0, 1.0, 4.0)  # before the tries to save the last state
-# What a checkpoint has, or a save of it that was cut short, with suffixes left off.
-CONTENTS = {*PARTS, "info", "checksums", "_CHECKPOINT_METADATA", "commit_success"}
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what it does, and what it raises, too
 
 
@@ -41,11 +39,18 @@ class Checkpoints:
     """The checkpoints in one folder, by step. Call `close` (or leave the `with` block) to wait for the last save.
 
     `keep` of the last are kept, and the best. A save that fails tells `warn` why, and leaves the others as they are; of
-    several processes, it ends all. All of them call the same methods, and the first of them decides.
+    several processes, it ends all. All of them call the same methods, and the first of them decides. `record` gets the
+    step of each that is whole. Checkpoints that others put into the folder are left alone.
     """
 
-    def __init__(self, folder: Path, keep: int = 1, warn: Callable[[str], None] = print):
-        self.folder, self.keep, self.warn = storage.absolute(folder), keep, warn
+    def __init__(
+        self,
+        folder: Path,
+        keep: int = 1,
+        warn: Callable[[str], None] = print,
+        record: Callable[[int], None] = lambda step: None,
+    ):
+        self.folder, self.keep, self.warn, self.record = storage.absolute(folder), keep, warn, record
         self.closing = contextlib.ExitStack()
         self.place = self.closing.enter_context(storage.plain(self.folder))  # for Orbax
         self.checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
@@ -54,8 +59,11 @@ class Checkpoints:
         self.needs_frozen = False
         self.failed: tuple[int, str] | None = None  # step of the save that failed, if it was the last one, and why
         self.failure: UserError | None = None
+        self.own: set[int] = set()
+        self.device = storage.device(self.folder)
         if distributed.is_first():
             remove_unfinished(self.folder)
+            self.own = {step for step, path in checksums.finished_in(self.folder) if path.is_dir()}
         distributed.wait()
 
     def __enter__(self) -> "Checkpoints":
@@ -138,11 +146,29 @@ class Checkpoints:
         self.closing.close()
 
     def _found(self) -> list[int]:
-        return [step for step, path in checksums.finished_in(self.folder) if path.is_dir()]
+        try:
+            return [step for step, path in checksums.finished_in(self.folder) if step in self.own and path.is_dir()]
+        except UserError:  # a disk that fails
+            return []
+
+    def _check_folder(self, step: int, frozen: bool) -> None:
+        """Raise OSError if a save would go to another disk than earlier ones, or replace what is not of this run."""
+        device = storage.device(self.folder)
+        if device != self.device and self.own and not self._found():
+            raise OSError(f"{self.folder} is on another disk now, without the earlier checkpoints; mount it again")
+        self.device = device
+        for name in (str(step), *([checksums.FROZEN] if frozen else [])):
+            place = self.folder / name
+            if place.is_dir() and not checksums.is_ours(place) or place.is_file():
+                raise OSError(f"{place} is there, and is no checkpoint; move it away")
+        if checksums.is_finished(self.folder / str(step)):
+            raise OSError(f"{self.folder / str(step)} is of another run; give each its own folder")
 
     def _start(self, step: int, state: TrainState, info: dict[str, Any]) -> None:
         items = parts_of(state)
         frozen = frozen_of(state)
+        if distributed.is_first():
+            self._check_folder(step, bool(frozen))
         if not storage.is_remote(self.folder) and distributed.is_first():
             n_bytes = sum(x.nbytes for x in jax.tree.leaves([items, frozen]))
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -176,6 +202,8 @@ class Checkpoints:
             if distributed.is_first():
                 formats.check_opens(self.folder / str(step))
                 checksums.write(self.folder / str(step), self.needs_frozen)
+                self.own.add(step)
+                self.record(step)
             self.n_saved, self.failed = self.n_saved + 1, None
         except Exception as error:
             self._failed(step, error)
@@ -184,7 +212,7 @@ class Checkpoints:
             steps = self._found()
             for old in set(steps[: -self.keep]) - {start.best(steps, losses)}:
                 try:
-                    _remove(self.folder / str(old))
+                    checksums.remove(self.folder / str(old))
                 except Exception as error:  # of a disk or a network that fails
                     self.warn(f"the checkpoint of step {old} could not be removed ({formats.reason(error)})")
 
@@ -251,11 +279,8 @@ def frozen_of(state: TrainState) -> dict[str, Any]:
 def remove_unfinished(folder: Path) -> None:
     """Remove what a save that never came to its end has left."""
     for path in storage.children(folder):
-        if path.is_dir() and path.name.split(".")[0].isdecimal() and not path.name.endswith(start.DAMAGED):
-            if not checksums.is_finished(path):
-                # In a folder that the user names, only what is like a checkpoint.
-                if {child.name.split(".")[0] for child in path.iterdir()} <= CONTENTS:
-                    storage.remove(path)
+        if start.DAMAGED not in path.name and checksums.is_cut_short(path):
+            storage.remove(path)
 
 
 def restore(
@@ -400,9 +425,3 @@ def _check(source: str, stored: Mapping[str, Any], wanted: Mapping[str, Any]) ->
     for name, (_, dtype) in wanted.items():
         if stored[name][1] != dtype:
             raise UserError(f"{source}: {name} is {stored[name][1]}, but has to be {dtype} here; cast it first")
-
-
-def _remove(folder: Path) -> None:
-    """Remove a checkpoint; cut short, it leaves none that looks whole."""
-    (folder / checksums.FILE).unlink(missing_ok=True)
-    storage.remove(folder)

@@ -14,6 +14,10 @@ from jaxlm.errors import UserError
 
 FILE = "checksums.json"
 FROZEN = "frozen"  # a folder beside checkpoints, with what all of them have and none changes
+# What a checkpoint of jaxlm has, or a save of it that was cut short, and what its parts have; with suffixes left off.
+CONTENTS = {"base", "head", "optimizer", "info", "checksums", "_CHECKPOINT_METADATA", "commit_success"}
+REMOVED = "removed"  # at the end of the name of a checkpoint while it is removed
+INSIDE = {"_METADATA", "_sharding", "array_metadatas", "commit_success", "d", "manifest", "metadata", "ocdbt"}
 _ABOVE = "../"
 _FROZEN_PLACE = f"{_ABOVE}{FROZEN}/"
 
@@ -40,6 +44,32 @@ def write(folder: Path, needs_frozen: bool = False) -> None:
 def is_finished(folder: Path) -> bool:
     """Return whether a folder has been written to its end."""
     return (folder / FILE).is_file()
+
+
+def is_cut_short(folder: Path) -> bool:
+    """Return whether a folder is what a save of jaxlm that never came to its end has left, and nothing of a user's."""
+    step, _, ending = folder.name.partition(".")
+    if not step.isdecimal() or not folder.is_dir() or (is_finished(folder) and ending != REMOVED):
+        return False
+    return is_ours(folder) and (ending != "" or any(folder.iterdir()))
+
+
+def is_ours(folder: Path) -> bool:
+    """Return whether all that is in a folder has the names that a save of jaxlm gives."""
+    children = storage.children(folder)
+    inside = [x for child in children if child.is_dir() for x in storage.children(child)]
+    return {x.name.split(".")[0] for x in children} <= CONTENTS and {x.name.split(".")[0] for x in inside} <= INSIDE
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint, a folder or file; cut short, it leaves none that looks whole. Of a link, the link alone."""
+    if storage.is_remote(path):
+        (path / FILE).unlink(missing_ok=True)
+    elif path.is_dir() and not path.name.endswith(f".{REMOVED}"):
+        new = path.with_name(f"{path.name.partition('.')[0]}.{REMOVED}")
+        storage.remove(new)
+        path = path.rename(new)
+    storage.remove(path)
 
 
 def checkpoints_in(folder: Path) -> list[tuple[int, Path]]:

@@ -53,6 +53,8 @@ class Folder:
         for path in paths:
             stem = path.name.partition(".")[0]
             is_file = path.is_file()
+            if not is_file and not checksums.is_finished(path) and not checksums.is_cut_short(path):
+                continue  # of the user's
             if not stem.isdecimal() or (is_file and path.suffix != ".pt" and ".pt." not in path.name):
                 continue
             is_whole = path.name == f"{stem}.pt" if is_file else path.name == stem and checksums.is_finished(path)

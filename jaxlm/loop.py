@@ -72,7 +72,9 @@ def run(config: Config, origins: dict[str, str], start: Start, started_s: float)
             # From here on a signal does not end the process, and the run folder stays.
             status = parallel.any_process(mesh, stack.enter_context(runs.interrupts(this.log)))
         stack.enter_context(contextlib.closing(this))
-        checkpoints = stack.enter_context(Checkpoints(folder, config.run.keep_checkpoints, this.log.warn))
+        record = functools.partial(runs.record_saved, this.dir)
+        keep = config.run.keep_checkpoints
+        checkpoints = stack.enter_context(Checkpoints(folder, keep, this.log.warn, record))
         state = fit(this, compiled, state, checkpoints, status)
         return finish(this, compiled, state, checkpoints, status)
 

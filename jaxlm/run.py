@@ -5,6 +5,7 @@ import datetime
 import fcntl
 import functools
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -22,7 +23,7 @@ from typing import Any, TextIO, TypeVar
 import numpy as np
 from rich.table import Table
 
-from jaxlm import checksums, environment, history, log, metrics, storage, temporary
+from jaxlm import checksums, environment, formats, history, log, metrics, storage, temporary
 from jaxlm import config as configs
 from jaxlm import start as starts
 from jaxlm import teacher as teachers
@@ -33,7 +34,7 @@ from jaxlm.data.position import Position
 from jaxlm.data.samples import Batch
 from jaxlm.errors import CLEANUPS, UserError, signals, slow
 from jaxlm.log import RunLog
-from jaxlm.start import DAMAGED, LOCK, Start
+from jaxlm.start import DAMAGED, LOCK, SAVED, Start
 from jaxlm.teacher import Teacher
 
 N_SHOWN = 4  # validation samples of the debug dump
@@ -42,6 +43,11 @@ SPIKE, SPIKE_WINDOW = 10, 50  # a gradient norm so many times the median of so m
 UNSAVED = 1  # exit status of a run whose last state could not be saved
 FILE_CHECK_S = 1.0  # between looks for the files `stop` and `save_checkpoint`
 T = TypeVar("T")
+# All that a run without a checkpoint writes into its folder; what else is there is the user's.
+OWN = (
+    *(*history.FILES, "config.toml", "tokenizer.json", "log.txt", environment.FILE, history.BASELINE, SAVED),
+    *("tensorboard", "wandb", "trace", "stop", "save_checkpoint"),
+)
 
 
 @dataclass(frozen=True)
@@ -105,10 +111,10 @@ def started(
     """
 
     def clean() -> None:
-        if start.is_retry and not made:
-            empty_run_dir(run_dir)
-        elif made or not start.run_dir:
+        if made or not start.is_retry and not start.run_dir:
             remove_run_dir(run_dir, made)
+        elif is_emptied:
+            empty_run_dir(run_dir)
         temporary.remove(cache.user_cache_dir(config.data.cache_dir), temporary.is_own)
         run_log.console.show_cursor()  # which a progress bar hides
 
@@ -117,6 +123,7 @@ def started(
     run_log = RunLog()
     log.check_loggers(config)
     run_dir, made = make_run_dir(config, start)
+    is_emptied = False
     try:
         held = lock(run_dir)  # before anything in the folder is touched, which may be another process's
     except UserError:
@@ -124,14 +131,19 @@ def started(
         raise
     CLEANUPS.append(clean)
     try:
-        if start.is_retry:
-            empty_run_dir(run_dir)
         task_class = tasks[config.task]
         config, data = prepare.prepare(config, task_class.samples, task_class(config).embedded, run_log.bytes_bar)
         start.check(data)
         if start.teacher:
             start.teacher.check(data)
         _set_aside(start, storage.checkpoints(run_dir, config.run.checkpoint_dir), run_log)
+        if start.is_retry:
+            is_emptied = True
+            empty_run_dir(run_dir)
+        if not start.run_dir:
+            _write(run_dir / SAVED, _saved(0))
+        else:
+            record_saved(run_dir, start.position().step)
         _write_settings(run_dir, config, data)
         loggers = log.open_loggers(config, run_log, run_dir, configs.flat(config), start.position().step)
         run_log.open(run_dir, loggers)
@@ -159,8 +171,7 @@ def make_run_dir(config: Config, start: Start) -> tuple[Path, list[Path]]:
     Raises UserError if it is in use or cannot be made.
     """
     if config.run.checkpoint_dir and not start.run_dir:
-        found = {path for _, path in checksums.finished_in(storage.path(config.run.checkpoint_dir))}
-        if found - set(dict(start.damaged)):
+        if checksums.finished_in(storage.path(config.run.checkpoint_dir)):
             raise UserError(
                 f"run.checkpoint_dir={config.run.checkpoint_dir}: there are checkpoints of a run already; "
                 "go on with it by --resume auto, or give a new folder"
@@ -220,19 +231,23 @@ def lock(run_dir: Path) -> TextIO:
 
 
 def empty_run_dir(path: Path) -> None:
-    """Remove what a run without a checkpoint has left; checkpoints that were set aside stay."""
-    for child in path.iterdir():
-        if child.name not in (LOCK, "checkpoints"):
-            storage.remove(child)
+    """Remove what a run without a checkpoint has left; the user's own files stay."""
+    for name in OWN:
+        storage.remove(path / name)
 
 
 def _set_aside(start: Start, folder: Path, run_log: RunLog) -> None:
     """Give damaged checkpoints of the run that goes on another name."""
     for path, what in start.damaged:
         if storage.absolute(path.parent) == storage.absolute(folder):
-            aside = path.with_name(path.name + DAMAGED)
-            storage.remove(aside)
-            path.rename(aside)
+            names = (path.with_name(f"{path.name}{DAMAGED}{n or ''}") for n in itertools.count())
+            aside = next(name for name in names if not name.exists())
+            try:
+                path.rename(aside)
+            except Exception as error:  # of a disk or a network that fails
+                raise UserError(
+                    f"{path}: damaged: {what}, and cannot be set aside ({formats.reason(error)}); move or remove it"
+                ) from error
             what += f"; it is set aside as {aside.name}"
         run_log.warn(f"{path}: damaged: {what}")
 
@@ -247,9 +262,19 @@ def _make(path: Path) -> list[Path]:
 
 def remove_run_dir(path: Path, made: list[Path]) -> None:
     """Empty the folder of a run that did not start, and remove the folders made for it."""
-    for child in path.iterdir():
-        storage.remove(child)
-    _remove_empty(made)
+    empty_run_dir(path)
+    storage.remove(path / LOCK)
+    _remove_empty([path / "checkpoints", *made])
+
+
+def record_saved(run_dir: Path, step: int) -> None:
+    """Record the step of the last whole checkpoint in a run folder: the run does not begin anew if none is found."""
+    with contextlib.suppress(OSError, UserError):  # of a full disk; the next save tries again
+        _write(run_dir / SAVED, _saved(step))
+
+
+def _saved(step: int) -> str:
+    return json.dumps({"step": step}) + "\n"
 
 
 def _remove_empty(folders: list[Path]) -> None:

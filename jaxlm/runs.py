@@ -124,9 +124,7 @@ def clean(paths: Sequence[Path], is_sure: bool) -> int:
             print("nothing is removed")
             return 1
         for checkpoint in spare:
-            if checkpoint.path.is_dir():  # cut short, it leaves none that looks whole
-                (checkpoint.path / checksums.FILE).unlink(missing_ok=True)
-            storage.remove(checkpoint.path)
+            checksums.remove(checkpoint.path)
         print(f"removed {len(spare)} checkpoint{'s' * (len(spare) != 1)}, {total}")
     return 0
 

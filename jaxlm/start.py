@@ -23,7 +23,8 @@ if TYPE_CHECKING:  # settings are read before anything that takes long to import
 
 PARTS = ("base", "head", "optimizer")
 LOCK = ".lock"  # in a run folder, locked for as long as a process works in it
-DAMAGED = ".damaged"  # at the end of the name of a checkpoint that was set aside
+SAVED = "saved.json"  # in a run folder: {"step": that of its last whole checkpoint, 0 before the first}
+DAMAGED = ".damaged"  # behind the name of a checkpoint or log that was set aside
 # What the tensors of a base model depend on; a run that starts from one has it from there.
 BASE_SETTINGS = (
     *("model.d_model", "model.n_layers", "model.n_heads", "model.vocab_size", "model.positions"),
@@ -216,10 +217,10 @@ def find(given: Mapping[str, Any], form: str) -> Start:
         parts = _parts_of_base(given, stored_form, info)
         if "head" in parts:
             path, stored_form, info, damaged = _newest(source, (*parts, "info"))
-        run, damaged = _run_of(path, source), (*start.damaged, *damaged)
+        run = _run_of(path, source)
         return Start("base", path, stored_form, info, parts, run, is_retry=start.is_retry, damaged=damaged)
     if named := given.get("distill.teacher"):
-        return dataclasses.replace(_teacher(named), is_student=True, is_retry=start.is_retry, damaged=start.damaged)
+        return dataclasses.replace(_teacher(named), is_student=True, is_retry=start.is_retry)
     return start
 
 
@@ -283,15 +284,38 @@ def table(start: Start, sizes: Mapping[str, Sequence[int]]) -> "Table":
     return result
 
 
+def last_saved(run_dir: Path) -> int:
+    """Return the step of the last whole checkpoint that a run has recorded, 0 if there was none.
+
+    A run of an earlier version has no record: its last score of the validation split counts, which is saved just after.
+    """
+    try:
+        step = checksums.read_json(run_dir / SAVED)["step"]
+        if type(step) is int:
+            return step
+    except (OSError, ValueError, KeyError):
+        pass
+    from jaxlm import history  # which imports this module
+
+    return max(
+        (row["step"] for row in history.rows(run_dir / "metrics.jsonl") if row["split"] == "validation"), default=0
+    )
+
+
 def _resume_auto(run_dir: Path, given: Mapping[str, Any], form: str) -> Start:
     # That of the run, and that of the command line, should the run folder be lost.
-    for folder in (storage.checkpoints(run_dir), storage.checkpoints(run_dir, given.get("run.checkpoint_dir", ""))):
+    named = given.get("run.checkpoint_dir", "")
+    folders = {storage.absolute(storage.checkpoints(run_dir, x)): storage.checkpoints(run_dir, x) for x in ("", named)}
+    reason = ""
+    for folder in folders.values():
         if not checksums.finished_in(folder):
             continue
         try:
             path, stored_form, info, damaged = _newest(folder, None)
         except _AllDamagedError as error:
-            return Start(is_retry=True, damaged=error.damaged)
+            broken, what = error.damaged[0]
+            reason = f"none can be used (the newest, {broken.name}: {what})"
+            continue
         if given.get("task", info["task"]) != info["task"]:
             raise UserError(f"run.dir={run_dir}: its run is of task {info['task']}; give another folder")
         if stored_form != form:
@@ -299,7 +323,23 @@ def _resume_auto(run_dir: Path, given: Mapping[str, Any], form: str) -> Start:
                 f"run.dir={run_dir}: its checkpoints are of another program ({stored_form}); "
                 f"go on from them in a new folder: --resume {run_dir} --run.dir NEW"
             )
+        owner = _run_of(path, folder.parent)
+        if owner and storage.absolute(owner).resolve() != run_dir.resolve():
+            raise UserError(
+                f"run.checkpoint_dir={folder}: these checkpoints are of the run {owner}; go on with it by --run.dir "
+                f"{owner}, or start from it in a new folder with --resume {owner}"
+            )
         return Start("resume", path, stored_form, info, PARTS, run_dir, str(run_dir), damaged=damaged)
+    if step := last_saved(run_dir):
+        reason = reason or f"there is none, and one of step {step} was saved"
+    if reason:
+        places = [str(folder) for folder in folders]
+        has_own = places == [str(run_dir.absolute() / "checkpoints")]
+        new = "--run.dir" if has_own else "--run.dir and --run.checkpoint-dir"
+        raise UserError(
+            f"run.dir={run_dir}: it cannot go on from a checkpoint in {' or '.join(places)}: {reason}; mount or "
+            f"restore that folder, give its new place with --run.checkpoint-dir, or begin anew with a new {new}"
+        )
     # What has been killed before its first checkpoint.
     return Start(is_retry=(run_dir / LOCK).exists() or not run_dir.exists())
 
@@ -341,7 +381,9 @@ def _parts_of_base(given: Mapping[str, Any], form: str, info: Mapping[str, Any])
 def _run_of(path: Path, source: Path) -> Path | None:
     """Return the folder of the run that has a checkpoint, which was found by `source`; None if that is not known."""
     for folder in (source, path.parent.parent):
-        if (folder / "config.toml").is_file() and storage.checkpoints(folder) == path.parent:
+        if (folder / "config.toml").is_file() and storage.absolute(storage.checkpoints(folder)) == storage.absolute(
+            path.parent
+        ):
             return folder
     return None
 

@@ -118,12 +118,12 @@ def test_auto_passes_over_a_save_that_was_cut_short(n_whole: int, run: Path) -> 
     assert (start.path, start.is_retry) == ((run / "checkpoints" / "6", False) if n_whole else (None, True))
 
 
-def test_auto_starts_afresh_where_all_is_damaged(run: Path) -> None:
+def test_auto_refuses_to_begin_anew_where_all_is_damaged(run: Path) -> None:
     for step in STEPS:
         damage(run, step)
-    start = find(resume="auto", run__dir=run)
-    assert (start.kind, start.path, start.is_retry) == ("afresh", None, True)
-    assert [path.name for path, _ in start.damaged] == ["9", "6", "3"]
+    place = run / "checkpoints"
+    with pytest.raises(UserError, match=rf"in {place}: none can be used \(the newest, 9: head/.* new --run.dir$"):
+        find(resume="auto", run__dir=run)
 
 
 def test_auto_refuses_another_task_and_another_program(run: Path, torch_run: Path) -> None:

@@ -112,6 +112,11 @@ def _is_plain(path: str) -> bool:
     return is_safe is not None and not any(word in path for word in ("__lock", "orbax-checkpoint-tmp"))
 
 
+def device(path: Path) -> int:
+    """Return the number of the disk that a path is on, or will be on; 0 for one that is not local."""
+    return 0 if is_remote(path) else next(x.stat().st_dev for x in (path, *path.absolute().parents) if x.exists())
+
+
 def children(folder: Path) -> list[Path]:
     """Return what is in a folder, nothing if it is not there. Raises UserError if it cannot be looked at."""
     if is_remote(folder):

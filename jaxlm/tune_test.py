@@ -155,7 +155,7 @@ def state_at(i: int) -> Any:
 def test_what_is_frozen_is_stored_once_and_is_part_of_every_checkpoint(tmp_path: Path) -> None:
     one, two = state_at(1), state_at(2)
     folder = tmp_path / "checkpoints"
-    stale = folder / checksums.FROZEN / "base" / "stale"
+    stale = folder / checksums.FROZEN / "base" / "manifest.stale"
     stale.parent.mkdir(parents=True)
     stale.write_text("of a run that ended before its first checkpoint")
     with Checkpoints(folder) as checkpoints:

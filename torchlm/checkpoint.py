@@ -7,6 +7,7 @@ import contextlib
 import math
 import os
 import pickle
+import re
 import shutil
 import time
 import zipfile
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jaxlm import checksums, convert, formats, names, start
+from jaxlm import checksums, convert, formats, names, start, storage
 from jaxlm.config import Config
 from jaxlm.errors import UserError, slow
 from jaxlm.formats import Snapshot
@@ -40,15 +41,25 @@ class Checkpoints:
     """The checkpoints in one folder, by step.
 
     `keep` of the last are kept, and the best. A save that fails tells `warn` why, and leaves the others as they are.
+    `record` gets the step of each that is whole. Checkpoints that others put into the folder are left alone.
     """
 
-    def __init__(self, folder: Path, keep: int = 1, warn: Callable[[str], None] = print):
-        self.folder, self.keep, self.warn = folder, keep, warn
+    def __init__(
+        self,
+        folder: Path,
+        keep: int = 1,
+        warn: Callable[[str], None] = print,
+        record: Callable[[int], None] = lambda step: None,
+    ):
+        self.folder, self.keep, self.warn, self.record = folder, keep, warn, record
         self.n_saved, self.stalled_s = 0, 0.0  # saves that are whole, and how long training stood still for all
         self.failed: tuple[int, str] | None = None  # step of the save that failed, if it was the last one, and why
-        for path in folder.glob("*.pt.*.tmp"):  # of a save that never came to its end
-            with contextlib.suppress(OSError):
-                path.unlink()
+        self.own = {step for step, path in checksums.checkpoints_in(folder) if path.is_file()}
+        self.device = storage.device(folder)
+        for path in storage.children(folder):
+            if re.fullmatch(r"\d+\.pt\.\d+\.tmp", path.name):  # of a save that never came to its end
+                with contextlib.suppress(OSError):
+                    path.unlink()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -64,6 +75,7 @@ class Checkpoints:
         started_s = time.monotonic()
         if state.step not in self.steps():
             try:
+                self._check_folder(state.step)
                 self.folder.mkdir(parents=True, exist_ok=True)
                 n_bytes = 3 * sum(x.nbytes for x in state.model.parameters())
                 n_free = shutil.disk_usage(self.folder).free
@@ -71,6 +83,8 @@ class Checkpoints:
                     raise OSError(f"it needs {n_bytes / 1e6:,.1f} MB, and {n_free / 1e6:,.1f} MB are free")
                 # Infinite means none: whoever reads the file compares it with losses.
                 write(self._path(state.step), content(state, info, losses.get(state.step, math.inf)))
+                self.own.add(state.step)
+                self.record(state.step)
                 self.n_saved, self.failed = self.n_saved + 1, None
                 self._remove_old(losses)
             except (OSError, RuntimeError, zipfile.BadZipFile) as error:
@@ -90,7 +104,10 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Return the steps of all that is whole."""
-        return [step for step, path in checksums.checkpoints_in(self.folder) if path.is_file()]
+        try:
+            return [step for step, path in checksums.checkpoints_in(self.folder) if step in self.own and path.is_file()]
+        except UserError:  # a disk that fails
+            return []
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """Return the state saved at `step`: `like`, changed in place."""
@@ -115,6 +132,15 @@ class Checkpoints:
                 self._path(old).unlink()
             except OSError as error:
                 self.warn(f"the checkpoint of step {old} could not be removed ({formats.reason(error)})")
+
+    def _check_folder(self, step: int) -> None:
+        """Raise OSError if a save would go to another disk than earlier ones, or replace what is not of this run."""
+        device = storage.device(self.folder)
+        if device != self.device and self.own and not self.steps():
+            raise OSError(f"{self.folder} is on another disk now, without the earlier checkpoints; mount it again")
+        self.device = device
+        if os.path.lexists(self._path(step)):
+            raise OSError(f"{self._path(step)} is there, and is not of this run; move it away")
 
     def _path(self, step: int) -> Path:
         return self.folder / f"{step}.pt"

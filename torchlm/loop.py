@@ -1,6 +1,7 @@
 """A run from settings to summary: `run` sets up, `fit` is the training loop, `finish` scores and sums up."""
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -56,7 +57,9 @@ def run(config: Config, origins: dict[str, str], start: Start, started_s: float)
         status = parallel.any_process(mesh, status)
         stack.enter_context(contextlib.closing(this))
         folder = storage.checkpoints(this.dir, config.run.checkpoint_dir)
-        checkpoints = stack.enter_context(Checkpoints(folder, config.run.keep_checkpoints, this.log.warn))
+        record = functools.partial(runs.record_saved, this.dir)
+        keep = config.run.keep_checkpoints
+        checkpoints = stack.enter_context(Checkpoints(folder, keep, this.log.warn, record))
         state = fit(this, compiled, state, checkpoints, status)
         ending = finish(this, compiled, state, checkpoints, status)
         del state  # before the processes part (parallel.joined)
