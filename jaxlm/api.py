@@ -104,8 +104,15 @@ class Continued(BaseModel):
 
 class Classified(BaseModel):
     text: str
-    label: Annotated[int | None, Field(description="null where the head of the original predicts no class")]
-    probabilities: list[float]
+    label: Annotated[
+        int | str | None,
+        Field(
+            description="name of the class, or its number if it has no name; null: the original's head predicts none"
+        ),
+    ]
+    probabilities: Annotated[
+        dict[str, float] | list[float], Field(description="by name of the class, or by number where there are no names")
+    ]
 
 
 class Predicted(BaseModel):

@@ -35,13 +35,13 @@ CASES: dict[str, tuple[str, list[str]]] = {
         "--task sst2 --data.path {files}/reviews.csv --data.text-column text",
         ["data.text_column=text", "reviews.csv", "there are 0 (sentence), 1 (label)"],
     ),
-    "label no integer": (
+    "label of another kind": (
         "--task sst2 --data.path {files}/word.csv",
-        ["word.csv, line 9", "'good'", "not an integer from 0 to 1", "set data.n_labels or data.label_column"],
+        ["word.csv, line 9", "'good'", "is a word, but others are numbers (0, 1, good)", "set data.n_labels=3"],
     ),
-    "label out of range": (
-        "--task cola --data.path {files}/five.csv",
-        ["five.csv, line 9", "'5'", "not an integer from 0 to 1", "set data.n_labels"],
+    "label of a class too many": (
+        "--task cola --data.path {files}/five.csv --data.n-labels 2",
+        ["five.csv, line 9", "data.n_labels=2", "3 classes, 0, 1, 5", "leave data.n_labels out"],
     ),
     "too small for a batch": (
         "--data.path {files}/text.txt --train.batch-size 5000",

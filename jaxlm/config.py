@@ -51,13 +51,18 @@ class DataConfig:
     label_column: str = ""  # name, or number from 0, of the column with the label; "": by usual names
     prompt_column: str = ""  # name, or number from 0, of the column with the prompt; "": by usual names
     answer_column: str = ""  # name, or number from 0, of the column with the answer; "": by usual names
-    n_labels: Annotated[int, Meta(ge=2, le=MOST)] = 2  # classes of a classification task; labels are 0 and on
+    n_labels: Count = 0  # classes that the labels have to make; 0: as many as are found in the training part
     validation_fraction: Share = 0.1  # share of articles split off where the source has no validation part
     test_fraction: Share = 0.1  # share of articles split off where the source has no test part
     split_seed: Count = 0  # seed of the hash that splits articles
     mask_fraction: Annotated[float, Meta(gt=0, lt=1)] = 0.15  # share of positions that mlm masks
     n_maskings: Count = 0  # distinct maskings used round-robin by epoch; 0: a new one in each epoch
     cache_dir: str = ""  # folder of token caches and tokenizers; "": the user's cache folder
+
+    @property
+    def n_classes(self) -> int:
+        """How many classes a classifier has; two in settings that have seen no data."""
+        return self.n_labels or 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,7 +129,7 @@ class TrainConfig:
     precision: Literal["float32", "bfloat16"] = "float32"  # of products; weights, moments and norms stay float32
     on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"  # a loss or gradient that is no number; skip: its update
     reset_optimizer: bool = False  # with --resume PATH: zero moments instead of those of the checkpoint
-    switch_training: bool = False  # with --resume PATH: the base model only, as with --init-from
+    switch_training: bool = False  # with --resume PATH or --init-from: the base model only, with a new output layer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -463,6 +468,8 @@ def _check(config: Config) -> None:
     given = (bool(config.distributed.coordinator), config.distributed.n_processes > 0, config.distributed.process >= 0)
     if any(given) and not all(given):
         raise UserError("distributed.coordinator, .n_processes and .process go together; give all three, or none")
+    if data.n_labels == 1:
+        raise UserError("data.n_labels=1: a classifier has two classes or more; leave it out to have those of the data")
     if data.path and data.hub:
         raise UserError(f"data.path={data.path} and data.hub={data.hub} name two sources; give one of them")
     if data.validation_fraction + data.test_fraction >= 1:
@@ -505,7 +512,8 @@ def warnings(config: Config, origins: dict[str, str], of_other_tasks: Iterable[s
         "model.lora_products": not config.model.lora_rank and "model.lora_rank=0",
         "train.cycle_amplitude": not config.train.cycle_steps and "train.cycle_steps=0",
         "train.reset_optimizer": config.resume in ("", "auto") and "it goes with --resume PATH",
-        "train.switch_training": config.resume in ("", "auto") and "it goes with --resume PATH",
+        "train.switch_training": (config.resume in ("", "auto") and not config.init_from)
+        and "it goes with --resume PATH and --init-from",
         **{
             f"distill.{name}": not config.distill.teacher and "there is no distill.teacher"
             for name in ("temperature", "soft_weight", "hard_weight", "cosine_weight")

@@ -176,7 +176,7 @@ def test_names_that_scripts_use_exist():
         (["--model.seq-len", "3"], ["expected int >= 4"]),
         (["--model.dropout", "1"], ["--model.dropout 1: expected float < 1.0"]),
         (["--data.mask-fraction", "0"], ["expected float > 0.0"]),
-        (["--data.n-labels", "1"], ["expected int >= 2"]),
+        (["--data.n-labels", "1"], ["data.n_labels=1", "two classes or more"]),
         (["--tokenizer.vocab-size", "299"], ["expected int >= 300"]),
         (["--train.clip-norm", "0"], ["expected float > 0.0"]),
         (["--train.learning-rate", "nan"], ["--train.learning-rate nan", "expected float"]),

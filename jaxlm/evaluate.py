@@ -18,6 +18,7 @@ from jaxlm import config as configs
 from jaxlm import hugepages, storage
 from jaxlm.config import DataConfig
 from jaxlm.convert import Parser
+from jaxlm.data.sources import numbered
 from jaxlm.errors import UserError, reported, slow
 from jaxlm.terminal import dumps
 
@@ -57,7 +58,7 @@ class Bin:
 @dataclasses.dataclass(frozen=True)
 class Mistake:
     text: str
-    label: int
+    label: int | str
     predicted: Any  # what the task predicts; None: the original's head predicts no class
     probability: float | None  # of the label; None for tasks without probabilities
     loss: float
@@ -79,6 +80,7 @@ class Evaluation:
     scores: dict[str, Score]
     calibration_error: Score | None  # expected, ECE (arXiv 1706.04599, eq. 3); None for tasks without probabilities
     bins: list[Bin]
+    classes: list[str]  # their names by number; []: there are none
     confusion: list[list[int]] | None  # [C][C + 1]: row label, column prediction, the last: no class
     worst: list[Mistake]
     warning: str
@@ -111,6 +113,7 @@ def evaluate(trained: "Trained", samples: "Samples", batch_size: int = BATCH_SIZ
         "calibration_error": told.pop("calibration_error", None),
         "scores": told,
         "bins": _bins(summed["reliability"]) if "reliability" in summed else [],
+        "classes": _class_names(task, confusion or []),
         "confusion": confusion,
         "worst": _worst(trained, samples, totals) if "prediction" in totals else [],
         "warning": task.warning(summed),
@@ -184,7 +187,13 @@ def part(trained: "Trained", split: str, given: Mapping[str, Any]) -> "tuple[Sou
     for name, value in given.items():
         config = configs.replace(config, name, value)
     source, samples = prepare.part(
-        config, trained.task.samples, trained.task.embedded, trained.tokenizer, read, RunLog(stderr=True).bytes_bar
+        config,
+        trained.task.samples,
+        trained.task.embedded,
+        trained.tokenizer,
+        read,
+        RunLog(stderr=True).bytes_bar,
+        trained.task.classes,
     )
     stored = trained.start.info.get("data")
     if not path and stored and stored != source.fingerprint:
@@ -248,6 +257,11 @@ class _Watched:
         from jaxlm.loss import cross_entropy
 
         return cross_entropy(self(tokens_BT, *args), labels_BM)  # the model's own keeps no logits
+
+
+def _class_names(task: Any, confusion: list[list[int]]) -> list[str]:
+    n = len(confusion)  # of a task of the user's own, it may be of something else
+    return list(task.classes if n == len(task.classes) else numbered(n))
 
 
 def _one(trained: "Trained", model: Any, sample: dict[str, Any]) -> dict[str, Any]:
@@ -329,18 +343,18 @@ def _bins(reliability: np.ndarray) -> list[Bin]:
 
 def _worst(trained: "Trained", samples: Any, totals: Totals) -> list[Mistake]:
     """Return the wrong predictions of the largest loss; without probabilities, all with a loss count as wrong."""
-    labels, split, losses = samples.split.labels, samples.split, totals["loss"]
+    labels, split, losses, task = samples.split.labels, samples.split, totals["loss"], trained.task
     has_probabilities = "probability" in totals
     wrong = np.flatnonzero(totals["prediction"] != labels if has_probabilities else losses > 0)
     order = np.argsort(totals["probability"][wrong] if has_probabilities else -losses[wrong], kind="stable")
     found = []
     for i in wrong[order][:N_WORST]:
         text = trained.tokenizer.decode(split.tokens[split.offsets[i] : split.offsets[i + 1]].tolist())
-        predicted = totals["prediction"][i].tolist()
-        if has_probabilities and predicted >= trained.config.data.n_labels:
-            predicted = None
+        label, predicted = int(labels[i]), totals["prediction"][i].tolist()
+        if has_probabilities:
+            label, predicted = task.label(label), task.label(predicted) if predicted < len(task.classes) else None
         probability = float(totals["probability"][i]) if has_probabilities else None
-        found.append(Mistake(text, int(labels[i]), predicted, probability, float(losses[i])))
+        found.append(Mistake(text, label, predicted, probability, float(losses[i])))
     return found
 
 
@@ -368,12 +382,12 @@ def _tell(found: Evaluation) -> None:
     if found.confusion:
         n = len(found.confusion)
         has_none = any(row[n] for row in found.confusion)
-        heads = [f"predicted {i}" for i in range(n)] + (["no class"] if has_none else [])
+        heads = [f"predicted {name}" for name in found.classes] + (["no class"] if has_none else [])
         table = Table("", title="confusion", title_style="", title_justify="left")
         for head in heads:
             table.add_column(head, justify="right")
-        for i, row in enumerate(found.confusion):
-            table.add_row(f"label {i}", *(f"{x:,}" for x in row[: len(heads)]))
+        for name, row in zip(found.classes, found.confusion, strict=True):
+            table.add_row(f"label {name}", *(f"{x:,}" for x in row[: len(heads)]))
         console.print(table)
     if found.bins:
         title = "calibration: how often predictions of some confidence are right"

@@ -23,7 +23,7 @@ def n_logits(config: Config, seq_len: int = 0) -> tuple[int, int]:
     seq_len = seq_len or model.seq_len
     kind = names.model_kind(config.task)
     if kind == "classifier":
-        classes = model.vocab_size if model.head_outputs == "vocabulary" else data.n_labels
+        classes = model.vocab_size if model.head_outputs == "vocabulary" else data.n_classes
         own = names.shapes(config) if names.own_task(config.task) else {}
         return 1, own.get("head.linear.bias", (classes,))[0]
     return seq_len if kind == "causal" else max(1, int(data.mask_fraction * seq_len)), model.vocab_size

@@ -313,7 +313,9 @@ def _info_of_1_2(tree: dict[str, Any], weights: Arrays) -> dict[str, Any]:
     if names.model_kind(task) == "classifier" and "head.linear.bias" in weights:
         n_outputs = len(weights["head.linear.bias"])
         is_slip = n_outputs == settings["model.vocab_size"]
-        settings |= {"model.head_outputs": "vocabulary"} if is_slip else {"data.n_labels": n_outputs}
+        settings |= (
+            {"model.head_outputs": "vocabulary", "data.n_labels": 2} if is_slip else {"data.n_labels": n_outputs}
+        )
     return info | {"tokenizer": None, "config": settings, "original_config": config}
 
 

@@ -127,7 +127,7 @@ def _known_shapes(config: Config) -> Shapes:
         return result
     dense = linear("head.dense", D, D) if model.head_dense != "none" and of_kind != "causal" else {}
     if of_kind == "classifier":
-        n_outputs = V if model.head_outputs == "vocabulary" else config.data.n_labels
+        n_outputs = V if model.head_outputs == "vocabulary" else config.data.n_classes
         return result | dense | linear("head.linear", D, n_outputs)
     if model.tied_embedding:
         result["head.bias"] = (V,)

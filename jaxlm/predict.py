@@ -250,18 +250,22 @@ class Classify(Predict):
 
     def __call__(self, texts: Sequence[str]) -> list[Answer]:
         answers = []
-        n_labels = self.trained.config.data.n_labels
+        task = self.trained.task
+        n_labels = len(task.classes)
         is_last = self.model.pooling == "last"
         for some, ids_BT, last_B in self._batches(texts):
             p_BC = np.asarray(self.compiled(self.trained.model, ids_BT, None, last_B if is_last else None))
             for text, p_C in zip(texts[some], p_BC, strict=False):
                 # The original's head has an output for each token of the vocabulary: those are no class.
-                label = int(p_C.argmax()) if p_C.argmax() < n_labels else None
-                answers.append({"text": text, "label": label, "probabilities": p_C[:n_labels].tolist()})
+                label = task.label(int(p_C.argmax())) if p_C.argmax() < n_labels else None
+                p = p_C[:n_labels].tolist()
+                named = p if task.has_numbers() else dict(zip(task.classes, p, strict=True))
+                answers.append({"text": text, "label": label, "probabilities": named})
         return answers
 
     def shown(self, answer: Answer) -> str:
-        told = "  ".join(f"{i}: {p:.3f}" for i, p in enumerate(answer["probabilities"]))
+        p = answer["probabilities"]
+        told = "  ".join(f"{name}: {x:.3f}" for name, x in (p.items() if isinstance(p, dict) else enumerate(p)))
         label = "none" if answer["label"] is None else answer["label"]
         return f"label {label}  ({told})  {answer['text']}"
 

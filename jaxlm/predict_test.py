@@ -91,7 +91,7 @@ def test_classes_are_those_of_the_whole_model(task: str, runs: Path, predictors:
     model, config = checkpoint.load_model(runs / task)
     ids = [classify.encode(text) for text in texts]
     expected = jax.nn.softmax(model(np.array([row + [0] * (16 - len(row)) for row in ids])))
-    n = config.data.n_labels
+    n = config.data.n_classes
     for answer, p in zip(classify(texts), np.asarray(expected), strict=True):
         np.testing.assert_allclose(answer["probabilities"], p[:n], rtol=1e-4)
         assert answer["label"] == (int(p.argmax()) if p.argmax() < n else None)

@@ -18,6 +18,7 @@ from jaxlm import config as configs
 from jaxlm import formats, names, storage, utf8
 from jaxlm.config import Config, TokenizerConfig
 from jaxlm.data import tokenizer as tokenizers
+from jaxlm.data.sources import numbered
 from jaxlm.errors import UserError
 from jaxlm.formats import Snapshot, Stored
 from jaxlm.names import Arrays, Shapes
@@ -291,8 +292,10 @@ def load(path: Path) -> Stored:
     if task == names.BASE:  # what is not of it are output layers that are of no use here
         tensors = {name: x for name, x in tensors.items() if name.startswith(family.prefix())}
     settings["task"] = task
+    class_names: tuple[str, ...] = ()
     if task == CLASSES:
         settings["data.n_labels"] = _n_labels(family, values, tensors, path / CONFIG)
+        class_names = _class_names(values, settings["data.n_labels"], path / CONFIG)
     fingerprint = None
     if any((path / name).is_file() for name in TOKENIZER):
         settings |= {"tokenizer.path": str(path), "tokenizer.lowercase": _ignores_case(path)}
@@ -300,6 +303,7 @@ def load(path: Path) -> Stored:
         fingerprint = tokenizers.fingerprint(tokenizers.read(config))
     weights = _weights(family, configs.build(settings), tensors, values.get("type_vocab_size", 2), path / WEIGHTS)
     info = {"step": 0, "task": task, "rate": 0.0, "tokenizer": fingerprint, "val_loss": None, "config": settings}
+    info["classes"] = class_names
     return Stored(f"{formats.TRANSFORMERS}{family.type}", path, stored.tree, weights, info)
 
 
@@ -371,6 +375,16 @@ def _n_labels(family: Family, values: Mapping[str, Any], tensors: Arrays, source
     if kind not in (None, "single_label_classification") or n_labels < 2:
         raise UserError(f"{source}: problem_type={json.dumps(kind)} with {n_labels} outputs: only classes can be read")
     return n_labels
+
+
+def _class_names(values: Mapping[str, Any], n: int, source: Path) -> tuple[str, ...]:
+    """Return the names of the classes by number; () where they have none but those that transformers makes up."""
+    stored = values.get("id2label") or {}
+    is_object = isinstance(stored, dict) and {str(i) for i in stored} == {str(i) for i in range(n)}
+    names = tuple(str(stored[str(i)]).strip() for i in range(n)) if is_object else ()
+    if stored and (len({*names}) < n or not all(names)):
+        raise UserError(f"{source}: id2label={json.dumps(stored)}: has to have {n} different names, by 0 to {n - 1}")
+    return () if names == tuple(f"LABEL_{i}" for i in range(n)) else names
 
 
 def _ignores_case(path: Path) -> bool:
@@ -491,7 +505,11 @@ def write(path: Path, snapshot: Snapshot, family: Family, tokenizer: Tokenizer |
     if "pad_id" in family.keys and model.pad_id < 0:
         values[family.keys["pad_id"]] = None
     if _task(config) == CLASSES:
-        labels = {str(i): f"LABEL_{i}" for i in range(config.data.n_labels)}
+        names_of = snapshot.info.get("classes") or ()
+        n = config.data.n_classes
+        if tuple(names_of) in ((), numbered(n)):
+            names_of = [f"LABEL_{i}" for i in range(n)]
+        labels = {str(i): name for i, name in enumerate(names_of)}
         values |= {"id2label": labels, "label2id": {name: int(i) for i, name in labels.items()}}
     if family is GPT2:
         article = tokenizers.special_ids(tokenizer).get("article") if tokenizer else None

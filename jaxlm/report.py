@@ -287,9 +287,10 @@ def _classes(result: dict[str, Any], name: str) -> list[str]:
     measure = "probability" if result["confusion"] else "loss"
     if result["confusion"]:
         n = len(result["confusion"])
-        lines = [[f"label {i}", *map(str, row)] for i, row in enumerate(result["confusion"])]
+        classes = result.get("classes") or range(n)  # evaluations of earlier versions have no names
+        lines = [[f"label {name}", *map(str, row)] for name, row in zip(classes, result["confusion"], strict=True)]
         has_none = any(row[n] for row in result["confusion"])
-        heads = ["", *(f"predicted {i}" for i in range(n)), "no class"][: n + 1 + has_none]
+        heads = ["", *(f"predicted {name}" for name in classes), "no class"][: n + 1 + has_none]
         parts.append(f"<h3>Confusion{page.text(f' of {name}' if name else '')}</h3>")
         parts.append(page.table(heads, [line[: len(heads)] for line in lines], "confusion"))
     worst = [[x["text"], str(x["label"]), _predicted(x["predicted"]), f"{x[measure]:.4f}"] for x in result["worst"]]

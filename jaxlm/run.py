@@ -28,7 +28,7 @@ from jaxlm import config as configs
 from jaxlm import start as starts
 from jaxlm import teacher as teachers
 from jaxlm.config import Config
-from jaxlm.data import cache, prepare
+from jaxlm.data import cache, prepare, sources
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data.position import Position
 from jaxlm.data.samples import Batch
@@ -38,6 +38,7 @@ from jaxlm.start import DAMAGED, LOCK, SAVED, Start
 from jaxlm.teacher import Teacher
 
 N_SHOWN = 4  # validation samples of the debug dump
+N_CLASSES = 30  # that are shown at the start
 MOST_ROLLBACKS = 10  # to one checkpoint
 SPIKE, SPIKE_WINDOW = 10, 50  # a gradient norm so many times the median of so many updates is told
 UNSAVED = 1  # exit status of a run whose last state could not be saved
@@ -132,7 +133,9 @@ def started(
     CLEANUPS.append(clean)
     try:
         task_class = tasks[config.task]
-        config, data = prepare.prepare(config, task_class.samples, task_class(config).embedded, run_log.bytes_bar)
+        config, data = prepare.prepare(
+            config, task_class.samples, task_class(config).embedded, run_log.bytes_bar, start.known_classes()
+        )
         start.check(data)
         if start.teacher:
             start.teacher.check(data)
@@ -153,7 +156,7 @@ def started(
         rewarmed = start.rewarmed(config.train)
         _announce(config, origins, start, rewarmed, data, run_dir, device, unused, run_log)
         run_log.append(environment.FILE, json.dumps(environment.describe(start.position().step, device)) + "\n")
-        task = task_class(config)
+        task = task_class(config, data.source.classes)
         this = Run(config, task, data, run_dir, run_log, started_s, program, start, rewarmed, held, validation)
         _write(run_dir / history.BASELINE, _recorded(this))
         yield this
@@ -482,6 +485,11 @@ def _announce(
     run_log.say(f"data    {data.source.description}")
     sizes = ", ".join(f"{len(samples):,} {split}" for split, samples in data.samples.items())
     run_log.say(f"samples {sizes}; of {config.model.seq_len} tokens, vocabulary {config.model.vocab_size:,}")
+    if data.source.classes:
+        labels = data.samples["train"].split.labels  # type: ignore[union-attr]
+        counts = np.bincount(labels, minlength=len(data.source.classes))
+        shown = [f"{name} ({n:,})" for name, n in zip(data.source.classes, counts, strict=True)]
+        run_log.say(f"classes {sources.listed(shown, N_CLASSES)}")
     run_log.say(f"device  {device}")
     if start.teacher:
         n = start.teacher.config().model.n_layers
@@ -548,6 +556,7 @@ def info(run: Run, i: int, position: Position, rate: float) -> dict[str, Any]:
         "config": configs.flat(run.config),
         "tokenizer": tokenizers.fingerprint(run.data.tokenizer),
         "data": run.data.source.fingerprint,
+        "classes": run.data.source.classes,
         "teacher": run.teacher.fingerprint if run.teacher else "",
         "rewarmed": run.rewarmed,
         "skipped": position.skipped,

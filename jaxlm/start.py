@@ -13,6 +13,7 @@ from jaxlm import checksums, convert, formats, public, storage, teacher
 from jaxlm import config as configs
 from jaxlm.config import Config, Layer, TrainConfig
 from jaxlm.data.position import Position
+from jaxlm.data.sources import listed, numbered
 from jaxlm.errors import UserError, slow
 from jaxlm.names import BASE, Arrays, Shapes, model_kind
 
@@ -76,6 +77,19 @@ class Start:
         """Return them as Config."""
         return convert.config_of(self.info["config"], self.path or Path())
 
+    def classes(self) -> tuple[str, ...]:
+        """Return the names of the classes by number, which are the numbers where the checkpoint has no names."""
+        n, names = self.config().data.n_classes, self.info.get("classes") or ()
+        if names and (len(names) != n or not all(isinstance(name, str) for name in names) or len({*names}) != n):
+            raise UserError(f"{self.path}: its classes are {names!r}, but have to be {n} different names")
+        return tuple(names) or numbered(n)
+
+    def known_classes(self) -> tuple[str, ...]:
+        """Return the classes that the labels have to be of; (): the run finds its own."""
+        if "head" in self.parts:
+            return self.classes()
+        return self.teacher.classes() if self.teacher else ()
+
     def layers(self, task: str = "") -> list[Layer]:
         """Return the settings that a run of a task takes from the checkpoint."""
         if self.path is None:
@@ -134,6 +148,13 @@ class Start:
         """Raise UserError if the data or the tokenizer are not those of the checkpoint."""
         from jaxlm.data import tokenizer as tokenizers
 
+        classes = data.source.classes
+        own = self.teacher.classes() if self.teacher and classes else classes
+        if self.teacher and own != classes and numbered(len(own)) not in (own, classes):
+            raise UserError(
+                f"distill.teacher: the classes of {self.teacher.path} are {listed(own)}, but those of {self.path} are "
+                f"{listed(classes)}; give models of the same classes, in the same order"
+            )
         wanted = self.info.get("tokenizer")
         if wanted and wanted != tokenizers.fingerprint(data.tokenizer):
             raise UserError(

@@ -328,7 +328,7 @@ def test_other_data_and_another_tokenizer_are_refused(run: Path) -> None:
     other = Tokenizer(models.WordLevel({"[UNK]": 0, "b": 1}, unk_token="[UNK]"))
 
     def data(tokenizer: Tokenizer = TOKENIZER, fingerprint: str = "a hash") -> Any:
-        source = SimpleNamespace(fingerprint=fingerprint, description="texts.txt")
+        source = SimpleNamespace(fingerprint=fingerprint, description="texts.txt", classes=())
         return SimpleNamespace(tokenizer=tokenizer, source=source)
 
     resumed, base = find(resume=run), find(init_from=run)

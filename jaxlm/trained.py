@@ -30,7 +30,7 @@ class Trained:
     def has_probabilities(self) -> bool:
         """Return whether the softmax of the logits is of the labels, which it is not with fewer outputs than labels."""
         is_classifier = names.model_kind(self.config.task) == "classifier"
-        is_short = is_classifier and flops.n_logits(self.config)[1] < self.config.data.n_labels
+        is_short = is_classifier and flops.n_logits(self.config)[1] < self.config.data.n_classes
         return self.task.has_probabilities and not is_short
 
     def __str__(self) -> str:
@@ -53,7 +53,7 @@ def load(source: str | Path, tokenizer: str = "", precision: str = "", needs_out
     read = _tokenizer(found, config, tokenizer)
     backend.configure(config)
     model = checkpoint.model_of(found, config)
-    task: Any = None if config.task == names.BASE else TASKS[config.task](config)
+    task: Any = None if config.task == names.BASE else TASKS[config.task](config, found.classes())
     return Trained(found, config, task, read, model)
 
 

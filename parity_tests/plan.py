@@ -75,7 +75,7 @@ def random_batch(config: Config, random: np.random.Generator, batch_size: int, p
         labels = np.where(np.take_along_axis(is_pad, positions, axis=1), -1, hidden).astype(np.int32)
         np.put_along_axis(tokens, positions, np.where(labels < 0, hidden, V - 1), axis=1)
         return {"tokens": tokens, "labels": labels, "positions": positions}
-    batch = {"tokens": tokens, "labels": random.integers(0, config.data.n_labels, batch_size, dtype=np.int32)}
+    batch = {"tokens": tokens, "labels": random.integers(0, config.data.n_classes, batch_size, dtype=np.int32)}
     return batch | ({"last": (lengths - 1).astype(np.int32)} if model.pooling == "last" else {})
 
 

@@ -34,7 +34,8 @@ KEYS = (
     *("version", "task_type", "iter", "sample_iter", "base_model", "lm_head"),
     *("optimizer", "lr", "val_loss", "config"),
 )
-OWN = ("tokenizer", "data", "teacher", "rewarmed", "skipped", "version")  # what the original's files do not tell
+# What the original's files do not tell.
+OWN = ("tokenizer", "data", "classes", "teacher", "rewarmed", "skipped", "version")
 
 
 class Checkpoints:

@@ -1,13 +1,14 @@
 """From settings to samples: source, tokenizer, token cache, and all checks that need no model."""
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 from tokenizers import Tokenizer
 
+from jaxlm import config as configs
 from jaxlm.config import Config, DataConfig
 from jaxlm.data import cache, sources
 from jaxlm.data import tokenizer as tokenizers
@@ -35,17 +36,23 @@ class Data:
 
 
 def prepare(
-    config: Config, samples_class: type[Any], embedded: Callable[[], Source], progress: Progress
+    config: Config,
+    samples_class: type[Any],
+    embedded: Callable[[], Source],
+    progress: Progress,
+    classes: Sequence[str] = (),
 ) -> tuple[Config, Data]:
-    """Return the samples of every split, and the settings with `model.vocab_size` filled in.
+    """Return the samples of every split, and the settings with `model.vocab_size` and `data.n_labels` filled in.
 
-    Raises UserError for a source, tokenizer or size that does not fit the settings.
+    `classes` are as in `open_source`. Raises UserError for a source, tokenizer or size that does not fit the settings.
 
     A tokenizer is trained on at most about TOKENIZER_BYTES: of more text, on articles chosen by a hash of each, so
     that they are spread evenly, the same in every process, and bounded in memory.
     """
     is_embedded = not (config.data.path or config.data.hub)
-    source = _source(config, samples_class, embedded)
+    source = _source(config, samples_class, embedded, classes)
+    if source.classes:
+        config = configs.replace(config, "data.n_labels", len(source.classes))
     cache_dir = cache.user_cache_dir(config.data.cache_dir)
 
     last = ""
@@ -83,12 +90,13 @@ def part(
     tokenizer: Tokenizer,
     split: str,
     progress: Progress,
+    classes: Sequence[str] = (),
 ) -> tuple[Source, Samples]:
-    """Return the samples of one split as a trained model has them, and their source; there may be none.
+    """Return the samples of one split as a model of these `classes` has them, and their source; there may be none.
 
     Raises UserError for a source or tokenizer that does not fit the settings.
     """
-    source = _source(config, samples_class, embedded)
+    source = _source(config, samples_class, embedded, classes)
     specials = _specials(config, tokenizer, samples_class)
     with progress("tokenizing", source.n_bytes) as on_progress:
         splits = cache.open_cache(source, tokenizer, cache.user_cache_dir(config.data.cache_dir), on_progress)
@@ -96,10 +104,13 @@ def part(
 
 
 @slow("reading the data")
-def _source(config: Config, samples_class: type[Any], embedded: Callable[[], Source]) -> Source:
-    if not (config.data.path or config.data.hub):
-        return embedded()
-    return sources.open_source(config.data, samples_class.reads)
+def _source(config: Config, samples_class: type[Any], embedded: Callable[[], Source], classes: Sequence[str]) -> Source:
+    if config.data.path or config.data.hub:
+        return sources.open_source(config.data, samples_class.reads, classes)
+    source = embedded()
+    if samples_class.reads != "labels" or source.classes:
+        return source
+    return dataclasses.replace(source, classes=tuple(classes) or sources.numbered(config.data.n_classes))
 
 
 def _with_vocab_size(config: Config, tokenizer: Tokenizer) -> Config:

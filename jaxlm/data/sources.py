@@ -17,8 +17,9 @@ import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -48,6 +49,9 @@ BATCH_BYTES = 1 << 30  # of a column in one batch, at most, if a row is no large
 PROMPT_END = "\n"  # between a prompt and its answer
 CSV_END = "\0end of file\0"  # a line behind the last one, by which a quote that is still open is noticed
 TWICE = ()  # value of a key that a JSON object has more than once; JSON has no tuples
+HIDDEN = "-1"  # label of all rows of a test part whose labels are not published
+INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
+MANY, MOST_CLASSES = 20, 100_000  # classes that may have one article each, and of any kind, unless data.n_labels is set
 
 
 Reads = Literal["text", "labels", "pairs"]  # what of a source is used: texts, these with labels, or prompts and answers
@@ -56,7 +60,7 @@ Reads = Literal["text", "labels", "pairs"]  # what of a source is used: texts, t
 class Article(NamedTuple):
     split: str  # one of SPLITS
     text: str
-    label: int  # -1: none
+    label: int  # number of its class, -1: none
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ class Source:
     notes: tuple[str, ...] = ()  # lines to show at the start
     test_refusal: str = ""  # why there can be no test score, else ""
     place: Callable[[str], str] = lambda text: ""  # file and line of an article, for people; a pass over the source
+    classes: tuple[str, ...] = ()  # their names by number; (): there are no labels, or they are such numbers
 
 
 @dataclass(frozen=True)
@@ -81,15 +86,17 @@ class _Part:
     size: int  # bytes, decompressed
     columns: tuple[Any, ...]  # text or prompt, label or answer (None: there is none), is there a header
     rows: Callable[[], Iterator[tuple[int, Any, Any]]]
+    names: tuple[str, ...] = ()  # of the classes, where labels are declared as numbers of names
 
     def place(self, number: int) -> str:
         return f"{self.name}, {'row' if self.format in ('parquet', 'hub') else 'line'} {number}"
 
 
-def open_source(config: DataConfig, reads: Reads) -> Source:
+def open_source(config: DataConfig, reads: Reads, classes: Sequence[str] = ()) -> Source:
     """Return the source that `config.path` or `config.hub` names; files of up to CHECK_LIMIT bytes are checked in full.
 
-    Raises UserError for what cannot be found, read or understood, and for a label that is none.
+    `classes` are those of the model that the labels are for; (): they are found in the training part, all of which is
+    read for that. Raises UserError for what cannot be found, read or understood, and for a label of no class.
     """
     assert config.path or config.hub, "the embedded data is not a source"
     root, files, notes = _files(config)
@@ -108,9 +115,14 @@ def open_source(config: DataConfig, reads: Reads) -> Source:
     for name in unused:
         if getattr(config, name) != getattr(DataConfig(), name):
             notes.append(f"data.{name}={getattr(config, name)} has no effect: the source has parts of its own")
-    refusal = _check_rows(parts, config, reads, shares, notes)
+    refusal, classes, ids = _check_rows(parts, config, reads, shares, classes, notes)
     contents = [(p.split, p.format, p.columns, p.content) for p in parts]
-    settings = (config.hub, config.hub_config, reads == "labels", config.split_seed if shares else 0, shares, contents)
+    settings: list[Any] = [config.hub, config.hub_config, reads == "labels", config.split_seed if shares else 0]
+    settings += [shares, contents]
+    # Labels that are such numbers already were all that could be read once, and token caches of them are kept.
+    numbers = {name: i for part in parts for i, name in enumerate(part.names)}
+    if other := {name: i for name, i in ids.items() if str(numbers.get(name, name)) != str(i)}:
+        settings.append(other)
     kinds = {part.format for part in parts}
     kind = f"{kinds.pop()} " if len(kinds) == 1 else ""
     size = f"{len(parts)} {kind}{'files' if len(parts) > 1 else 'file'}, {sum(p.size for p in parts) / 1e6:.1f} MB"
@@ -119,12 +131,18 @@ def open_source(config: DataConfig, reads: Reads) -> Source:
     return Source(
         description=f"{root} ({size})",
         fingerprint=hashlib.sha256(json.dumps(settings).encode()).hexdigest(),
-        articles=partial(_articles, parts, config, reads, shares),
+        articles=partial(_articles, parts, config, reads, shares, ids),
         n_bytes=sum(part.size for part in parts),
         notes=tuple(notes),
         test_refusal=refusal,
         place=partial(_place, parts),
+        classes=tuple(classes),
     )
+
+
+def numbered(n: int) -> tuple[str, ...]:
+    """Return the names of classes that are called by their numbers."""
+    return tuple(map(str, range(n)))
 
 
 def split_of(text: str, config: DataConfig, given: Iterable[str] = ()) -> str:
@@ -156,37 +174,40 @@ def hash_of(text: str, seed: int) -> float:
 # Rows to articles
 
 
-def _articles(parts: list[_Part], config: DataConfig, reads: Reads, shares: dict[str, float]) -> Iterator[Article]:
-    """Yield the articles of all parts. Raises UserError for a text that is none and for a label out of range."""
+def _articles(
+    parts: list[_Part], config: DataConfig, reads: Reads, shares: dict[str, float], ids: Mapping[str, int]
+) -> Iterator[Article]:
+    """Yield the articles of all parts; `ids` are the numbers of labels. Raises UserError for what is none."""
     if reads == "pairs":
         yield from _pairs(parts, config, shares)
         return
     for part in parts:
-        hidden_at = 0  # number of the first row of a test part, if its label is -1; then all must be
-        for index, (number, text, label) in enumerate(part.rows()):
-            text = "" if text is None else text
-            if not isinstance(text, str):
-                kind = type(text).__name__
-                raise UserError(f"{part.place(number)}: the text is of type {kind}, not a string; set data.text_column")
-            if reads == "text" and not text.strip():
-                continue  # a blank line; a labelled row counts in the score, so it is kept
-            value = -1
-            if reads == "labels" and part.columns[1] is not None:
-                is_integer = not isinstance(label, bool) and re.fullmatch(r"\s*-?[0-9]+\s*", str(label))
-                value = int(label) if is_integer else -2
-                if index == 0 and part.split == "test" and value == -1:
-                    hidden_at = number
-                if hidden_at and value != -1:
-                    number, label, value = hidden_at, -1, -2
-                if not 0 <= value < config.n_labels and not (hidden_at and value == -1):
-                    is_first = index == 0 and part.format in ("csv", "tsv") and not part.columns[2]
-                    header = ", or data.header=yes if this line names the columns" if is_first else ""
-                    raise UserError(
-                        f"{part.place(number)}: label {label!r} is not an integer from 0 to {config.n_labels - 1}; "
-                        f"set data.n_labels or data.label_column{header}"
-                    )
-            split = part.split if part.split != "train" else _hash_split(text, config.split_seed, shares)
-            yield Article(split, text, value)
+        hidden_at = 0  # number of the first row of a test part, if its label is hidden; then all must be
+        for index, (number, split, text, label) in enumerate(_rows(part, config, reads, shares)):
+            if index == 0 and part.split == "test" and label == HIDDEN and HIDDEN not in ids:
+                hidden_at = number
+            if hidden_at and label != HIDDEN:
+                rule = f"label {HIDDEN} hides a label, but line or row {number} has {label!r}"
+                raise UserError(f"{part.place(hidden_at)}: {rule}; hide all labels of the part or none")
+            if label and not hidden_at and label not in ids:
+                raise _unknown(part.place(number), label, ids)
+            yield Article(split, text, ids[label] if label and not hidden_at else -1)
+
+
+def _rows(
+    part: _Part, config: DataConfig, reads: Reads, shares: dict[str, float]
+) -> Iterator[tuple[int, str, str, str]]:
+    """Yield number, split, text and label of each row; "": there are no labels. Raises UserError for what is none."""
+    for number, text, label in part.rows():
+        text = "" if text is None else text
+        if not isinstance(text, str):
+            kind = type(text).__name__
+            raise UserError(f"{part.place(number)}: the text is of type {kind}, not a string; set data.text_column")
+        if reads == "text" and not text.strip():
+            continue  # a blank line; a labelled row counts in the score, so it is kept
+        split = part.split if part.split != "train" else _hash_split(text, config.split_seed, shares)
+        is_labelled = reads == "labels" and part.columns[1] is not None
+        yield number, split, text, _label(part, number, label) if is_labelled else ""
 
 
 def _pairs(parts: list[_Part], config: DataConfig, shares: dict[str, float]) -> Iterator[Article]:
@@ -219,13 +240,27 @@ def pair(split: str, prompt: str, answer: str) -> tuple[Article, Article]:
 
 
 def _check_rows(
-    parts: list[_Part], config: DataConfig, reads: Reads, shares: dict[str, float], notes: list[str]
-) -> str:
-    """Return why there can be no test score, or "", and note parts without articles. Raises UserError for bad rows."""
+    parts: list[_Part],
+    config: DataConfig,
+    reads: Reads,
+    shares: dict[str, float],
+    known: Sequence[str],
+    notes: list[str],
+) -> tuple[str, Sequence[str], dict[str, int]]:
+    """Return why there can be no test score, or "", the names of the classes, and the number of each label.
+
+    Notes parts without articles. Raises UserError for bad rows.
+    """
     counts: Counter[str] = Counter()
-    hidden = ""
+    ids: dict[str, int] = {}
+    hidden, classes = "", known
+    if reads == "labels":
+        train = [part for part in parts if part.split == "train"]
+        classes, ids = _classes(train, config, shares, known, counts, notes)
     for part in parts:
-        articles = _articles([part], config, reads, shares)
+        if reads == "labels" and part.split == "train":
+            continue  # all of it has been read for its classes
+        articles = _articles([part], config, reads, shares, ids)
         n_before = counts.total()
         for article in articles if part.size <= CHECK_LIMIT else islice(articles, 1):
             counts[article.split] += 1
@@ -233,15 +268,214 @@ def _check_rows(
                 hidden = f"the test labels of {part.name} are hidden (-1)"
                 hidden = hidden if part.columns[1] is not None else f"{part.name} has no label column"
         if counts.total() == n_before:
-            raise UserError(f"{part.name}: no article in it; give a file with text")
+            raise _no_article(part)
     if sum(part.size for part in parts) <= CHECK_LIMIT:
         if not counts["train"]:
-            fall = f"its {counts.total()} articles all fall into other parts by hash"
-            raise UserError(f"{parts[0].name}: {fall}; add articles, or lower data.validation_fraction")
+            raise _none_to_train(parts[0], counts)
         notes += [
             f"no article fell into the {split} part" for split, share in shares.items() if share and not counts[split]
         ]
-    return hidden and f"{hidden}: no test score; use --data.test-path with a labelled file"
+    refusal = hidden and f"{hidden}: no test score; use --data.test-path with a labelled file"
+    return refusal, classes, ids
+
+
+def _no_article(part: _Part) -> UserError:
+    return UserError(f"{part.name}: no article in it; give a file with text")
+
+
+def _none_to_train(part: _Part, counts: Counter[str]) -> UserError:
+    fall = f"its {counts.total()} articles all fall into other parts by hash"
+    return UserError(f"{part.name}: {fall}; add articles, or lower data.validation_fraction")
+
+
+# Labels to classes
+
+
+def _label(part: _Part, number: int, value: Any) -> str:
+    """Return the class that a label names, in one spelling whatever the format of the file.
+
+    Text is stripped, and 1.0 and "01" are "1". Raises UserError for what names no class.
+    """
+    name = ""
+    is_fraction = False
+    if isinstance(value, bool | int):
+        name = part.names[value] if 0 <= value < len(part.names) else str(value).lower()
+    elif isinstance(value, float | Decimal):
+        is_fraction = not float(value).is_integer()
+        if value == value:  # NaN is how tables of numbers have a missing one
+            name = str(value) if is_fraction else str(int(value))
+    elif isinstance(value, str):
+        name = value.strip()
+        if re.fullmatch(r"[+-]?[0-9]+\.0*", name):
+            name = name.partition(".")[0]
+        is_fraction = bool(re.fullmatch(r"[+-]?([0-9]*\.[0-9]+|inf|nan)", name.lower()))
+    elif value is not None:
+        kind = type(value).__name__
+        raise UserError(f"{part.place(number)}: the label is of type {kind}, not one word or number a row")
+    if not name:
+        mend = "write one, leave the row out, or set data.label_column"
+        raise UserError(f"{part.place(number)}: the label is missing; {mend}")
+    if is_fraction:
+        rule = "is no class: classes are words, true and false, or whole numbers"
+        mend = "to predict a number, write a task (jaxlm/tasks/README.md), or set data.label_column"
+        raise UserError(f"{part.place(number)}: label {value!r} {rule}; {mend}")
+    if INTEGER.fullmatch(name):
+        return str(int(name))
+    return name.lower() if name.lower() in ("true", "false") else name
+
+
+def _classes(
+    train: list[_Part],
+    config: DataConfig,
+    shares: dict[str, float],
+    known: Sequence[str],
+    counts: Counter[str],
+    notes: list[str],
+) -> tuple[Sequence[str], dict[str, int]]:
+    """Return the names of the classes and the number of each label, from all labels of the training files.
+
+    Adds the articles of each split to `counts`. Raises UserError for labels that make no classes, and for one outside
+    of train that train lacks.
+    """
+    labels: dict[str, Counter[str]] = {split: Counter() for split in SPLITS}
+    places: dict[tuple[str, str], str] = {}  # where a split has a label first
+    for part in train:
+        n_before, first = counts.total(), ("", "")
+        for number, split, _, label in _rows(part, config, "labels", shares):
+            counts[split] += 1
+            labels[split][label] += 1
+            if (split, label) not in places:
+                places[split, label] = part.place(number)
+                if len(labels["train"]) > MOST_CLASSES and not config.n_labels and not known:
+                    raise _too_many(labels["train"], part)
+            first = first if first[0] else (label, part.place(number))
+        if counts.total() == n_before:
+            raise _no_article(part)
+        if part.format in ("csv", "tsv") and not part.columns[2] and config.header == "auto":
+            _check_first(*first, labels, known)
+    if not counts["train"]:
+        raise _none_to_train(train[0], counts)
+    if known:
+        ids = _known_ids(labels, places, known, train[0].names, notes)
+    else:
+        known = _new_classes(labels["train"], places, train, config, notes)
+        ids = {name: i for i, name in enumerate(known)}
+    for (_, label), place in places.items():
+        if label not in ids:
+            raise _unknown(place, label, ids)
+    return known, ids
+
+
+def _known_ids(
+    labels: Mapping[str, Counter[str]],
+    places: Mapping[tuple[str, str], str],
+    known: Sequence[str],
+    declared: Sequence[str],
+    notes: list[str],
+) -> dict[str, int]:
+    """Return the number of each label among the classes of a model. Raises UserError for one that it has not."""
+    all_labels = set().union(*labels.values())
+    ids = {name: i for i, name in enumerate(known)}
+    if all_labels <= ids.keys():
+        return ids
+    folded = {name.casefold(): i for i, name in enumerate(known)}
+    if len(folded) == len(known) and all(label.casefold() in folded for label in all_labels):
+        notes.append(f"labels are matched with the classes {listed(known)} whatever their case")
+        return ids | {label: folded[label.casefold()] for label in all_labels}
+    by_number = {name: i for i, name in enumerate(numbered(len(known)))}
+    if all_labels <= by_number.keys() and not any(INTEGER.fullmatch(name) for name in known):
+        notes.append(f"labels are taken as the numbers, from 0, of the classes {listed(known)}")
+        return by_number
+    if tuple(known) == numbered(len(declared)) and all_labels <= set(declared):
+        return {name: i for i, name in enumerate(declared)}
+    place, label = next((place, label) for (_, label), place in places.items() if label not in ids)
+    mend = " (--train.switch-training true begins with a new output layer)"
+    raise UserError(f"{_unknown(place, label, known)}{mend}")
+
+
+def _new_classes(
+    labels: Counter[str],
+    places: Mapping[tuple[str, str], str],
+    train: list[_Part],
+    config: DataConfig,
+    notes: list[str],
+) -> Sequence[str]:
+    """Return the classes, in order, that the labels of the training part make. Raises UserError for fewer than two."""
+    n = config.n_labels
+    if set(labels) <= set(train[0].names) and (not n or n == len(train[0].names)):
+        return train[0].names
+    if n > 1 and set(labels) <= set(numbered(n)):
+        return numbered(n)
+    words = [name for name in labels if not INTEGER.fullmatch(name)]
+    classes = sorted(labels, key=None if words else int)
+    rarest = min(classes, key=labels.__getitem__)
+    if len(classes) == 1:
+        rule = f"all labels of the training part are {listed(classes)}, and a classifier needs two classes or more"
+        raise UserError(f"{train[0].name}: {rule}; add rows with other labels, or set data.label_column")
+    if n and n != len(classes):
+        mend = f"correct the labels, or leave data.n_labels out; the rarest, {listed([rarest])}, is first in"
+        raise UserError(
+            f"data.n_labels={n}, but the labels make {len(classes)} classes, {listed(classes)}; "
+            f"{mend} {places['train', rarest]}"
+        )
+    if not n and 0 < len(words) < len(classes):
+        raise UserError(
+            f"{places['train', words[0]]}: label {words[0]!r} is a word, but others are numbers ({listed(classes)}); "
+            f"correct it, or set data.n_labels={len(classes)} if all of them are classes"
+        )
+    if not n and len(classes) > MANY and 2 * len(classes) > labels.total():
+        raise _too_many(labels, train[0])
+    alike: dict[str, list[str]] = {}
+    for name in classes:
+        alike.setdefault("".join(name.casefold().split()), []).append(name)
+    notes += [
+        f"the classes {' and '.join(map(repr, some))} differ in case or blanks only"
+        for some in alike.values()
+        if len(some) > 1
+    ]
+    if labels[rarest] == 1:
+        n_single = sum(count == 1 for count in labels.values())
+        notes.append(
+            f"{n_single} of {len(classes)} classes have one article to learn from, such as {listed([rarest])} "
+            f"({places['train', rarest]})"
+        )
+    return classes
+
+
+def _check_first(label: str, place: str, labels: Mapping[str, Counter[str]], known: Sequence[str]) -> None:
+    """Raise UserError if the label of the first row of a table without a header looks like the name of a column."""
+    counts: Counter[str] = sum(labels.values(), Counter())
+    others = [other for other in counts if other != label]
+    if others and counts[label] == 1 and label not in known and not INTEGER.fullmatch(label):
+        is_among_classes = len(others) > 1 and all(counts[other] > 1 for other in others)
+        if known or is_among_classes or all(INTEGER.fullmatch(other) for other in others):
+            raise UserError(
+                f"{place}: label {label!r} is in no other row; set data.header=yes if this line names the columns, or "
+                "data.header=no if it does not"
+            )
+
+
+def _too_many(labels: Counter[str], part: _Part) -> UserError:
+    n, some = len(labels), listed(list(labels), 3)
+    return UserError(
+        f"{part.name}: its {labels.total()} labels make {n} or more classes ({some}): is its column that of the label? "
+        "Set data.label_column, or data.n_labels to the number of classes"
+    )
+
+
+def _unknown(place: str, label: str, classes: Iterable[str]) -> UserError:
+    classes = list(classes)
+    return UserError(
+        f"{place}: label {label!r} is none of the classes {listed(classes)}{nearest(label, classes)}; "
+        "correct it, leave the row out, or train with rows that have it"
+    )
+
+
+def listed(names: Sequence[str], most: int = 10) -> str:
+    """Return the first of some names for a person, and how many more there are."""
+    shown = [name if len(name) <= 40 else f"{name[:37]}..." for name in names[:most]]
+    more = [f"{len(names) - most} more"] if len(names) > most else []
+    return ", ".join([name if name.isprintable() else repr(name) for name in shown] + more)
 
 
 # Local files: which
@@ -378,6 +612,7 @@ def _file_part(path: Path, split: str, config: DataConfig, reads: Reads) -> _Par
     text: Any = None
     label: Any = None
     more: tuple[Any, ...] = (False,)
+    class_names: tuple[str, ...] = ()
     if kind in ("csv", "tsv"):
         dialect, n_columns, is_header, text, label = _csv_columns(path, kind, head, split, config, reads)
         rows = partial(_csv_rows, path, dialect, n_columns, is_header, text, label)
@@ -392,6 +627,8 @@ def _file_part(path: Path, split: str, config: DataConfig, reads: Reads) -> _Par
         if len(set(names)) == len(names):  # else names do not tell columns apart
             text, label = names[text], None if label is None else names[label]
         rows = partial(_json_rows if kind == "jsonl" else _parquet_rows, path, text, label)
+        if kind == "parquet":
+            (class_names,) = _guarded(partial(_parquet_class_names, path, label), failure)
     else:
         rows = partial(_wikitext_rows if kind == "wikitext" else _text_rows, path)
     return _Part(
@@ -402,6 +639,7 @@ def _file_part(path: Path, split: str, config: DataConfig, reads: Reads) -> _Par
         size=size,
         columns=(text, label, *more),
         rows=partial(_guarded, rows, failure),
+        names=class_names,
     )
 
 
@@ -671,6 +909,15 @@ def _parquet_names(path: Path) -> Iterator[list[str]]:
         yield list(pyarrow.parquet.read_schema(plain).names)
 
 
+def _parquet_class_names(path: Path, label: str | int | None) -> Iterator[tuple[str, ...]]:
+    import pyarrow.parquet
+
+    with _plain_file(path) as plain:
+        stored = (pyarrow.parquet.read_schema(plain).metadata or {}).get(b"huggingface")
+    features = json.loads(stored)["info"]["features"] if stored else {}
+    yield tuple(features.get(label, {}).get("names") or ())
+
+
 def _parquet_rows(path: Path, text: str | int, label: str | int | None) -> Iterator[tuple[int, Any, Any]]:
     import pyarrow.parquet
 
@@ -810,9 +1057,15 @@ def _hub_parts(config: DataConfig, reads: Reads, named: set[str], notes: list[st
                 size=rows.data.nbytes,
                 columns=(text, label, is_wikitext),
                 rows=partial(_guarded, partial(_hub_rows, rows, text, label, is_wikitext), f"{part}: cannot be read"),
+                names=_names_of(rows.features, label),
             )
         )
     return parts
+
+
+def _names_of(features: Any, label: str | None) -> tuple[str, ...]:
+    """Return the names that a column of `datasets` has for its numbers, if it has any."""
+    return tuple(getattr(features[label], "names", None) or ()) if label else ()
 
 
 def _hub_rows(rows: Any, text: str, label: str | None, is_wikitext: bool) -> Iterator[tuple[int, Any, Any]]:

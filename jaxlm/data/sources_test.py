@@ -11,10 +11,12 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -303,20 +305,20 @@ def test_columns_by_name_and_number(tmp_path):
     assert rows(path, text_column="2", label_column="1", header="yes") == [("good", 1), ("bad", 0)]
     assert texts(path, text_column="body") == ["good", "bad"]
     path = write_parquet(tmp_path / "a.parquet", id=[7], stars=[1], body=["good"])
-    assert rows(path, text_column="2", label_column="stars") == [("good", 1)]
+    assert rows(path, text_column="2", label_column="stars", n_labels=2) == [("good", 1)]
 
 
 def test_usual_names_in_order_of_preference(tmp_path):
-    assert rows(write(tmp_path / "a.csv", "review,Sentence,target,Label\nr,s,0,1\n")) == [("s", 1)]
+    assert rows(write(tmp_path / "a.csv", "review,Sentence,target,Label\nr,s,0,1\n"), n_labels=2) == [("s", 1)]
 
 
 def test_header_auto_yes_and_no(tmp_path):
     headless = write(tmp_path / "a.tsv", "good\t1\nbad\t0\n")
     columns = {"text_column": "0", "label_column": "1"}
     assert rows(headless, **columns) == [("good", 1), ("bad", 0)]
-    assert rows(headless, header="yes", **columns) == [("bad", 0)]
+    assert rows(headless, header="yes", n_labels=2, **columns) == [("bad", 0)]
     headed = write(tmp_path / "b.tsv", "sentence\tlabel\ngood\t1\n")
-    assert rows(headed) == rows(headed, header="yes") == [("good", 1)]
+    assert rows(headed, n_labels=2) == rows(headed, n_labels=2, header="yes") == [("good", 1)]
     assert texts(headed, header="no", text_column="0") == ["sentence", "good"]
     assert texts(write(tmp_path / "c.csv", "only column\nno header\n")) == ["only column", "no header"]
 
@@ -595,28 +597,209 @@ def test_split_that_leaves_nothing_to_train_on_is_an_error(tmp_path):
 # Labels
 
 
-@pytest.mark.parametrize("value", ["2", "-1", "1.0", "yes", "", "-2"])
-def test_bad_label_names_the_line(tmp_path, value):
-    path = write(tmp_path / "a.tsv", f"text\tlabel\none\t1\n\ntwo\t{value}\n")
-    message = failure("labels", path=path)
-    assert f"{path}, line 4: label {value!r} is not an integer from 0 to 1" in message
-    assert "data.n_labels" in message and "data.label_column" in message
+# name: (labels as Python has them, the classes that they make)
+KINDS: dict[str, tuple[list[Any], list[str]]] = {
+    "numbers from 0": ([0, 1, 0, 1], ["0", "1"]),
+    "numbers from 1": ([1, 2, 2, 1], ["1", "2"]),
+    "numbers with a gap": ([10, 2, 9, 10], ["2", "9", "10"]),
+    "numbers below 0": ([1, -1, 1, -1], ["-1", "1"]),
+    "numbers with a point": ([2.0, 1.0, 3.0, 1.0], ["1", "2", "3"]),
+    "words": (["positive", "negative", "neutral", "positive"], ["negative", "neutral", "positive"]),
+    "words of any letters": (["très bon", "плохо", "très bon", "a b"], ["a b", "très bon", "плохо"]),
+    "words with a number": (["2 stars", "1 star", "1 star", "2 stars"], ["1 star", "2 stars"]),
+    "true and false": ([True, False, False, True], ["false", "true"]),
+}
+TEXTS = ["one", "two", "three", "four"]
 
 
-def test_bad_label_is_found_in_every_format(tmp_path):
-    path = write(tmp_path / "a.csv", '\ntext,label\n"a\nb",1\n"c\n\nd",0\ne,9\n')
-    assert f"{path}, line 8: label '9'" in failure("labels", path=path)
-    path = write(tmp_path / "a.jsonl", '{"text": "a", "label": 1}\n\n{"text": "b", "label": true}\n')
-    assert f"{path}, line 3: label True" in failure("labels", path=path)
-    path = write_parquet(tmp_path / "a.parquet", text=["a", "b"], label=[1, None])
-    assert f"{path}, row 2: label None" in failure("labels", path=path)
-    path = write(tmp_path / "b.csv", "body,stars\na,1\n")
-    assert "data.header=yes" in failure("labels", path=path, text_column="0", label_column="1")
+def labelled(folder: Path, form: str, labels: list[Any], texts: Sequence[str] = TEXTS) -> str:
+    """Write a file of texts with labels, as the libraries of tables write one."""
+    path = folder / f"a.{form.partition(' ')[0]}"
+    if form in ("csv", "tsv"):
+        separator = {"csv": ",", "tsv": "\t"}[form]
+        return write(
+            path, "".join(f"{a}{separator}{b}\n" for a, b in [("text", "label"), *zip(texts, labels, strict=True)])
+        )
+    if form == "jsonl":
+        lines = [json.dumps({"text": a, "label": b}) for a, b in zip(texts, labels, strict=True)]
+        return write(path, "\n".join(lines) + "\n")
+    column: Any = labels
+    if form == "parquet with categories":
+        column = pa.array(labels).dictionary_encode()
+    return write_parquet(path, text=list(texts), label=column)
+
+
+@pytest.mark.parametrize("form", ["csv", "tsv", "jsonl", "parquet", "parquet with categories"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_labels_of_any_kind_make_classes(tmp_path, kind, form):
+    labels, classes = KINDS[kind]
+    if form == "parquet with categories" and kind == "true and false":
+        pytest.skip("Arrow has no categories of these")
+    path = labelled(tmp_path, form, labels)
+    source = open_source(DataConfig(path=path, **WHOLE), "labels")
+    assert list(source.classes) == classes
+    names = [str(int(label) if isinstance(label, float) else label).lower() for label in labels]
+    assert [classes[article.label] for article in source.articles()] == names
+    assert rows(path, n_labels=len(classes)) == rows(path)  # which is a check only
+
+
+def test_labels_are_stripped_and_one_in_every_spelling(tmp_path):
+    path = labelled(tmp_path, "csv", [" yes", "no  ", "yes", "no"])
+    assert open_source(DataConfig(path=path, **WHOLE), "labels").classes == ("no", "yes")
+    path = labelled(tmp_path, "csv", ["1.0", "01", " 2", "+2"])
+    assert [label for _, label in rows(path)] == [0, 0, 1, 1]
+    path = labelled(tmp_path, "csv", ["True", "FALSE", "true", "False"])
+    assert [label for _, label in rows(path)] == [1, 0, 1, 0]
+
+
+def test_classes_that_are_much_alike_or_rare_are_noted(tmp_path):
+    path = labelled(tmp_path, "csv", ["Good", "good", "bad", "bad"])
+    notes = " ".join(open_source(DataConfig(path=path, **WHOLE), "labels").notes)
+    assert "'Good' and 'good' differ in case or blanks only" in notes
+    assert f"2 of 3 classes have one article to learn from, such as Good ({path}, line 2)" in notes
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (["good", "", "bad", "good"], ["line 3", "label is missing", "data.label_column"]),
+        (["good", "  ", "bad", "good"], ["line 3", "label is missing"]),
+        (["1", "0", "1.5", "0"], ["line 4: label '1.5' is no class", "tasks/README.md"]),
+        ([".5", "0", "1", "0"], ["line 2: label '.5' is no class"]),
+        (["1", "0", "nan", "0"], ["line 4: label 'nan' is no class"]),
+        (["1", "0", "good", "0"], ["line 4: label 'good' is a word", "0, 1, good", "data.n_labels=3"]),
+        (["good", "good", "good", "good"], ["all labels", "are good", "two classes or more"]),
+    ],
+)
+def test_labels_that_make_no_classes_are_named_with_their_line(tmp_path, labels, said):
+    message = failure("labels", path=labelled(tmp_path, "csv", labels), **WHOLE)
+    assert all(words in message for words in said), message
+
+
+@pytest.mark.parametrize(
+    ("form", "labels", "said"),
+    [
+        ("jsonl", ["a", None, "b", "a"], "line 2: the label is missing"),
+        ("jsonl", ["a", ["b"], "b", "a"], "line 2: the label is of type list"),
+        ("jsonl", [1, float("nan"), 2, 1], "line 2: the label is missing"),
+        ("jsonl", [1, 0.5, 2, 1], "line 2: label 0.5 is no class"),
+        ("jsonl", [1, True, 2, 1], "line 2: label 'true' is a word"),
+        ("parquet", [1.0, float("nan"), 2.0, 1.0], "row 2: the label is missing"),
+        ("parquet", [1, None, 2, 1], "row 2: the label is missing"),
+        ("parquet", [True, None, False, True], "row 2: the label is missing"),
+    ],
+)
+def test_bad_label_is_found_in_every_format(tmp_path, form, labels, said):
+    assert said in failure("labels", path=labelled(tmp_path, form, labels), **WHOLE)
+
+
+def test_number_of_a_bad_label_counts_blank_lines(tmp_path):
+    path = write(tmp_path / "a.csv", '\ntext,label\n"a\nb",1\nx,1\n"c\n\nd",0\ny,0\ne,9\n')
+    message = failure("labels", path=path, n_labels=2, **WHOLE)
+    assert "data.n_labels=2, but the labels make 3 classes, 0, 1, 9; correct" in message
+    assert message.endswith(f"the rarest, 9, is first in {path}, line 10")
+
+
+def test_column_of_texts_is_not_taken_for_that_of_labels(tmp_path):
+    texts = [f"text {i}" for i in range(30)]
+    path = labelled(tmp_path, "csv", texts, texts)
+    message = failure("labels", path=path, **WHOLE)
+    assert "30 labels make 30 or more classes" in message and "data.label_column" in message
+    assert len(open_source(DataConfig(path=path, n_labels=30, **WHOLE), "labels").classes) == 30
+    path = labelled(tmp_path, "csv", [f"{i % 15}" for i in range(30)], texts)
+    assert len(open_source(DataConfig(path=path, **WHOLE), "labels").classes) == 15
+
+
+@pytest.mark.parametrize("first", [("stars", "1", "0", "1"), ("mood", "good", "bad", "good", "bad")])
+def test_name_of_a_column_is_no_class(tmp_path, first):
+    path = write(tmp_path / "b.csv", "".join(f"t{i},{label}\n" for i, label in enumerate(first)))
+    columns = {"text_column": "0", "label_column": "1"}
+    message = failure("labels", path=path, **columns, **WHOLE)
+    assert f"line 1: label {first[0]!r} is in no other row" in message and "data.header=yes" in message
+    assert len(rows(path, header="yes", **columns)) == len(first) - 1
+    n = len({*first})
+    assert len(rows(path, header="no", n_labels=n, **columns)) == len(first)
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_label_that_train_lacks_is_named_with_its_row(tmp_path, split):
+    write(tmp_path / "train.tsv", "text\tlabel\none\tgood\ntwo\tbad\n")
+    write(tmp_path / f"{split}.tsv", "text\tlabel\none\tbad\n\ntwo\tgoood\n")
+    message = failure("labels", path=str(tmp_path), validation_fraction=0, test_fraction=0)
+    assert f"{split}.tsv, line 4: label 'goood' is none of the classes bad, good; did you mean good?" in message
+
+
+def test_label_that_only_a_part_split_off_has_is_named_with_its_row(tmp_path):
+    config = DataConfig(path=str(tmp_path / "a.csv"), test_fraction=0)
+    rare = next(f"text {i}" for i in range(100) if split_of(f"text {i}", config) == "validation")
+    labelled(tmp_path, "csv", ["a", "b", "a", "c"], ["one", "two", "four", rare])
+    assert "line 5: label 'c' is none of the classes a, b" in failure("labels", path=config.path, test_fraction=0)
 
 
 def test_more_labels_where_n_labels_says_so(tmp_path):
     path = write(tmp_path / "a.tsv", "text\tlabel\none\t2\n")
     assert rows(path, n_labels=3) == [("one", 2)]
+    assert open_source(DataConfig(path=path, n_labels=3, **WHOLE), "labels").classes == ("0", "1", "2")
+
+
+def test_numbers_of_classes_have_the_fingerprint_that_they_always_had(tmp_path):
+    path = labelled(tmp_path, "csv", [0, 1, 0, 1])
+    content = [["train", "csv", [0, 1, True], hashlib.sha256(Path(path).read_bytes()).hexdigest()]]
+    settings = ["", "", True, 0, {"test": 0.0, "validation": 0.0}, content]
+    expected = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+    for given in ({}, {"n_labels": 2}, {"n_labels": 5}):
+        source = open_source(DataConfig(path=path, **given, **WHOLE), "labels")
+        assert source.fingerprint == expected
+    # Ids of a token cache are those of the classes, so another order of them is other data.
+    found = {
+        open_source(DataConfig(path=path, **WHOLE), "labels", order).fingerprint for order in (["1", "0"], ["0", "1"])
+    }
+    assert len(found) == 2 and expected in found
+
+
+# classes of a model, labels of a file, numbers of these
+KNOWN: dict[str, tuple[list[str], list[Any], list[int]]] = {
+    "the same words": (["b", "a"], ["a", "b", "a", "b"], [1, 0, 1, 0]),
+    "some of the words": (["c", "b", "a"], ["a", "c", "a", "c"], [2, 0, 2, 0]),
+    "another case": (["POSITIVE", "NEGATIVE"], ["positive", "negative", "positive", "negative"], [0, 1, 0, 1]),
+    "their numbers": (["NEGATIVE", "POSITIVE"], [0, 1, 0, 1], [0, 1, 0, 1]),
+    "other numbers": (["2", "1"], [1, 2, 1, 2], [1, 0, 1, 0]),
+    "no names": (["0", "1", "2"], [0, 2, 0, 2], [0, 2, 0, 2]),
+}
+
+
+@pytest.mark.parametrize("kind", KNOWN)
+def test_labels_are_matched_with_the_classes_of_a_model(tmp_path, kind):
+    classes, labels, ids = KNOWN[kind]
+    path = labelled(tmp_path, "csv", labels)
+    source = open_source(DataConfig(path=path, **WHOLE), "labels", classes)
+    assert list(source.classes) == classes
+    assert [article.label for article in source.articles()] == ids
+
+
+@pytest.mark.parametrize(
+    ("classes", "label"),
+    [(["a", "b"], "c"), (["1", "2"], 0), (["NEGATIVE", "POSITIVE"], 2), (["0", "1"], "good"), (["a", "A"], "á")],
+)
+def test_label_that_a_model_does_not_know_is_named_with_its_row(tmp_path, classes, label):
+    path = labelled(tmp_path, "jsonl", [label, label, label, label])
+    with pytest.raises(UserError, match=f"line 1: label '{label}' is none of the classes {classes[0]}, {classes[1]}"):
+        open_source(DataConfig(path=path, **WHOLE), "labels", classes)
+
+
+def test_names_that_a_data_set_declares_are_its_classes(tmp_path):
+    """A file in Parquet as `datasets` writes it, and the data set itself; both have numbers with names."""
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["pos", "neg"])})
+    table = datasets.Dataset.from_dict({"text": TEXTS, "label": [1, 0, 0, 1]}, features=features)
+    table.to_parquet(tmp_path / "train.parquet")
+    for settings in ({"path": str(tmp_path / "train.parquet")}, {"hub": str(tmp_path)}):
+        source = open_source(DataConfig(**settings, **WHOLE), "labels")
+        assert source.classes == ("pos", "neg")
+        assert [article.label for article in source.articles()] == [1, 0, 0, 1]
+        # A checkpoint from before there were names goes on.
+        other = open_source(DataConfig(**settings, **WHOLE), "labels", ["0", "1"])
+        assert other.fingerprint == source.fingerprint and other.classes == ("0", "1")
+        assert list(other.articles()) == list(source.articles())
 
 
 def glue(folder: Path, test: str) -> str:
@@ -729,9 +912,12 @@ def test_damaged_tables(tmp_path):
 
 def test_large_files_are_checked_as_they_are_used(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "CHECK_LIMIT", 10)
-    path = write(tmp_path / "a.tsv", "text\tlabel\none\t1\ntwo\t7\n")
-    source = open_source(DataConfig(path=path), "labels")
-    with pytest.raises(UserError, match="line 3: label '7'"):
+    write(tmp_path / "a.tsv", "text\tlabel\none\t1\ntwo\t7\n")
+    write(tmp_path / "b.tsv", "text\tlabel\none\t1\ntwo\t8\n")
+    config = DataConfig(path=str(tmp_path / "a.tsv"), validation_path="b.tsv", test_fraction=0)
+    source = open_source(config, "labels")
+    assert source.classes == ("1", "7")
+    with pytest.raises(UserError, match="b.tsv, line 3: label '8'"):
         list(source.articles())
 
 
@@ -840,7 +1026,8 @@ def test_hub_set_with_hidden_labels(tmp_path):
     assert source.test_refusal == "" and list(source.articles())[-1] == Article("test", "four", 1)
     assert "data.text_column=nothing: no such column" in failure("labels", hub=hub, text_column="nothing")
     write_parquet(tmp_path / "set" / "train.parquet", sentence=["one", "two"], label=[1, 5], idx=[0, 1])
-    assert f"{hub}, train, row 2: label 5" in failure("labels", hub=hub)
+    message = failure("labels", hub=hub, n_labels=3)
+    assert "data.n_labels=3, but the labels make 2 classes, 1, 5" in message and f"{hub}, train, row 1" in message
 
 
 def test_hub_wikitext_is_grouped(tmp_path):

@@ -1,6 +1,7 @@
 """What a task is: a model, its samples, a loss and scores, and what to show a person."""
 
 import abc
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from tokenizers import Tokenizer
 from jaxlm import metrics
 from jaxlm.config import Config
 from jaxlm.data.samples import Batch
-from jaxlm.data.sources import Source
+from jaxlm.data.sources import Source, numbered
 from jaxlm.loss import Totals
 
 
@@ -24,8 +25,9 @@ class Task(abc.ABC):
     lower_is_better: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "bits_per_byte")  # of the scores
     has_probabilities: ClassVar[bool] = False  # the softmax of the logits is of the labels: jaxlm.predict gives it
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, classes: Sequence[str] = ()):
         self.config = config
+        self.classes = tuple(classes) or numbered(config.data.n_classes)  # their names by number, of a classifier
         self.dtype = jnp.bfloat16 if config.train.precision == "bfloat16" else jnp.float32
 
     @abc.abstractmethod
@@ -62,6 +64,14 @@ class Task(abc.ABC):
         Used by tasks of labels without probabilities.
         """
         return {"prediction": prediction.tolist()}
+
+    def label(self, i: int) -> int | str:
+        """Return the name of class `i`; its number where that is its name, and where there is no such class."""
+        return i if self.has_numbers() or not 0 <= i < len(self.classes) else self.classes[i]
+
+    def has_numbers(self) -> bool:
+        """Return whether the names of the classes are their numbers."""
+        return self.classes == numbered(len(self.classes))
 
     def warning(self, totals: Any) -> str:
         """Return one line on totals that look like a collapsed model, or ""."""

@@ -31,14 +31,14 @@ class Sst2(Task):
         return embedded.sentences("sst2")
 
     def build_model(self, rngs: nnx.Rngs) -> Classifier:
-        return Classifier(self.config.model, self.config.data.n_labels, self.dtype, rngs)
+        return Classifier(self.config.model, self.config.data.n_classes, self.dtype, rngs)
 
     def loss(self, model: Classifier, batch: dict[str, Array], key: Array | None) -> Totals:
         return self.totals(model(batch["tokens"], key, batch.get("last")), batch["labels"])
 
     def totals(self, logits_BC: Array, labels_B: Array) -> Totals:
         """Return what `loss` does, of logits."""
-        C = self.config.data.n_labels
+        C = self.config.data.n_classes
         # The original's head has an output for each token of the vocabulary: those are no class.
         predictions_B = jnp.minimum(logits_BC.argmax(axis=-1), C)
         # The row of an ignored label, -1, is zero.
@@ -57,19 +57,21 @@ class Sst2(Task):
         }
 
     def baseline(self, samples: Any) -> metrics.Scores:
-        return self.scores(metrics.majority(np.asarray(samples.split.labels), self.config.data.n_labels))
+        return self.scores(metrics.majority(np.asarray(samples.split.labels), self.config.data.n_classes))
 
     def show(self, batch: Batch, predictions: Array, tokenizer: Tokenizer) -> str:
         """Return each sentence with its label and the predicted one, wrong ones marked."""
         lines = []
         for tokens, label, guess in zip(batch["tokens"], batch["labels"], predictions, strict=True):
             mark = " " if guess == label else "*"
-            lines.append(f"{mark} label {label}, predicted {guess}: {tokenizer.decode(tokens.tolist())}")
+            said = f"label {self.label(int(label))}, predicted {self.label(int(guess))}"
+            lines.append(f"{mark} {said}: {tokenizer.decode(tokens.tolist())}")
         return "\n".join(lines)
 
     def warning(self, totals: Any) -> str:
         predicted = np.asarray(totals["confusion"]).sum(axis=0)
         if np.count_nonzero(predicted) != 1:
             return ""
-        name = f"class {predicted.argmax()}" if predicted.argmax() < self.config.data.n_labels else "no class"
+        guess = int(predicted.argmax())
+        name = f"class {self.label(guess)}" if guess < len(self.classes) else "no class"
         return f"the model predicts {name} for every sample: it has learned nothing yet"

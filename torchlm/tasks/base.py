@@ -4,6 +4,7 @@ Samples, scores, baseline and what to show a person know no framework and are in
 """
 
 import abc
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,14 +12,16 @@ from torch import Tensor, nn
 
 from jaxlm import tasks
 from jaxlm.config import Config
+from jaxlm.data.sources import numbered
 from torchlm.loss import Totals
 
 
 class Task(tasks.Task):
     """One task with its settings. `model` and `batch` are what build_model and `samples` make."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, classes: Sequence[str] = ()):
         self.config = config
+        self.classes = tuple(classes) or numbered(config.data.n_classes)  # their names by number, of a classifier
         self.dtype = torch.bfloat16 if config.train.precision == "bfloat16" else torch.float32
 
     @abc.abstractmethod

@@ -11,14 +11,14 @@ from torchlm.tasks.base import Task
 
 class Sst2(Task, sst2.Sst2):
     def build_model(self, rngs: torch.Generator) -> Classifier:
-        return Classifier(self.config.model, self.config.data.n_labels, self.dtype, rngs)
+        return Classifier(self.config.model, self.config.data.n_classes, self.dtype, rngs)
 
     def loss(self, model: Classifier, batch: dict[str, Tensor], key: None) -> Totals:
         return self.totals(model(batch["tokens"], key, batch.get("last")), batch["labels"])
 
     def totals(self, logits_BC: Tensor, labels_B: Tensor) -> Totals:
         """Return what `loss` does, of logits."""
-        C = self.config.data.n_labels
+        C = self.config.data.n_classes
         # The original's head has an output for each token of the vocabulary: those are no class.
         predictions_B = logits_BC.argmax(dim=-1).clamp(max=C)
         # Sums of zeros and ones in float32 are exact; GPUs have no product of integers.
