@@ -1,6 +1,7 @@
 """Runs for the tests of what uses a trained model: tiny, with random weights and a tokenizer of a few sentences."""
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ def write(
     task: str,
     losses: dict[int, float | None] | None = None,
     tokenizer: Tokenizer | None = None,
+    classes: Sequence[str] = (),
     **settings: Any,
 ) -> Path:
     """Write a run with a checkpoint for each step of `losses`, by default for step 3 alone; return its folder."""
@@ -42,6 +44,7 @@ def write(
     fingerprint = tokenizers.fingerprint(tokenizers.read(TokenizerConfig(path=str(folder / "tokenizer.json"))))
     for step, loss in (losses or {3: None}).items():
         info = {"step": step, "task": task, "rate": 0.1, "sample_iter": 4 * step, "val_loss": loss, "skipped": []}
+        info |= {"classes": classes} if classes else {}  # checkpoints of earlier versions have no names
         snapshot = formats.Snapshot(config, info | {"tokenizer": fingerprint}, weights(config, step), None, step)
         formats.WRITERS[formats.RUN](folder / "made", snapshot)
         (folder / "made" / "checkpoints" / str(step)).rename(folder / "checkpoints" / str(step))
