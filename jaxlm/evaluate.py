@@ -350,9 +350,11 @@ def _worst(trained: "Trained", samples: Any, totals: Totals) -> list[Mistake]:
     found = []
     for i in wrong[order][:N_WORST]:
         text = trained.tokenizer.decode(split.tokens[split.offsets[i] : split.offsets[i + 1]].tolist())
-        label, predicted = int(labels[i]), totals["prediction"][i].tolist()
+        label: int | str = int(labels[i])
+        predicted = totals["prediction"][i].tolist()
         if has_probabilities:
-            label, predicted = task.label(label), task.label(predicted) if predicted < len(task.classes) else None
+            label = task.label(int(labels[i]))
+            predicted = task.label(predicted) if predicted < len(task.classes) else None
         probability = float(totals["probability"][i]) if has_probabilities else None
         found.append(Mistake(text, label, predicted, probability, float(losses[i])))
     return found
