@@ -33,7 +33,7 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "not UTF-8": ("--data.path {files}/latin.txt", ["latin.txt", "not UTF-8 at byte 25 ", "convert it"]),
     "missing column": (
         "--task sst2 --data.path {files}/reviews.csv --data.text-column text",
-        ["data.text_column=text", "reviews.csv", "there are 0 (sentence), 1 (label)"],
+        ["data.text_column=text", "reviews.csv", "there are sentence, label"],
     ),
     "label of another kind": (
         "--task sst2 --data.path {files}/word.csv",

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from jaxlm import config as configs
@@ -14,13 +15,15 @@ from jaxlm.data import cache, sources
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data.cache import Split
 from jaxlm.data.samples import Samples
-from jaxlm.data.sources import SPLITS, Source
+from jaxlm.data.sources import Source
 from jaxlm.errors import UserError, slow
 
 # Told a title and the bytes of text to come; inside the context, the returned function is told those done so far.
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 
+FEW = 50  # articles: of fewer, a share of a tenth may well be none
+MANY_PLACES = 1 << 20  # samples whose lengths tell those of all
 TOKENIZER_BYTES = 200_000_000  # of text that a tokenizer is trained on, about; more text changes few of its tokens
 
 
@@ -80,7 +83,7 @@ def prepare(
         samples = {name: samples_class(split, config, specials, n_ids) for name, split in splits.items()}
     _check_sizes(config, splits, samples)
     notes = (*source.notes, *_long_words_note(long_words), *_notes(config, samples, source, is_embedded))
-    return config, Data(source, tokenizer, samples, notes)
+    return config, Data(source, tokenizer, samples, (*notes, document_note(config, splits["train"], samples["train"])))
 
 
 def part(
@@ -142,6 +145,8 @@ def _specials(config: Config, tokenizer: Tokenizer, samples_class: type[Any]) ->
                 else f"tokenizer.kind={config.tokenizer.kind}"
             )
             needs, mend = f"task={config.task}", "choose another tokenizer"
+            if not config.tokenizer.path:
+                mend = f"set tokenizer.kind={'bpe' if config.tokenizer.kind == 'wordpiece' else 'wordpiece'}"
             if samples_class.reads == "labels" and config.model.pooling == "last":
                 needs, mend = f"{needs} with model.pooling=last", f"start from a GPT with --init-from, or {mend}"
             raise UserError(f"{setting}: the tokenizer has no {names}, which {needs} needs; {mend}")
@@ -154,22 +159,35 @@ def _specials(config: Config, tokenizer: Tokenizer, samples_class: type[Any]) ->
 
 
 def _check_sizes(config: Config, splits: dict[str, Split], samples: dict[str, Samples]) -> None:
+    """Raise UserError for too little text for one update or for validation, with the setting that helps."""
     name = config.data.path or config.data.hub or "the embedded text"
-    for split in SPLITS[:2]:
-        needed = config.train.batch_size * config.train.accumulate if split == "train" else 1
-        if len(samples[split]) < needed:
+    for split, needed in (("train", config.train.batch_size * config.train.accumulate), ("validation", 1)):
+        if (n := len(samples[split])) < needed:
+            for_what = " for one update" if split == "train" else ""
             raise UserError(
                 f"{name}: the {split} part is too small: {len(splits[split])} articles with "
-                f"{len(splits[split].tokens)} tokens make {len(samples[split])} samples of "
-                f"model.seq_len={config.model.seq_len}, but {needed} are needed"
-                + (
-                    " for one update; give more text, or lower train.batch_size, or raise model.seq_len"
-                    if getattr(samples[split], "n_left_out", 0)
-                    else " for one update; give more text, or lower train.batch_size or model.seq_len"
-                    if split == "train"
-                    else "; give more text, or raise data.validation_fraction, or name a file with data.validation_path"
-                )
+                f"{len(splits[split].tokens)} tokens make {n} samples of model.seq_len={config.model.seq_len}, but "
+                f"{needed} are needed{for_what}; {_mend(config, split, splits, samples)}"
             )
+
+
+def _mend(config: Config, split: str, splits: dict[str, Split], samples: dict[str, Samples]) -> str:
+    """Return what to do where a split has too few samples."""
+    if n := len(samples[split]):
+        accumulate = min(n, config.train.accumulate)
+        also = f" and train.accumulate to {accumulate}" if accumulate < config.train.accumulate else ""
+        return f"give more text, or set train.batch_size to {n // accumulate} or less{also}"
+    if getattr(samples[split], "n_left_out", 0):
+        shortest = int(np.diff(splits[split].offsets).reshape(-1, 2).sum(axis=1).min()) + 1
+        return f"all pairs are longer: raise model.seq_len to {shortest} or more"
+    if len(splits[split]):
+        return "give text that the tokenizer has tokens for"
+    can_be_file = bool(config.data.path or config.data.hub)
+    file = "put some of the text into a file of its own, and name it with data.validation_path" if can_be_file else ""
+    if sum(map(len, splits.values())) < FEW:
+        return f"articles are split by a hash, and these are too few: {file or 'raise data.validation_fraction'}"
+    fraction = f"set data.validation_fraction to {max(0.1, min(0.5, 2 * config.data.validation_fraction)):g} or so"
+    return f"{fraction}, or {file}" if file else fraction
 
 
 def _notes(config: Config, samples: dict[str, Samples], source: Source, is_embedded: bool) -> Iterator[str]:
@@ -190,6 +208,25 @@ def _long_words_note(words: list[tuple[str, int]]) -> Iterator[str]:
             f"{words[0][0] or 'the data'}: a word of {words[0][1]:,} characters{others} cut into pieces of "
             f"{tokenizers.MOST_LETTERS:,} to train the tokenizer; if it is no text, leave it out"
         )
+
+
+def document_note(config: Config, split: Split, samples: Samples) -> str:
+    """Return a line on the documents of the training part, and how much of its samples is padding."""
+    sizes = np.diff(split.offsets)
+    if samples.reads == "pairs":
+        sizes = sizes.reshape(-1, 2).sum(axis=1)
+    spread = np.linspace(0, len(samples) - 1, min(len(samples), MANY_PLACES)).astype(np.int64)
+    lengths, seq_len = samples.lengths(spread), config.model.seq_len
+    padding, longest = 1 - lengths.mean() / seq_len, int(lengths.max())
+    line = (
+        f"{len(sizes):,} documents to train on, of {int(np.median(sizes)):,} tokens (median) to {sizes.max():,}; "
+        f"{padding:.0%} of the positions of their samples are padding"
+    )
+    if padding <= 0.5 or config.train.group_by_length:
+        return line
+    if 2 * longest <= seq_len:  # nothing is cut then
+        return f"{line}: set model.seq_len to {max(4, longest)}, the longest sample"
+    return f"{line}: set train.group_by_length=true, by which a batch is as long as its longest sample"
 
 
 def length_notes(config: Config, samples: Collection[Samples]) -> Iterator[str]:

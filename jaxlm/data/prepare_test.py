@@ -1,6 +1,8 @@
 """From settings to samples: what fits together, and one line for each thing that does not."""
 
 import contextlib
+import itertools
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -8,9 +10,9 @@ import numpy as np
 import pytest
 
 from jaxlm import config as configs
-from jaxlm.config import Config
-from jaxlm.data import embedded, prepare, sources
-from jaxlm.data.samples import CausalSamples, ClassifiedSamples, MaskedSamples
+from jaxlm.config import Config, TrainConfig
+from jaxlm.data import embedded, loader, prepare, sources
+from jaxlm.data.samples import CausalSamples, ClassifiedSamples, MaskedSamples, Samples
 from jaxlm.errors import UserError
 
 LINES = [f"line {i} says that the cat number {i * i % 101} sat on mat {i % 13}" for i in range(400)]
@@ -256,3 +258,59 @@ def test_bad_source_leaves_no_cache(tmp_path):
     message = failure(tmp_path, "sst2", data__path=path, data__n_labels=2)
     assert message.endswith(f"the rarest, 7, is first in {path}, line {len(LINES) + 2}")
     assert not (tmp_path / "cache").exists()
+
+
+# How long documents are
+
+
+def padding(samples: Samples, train: TrainConfig) -> float:
+    """Return the share of padding in the batches of an epoch."""
+    size = train.batch_size * train.accumulate
+    batches = itertools.islice(loader.training_batches(samples, train), len(samples) // size)
+    n_real = n = 0
+    for batch in batches:
+        n_real += sum(samples.n_tokens({name: x[i] for name, x in batch.items()}) for i in range(train.accumulate))
+        n += batch["tokens"].size
+    return 1 - n_real / n
+
+
+def spread(n_words: int) -> str:
+    """Return documents of one word to `n_words`, most of them short."""
+    words = "the cat sat on that mat and a dog ran".split()
+    return "\n".join(" ".join(words[(i + j) % 10] for j in range(1 + i % n_words // (1 + i % 9))) for i in range(600))
+
+
+@pytest.mark.parametrize("task", CLASS_OF_TASK)
+@pytest.mark.parametrize("kind", ["short", "of many lengths"])
+def test_the_setting_that_is_named_lowers_the_share_of_padding(task, kind, tmp_path):
+    n = 6 if kind == "short" else 70
+    lines = spread(n).split("\n")
+    name, content = "a.txt", "\n".join(lines)
+    if task == "sst2":
+        name, content = "a.tsv", "text\tlabel\n" + "".join(f"{line}\t{i % 2}\n" for i, line in enumerate(lines))
+    settings = {"data__path": write(tmp_path / name, content), "model__seq_len": 64, "train__batch_size": 8}
+    config, data = prepared(tmp_path, task, **settings)
+    note = data.notes[-1]
+    before = padding(data.samples["train"], config.train)
+    match = re.fullmatch(r"(\d+) documents to train on, of (\d+) tokens \(median\) to (\d+); (\d+)% .*: set (.*)", note)
+    assert match
+    sizes = np.diff(
+        data.samples["train"].split.offsets if task == "sst2" else data.samples["train"].windows.split.offsets
+    )
+    assert [int(match[i]) for i in (1, 2, 3)] == [len(sizes), int(np.median(sizes)), sizes.max()]
+    assert abs(before - int(match[4]) / 100) < 0.02 and before > 0.5
+    if kind == "short":
+        assert match[5].startswith("model.seq_len to ") and match[5].endswith(", the longest sample")
+        settings["model__seq_len"] = int(match[5].split()[2].rstrip(","))
+    else:
+        assert match[5].startswith("train.group_by_length=true")
+        settings["train__group_by_length"] = True
+    config, mended = prepared(tmp_path, task, **settings)
+    assert padding(mended.samples["train"], config.train) < 0.75 * before
+    assert len(mended.samples["train"]) == len(data.samples["train"])  # nothing is cut
+    assert task != "sst2" or mended.samples["train"].n_cut == data.samples["train"].n_cut
+
+
+def test_documents_are_told_for_the_embedded_text_too(folder):
+    _, data = prepared(folder, data__path="")
+    assert re.fullmatch(r"\d+ documents to train on, of [\d,]+ tokens \(median\) to [\d,]+; \d+% of .*", data.notes[-1])

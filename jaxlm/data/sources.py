@@ -285,7 +285,8 @@ def _no_article(part: _Part) -> UserError:
 
 def _none_to_train(part: _Part, counts: Counter[str]) -> UserError:
     fall = f"its {counts.total()} articles all fall into other parts by hash"
-    return UserError(f"{part.name}: {fall}; add articles, or lower data.validation_fraction")
+    mend = "name other text with data.validation_path and set data.test_fraction=0, or give more articles"
+    return UserError(f"{part.name}: {fall}; {mend}")
 
 
 # Labels to classes
@@ -527,7 +528,7 @@ def _existing(setting: str, value: str, beside: Path) -> Path:
             hint = nearest(path.name, [file.name for file in path.parent.iterdir()])
     except OSError as error:
         raise UserError(
-            f"{setting}={value}: cannot be read: {error.strerror or error}; check its permissions"
+            f"{setting}={value}: cannot be read: {error.strerror or error}; check the path and its permissions"
         ) from error
     raise UserError(f"{setting}={value}: no such file or folder{hint or '; check the name'}")
 
@@ -548,7 +549,7 @@ def _folder_files(folder: Path, config: DataConfig, notes: list[str]) -> dict[st
             unused = [f for f in files if f not in usable]
     except OSError as error:
         raise UserError(
-            f"data.path={folder}: cannot be read: {error.strerror or error}; check its permissions"
+            f"data.path={folder}: cannot be read: {error.strerror or error}; check the path and its permissions"
         ) from error
     if not usable:
         names = _some(visible) or "nothing"
@@ -598,7 +599,7 @@ def _suffix_format(path: Path) -> str:
 def _file_part(path: Path, split: str, config: DataConfig, reads: Reads) -> _Part:
     """Return the part that a file is. Raises UserError for a file that cannot be read or lacks a wanted column."""
     if not path.is_file():
-        raise UserError(f"{path}: is not a regular file; name a file")
+        raise UserError(f"{path}: is not a regular file; write its content to one, and name that")
     kind = config.format if config.format != "auto" else _suffix_format(path) or _content_format(path)
     content, size, head = _scan(path, is_text=kind != "parquet")
     kind = kind or _table_format(head, config, reads) or "text"
@@ -691,9 +692,12 @@ def _scan(path: Path, is_text: bool) -> tuple[str, int, str]:
                     if n_open > utf8.LONGEST:  # where the rest would be read for nothing
                         raise UserError(f"{path}: has a line {utf8.TOO_LONG}")
     except utf8.DAMAGED as error:
-        raise UserError(f"{path}: the compressed file is damaged ({error}); fetch or compress it again") from error
+        mend = "fetch or compress it again, or rename it if it is not compressed"
+        raise UserError(f"{path}: the compressed file is damaged ({error}); {mend}") from error
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}; check its permissions") from error
+        raise UserError(
+            f"{path}: cannot be read: {error.strerror or error}; check the path and its permissions"
+        ) from error
     except ValueError as error:
         raise UserError(f"{path}: is {error}") from error
     if not size:
@@ -889,9 +893,8 @@ def _csv_columns(
         raise UserError(f"{path}: has {len(first):,} columns or more, but {MOST_COLUMNS:,} can be read; leave some out")
     wanted = (config.text_column, config.label_column)
     wanted = (config.prompt_column, config.answer_column) if reads == "pairs" else wanted
-    given = {name for name in wanted if name and not name.isdecimal()}
-    if not wanted[0] or wanted[0].isdecimal():
-        given |= set(PROMPT_COLUMNS if reads == "pairs" else TEXT_COLUMNS)
+    given = {name for name in wanted if name} | set(PROMPT_COLUMNS if reads == "pairs" else TEXT_COLUMNS)
+    given = {name for name in given if not name.isdecimal()}
     is_header = not given.isdisjoint(first) or not given.isdisjoint(cell.lower() for cell in first)
     is_header = is_header if config.header == "auto" else config.header == "yes"
     names = first if is_header else [str(column) for column in range(len(first))]

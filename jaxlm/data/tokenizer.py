@@ -181,7 +181,8 @@ def read(config: TokenizerConfig) -> Tokenizer:
             vocab = {line: i for i, line in enumerate(lines)}
             if "[UNK]" not in vocab:
                 raise UserError(
-                    f"tokenizer.path={config.path}: no [UNK] among its {len(vocab)} lines; is it a vocab.txt?"
+                    f"tokenizer.path={config.path}: no [UNK] among its {len(vocab)} lines; "
+                    "give the vocab.txt of a WordPiece tokenizer"
                 )
             tokenizer = _wordpiece(models.WordPiece(vocab, unk_token="[UNK]"), config.lowercase)
         else:
