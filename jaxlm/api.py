@@ -225,7 +225,7 @@ def make(engine: Engine, limits: Limits, token: str = "", is_loopback: bool = Tr
             async with _in_time(limits):
                 return Json(await engine.attention(**asked_for))
 
-    failed = {503: {"model": Health, "description": "requests are not answered"}}
+    failed: dict[int | str, dict[str, Any]] = {503: {"model": Health, "description": "requests are not answered"}}
 
     @app.get("/health", responses={200: {"model": Health}, **UNREADABLE, **failed})
     async def health() -> Response:
@@ -235,7 +235,7 @@ def make(engine: Engine, limits: Limits, token: str = "", is_loopback: bool = Tr
             return Json({"status": "ready", **info})
         return Json({"status": "failed", **info}, 503)
 
-    needs_token = {401: ERRORS[401]} if token else {}
+    needs_token: dict[int | str, dict[str, Any]] = {401: ERRORS[401]} if token else {}
 
     @app.get("/metrics", response_class=Response, responses={200: PLAIN, **UNREADABLE, **needs_token}, **secured)
     async def figures() -> Response:

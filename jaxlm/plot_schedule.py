@@ -96,7 +96,7 @@ def _picture(figure: "object", found: Sequence[Phase], path: Path) -> None:
     axes.set_xlabel("update")
     axes.set_ylabel("learning rate")
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=3)  # type: ignore[attr-defined]
     try:
         figure.savefig(path, dpi=120)  # type: ignore[attr-defined]
     except (OSError, ValueError) as error:

@@ -223,13 +223,14 @@ def _evaluations(runs: Sequence[Folder], names: Sequence[str]) -> list[str]:
     parts = []
     for split in ("validation", "test"):
         found = {name: x for run, name in zip(runs, names, strict=True) if (x := _evaluation(run, split))}
+        of_name = dict(zip(names, runs, strict=True))
+        bests = {name: result["step"] == of_name[name].best_score_step() for name, result in found.items()}
         if not found:
             continue
         parts.append(f"<h2>Evaluation of the {split} part</h2>")
         if len(runs) == 1:
-            (step,) = (result["step"] for result in found.values())
-            is_best = step == runs[0].best_score_step()
-            parts.append(f"<p>Of the checkpoint of step {step:,}{', the best' if is_best else ''}.</p>")
+            ((name, result),) = found.items()
+            parts.append(f"<p>Of the checkpoint of step {result['step']:,}{', the best' if bests[name] else ''}.</p>")
         lines = []
         for name, result in found.items():
             scores = dict(result["scores"])
@@ -239,15 +240,22 @@ def _evaluations(runs: Sequence[Folder], names: Sequence[str]) -> list[str]:
                 interval = f"{folder.number(score, x['low'])} to {folder.number(score, x['high'])}"
                 values = [folder.number(score, x["value"]), interval]
                 baseline = "" if x["baseline"] is None else folder.number(score, x["baseline"])
-                where = [name, f"{result['step']:,}"] if len(runs) > 1 else []
+                where = [name, f"{result['step']:,}{' (best)' if bests[name] else ''}"] if len(runs) > 1 else []
                 lines.append([*where, score.replace("_", " "), *values, baseline, x["better"]])
         head = ["run", "step"] if len(runs) > 1 else []
         parts.append(
             page.table([*head, "score", "", "95% interval", "baseline", "better"], lines, f"scores of the {split} part")
         )
-        if any(result["bins"] for result in found.values()):
-            drawn = page.chart("calibration", _reliability(found), x_label="confidence of a prediction")
-            parts.append(f'<div class="figures">{drawn}</div>')
+        by_task: dict[str, dict[str, Any]] = {}
+        for name, result in found.items():
+            if result["bins"]:
+                by_task.setdefault(of_name[name].task, {})[name] = result
+        charts = [
+            page.chart(f"calibration, {task}", _reliability(some), x_label="confidence of a prediction")
+            for task, some in by_task.items()
+        ]
+        if charts:
+            parts.append(f'<div class="figures">{"".join(charts)}</div>')
             parts.append(
                 '<p class="soft">Calibration: how often predictions of some confidence are right. On the dotted '
                 "line they are right as often as the model says.</p>"
@@ -297,6 +305,9 @@ def _classes(result: dict[str, Any], name: str) -> list[str]:
     if worst:
         head = ["text", "label", "predicted", "probability of the label" if result["confusion"] else "loss"]
         title = f"Worst errors{f' of {name}' if name and not result['confusion'] else ''}"
+        if result["confusion"]:
+            n_wrong = sum(sum(row) - row[i] for i, row in enumerate(result["confusion"]))
+            title += f": {len(worst)} of {n_wrong:,}"
         parts.append(page.folded(title, page.table(head, worst, "worst errors")))
     return parts
 

@@ -78,9 +78,10 @@ def test_the_page_of_a_run(runs: Path) -> None:
     assert "Of the checkpoint of step 20, the best." in found.text
     figures = [attrs["aria-label"] for tag, attrs in found.tags if tag == "svg" and attrs.get("role") == "img"]
     titles = [str(label).partition(":")[0] for label in figures]
-    assert titles == ["loss, nats", "validation accuracy", "throughput, tokens/s", "calibration"]
+    assert titles == ["loss, nats", "validation accuracy", "throughput, tokens/s", "calibration, sst2"]
     assert ["accuracy", "0.7500", "0.7000 to 0.8125", "0.5000", "higher"] in found.rows
     assert ["calibration error", "0.1250", "0.1000 to 0.2500", "", "lower"] in found.rows
+    assert "Worst errors: 1 of 3" in found.text
     assert ["label 0", "3", "1"] in found.rows and ["a <b>cat</b>", "0", "1", "0.0312"] in found.rows
     steps = [i for i in range(1, 31) if f"<i>made</i> after {i}\n" in f"{found.text}\n"]
     assert len(steps) == report.MOST_STEPS + 1 and {1, 20, 30} <= set(steps) and "step 20, the best" in found.text
@@ -94,7 +95,7 @@ def test_the_page_of_several_runs(runs: Path) -> None:
     assert found.text.strip().startswith("Runs compared: first, second")
     assert ["train.learning_rate", "0.001", "0.5"] in found.rows
     assert ["validation accuracy", "0.5000", "0.5000"] in found.rows
-    assert ["first", "20", "accuracy", "0.7500", "0.7000 to 0.8125", "0.5000", "higher"] in found.rows
+    assert ["first", "20 (best)", "accuracy", "0.7500", "0.7000 to 0.8125", "0.5000", "higher"] in found.rows
     (figure,) = [part for part in text.split("<figure>") if part.startswith("<b>validation loss")]
     assert figure.count('stroke-linejoin="round"') == 2 and "</svg> first</span>" in figure
     assert "second: not recorded." in found.text
@@ -165,6 +166,14 @@ def test_curves_of_different_tasks_have_axes_of_their_own(tmp_path: Path) -> Non
     for chart in re.findall("<figure>.*?</figure>", charts, re.DOTALL):
         labels = set(re.findall(r"</svg> ([abcd])</span>", chart))
         assert labels in ({"a", "c"}, set())  # a chart of one run needs no legend
+    for name in "ac":
+        (tmp_path / name / "evaluation_test.json").write_text(json.dumps(EVALUATION))
+    other = write(tmp_path / "e", "cola")
+    (other / "evaluation_test.json").write_text(json.dumps(EVALUATION | {"step": 10}))
+    text, found = page_of(tmp_path / "a", tmp_path / "c", other)
+    labels = [re.findall(r"</svg> ([ace])</span>", chart) for chart in text.split("<b>calibration, ")[1:]]
+    assert [x[:2] for x in labels] == [["a", "c"], ["e"]]
+    assert {(row[0], row[1]) for row in found.rows if row[2:3] == ["accuracy"]} >= {("a", "20 (best)"), ("e", "10")}
     text, _ = page_of(tmp_path / "a", tmp_path / "c")
     assert "<h3>Task" not in text
 

@@ -14,7 +14,7 @@ import html
 import importlib.metadata
 import platform
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -303,8 +303,8 @@ def picture(path: Path, pairs: dict[str, tuple[Pair, Pair]]) -> None:
     left, right = figure.subplots(1, 2)
     single, double = pairs["gpt"]
     draw(left, *losses("gpt", single))
-    title, *curves = differences("gpt", single, double)
-    draw(right, f"{title} (log scale)", *curves, is_log=True)
+    title, curves, bounds = differences("gpt", single, double)
+    draw(right, f"{title} (log scale)", curves, bounds, is_log=True)
     figure.savefig(path, dpi=160)
 
 
@@ -349,7 +349,7 @@ def main(argv: list[str]) -> int:
             faults(args.faults)  # before minutes of work
         tasks, n_updates = (QUICK_TASKS, N_SHORT) if args.quick else (TASKS, N_UPDATES)
         folders = [cases.CASES / name for name in QUICK_CASES] if args.quick else sorted(cases.CASES.iterdir())
-        steps = [
+        steps: list[tuple[str, Callable[[], Any]]] = [
             (f"{task} in {precision}, {n_updates} updates of both packages", partial(pair, task, precision, n_updates))
             for task in tasks
             for precision in ("float32", "float64")
