@@ -424,4 +424,6 @@ def _check(source: str, stored: Mapping[str, Any], wanted: Mapping[str, Any]) ->
     names.check_shapes(found, needed, source)
     for name, (_, dtype) in wanted.items():
         if stored[name][1] != dtype:
-            raise UserError(f"{source}: {name} is {stored[name][1]}, but has to be {dtype} here; cast it first")
+            raise UserError(
+                f"{source}: {name} is {stored[name][1]}, but has to be {dtype} here; jaxlm.convert makes a run of that"
+            )

@@ -400,17 +400,9 @@ def _convert(name: str, value: Any, origin: str) -> Any:
         raise UserError(f"{shown}: {rule} (default: {get(Config(), name)!r})") from error
 
 
-def _check(config: Config) -> None:
-    """Raise UserError for settings that are fine alone but do not go together."""
-    model, train, data = config.model, config.train, config.data
-    for name in SETTINGS:
-        if isinstance(value := get(config, name), str) and not is_unicode(value):
-            raise UserError(
-                f"{name}={value!r}: has bytes that are not UTF-8, which config.toml cannot hold; "
-                "give another name, or a link to it"
-            )
-    if storage.is_remote(config.run.dir):
-        raise UserError(f"run.dir={config.run.dir}: has to be a local folder; only run.checkpoint_dir can be another")
+def check_model(config: Config) -> None:
+    """Raise UserError for settings that no model can have together."""
+    model = config.model
     if model.d_model % model.n_heads:
         lower = model.d_model // model.n_heads * model.n_heads
         fits = " or ".join(str(n) for n in (lower, lower + model.n_heads) if n)
@@ -445,6 +437,20 @@ def _check(config: Config) -> None:
                 f"model.frozen_layers={model.frozen_layers} leaves no block with adapters that are trained; lower it, "
                 "or set model.lora_rank=0"
             )
+
+
+def _check(config: Config) -> None:
+    """Raise UserError for settings that are fine alone but do not go together."""
+    train, data = config.train, config.data
+    for name in SETTINGS:
+        if isinstance(value := get(config, name), str) and not is_unicode(value):
+            raise UserError(
+                f"{name}={value!r}: has bytes that are not UTF-8, which config.toml cannot hold; "
+                "give another name, or a link to it"
+            )
+    if storage.is_remote(config.run.dir):
+        raise UserError(f"run.dir={config.run.dir}: has to be a local folder; only run.checkpoint_dir can be another")
+    check_model(config)
     if train.min_learning_rate > train.learning_rate:
         raise UserError(
             f"train.min_learning_rate={train.min_learning_rate} is above train.learning_rate={train.learning_rate}; "

@@ -5,6 +5,7 @@ formats.py says what the forms are. `read` and `write` are for programs.
 
 import argparse
 import contextlib
+import math
 import os
 import shutil
 import sys
@@ -17,7 +18,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from jaxlm import config as configs
-from jaxlm import formats, names, public, storage, terminal
+from jaxlm import formats, names, public, storage, terminal, utf8
 from jaxlm.config import Config, TokenizerConfig
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.errors import UserError, nearest, reported
@@ -99,14 +100,18 @@ def load(path: Path) -> Stored:
         return public.load(path) if public.is_model(path) else formats.load_run(path)
     try:
         with open(path, "rb") as file:
-            start = file.read(9)
+            start = file.read(utf8.START)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    if start[4:] == b"\0\0\0\0{":  # behind the length of the header, whose first byte is any
+    if start[4:9] == b"\0\0\0\0{":  # behind the length of the header, whose first byte is any
         return formats.load_safetensors(path)
     if start.startswith((b"PK", b"\x80")):  # a zip archive, or the bare pickle of old
         return formats.load_torch(path)
-    raise UserError(f"{path}: neither a file of torch.save nor safetensors, nor the folder of a jaxlm run")
+    if why := utf8.stand_in(start):
+        raise UserError(f"{path}: is {why}")
+    raise UserError(
+        f"{path}: neither a file of torch.save nor safetensors, nor the folder of a jaxlm run; give one of these"
+    )
 
 
 def inspect(stored: Stored) -> None:
@@ -246,17 +251,17 @@ def _snapshot(stored: Stored, config: Config | None) -> Snapshot:
     if not info and not config:
         raise UserError(f"{path}: bare weights without settings; give those of their run with --config FILE")
     if config is None:
-        if missing := [key for key in ("step", "task", "rate", "config", "tokenizer") if key not in info]:
-            raise UserError(f"{path}: it does not tell its {', '.join(missing)}")
         config = config_of(info["config"], path)
         if info["task"] != config.task:
-            raise UserError(f"{path}: it is of task {info['task']}, but its settings are of task {config.task}")
+            raise UserError(
+                f"{path}: it is of task {info['task']}, but its settings are of task {config.task}; save it again"
+            )
     else:
         info = {"step": 0, "task": config.task, "rate": 0.0, "tokenizer": None}
         if not config.model.vocab_size and TABLE in stored.weights:  # settings from before the tokenizer was known
             config = configs.replace(config, "model.vocab_size", len(stored.weights[TABLE]))
     shapes = names.shapes(config)
-    weights = _checked(stored.weights, shapes, str(path))
+    weights = _checked(stored.weights, shapes, str(path) if stored.info else f"{path}, with the settings of --config")
     shapes = names.trained(config.model, shapes)
     moments, n_updates = formats.moments(stored, shapes, config.model.frozen_layers)
     if moments is not None:
@@ -273,21 +278,36 @@ def config_of(settings: Mapping[str, Any], path: Path) -> Config:
     nested: dict[str, Any] = {}
     for name, value in settings.items():
         if name not in configs.SETTINGS:
-            raise UserError(f"{path}: its setting {name} is unknown here{nearest(name, configs.SETTINGS)}")
+            raise UserError(
+                f"{path}: its setting {name} is unknown here{nearest(name, configs.SETTINGS)}; "
+                "use the jaxlm that wrote it, or a newer one"
+            )
         section, _, key = name.rpartition(".")
         (nested.setdefault(section, {}) if section else nested)[key] = value
     try:
-        return msgspec.convert(nested, Config)
+        config = msgspec.convert(nested, Config)
     except msgspec.ValidationError as error:
+        raise UserError(f"{path}: in its settings: {error}; convert the run that it is from again") from error
+    if not_finite := [name for name, x in settings.items() if isinstance(x, float) and not math.isfinite(x)]:
+        raise UserError(
+            f"{path}: its setting {not_finite[0]} is no finite number; convert the run that it is from again"
+        )
+    try:
+        configs.check_model(config)
+    except UserError as error:
         raise UserError(f"{path}: in its settings: {error}") from error
+    return config
 
 
 def _checked(arrays: Mapping[str, np.ndarray], shapes: names.Shapes, source: str) -> Arrays:
     """Return the arrays in model order. Raises UserError if they are not those of the model, or not float32."""
-    arrays = names.check(arrays, shapes, source)
+    arrays = {name: names.exact(x) for name, x in names.check(arrays, shapes, source).items()}
     for name, array in arrays.items():
         if array.dtype != np.float32:
-            raise UserError(f"{source}: {name} is {array.dtype}, but has to be float32 here; cast it first")
+            raise UserError(
+                f"{source}: {name} is {array.dtype}, but can be read as float32, float16 or bfloat16 only; "
+                "save it again as float32, as with tensor.float() in PyTorch"
+            )
     return arrays
 
 

@@ -341,7 +341,7 @@ BAD = {
         "gpt.pt x",
         "gpt.pt: weights of another model: head.layernorm.weight [12] is not in the model",
     ),
-    "float64": ("double.pt x --config {folder}/mlm.toml", "token.weight is float64, but has to be float32 here"),
+    "float64": ("double.pt x --config {folder}/mlm.toml", "token.weight is float64, but can be read as float32"),
     "moment missing": ("momentless.pt x", "its optimizer has [] for base.blocks.0.attention.value.weight"),
     "not AdamW": ("sgd.pt x", "has ['exp_avg', 'step'] for base.embedding.token.weight, but AdamW has"),
     "misshaped moment": (

@@ -12,11 +12,13 @@ torch, jax and safetensors are imported where they are needed. Models of transfo
 are weights and settings without a training state.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
 import math
 import pickle
+import reprlib
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,7 +27,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxlm import checksums, names, storage, tune
+from jaxlm import checksums, names, storage, tune, utf8
 from jaxlm import config as configs
 from jaxlm.config import Config
 from jaxlm.errors import UserError
@@ -35,6 +37,13 @@ RUN, CHECKPOINT_1_2, STATE_DICT, SAFETENSORS = "jaxlm run", "checkpoint 1.2", "s
 TRANSFORMERS = "transformers "  # and the kind of model: the forms of public.py begin with it
 RUN_FORMAT = 2  # of the checkpoints in a jaxlm run
 FIRST, SECOND, N_UPDATES = "optimizer.first_moment.", "optimizer.second_moment.", "optimizer.step"
+_NEEDED: dict[str, Any] = {
+    **{"step": int, "task": str, "rate": int | float, "config": dict, "tokenizer": str | None},
+}
+_OPTIONAL: dict[str, Any] = {
+    **{"sample_iter": int, "val_loss": int | float | None, "skipped": list | tuple | None, "data": str | None},
+    **{"rewarmed": list | tuple | None, "teacher": str | None, "original_config": dict},
+}
 Moments = tuple[Arrays, Arrays]  # first and second
 
 
@@ -136,9 +145,31 @@ def info_of_run(folder: Path) -> dict[str, Any]:
     try:
         info = checksums.read_json(folder / "info" / "metadata")
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{folder}: cannot be read as a checkpoint of jaxlm: {reason(error)}") from error
+        raise UserError(
+            f"{folder}: cannot be read as a checkpoint of jaxlm: {reason(error)}; use another of its run"
+        ) from error
     if info.get("format") != RUN_FORMAT:
-        raise UserError(f"{folder}: checkpoint of format {info.get('format')}, but only {RUN_FORMAT} can be read")
+        raise UserError(
+            f"{folder}: checkpoint of format {info.get('format')}, but only {RUN_FORMAT} can be read; "
+            f"use the jaxlm that wrote it{f', {version}' if (version := info.get('version')) else ''}"
+        )
+    return checked_info(info, folder)
+
+
+def checked_info(info: Any, path: Path) -> dict[str, Any]:
+    """Return what a file or folder tells of itself. Raises UserError unless the needed is there, and of its type."""
+    if not isinstance(info, dict):
+        raise UserError(f"{path}: its metadata is no object; it was not written by jaxlm, give another file")
+    if missing := [name for name in _NEEDED if name not in info]:
+        raise UserError(f"{path}: it does not tell its {', '.join(missing)}; convert the run that it is from again")
+    for name, kinds in {**_NEEDED, **_OPTIONAL}.items():
+        value = info.get(name)
+        if name in info and (not isinstance(value, kinds) or isinstance(value, bool)):
+            raise UserError(
+                f"{path}: its {name}={reprlib.repr(value)} is of a wrong type; convert the run that it is from again"
+            )
+    if info["step"] < 0 or info.get("sample_iter", 0) < 0:
+        raise UserError(f"{path}: its step or sample_iter is below 0; convert the run that it is from again")
     return info
 
 
@@ -221,7 +252,7 @@ def _step_folder(path: Path) -> Path:
             return found[-1]
     both = (*storage.children(path), *storage.children(storage.checkpoints(path)))
     files = sorted(file for file in both if file.suffix == ".pt")
-    mend = f"; give a file of it, such as {files[0]}" if files else ""
+    mend = f"; give a file of it, such as {files[0]}" if files else "; give a run, a checkpoint or a model"
     raise UserError(f"{path}: a folder without a checkpoint of jaxlm{mend}")
 
 
@@ -266,27 +297,48 @@ def load_torch(path: Path) -> Stored:
             tree = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path}: refused: its pickle is damaged, or has more than tensors and plain values, which could run code"
+            f"{path}: refused: its pickle is damaged, or has more than tensors and plain values, which could run code; "
+            "where you trust it, save what its model.state_dict() returns, and give that file"
         ) from error
     except Exception as error:  # a damaged file can fail anywhere
         raise UserError(
-            f"{path}: cannot be read as a file of torch.save: {reason(error).partition('. ')[0]}"
+            f"{path}: cannot be read as a file of torch.save: {reason(error).partition('. ')[0]}; copy it again"
         ) from error
     if damaged:
-        raise UserError(f"{path}: damaged: its part {damaged.partition('/')[2]} is not as it was written")
+        raise UserError(
+            f"{path}: damaged: its part {damaged.partition('/')[2]} is not as it was written; copy it again"
+        )
     if not isinstance(tree, dict) or not tree:
-        raise UserError(f"{path}: neither a checkpoint 1.2 nor a state dict: it holds a {type(tree).__name__}")
-    if all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in tree.items()):
-        return Stored(STATE_DICT, path, tree, {name: _array(tensor) for name, tensor in tree.items()}, {})
+        kind = f"a {type(tree).__name__}" if tree or not isinstance(tree, dict) else "nothing"
+        raise UserError(
+            f"{path}: neither a checkpoint 1.2 nor a state dict: it holds {kind}; save what model.state_dict() returns"
+        )
+    if _is_state_dict(tree):
+        weights = {name: _array(tensor) for name, tensor in names.unwrapped(tree, str(path)).items()}
+        return Stored(STATE_DICT, path, tree, weights, {})
+    if "version" not in tree and (inner := [name for name, value in tree.items() if _is_state_dict(value)]):
+        raise UserError(
+            f"{path}: no checkpoint 1.2, but a dict that has a state dict as {inner[0]!r}; save that alone: "
+            f"torch.save(torch.load(FILE, weights_only=True)[{inner[0]!r}], NEW)"
+        )
 
     from torchlm import checkpoint
 
     tree = checkpoint.read(path)
     try:
         weights = {name: _array(tensor) for name, tensor in checkpoint.weights(tree).items()}
-        return Stored(CHECKPOINT_1_2, path, tree, weights, _info_of_1_2(tree, weights))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: not as a checkpoint 1.2 is: {type(error).__name__}: {reason(error)}") from error
+        return Stored(CHECKPOINT_1_2, path, tree, weights, checked_info(_info_of_1_2(tree, weights), path))
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError) as error:
+        raise UserError(
+            f"{path}: not as a checkpoint 1.2 is: {type(error).__name__}: {reason(error)}; save it again"
+        ) from error
+
+
+def _is_state_dict(value: Any) -> bool:
+    import torch
+
+    is_dict = isinstance(value, dict) and bool(value)
+    return is_dict and all(isinstance(name, str) and isinstance(x, torch.Tensor) for name, x in value.items())
 
 
 def _info_of_1_2(tree: dict[str, Any], weights: Arrays) -> dict[str, Any]:
@@ -368,11 +420,15 @@ def load_safetensors(path: Path) -> Stored:
     try:
         with storage.plain(path) as place, safe_open(place, framework="np") as file:
             tree = {name: file.get_tensor(name) for name in file.keys()}
-            info = json.loads((file.metadata() or {}).get("jaxlm", "{}"))
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read as safetensors: {reason(error)}") from error
+            metadata = file.metadata() or {}
+        info = checked_info(utf8.from_json(metadata["jaxlm"]), path) if "jaxlm" in metadata else {}
+    except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
+        with contextlib.suppress(OSError), path.open("rb") as start:
+            if why := utf8.stand_in(start.read(utf8.START)):
+                raise UserError(f"{path}: is {why}") from error
+        raise UserError(f"{path}: cannot be read as safetensors: {reason(error)}; copy it again") from error
     weights = {name: array for name, array in tree.items() if not name.startswith("optimizer.")}
-    return Stored(SAFETENSORS, path, tree, weights, info)
+    return Stored(SAFETENSORS, path, tree, weights if info else names.unwrapped(weights, str(path)), info)
 
 
 def _write_safetensors(path: Path, snapshot: Snapshot) -> None:

@@ -9,6 +9,7 @@ equal bit for bit. Moments of an optimizer, one array a parameter, go the same w
 """
 
 import functools
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -44,6 +45,9 @@ _HEADS = {"mlm": "mask_lm", "gpt": "gen_lm", "pairs": "gen_lm", "sst2": "classif
 _BASES = {"mlm": "bert", "gpt": "gpt", "pairs": "gpt", "sst2": "bert", "cola": "bert"}
 _BUFFERS = ("embedding.position.pe", "self_multihead.bias")  # in the original's state dict, but no parameters
 FREEZING = ("model.frozen_embedding", "model.frozen_layers", "model.lora_rank")  # 0 in all: all is trained
+# Modules that PyTorch puts around a model or within it, and attributes by which others hold one.
+_WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_OUTER = re.compile(r"(\d\.)?(auto_)?model\.")
 _LORA = ("lora_a", "lora_b")
 _TRANSPOSED = ("kernel", *_LORA)
 _MOST_TOLD = 6  # differences in one error message
@@ -216,6 +220,30 @@ def check_shapes(found: Shapes, wanted: Shapes, source: str) -> None:
     if problems:
         more = f"; and {len(problems) - _MOST_TOLD} more" if len(problems) > _MOST_TOLD else ""
         raise UserError(f"{source}: weights of another model: {'; '.join(problems[:_MOST_TOLD])}{more}")
+
+
+def unwrapped(state: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Return a state dict under the names that its model has alone, not in DataParallel, torch.compile or a module.
+
+    Raises UserError, which begins with `source`, if it is of several models.
+    """
+    result: dict[str, Any] = {}
+    for name, x in state.items():
+        if (plain := _WRAPPERS.sub("", name)) in result:
+            raise UserError(f"{source}: has {plain} twice, once as {name}; save the state dict of one model")
+        result[plain] = x
+    while prefix := next((found[0] for name in result if (found := _OUTER.match(name))), ""):
+        if others := [name for name in result if not name.startswith(prefix)]:
+            raise UserError(
+                f"{source}: some names begin with {prefix}, not {others[0]}; save the state dict of one model"
+            )
+        result = {name.removeprefix(prefix): x for name, x in result.items()}
+    return result
+
+
+def exact(array: np.ndarray) -> np.ndarray:
+    """Return float16 and bfloat16 as float32, which has all their numbers; other types as they are."""
+    return array.astype(np.float32) if str(array.dtype) in ("float16", "bfloat16") else array
 
 
 def to_torch(params: Mapping[str, Any], first_block: int = 0) -> Arrays:

@@ -24,6 +24,7 @@ from jaxlm.formats import Snapshot, Stored
 from jaxlm.names import Arrays, Shapes
 
 CONFIG, WEIGHTS, TOKENIZER_CONFIG = "config.json", "model.safetensors", "tokenizer_config.json"
+PICKLE = "pytorch_model.bin"
 TOKENIZER = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt")
 POSITION = "base.embedding.position"
 CLASSES = "sst2"  # the task of a model that classifies, whatever its classes are
@@ -269,7 +270,7 @@ def find(source: str | Path) -> Path:
 
 def is_model(path: Path) -> bool:
     """Return whether a folder is that of a model of transformers, whole or not."""
-    return any((path / name).is_file() for name in (CONFIG, WEIGHTS, "pytorch_model.bin"))
+    return any((path / name).is_file() for name in (CONFIG, WEIGHTS, f"{WEIGHTS}.index.json", PICKLE))
 
 
 def load(path: Path) -> Stored:
@@ -282,12 +283,9 @@ def load(path: Path) -> Stored:
         )
     settings = _settings(family, values, path / CONFIG)
     if not (path / WEIGHTS).is_file():
-        raise UserError(
-            f"{path}: there is no {WEIGHTS}; weights in several files are not read, nor is pytorch_model.bin, a pickle "
-            "that could run code: load it with transformers where that is safe, and save_pretrained makes one"
-        )
+        raise UserError(f"{path}: there is no {WEIGHTS}; {_other_weights(path, values)}")
     stored = formats.load_safetensors(path / WEIGHTS)
-    tensors = _tensors(family, stored.tree, path / WEIGHTS)
+    tensors = _tensors(family, stored.weights, path / WEIGHTS)
     task = next(task for task in family.heads if _has_head(family, task, tensors))
     if task == names.BASE:  # what is not of it are output layers that are of no use here
         tensors = {name: x for name, x in tensors.items() if name.startswith(family.prefix())}
@@ -305,6 +303,18 @@ def load(path: Path) -> Stored:
     info = {"step": 0, "task": task, "rate": 0.0, "tokenizer": fingerprint, "val_loss": None, "config": settings}
     info["classes"] = class_names
     return Stored(f"{formats.TRANSFORMERS}{family.type}", path, stored.tree, weights, info)
+
+
+def _other_weights(path: Path, values: Mapping[str, Any]) -> str:
+    """Return what a folder has in place of WEIGHTS, and what to do."""
+    if not any((path / f"{name}{index}").is_file() for name in (WEIGHTS, PICKLE) for index in ("", ".index.json")):
+        return "copy or download it, too"
+    names_of_classes = values.get("architectures")
+    kind = names_of_classes[0] if isinstance(names_of_classes, list) and names_of_classes else "AutoModel"
+    mend = f'transformers.{kind}.from_pretrained("{path}").save_pretrained("NEW", max_shard_size="100GB")'
+    if (path / f"{WEIGHTS}.index.json").is_file():
+        return f"its weights are in several files, which are not read: {mend} makes one; copy its tokenizer there"
+    return f"{PICKLE} is a pickle that could run code: where you trust it, {mend} makes one; copy its tokenizer there"
 
 
 def _settings(family: Family, values: dict[str, Any], source: Path) -> dict[str, Any]:
@@ -352,7 +362,7 @@ def _tensors(family: Family, stored: Mapping[str, np.ndarray], source: Path) -> 
         if is_bare and not name.startswith(heads or ("lm_head.",)):
             name = prefix + name
         # No number that these types have is changed.
-        tensors[name] = array.astype(np.float32) if array.dtype in (np.float16, "bfloat16") else array
+        tensors[name] = names.exact(array)
     for copy, name in family.copies.items():
         if copy in tensors and not np.array_equal(array := tensors.pop(copy), tensors.setdefault(name, array)):
             raise UserError(f"{source}: {copy} is another than {name}, but can be read as the same only")
@@ -447,9 +457,9 @@ def _read_json(path: Path) -> dict[str, Any]:
         values = utf8.from_json(utf8.read(path))
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else formats.reason(error)
-        raise UserError(f"{path}: cannot be read ({why})") from error
+        raise UserError(f"{path}: cannot be read ({why}); copy or download it again") from error
     if not isinstance(values, dict):
-        raise UserError(f"{path}: is no object of JSON")
+        raise UserError(f"{path}: is no object of JSON; copy or download it again")
     return values
 
 

@@ -238,7 +238,7 @@ def test_halves_are_read_without_a_change(dtype: Any, make: Make, tmp_path: Path
     for name, array in convert.read(folder).weights.items():
         np.testing.assert_array_equal(array.astype(kind).astype(np.float32), got[name])
     tensors = {name: x.astype(np.float64) for name, x in convert.load(folder).tree.items()}
-    with pytest.raises(UserError, match="is float64, but has to be float32 here; cast it first"):
+    with pytest.raises(UserError, match="is float64, but can be read as float32, .*; save it again as float32"):
         convert.read(rewritten(folder, tmp_path / "double", lambda _: tensors))
 
 
@@ -409,7 +409,7 @@ def test_files_that_are_missing_or_damaged_are_told(make: Make, tmp_path: Path) 
     (folder / "config.json").write_text("{")
     assert failure().startswith("/config.json: cannot be read (")
     (folder / "config.json").unlink()
-    assert failure() == "/config.json: cannot be read (No such file or directory)"
+    assert failure() == "/config.json: cannot be read (No such file or directory); copy or download it again"
 
 
 def test_tensors_that_do_not_fit_are_told(make: Make, tmp_path: Path) -> None:

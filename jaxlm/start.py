@@ -5,6 +5,7 @@ CHECKPOINTS.md has the table of what is restored when.
 
 import dataclasses
 import math
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -453,7 +454,10 @@ def _read(path: Path, parts: Iterable[str] | None) -> tuple[str, dict[str, Any]]
     if path.is_file() or public.is_model(path):
         stored = convert.load(path)
         if not stored.info:
-            raise UserError(f"{path}: bare weights without settings; make a run of them with python -m jaxlm.convert")
+            raise UserError(
+                f"{path}: bare weights without settings; python -m jaxlm.convert {shlex.quote(str(path))} NEW "
+                "--config FILE makes a run of them, with the config.toml of theirs"
+            )
         return stored.form, stored.info
     formats.check_run(path, parts)
     return formats.RUN, formats.info_of_run(path)

@@ -208,7 +208,7 @@ def test_what_is_no_checkpoint_is_told(run: Path, tmp_path: Path) -> None:
         ("gone", "there is no such run or checkpoint"),
         ("empty", "there is no checkpoint of a run"),
         ("letter.txt", "neither a file of torch.save nor safetensors"),
-        ("bare.pt", "bare weights without settings; make a run of them with python -m jaxlm.convert"),
+        ("bare.pt", "bare weights without settings; python -m jaxlm.convert .*bare.pt NEW --config FILE makes a run"),
     ):
         for setting in ("resume", "init_from"):
             with pytest.raises(UserError, match=f"{name}: {why}"):

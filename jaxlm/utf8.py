@@ -27,6 +27,7 @@ MARKS = {  # the longest first: UTF-32's begins with UTF-16's
 }
 CONTROLS = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")  # bytes of binary data that text of no encoding has
 BINARY = "binary, or text in UTF-16; give UTF-8 text (of UTF-16, as with iconv -f UTF-16LE -t UTF-8 OLD > NEW)"
+LFS = b"version https://git-lfs.github.com/spec/"  # begins the pointer that stands for a large file in Git
 TOO_LONG = f"longer than {LONGEST:,} characters; break it into shorter ones"
 
 
@@ -105,7 +106,7 @@ def lines(stream: IO[bytes], errors: str = "strict", keep_ends: bool = False) ->
             while not rest.endswith(("\n", "\r")) and (rest := reader.readline(LONGEST)):
                 pass
             if is_first:
-                _check_mark(line[:4].encode("utf-8", errors))
+                _check_mark(line[:START].encode("utf-8", errors))
             is_first = False
             yield line if keep_ends else line.removesuffix("\n")
 
@@ -137,6 +138,8 @@ def from_json(text: str, object_of: Callable[[list[tuple[str, Any]]], Any] | Non
         raise ValueError("nested too deeply; flatten it") from None
     except UnicodeEncodeError as error:
         raise ValueError(_half(error)) from None
+    except ValueError as error:
+        raise ValueError(stand_in(text[:START].encode("utf-8", "replace")) or str(error)) from error
     return value
 
 
@@ -158,7 +161,20 @@ def _half(error: UnicodeEncodeError) -> str:
     return f"{code} is half of a surrogate pair, no character; write both halves, or leave it out"
 
 
+def stand_in(start: bytes) -> str:
+    """Return what a file is in place of what its name says, by its first bytes; "" if it may be that."""
+    if not start:
+        return "empty; copy or download it again"
+    if start.startswith(LFS):
+        return "a pointer of Git LFS, not the file itself; run git lfs pull in its folder"
+    if re.match(rb"\s*<(!doctype|html|\?xml)", start, re.IGNORECASE):
+        return "a page of HTML, not the file itself; download the raw file"
+    return ""
+
+
 def _check_mark(data: bytes) -> None:
+    if data.startswith(LFS):
+        raise ValueError(stand_in(data))
     for mark, name in MARKS.items():
         if data.startswith(mark):
             raise ValueError(f"{name}, not UTF-8; convert it, as with iconv -f {name} -t UTF-8 OLD > NEW")

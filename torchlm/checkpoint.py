@@ -300,12 +300,14 @@ def read(path: Path) -> dict[str, Any]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path}: cannot be read as a checkpoint of torch.save: {reason}") from error
+        raise UserError(f"{path}: cannot be read as a checkpoint of torch.save: {reason}; copy it again") from error
     missing = [key for key in KEYS if key not in checkpoint] if isinstance(checkpoint, dict) else list(KEYS)
     if missing:
-        raise UserError(f"{path}: no checkpoint of version {FORMAT}: it lacks {', '.join(missing)}")
+        raise UserError(f"{path}: no checkpoint of version {FORMAT}: it lacks {', '.join(missing)}; save it again")
     if checkpoint["version"] != FORMAT:
-        raise UserError(f"{path}: checkpoint of version {checkpoint['version']}, but only {FORMAT} can be read")
+        raise UserError(
+            f"{path}: checkpoint of version {checkpoint['version']}, but only {FORMAT} can be read; convert another"
+        )
     return checkpoint
 
 
@@ -313,7 +315,11 @@ def weights(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
     """Return the weights of a checkpoint under torchlm's names."""
     task = checkpoint["task_type"]
     parts = zip(names.prefixes(task), (checkpoint["base_model"], checkpoint["lm_head"]), strict=True)
-    state = {f"{prefix}.{name}": tensor for prefix, part in parts for name, tensor in part.items()}
+    state = {
+        f"{prefix}.{name}": tensor
+        for prefix, part in parts
+        for name, tensor in names.unwrapped(part, "weights").items()
+    }
     return names.from_original(state, task)
 
 

@@ -181,9 +181,9 @@ def test_files_that_are_no_checkpoint_are_told(tmp_path: Path, monkeypatch: pyte
     assert "it lacks lm_head" in told()
     torch.save(content | {"version": "1.1"}, path)
     assert "version 1.1, but only 1.2" in told()
-    wide = config_of(**{"model.d_model": 15})
+    wide = config_of(**{"model.d_model": 18})
     torch.save(checkpoint.content(start(wide), info_of(wide, 1), 1.0), path)
-    assert "base.embedding.token.weight has the shape [11, 15], but the model needs [11, 12]" in told()
+    assert "base.embedding.token.weight has the shape [11, 18], but the model needs [11, 12]" in told()
 
 
 def test_the_masks_of_all_blocks_take_the_space_of_one(tmp_path: Path) -> None:

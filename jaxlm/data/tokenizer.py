@@ -186,7 +186,10 @@ def read(config: TokenizerConfig) -> Tokenizer:
                 )
             tokenizer = _wordpiece(models.WordPiece(vocab, unk_token="[UNK]"), config.lowercase)
         else:
-            tokenizer = Tokenizer.from_str(utf8.read(path))
+            text = utf8.read(path)
+            if why := utf8.stand_in(text[: utf8.START].encode()):
+                raise ValueError(f"is {why}")
+            tokenizer = Tokenizer.from_str(text)
     except UserError:
         raise
     except Exception as error:  # the library raises plain Exception for a file it cannot parse
