@@ -145,6 +145,7 @@ def test_what_needs_an_output_layer_says_what_can_be_done(
     make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = str(make("bert"))
+    capsys.readouterr()  # of transformers, which has written it
     for main in (predict.main, evaluate.main):
         args = ["--checkpoint", folder] + (["--text", "a cat"] if main is predict.main else [])
         with pytest.raises(SystemExit) as ended:
