@@ -15,9 +15,24 @@ from jaxlm.errors import UserError
 # of gpt_1b on 32 chips of v5e, and 1.7 times as much to send (compiled, not run).
 LIBTPU_FLAGS = "--fibers_default_thread_stack_size=67108864 --xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000"
 
+# Values of JAX's own settings with which no step can be compiled and run. All others are the user's choice.
+GUARDS = ("", "_host_to_device", "_device_to_device", "_device_to_host")
+UNUSABLE = {
+    "jax_disable_jit": (True,),
+    "jax_numpy_dtype_promotion": ("strict",),
+    **{f"jax_transfer_guard{name}": ("disallow", "disallow_explicit") for name in GUARDS},
+}
+
 
 def configure(config: Config) -> None:
     """Keep what is compiled in the cache of the settings, and have products as precise as they ask for."""
+    for name, values in UNUSABLE.items():
+        value = getattr(jax.config, name)
+        if getattr(value, "value", value) in values:  # some are of an enum
+            raise UserError(
+                f"{name.upper()}={os.environ.get(name.upper(), value)} in the environment: no step can be compiled and "
+                "run with it; unset it"
+            )
     given = os.environ.get("LIBTPU_INIT_ARGS", "")
     if LIBTPU_FLAGS not in given:
         os.environ["LIBTPU_INIT_ARGS"] = f"{LIBTPU_FLAGS} {given}"  # of two, the later counts

@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import io
 import os
+import re
 import signal
 import socket
 import sys
@@ -19,6 +20,11 @@ CLEANUPS: list[Callable[[], None]] = []  # what removes that which an interrupt 
 ENDINGS = (signal.SIGINT, signal.SIGTERM)  # the exit status of a run that they end is 128 and their number
 
 
+# What messages of JAX, PyTorch and the loader say where there is too little memory.
+OUT_OF_MEMORY = (
+    *("RESOURCE_EXHAUSTED", "Out of memory", "out of memory", "not enough memory", "can't allocate memory"),
+    *("Cannot allocate memory", "failed to map segment", "can't start new thread"),
+)
 SLOW_S = 5.0  # a step that takes longer says what it does
 
 
@@ -61,7 +67,9 @@ def slow(step: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def reported(debug: bool) -> Iterator[None]:
-    """Turn a UserError into one line on stderr and exit status 2; with `debug`, print its traceback before.
+    """Turn bad input, and failures that `_outside` knows, into one line on stderr and exit status 2.
+
+    With `debug`, the traceback comes before.
 
     Ctrl-C, where it raises, and a reader of the output that has gone end the process without a word, with 130 and 141.
     What is printed meanwhile is safe for a terminal.
@@ -74,11 +82,40 @@ def reported(debug: bool) -> Iterator[None]:
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where Python puts what is left to write
             sys.exit(128 + signal.SIGPIPE)
-        except UserError as error:
+        except Exception as error:
+            line = str(error) if isinstance(error, UserError) else _outside(error)
+            if not line:
+                raise
             if debug:
                 print(traceback.format_exc(), end="", file=sys.stderr)  # without colours, which would be shown
-            print("error: " + " ".join(str(error).split()), file=sys.stderr)
+            print("error: " + " ".join(line.split()), file=sys.stderr)
             sys.exit(2)
+
+
+def _outside(error: Exception) -> str:
+    """Return what is wrong outside the program and its input, if that is known: memory, JAX's variables; else ""."""
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or any(mark in text for mark in OUT_OF_MEMORY):
+        return (
+            f"too little memory ({text[:200] or type(error).__name__}); lower train.batch_size (train.accumulate keeps "
+            "the samples of an update), model.seq_len or the size of the model, or set model.remat=full; python -m "
+            "jaxlm.plan tells what a run needs"
+        )
+    if match := re.search(r"(?:JAX flag|environment) '?(jax_\w+)'?", text, re.IGNORECASE):
+        name = match[1].upper()
+        return f"{name}={os.environ.get(name)} in the environment: JAX does not take this value; unset it"
+    is_of_backends = traceback.extract_tb(error.__traceback__)[-1].filename.endswith("xla_bridge.py")
+    if is_of_backends and isinstance(error, RuntimeError | AssertionError):
+        for name in ("JAX_PLATFORMS", "JAX_PLATFORM_NAME"):
+            if value := os.environ.get(name):
+                why = f" ({text})" if text else ", or its plugin is not installed"
+                return (
+                    f"{name}={value} in the environment: there is no such device here{why}; unset it, or set {name}=cpu"
+                )
+        return (
+            f"JAX finds no device: {text}; set JAX_PLATFORMS=cpu in the environment to compute without an accelerator"
+        )
+    return ""
 
 
 class _Lossy(io.FileIO):
@@ -95,6 +132,7 @@ class _Lossy(io.FileIO):
 
 def outlive_full_disks() -> None:
     """Let the process go on where stdout or stderr cannot be written, as with their file on a full disk."""
+    terminal.open_closed()
     for name, number in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper) and stream is getattr(sys, f"__{name}__"):
@@ -117,7 +155,12 @@ def signals(tell: Callable[[int], None], handle: Callable[[int], None] = lambda 
     A thread, because Python's own handlers have to wait while a step is compiled or a tokenizer trained. Nothing is
     raised, because an exception in the middle of anything can get lost, as in the callback that JAX has for garbage
     collections, come out as another error, or crash an extension module that is being loaded.
+
+    Outside of the main thread, as in some notebooks, signals are left to who has them.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     receiver, sender = socket.socketpair()
     sender.setblocking(False)
 
@@ -135,7 +178,7 @@ def signals(tell: Callable[[int], None], handle: Callable[[int], None] = lambda 
     finally:
         signal.set_wakeup_fd(receiver_before)
         for number, handler in handlers.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)  # None: not of Python
         sender.close()
 
 

@@ -63,7 +63,7 @@ def raw(stream: Any) -> Any:
 @contextlib.contextmanager
 def safe_streams() -> Iterator[None]:
     """Have stdout and stderr take any text: what they cannot encode and control characters come as escapes."""
-    _open_closed()
+    open_closed()
     before = sys.stdout, sys.stderr
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -77,7 +77,7 @@ def safe_streams() -> Iterator[None]:
         sys.stdout, sys.stderr = before
 
 
-def _open_closed() -> None:
+def open_closed() -> None:
     """Open the null device in the place of standard streams that are closed (`>&-`).
 
     Else the next file that is opened takes their number, and what a library prints goes into it.
