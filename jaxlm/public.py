@@ -23,7 +23,7 @@ from jaxlm.errors import UserError
 from jaxlm.formats import Snapshot, Stored
 from jaxlm.names import Arrays, Shapes
 
-CONFIG, WEIGHTS, TOKENIZER_CONFIG = "config.json", "model.safetensors", "tokenizer_config.json"
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
 PICKLE = "pytorch_model.bin"
 TOKENIZER = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt")
 POSITION = "base.embedding.position"
@@ -36,8 +36,27 @@ FIXED = {
     "tie_word_embeddings": True,
     "position_embedding_type": "absolute",
     "pruned_heads": {},
+    "directionality": "bidi",
     "quantization_config": None,
 }
+# Keys that change no output: those of training, of layers and models that are not read, of generation, which has
+# settings of its own here, and what is only for people. Any other key is refused.
+UNUSED_KEYS = frozenset(
+    "architectures model_type transformers_version _name_or_path name_or_path _commit_hash language license tags "
+    "finetuning_task task_specific_params id2label label2id num_labels _num_labels problem_type tokenizer_class "
+    "dtype torch_dtype torchscript use_bfloat16 use_cache output_past return_dict use_return_dict output_attentions "
+    "output_hidden_states gradient_checkpointing chunk_size_feed_forward reorder_and_upcast_attn _attn_implementation "
+    "attn_implementation _attn_implementation_autoset _attn_implementation_internal transformers.js_config "
+    "initializer_range initializer_factor classifier_dropout qa_dropout seq_classif_dropout type_vocab_size "
+    "pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type tie_weights_ "
+    "summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout n_ctx "
+    "pad_token_id bos_token_id eos_token_id sep_token_id decoder_start_token_id cross_attention_hidden_size prefix "
+    "max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k "
+    "top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids "
+    "num_return_sequences output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id "
+    "remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens "
+    "tf_legacy_loss".split()
+)
 GELU = {"gelu": "exact", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
 # Neither weights of the model nor missed: constants, the sentence pairs of BERT's training, a layer that only it uses.
 UNUSED = r"(position_ids|token_type_ids|\.attn\.bias|\.attn\.masked_bias)$|^cls\.seq_relationship\."
@@ -254,7 +273,7 @@ def find(source: str | Path) -> Path:
     from jaxlm.data import sources
 
     failure = sources.probe_hub(str(source))()
-    wanted = [CONFIG, WEIGHTS, TOKENIZER_CONFIG, *TOKENIZER]
+    wanted = [CONFIG, WEIGHTS, *tokenizers.BESIDE, *TOKENIZER]
     try:
         # What has been downloaded before needs no hub.
         found = huggingface_hub.snapshot_download(
@@ -298,7 +317,9 @@ def load(path: Path) -> Stored:
     if any((path / name).is_file() for name in TOKENIZER):
         settings |= {"tokenizer.path": str(path), "tokenizer.lowercase": _ignores_case(path)}
         config = TokenizerConfig(path=str(path), lowercase=settings["tokenizer.lowercase"])
-        fingerprint = tokenizers.fingerprint(tokenizers.read(config))
+        tokenizer = tokenizers.read(config)
+        _check_ends(family, tokenizer, path)
+        fingerprint = tokenizers.fingerprint(tokenizer)
     weights = _weights(family, configs.build(settings), tensors, values.get("type_vocab_size", 2), path / WEIGHTS)
     info = {"step": 0, "task": task, "rate": 0.0, "tokenizer": fingerprint, "val_loss": None, "config": settings}
     info["classes"] = class_names
@@ -322,6 +343,12 @@ def _settings(family: Family, values: dict[str, Any], source: Path) -> dict[str,
     for key, value in (FIXED | family.fixed).items():
         if values.get(key, value) != value:
             raise UserError(f"{source}: {key}={json.dumps(values[key])}: can be read with {json.dumps(value)} only")
+    read = {*family.keys.values(), *family.dropouts, *FIXED, *family.fixed}
+    for key in sorted(values.keys() - UNUSED_KEYS - read):
+        raise UserError(
+            f"{source}: {key}={json.dumps(values[key])[:80]}: is not known here for model_type={family.type}; remove "
+            "it if it does not change what the model computes"
+        )
     sizes = {}
     for name in ("d_model", "n_layers", "n_heads", "vocab_size", "seq_len"):
         key = family.keys[name]
@@ -397,9 +424,24 @@ def _class_names(values: Mapping[str, Any], n: int, source: Path) -> tuple[str, 
     return () if names == tuple(f"LABEL_{i}" for i in range(n)) else names
 
 
+def _check_ends(family: Family, tokenizer: Tokenizer, path: Path) -> None:
+    """Raise UserError if a tokenizer.json puts other tokens around a text than are put there here."""
+    if tokenizer.post_processor is None:
+        return
+    specials = tokenizers.special_ids(tokenizer)
+    ends = [[specials[role]] if role in specials and family is not GPT2 else [] for role in ("start", "end")]
+    expected = [*ends[0], *tokenizer.encode("a", add_special_tokens=False).ids, *ends[1]]
+    if (ids := tokenizer.encode("a").ids) != expected:
+        tokens = [" ".join(str(tokenizer.id_to_token(i)) for i in some) for some in (ids, expected)]
+        raise UserError(
+            f"{path / TOKENIZER[0]}: its post_processor makes {tokens[0]} of the text a: can be read with {tokens[1]} "
+            "only; take it out of the file if the model does without"
+        )
+
+
 def _ignores_case(path: Path) -> bool:
     """Return whether a vocab.txt is one of words in lower case; a tokenizer.json says so itself."""
-    file = path / TOKENIZER_CONFIG
+    file = path / tokenizers.TOKENIZER_CONFIG
     return not file.is_file() or _read_json(file).get("do_lower_case", True) is not False
 
 
@@ -557,4 +599,4 @@ def _write_tokenizer(path: Path, tokenizer: Tokenizer, seq_len: int) -> None:
         "model_input_names": ["input_ids", "attention_mask"],
         **{f"{theirs}_token": found[ours][0] for ours, theirs in roles.items() if ours in found},
     }
-    (path / TOKENIZER_CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    (path / tokenizers.TOKENIZER_CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from jaxlm import config as configs
 from jaxlm import convert, predict, public
@@ -390,6 +390,38 @@ def test_what_a_config_does_not_tell_is_as_in_transformers(kind: str, make: Make
     assert len(told) < len(values) - 5
     (folder / "config.json").write_text(json.dumps(told))
     assert convert.load(folder).info["config"] == full
+
+
+@pytest.mark.parametrize("kind", ["bert", "distilbert", "roberta", "gpt2"])
+def test_keys_that_change_nothing_are_passed_over_and_unknown_ones_are_refused(
+    kind: str, make: Make, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(make(kind)[0], tmp_path / "model")
+    full = convert.load(folder).info["config"]
+    values = json.loads((folder / "config.json").read_text())
+    written = make(kind)[1].config.to_dict()  # with every key that the library has
+    of_old = {"gradient_checkpointing": False, "finetuning_task": "sst2", "torch_dtype": "float32", "n_ctx": 24}
+    of_old |= {"task_specific_params": {}, "_name_or_path": "x", "top_k": 50, "output_past": True, "pooler_type": "x"}
+    (folder / "config.json").write_text(json.dumps(of_old | written | values))
+    assert convert.load(folder).info["config"] == full
+    for key, value in {"alibi": True, "rope_theta": 1e4, "embedding_size": 128, "auto_map": {}}.items():
+        (folder / "config.json").write_text(json.dumps(values | {key: value}))
+        with pytest.raises(UserError, match=f"config.json: {key}=.*: is not known here for model_type={kind}; remove"):
+            convert.load(folder)
+
+
+def test_another_step_around_a_text_is_refused(make: Make, tmp_path: Path) -> None:
+    folder = shutil.copytree(make("bert")[0], tmp_path / "model")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    ends = [("[CLS]", 2), ("[SEP]", 3)]
+    for single in ("[CLS] $A", "$A [SEP]", "[SEP] $A [CLS]", "[CLS] $A [SEP]"):
+        tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=ends)
+        tokenizer.save(str(folder / "tokenizer.json"))
+        if single == "[CLS] $A [SEP]":
+            convert.load(folder)
+            continue
+        with pytest.raises(UserError, match=r"its post_processor makes .* of the text a: can be read with \[CLS\] a"):
+            convert.load(folder)
 
 
 def test_files_that_are_missing_or_damaged_are_told(make: Make, tmp_path: Path) -> None:

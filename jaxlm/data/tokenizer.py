@@ -7,13 +7,24 @@ import collections
 import contextlib
 import hashlib
 import itertools
+import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TypeVar
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 import tokenizers
-from tokenizers import PreTokenizedString, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    PreTokenizedString,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 
 from jaxlm import storage, temporary, utf8
 from jaxlm.config import TokenizerConfig
@@ -29,7 +40,40 @@ NAMES = {
     "article": ("<|endoftext|>", "</s>"),
 }
 WORDPIECE_SPECIALS = tuple(NAMES[role][0] for role in ("pad", "unknown", "start", "end", "mask"))
+LARGEST = 2**24  # tokens; what has a larger number is damaged
 T = TypeVar("T")
+TOKENIZER_CONFIG = "tokenizer_config.json"
+BESIDE = (TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json")
+# Of the files beside a tokenizer: classes that are read, the roles of special tokens, the keys that are read, those
+# that are read with some values only, and those that change no token of a text.
+CLASSES = ("BertTokenizer", "DistilBertTokenizer", "GPT2Tokenizer", "RobertaTokenizer")
+ROLES = {"unk_token": "unknown", "cls_token": "start", "sep_token": "end", "pad_token": "pad", "mask_token": "mask"}
+ROLES |= {"bos_token": "article", "eos_token": "article"}
+BERT_KEYS = ("do_lower_case", "strip_accents", "tokenize_chinese_chars")
+READ = {*ROLES, *BERT_KEYS, "add_prefix_space", "added_tokens_decoder", "tokenizer_class"}
+READ |= {"add_bos_token", "add_eos_token"}
+ONLY: dict[str, tuple[Any, ...]] = {
+    "do_basic_tokenize": (True,),
+    "never_split": (None, []),
+    "wordpieces_prefix": ("##",),
+    "continuing_subword_prefix": ("##", ""),
+    "max_input_chars_per_word": (100,),
+    "clean_text": (True,),
+    "auto_map": (None,),
+}
+UNUSED = set(
+    # lengths, sides and forms of batches
+    "model_max_length max_len max_length stride truncation truncation_strategy truncation_side padding padding_side "
+    "pad_to_multiple_of pad_token_type_id model_input_names return_token_type_ids "
+    # of decoded text, and places in the text
+    "clean_up_tokenization_spaces errors trim_offsets spaces_between_special_tokens "
+    # special tokens in a text are text here
+    "split_special_tokens additional_special_tokens extra_special_tokens model_specific_special_tokens "
+    "add_special_tokens "
+    # where it came from and what it is for
+    "name_or_path special_tokens_map_file tokenizer_file vocab_file merges_file backend is_local local_files_only "
+    "from_slow legacy init_inputs processor_class chat_template use_fast transformers_version".split()
+)
 MOST_LETTERS = 1000  # of a word that a tokenizer is trained on; the time for one grows with more than its length
 # Characters between words, as both kinds of tokenizer divide a text. There are further ones outside ASCII.
 _SPACES = "\t\n\v\f\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
@@ -166,35 +210,176 @@ def train(
 def read(config: TokenizerConfig) -> Tokenizer:
     """Return the tokenizer of a tokenizer.json, vocab.txt, vocab.json with merges.txt, a folder of these, or the hub.
 
-    Raises UserError if there is none or it cannot be read.
+    What tokenizer_config.json, special_tokens_map.json and added_tokens.json beside it say is followed, and where it
+    cannot be, refused by name. Raises UserError for that, and if there is no tokenizer or it cannot be read.
     """
     path = _file_of(Path(config.path))
-    merges = path.with_name(path.name.replace("vocab.json", "merges.txt"))
+    values = _values(path)
     try:
         if path.name.endswith("vocab.json"):
-            lines = [line for line in utf8.read(merges).split("\n") if line and not line.startswith("#version")]
-            pairs = [(first, second) for first, second in (line.split(" ") for line in lines)]
-            tokenizer = _byte_level(models.BPE(utf8.from_json(utf8.read(path)), pairs))
+            tokenizer = _byte_level(_bpe(path), values.get("add_prefix_space") is True)
             tokenizer.add_special_tokens([name for names in NAMES.values() for name in names if _has(tokenizer, name)])
         elif path.suffix == ".txt":
-            lines = utf8.read(path).removesuffix("\n").split("\n")  # splitlines() would split at U+2028 and others
+            # splitlines() would split at U+2028 and others. A blank line at the end is no token.
+            lines = utf8.read(path).rstrip("\n").split("\n")
             vocab = {line: i for i, line in enumerate(lines)}
             if "[UNK]" not in vocab:
                 raise UserError(
                     f"tokenizer.path={config.path}: no [UNK] among its {len(vocab)} lines; "
                     "give the vocab.txt of a WordPiece tokenizer"
                 )
-            tokenizer = _wordpiece(models.WordPiece(vocab, unk_token="[UNK]"), config.lowercase)
+            tokenizer = _wordpiece(
+                models.WordPiece(vocab, unk_token="[UNK]"), values.get("do_lower_case", config.lowercase), values
+            )
         else:
             text = utf8.read(path)
             if why := utf8.stand_in(text[: utf8.START].encode()):
                 raise ValueError(f"is {why}")
             tokenizer = Tokenizer.from_str(text)
-    except UserError:
+        _check_use(tokenizer)
+    except (UserError, KeyboardInterrupt, SystemExit):
         raise
-    except Exception as error:  # the library raises plain Exception for a file it cannot parse
-        raise UserError(f"tokenizer.path={config.path}: {path.name} cannot be read as a tokenizer: {error}") from error
+    except BaseException as error:  # the library raises plain Exception, and for a panic a BaseException
+        reason = (error.strerror if isinstance(error, OSError) else "") or str(error)[:200] or type(error).__name__
+        raise UserError(
+            f"tokenizer.path={config.path}: {path.name} cannot be read as a tokenizer: {reason}; fetch it again, or "
+            "save it with the program that made it"
+        ) from error
+    _apply(tokenizer, values, path)
     return _as_used(tokenizer)
+
+
+def _bpe(path: Path) -> models.BPE:
+    """Return the model of a vocab.json and its merges.txt. Raises UserError if they are not there or do not fit."""
+    merges = path.with_name(path.name.replace("vocab.json", "merges.txt"))
+    if not merges.is_file():
+        raise UserError(f"{path}: there is no {merges.name} beside it; fetch it, too, or give a tokenizer.json")
+    vocab = utf8.from_json(utf8.read(path))
+    if not isinstance(vocab, dict) or not all(type(i) is int and 0 <= i < 2**32 for i in vocab.values()):
+        raise ValueError("it is not an object of tokens and their numbers")
+    pairs = []
+    for number, line in enumerate(utf8.read(merges).split("\n"), start=1):
+        if line and not line.startswith("#version"):
+            first, _, second = line.partition(" ")
+            if not all(token in vocab for token in (first, second, first + second)):
+                raise UserError(
+                    f"{merges}, line {number}: {line[:80]!r} is not a merge of two tokens of {path.name}; "
+                    f"fetch both files from the same place"
+                )
+            pairs.append((first, second))
+    return models.BPE(vocab, pairs)
+
+
+def _check_use(tokenizer: Tokenizer) -> None:
+    """Raise ValueError, or what the library raises, unless a tokenizer can be used, with the same ids each time."""
+    if not tokenizer.get_vocab():
+        raise ValueError("its vocabulary is empty")
+    if n_ids(tokenizer) > LARGEST:
+        raise ValueError(f"the number {n_ids(tokenizer) - 1:,} of a token is above {LARGEST:,}")
+    if getattr(tokenizer.model, "dropout", None):
+        raise ValueError(f"dropout={tokenizer.model.dropout} gives other tokens each time; set it to null in the file")
+    tokenizer.encode_batch_fast(["", "The cats' caf\u00e9 \u4e2d\u6587 \U0001f642 \x00 12.5%\n"])
+
+
+def _values(path: Path) -> dict[str, Any]:
+    """Return what the files beside a tokenizer say of it. Raises UserError for a key that cannot be followed."""
+    prefix = path.name.removesuffix("vocab.json") if path.name.endswith("vocab.json") else ""
+    values: dict[str, Any] = {}
+    for name in BESIDE:
+        file = path.with_name(prefix + name)
+        if not file.is_file():
+            continue
+        try:
+            told = utf8.from_json(utf8.read(file))
+            if not isinstance(told, dict):
+                raise ValueError("not an object")
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file}: cannot be read ({error}); mend it, or remove it") from error
+        if name == "added_tokens.json":
+            told = {"added_tokens_decoder": {str(i): {"content": token} for token, i in told.items()}}
+        # As in transformers: the older files count where the newer one does not list its tokens.
+        values = told | values if "added_tokens_decoder" in values else values | told
+    kind = str(values.get("tokenizer_class") or "").removesuffix("Fast")
+    is_whole = path.suffix == ".json" and not path.name.endswith("vocab.json")
+    if is_whole and kind and kind not in CLASSES:
+        return {}  # transformers, too, takes tokenizer.json alone then
+    file = path.with_name(prefix + TOKENIZER_CONFIG)
+    if kind and kind not in CLASSES:
+        raise UserError(
+            f"{file}: tokenizer_class={kind}: {path.name} can be read for {', '.join(CLASSES)} only; "
+            "load it with transformers, and give the tokenizer.json that save_pretrained writes"
+        )
+    for key, value in values.items():
+        if key in ONLY and value not in ONLY[key]:
+            only = " or ".join(json.dumps(x) for x in ONLY[key])
+            raise UserError(f"{file}: {key}={json.dumps(value)}: can be read with {only} only; change the file")
+        if key in ("do_lower_case", "tokenize_chinese_chars", "add_prefix_space") and not isinstance(value, bool):
+            raise UserError(f"{file}: {key}={json.dumps(value)}: has to be true or false")
+        if key == "strip_accents" and value not in (None, True, False):
+            raise UserError(f"{file}: {key}={json.dumps(value)}: has to be true, false or null")
+        if key not in READ | ONLY.keys() | UNUSED and not key.endswith("_token"):
+            raise UserError(
+                f"{file}: {key}={json.dumps(value)[:80]}: is not known here; remove it if it does not change how texts "
+                "are divided"
+            )
+    if is_whole or path.suffix == ".txt":  # where the file's own step puts special tokens around a text
+        return values
+    for key in ("add_bos_token", "add_eos_token"):
+        if values.get(key):
+            raise UserError(f"{file}: {key}=true: can be read with false only; give a tokenizer.json instead")
+    return values
+
+
+def _apply(tokenizer: Tokenizer, values: dict[str, Any], path: Path) -> None:
+    """Add tokens, and compare the rest of `values`. Raises UserError for what the tokenizer does otherwise."""
+    file, is_wordpiece = path.with_name(TOKENIZER_CONFIG), isinstance(tokenizer.model, models.WordPiece)
+    added = values.get("added_tokens_decoder") or {}
+    lists = [x for key in ("additional_special_tokens", "extra_special_tokens") for x in values.get(key) or []]
+    names = {_content(value) for value in (*values.values(), *lists)}
+    try:
+        for i, token in sorted((int(i), dict(token)) for i, token in added.items()):
+            is_special = token.pop("special", token["content"] in names)
+            if not is_special or not _has(tokenizer, token["content"]):
+                (tokenizer.add_special_tokens if is_special else tokenizer.add_tokens)([AddedToken(**token)])
+            if tokenizer.token_to_id(token["content"]) != i:
+                now = tokenizer.token_to_id(token["content"])
+                raise UserError(
+                    f"{file}: added_tokens_decoder: {token['content']!r} has the number {i} there, but {now} in "
+                    f"{path.name}; give files of the same tokenizer"
+                )
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"{file}: added_tokens_decoder cannot be read ({error}); mend it") from error
+    specials = special_ids(tokenizer)
+    for key, role in ROLES.items():
+        name = _content(values.get(key))
+        if key == "bos_token" and "start" in specials:
+            role = "start"
+        # BERT's have no bos and eos, GPT-2's no use for unk and pad.
+        is_used = not is_wordpiece if key in ("bos_token", "eos_token") else is_wordpiece or "start" in specials
+        if role in ("start", "end", "mask") or is_used:
+            expected = tokenizer.id_to_token(specials[role]) if role in specials else None
+            if name is not None and tokenizer.token_to_id(name) != specials.get(role):
+                can = f"{path.name} has {expected}" if expected else f"can be read as {' or '.join(NAMES[role])} only"
+                raise UserError(f"{file}: {key}={json.dumps(name)}: {can}; use one name in both files")
+    if path.suffix == ".txt" or path.name.endswith("vocab.json"):
+        return
+    if is_wordpiece and any(key in values for key in BERT_KEYS):
+        normalizer = _bert_normalizer(values.get("do_lower_case", True), values)
+        probe = "\u00c0\u00c9e\u0301 \u4e2d\u6587 Stra\u00dfe \u0130"
+        if (tokenizer.normalizer or normalizers.Sequence([])).normalize_str(probe) != normalizer.normalize_str(probe):
+            told = ", ".join(f"{key}={json.dumps(values[key])}" for key in BERT_KEYS if key in values)
+            raise UserError(f"{file}: {told}: {path.name} does otherwise; make them the same")
+    if "add_prefix_space" in values and not is_wordpiece and tokenizer.pre_tokenizer is not None:
+        pieces = tokenizer.pre_tokenizer.pre_tokenize_str("a")
+        if values["add_prefix_space"] is not (pieces[0][0] != "a"):
+            value = json.dumps(values["add_prefix_space"])
+            raise UserError(f"{file}: add_prefix_space={value}: {path.name} does otherwise; make them the same")
+
+
+def _content(token: Any) -> str | None:
+    """Return the text of a special token, which may be an object."""
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
 
 
 def _as_used(tokenizer: Tokenizer) -> Tokenizer:
@@ -244,18 +429,26 @@ def _from_hub(name: str) -> Path:
         ) from error
 
 
-def _wordpiece(model: models.WordPiece, lowercase: bool) -> Tokenizer:
+def _wordpiece(model: models.WordPiece, lowercase: bool, values: Mapping[str, Any] = MappingProxyType({})) -> Tokenizer:
     tokenizer = Tokenizer(model)
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    tokenizer.normalizer = _bert_normalizer(lowercase, values)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
     tokenizer.add_special_tokens([name for name in WORDPIECE_SPECIALS if _has(tokenizer, name)])
     return tokenizer
 
 
-def _byte_level(model: models.BPE) -> Tokenizer:
+def _bert_normalizer(lowercase: bool, values: Mapping[str, Any]) -> normalizers.Normalizer:
+    return normalizers.BertNormalizer(
+        lowercase=lowercase,
+        strip_accents=values.get("strip_accents"),
+        handle_chinese_chars=values.get("tokenize_chinese_chars", True),
+    )
+
+
+def _byte_level(model: models.BPE, add_prefix_space: bool = False) -> Tokenizer:
     tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 

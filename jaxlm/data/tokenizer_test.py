@@ -3,11 +3,14 @@
 import hashlib
 import json
 import os
+import pickle
 import random
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -409,7 +412,160 @@ def test_ids_of_a_vocab_json_are_those_of_transformers(gpt_folder):
         assert ids(ours, text) == theirs(text)["input_ids"], text
 
 
+DIFFICULT = [
+    *ODD_TEXTS,
+    "ÀÉÎ Über café e\u0301 中文字x中 ñ Ñ a\u0301\u0300",
+    "new<x> <x>new a<x>b  <x>  c <X> cat<x>cat",
+]
+
+
+def added(**flags) -> dict[str, Any]:
+    return {"added_tokens_decoder": {"N": {"content": "<x>", "special": False, "normalized": False} | flags}}
+
+
+# What tokenizer_config.json says; and what the refusal names, beside a vocab.txt or vocab.json, and beside a
+# tokenizer.json. Where that is "", it is followed as in transformers.
+CASES: list[tuple[str, dict[str, Any], str, str]] = [
+    ("bert", {}, "", ""),
+    ("bert", {"do_lower_case": False}, "", "tokenizer.json does otherwise"),
+    ("bert", {"strip_accents": False}, "", "tokenizer.json does otherwise"),
+    ("bert", {"strip_accents": True, "do_lower_case": False}, "", "tokenizer.json does otherwise"),
+    ("bert", {"strip_accents": False, "do_lower_case": False}, "", "tokenizer.json does otherwise"),
+    ("bert", {"tokenize_chinese_chars": False}, "", "tokenizer.json does otherwise"),
+    ("bert", {"do_lower_case": "yes"}, 'do_lower_case="yes": has to be true or false', "has to be true or false"),
+    ("bert", {"do_basic_tokenize": False}, "do_basic_tokenize=false: can be read with true only", "do_basic_tokenize"),
+    ("bert", {"never_split": ["cat"]}, 'never_split=["cat"]: can be read with null or [] only', "never_split"),
+    ("bert", {"wordpieces_prefix": "@@"}, 'wordpieces_prefix="@@"', "wordpieces_prefix"),
+    ("bert", {"clean_up_tokenization_spaces": True, "model_max_length": 3, "padding_side": "left"}, "", ""),
+    ("bert", {"unk_token": "[UNK]", "bos_token": None}, "", ""),
+    ("bert", {"unk_token": "<unk>"}, 'unk_token="<unk>": vocab.txt has [UNK]', "tokenizer.json has [UNK]"),
+    ("bert", {"cls_token": "<cls>"}, 'cls_token="<cls>": vocab.txt has [CLS]', "tokenizer.json has [CLS]"),
+    ("bert", {"pad_token": "[SEP]"}, 'pad_token="[SEP]": vocab.txt has [PAD]', "tokenizer.json has [PAD]"),
+    ("bert", {"subword": "x"}, 'subword="x": is not known here', "is not known here"),
+    ("bert", added(), "", ""),
+    ("bert", added(single_word=True), "", ""),
+    ("bert", added(lstrip=True, rstrip=True), "", ""),
+    ("bert", added(content="<X>", normalized=True), "", ""),
+    (
+        "bert",
+        {"added_tokens_decoder": {"9999": {"content": "<x>"}}},
+        "has the number 9999 there",
+        "has the number",
+    ),
+    ("bert", {"added_tokens_decoder": {"x": 1}}, "added_tokens_decoder cannot be read", "cannot be read"),
+    ("gpt2", {}, "", ""),
+    ("gpt2", {"add_prefix_space": True}, "", "add_prefix_space=true: tokenizer.json does otherwise"),
+    ("gpt2", {"add_bos_token": True}, "add_bos_token=true: can be read with false only", ""),
+    ("gpt2", {"errors": "strict", "trim_offsets": False, "pad_token": "[PAD]"}, "", ""),
+    ("gpt2", {"eos_token": "a"}, 'eos_token="a": vocab.json has <|endoftext|>', "tokenizer.json has"),
+    ("gpt2", added(), "", ""),
+    ("gpt2", added(lstrip=True, rstrip=True), "", ""),
+]
+
+
+@pytest.mark.parametrize("is_whole", [False, True])
+@pytest.mark.parametrize(("kind", "told", "refusal", "refusal_of_json"), CASES)
+def test_what_tokenizer_config_says_is_followed_or_refused_by_name(
+    tmp_path, bert_folder, gpt_folder, kind, told, refusal, refusal_of_json, is_whole
+):
+    transformers = pytest.importorskip("transformers")
+    theirs_of = {"bert": transformers.BertTokenizer, "gpt2": transformers.GPT2Tokenizer}[kind]
+    folder = shutil.copytree(bert_folder if kind == "bert" else gpt_folder, tmp_path / "model")
+    n = n_ids(read(TokenizerConfig(path=str(folder))))
+    values = json.loads(json.dumps(told).replace('"N"', f'"{n}"'))
+    if is_whole:
+        theirs_of.from_pretrained(folder).save_pretrained(folder)
+        values = json.loads((folder / "tokenizer_config.json").read_text()) | values
+        for name in ("vocab.txt", "vocab.json", "merges.txt"):
+            (folder / name).unlink(missing_ok=True)
+    (folder / "tokenizer_config.json").write_text(json.dumps(values))
+    if expected := refusal_of_json if is_whole else refusal:
+        message = failure(path=str(folder))
+        assert message.startswith(f"{folder}/tokenizer_config.json: ") and expected in message and "\n" not in message
+        return
+    ours, theirs = read(TokenizerConfig(path=str(folder))), theirs_of.from_pretrained(folder)
+    for text in DIFFICULT:
+        assert ids(ours, text) == theirs(text, add_special_tokens=False)["input_ids"], text
+
+
+def test_a_vocab_txt_of_another_class_is_refused(tmp_path, bert_folder):
+    folder = shutil.copytree(bert_folder, tmp_path / "model")
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertJapaneseTokenizer"}')
+    assert "tokenizer_class=BertJapaneseTokenizer: vocab.txt can be read for BertTokenizer, " in failure(
+        path=str(folder)
+    )
+
+
+def test_older_files_beside_a_vocab_txt_are_followed(tmp_path, bert_folder):
+    transformers = pytest.importorskip("transformers")
+    folder = shutil.copytree(bert_folder, tmp_path / "model")
+    n = n_ids(read(TokenizerConfig(path=str(folder))))
+    (folder / "added_tokens.json").write_text(json.dumps({"<x>": n}))
+    (folder / "special_tokens_map.json").write_text('{"unk_token": {"content": "[UNK]", "lstrip": false}}')
+    ours, theirs = read(TokenizerConfig(path=str(folder))), transformers.BertTokenizer.from_pretrained(folder)
+    assert [ids(ours, x) for x in DIFFICULT] == [theirs(x, add_special_tokens=False)["input_ids"] for x in DIFFICULT]
+    (folder / "special_tokens_map.json").write_text('{"unk_token": "[SEP]"}')
+    assert 'unk_token="[SEP]": vocab.txt has [UNK]' in failure(path=str(folder))
+    (folder / "special_tokens_map.json").write_text("[" * 100_000)
+    assert failure(path=str(folder)).startswith(f"{folder}/special_tokens_map.json: cannot be read (nested too deeply")
+
+
 # Errors
+
+
+def odd(kind: str = "wordpiece", vocab: Any = None, **changes: Any) -> bytes:
+    """Return a tokenizer.json with other values in its model."""
+    values = json.loads(trained(kind=kind).to_str())
+    values["model"] |= {"vocab": values["model"]["vocab"] if vocab is None else vocab} | changes
+    return json.dumps(values if vocab is None else values | {"added_tokens": []}).encode()
+
+
+ODD_FILES: dict[str, Callable[[], bytes]] = {
+    "empty vocabulary": lambda: odd(vocab={}),
+    "empty vocabulary of BPE": lambda: odd("bpe", vocab={}, merges=[]),
+    "no model": lambda: b'{"version": "1.0", "model": null}',
+    "other model": lambda: odd(type="Unigram"),
+    "list": lambda: b"[]",
+    "types": lambda: odd(vocab={"a": "b"}),
+    "large number": lambda: odd(vocab={"[UNK]": 0, "a": 2**32 - 1}),
+    "no unknown token": lambda: odd(vocab={"a": 0}),
+    "random": lambda: odd("bpe", dropout=0.5),
+    "deep": lambda: b'{"model":' * 100_000,
+    "pickle": lambda: pickle.dumps({"model": 1}),
+    "pointer": lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 123\n",
+    "nothing": lambda: b"",
+    "cut": lambda: odd()[:-40],
+}
+
+
+@pytest.mark.parametrize("name", ODD_FILES)
+def test_an_odd_tokenizer_json_is_one_line(tmp_path, name):
+    (tmp_path / "tokenizer.json").write_bytes(ODD_FILES[name]())
+    message = failure(path=str(tmp_path))
+    start = f"tokenizer.path={tmp_path}: tokenizer.json cannot be read as a tokenizer: "
+    assert message.startswith(start) and message.endswith("or save it with the program that made it")
+    assert "\n" not in message
+
+
+def test_merges_that_do_not_fit_are_named_with_their_line(tmp_path, gpt_folder):
+    folder = shutil.copytree(gpt_folder, tmp_path / "model")
+    for line in ("x yy", "x", "x  y", "Ġt he"):
+        (folder / "merges.txt").write_text(f"#version: 0.2\nt h\n{line}\n", encoding="utf-8")
+        message = failure(path=str(folder))
+        assert message.startswith(f"{folder}/merges.txt, line 3: {line!r} is not a merge of two tokens of vocab.json; ")
+    (folder / "merges.txt").write_text("t h\r\n")
+    assert read(TokenizerConfig(path=str(folder))).encode("th").tokens == ["th"]
+    for content in ("[]", '{"a": -1}', '{"a": 1.5}', '{"a": "b"}'):
+        (folder / "vocab.json").write_text(content)
+        assert "not an object of tokens and their numbers" in failure(path=str(folder))
+
+
+def test_blank_lines_at_the_end_of_a_vocab_txt_are_no_tokens(tmp_path, bert_folder):
+    content = (bert_folder / "vocab.txt").read_bytes()
+    expected = fingerprint(read(TokenizerConfig(path=str(bert_folder))))
+    for end in (b"\n", b"\n\n", b"\r\n"):
+        (tmp_path / "vocab.txt").write_bytes(content + end)
+        assert fingerprint(read(TokenizerConfig(path=str(tmp_path)))) == expected
 
 
 def test_paths_that_lead_nowhere(tmp_path):
@@ -434,7 +590,8 @@ def test_files_that_are_no_tokenizer(tmp_path, gpt_folder):
     assert f"tokenizer.path={tmp_path}/a.txt: no [UNK] among its 3 lines" in message
     assert "cannot be read as a tokenizer" in failure(path=write("b.txt", b"[UNK]\n\xff\n"))
     write("vocab.json", (gpt_folder / "vocab.json").read_bytes())
-    assert "vocab.json cannot be read as a tokenizer" in failure(path=str(tmp_path / "vocab.json"))  # no merges.txt
+    message = failure(path=str(tmp_path / "vocab.json"))
+    assert message.startswith(f"{tmp_path}/vocab.json: there is no merges.txt beside it; ")
 
 
 def test_unreachable_hub_names_the_setting(monkeypatch):
