@@ -672,8 +672,9 @@ def test_the_attention_matrix_names_its_tokens(browser: Any, servers: dict[str, 
 
 
 @pytest.mark.slow
-def test_the_page_classifies_and_shows_attention(browser: Any, runs: Path, serving: Callable[..., Server]) -> None:
-    server = serving(predict.load(runs / "sst2"), token="secret")
+def test_the_page_classifies_and_shows_attention(browser: Any, serving: Callable[..., Server], tmp_path: Path) -> None:
+    classes = ("negative", "<b>neutral</b> \u202e", "positive" * 20)
+    server = serving(predict.load(used_runs.write(tmp_path / "run", "sst2", classes=classes)), token="secret")
     (expected,) = server.predictor(["the dog sat"])
     looked = server.predictor.attention("the dog sat", 1, 2)
     with shown(browser, server) as tab:
@@ -684,8 +685,10 @@ def test_the_page_classifies_and_shows_attention(browser: Any, runs: Path, servi
         tab.keyboard.type("secret")
         tab.keyboard.press("Enter")
         tab.locator(".classes b").wait_for()
-        assert tab.inner_text(".classes b") == f"Label {expected['label']}"
-        assert tab.locator(".classes .bar i").all_text_contents() == [percent(p) for p in expected["probabilities"]]
+        assert tab.inner_text(".classes > b") == terminal.shown(f"Label {expected['label']}")
+        assert tab.locator(".classes .bar span").all_text_contents() == [terminal.shown(name) for name in classes]
+        found = tab.locator(".classes .bar i").all_text_contents()
+        assert found == [percent(p) for p in expected["probabilities"].values()]
         tab.press("#look summary", "Enter")
         tab.locator("#tokens button").first.wait_for()
         tab.select_option("#layer", "1")
