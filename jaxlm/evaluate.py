@@ -20,6 +20,7 @@ from jaxlm.config import DataConfig
 from jaxlm.convert import Parser
 from jaxlm.data.sources import numbered
 from jaxlm.errors import UserError, reported, slow
+from jaxlm.metrics import number
 from jaxlm.terminal import dumps
 
 if TYPE_CHECKING:  # the command line is looked at before anything that takes long to import
@@ -375,9 +376,9 @@ def _tell(found: Evaluation) -> None:
         table.add_column(name, justify="right")
     rows = found.scores | ({"calibration_error": found.calibration_error} if found.calibration_error else {})
     for name, score in rows.items():
-        interval = f"{_number(name, score.low)} to {_number(name, score.high)}"
-        baseline = "" if score.baseline is None else _number(name, score.baseline)
-        table.add_row(f"{name} ({score.better} is better)", _number(name, score.value), interval, baseline)
+        interval = f"{number(name, score.low)} to {number(name, score.high)}"
+        baseline = "" if score.baseline is None else number(name, score.baseline)
+        table.add_row(f"{name} ({score.better} is better)", number(name, score.value), interval, baseline)
     console.print(table)
     if found.warning:
         console.print(f"warning: {found.warning}")
@@ -411,10 +412,6 @@ def _tell(found: Evaluation) -> None:
 
 def _predicted(value: Any) -> str:
     return "no class" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _number(name: str, x: float) -> str:
-    return f"{x:,.1f}" if name == "perplexity" else f"{x:.4f}"
 
 
 def _keep(run: Path, found: Evaluation) -> None:

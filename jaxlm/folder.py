@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxlm import checksums, formats, history, storage, utf8
+from jaxlm import checksums, formats, history, metrics, storage, utf8
 from jaxlm import config as configs
 from jaxlm import start as starts
 from jaxlm.errors import UserError
@@ -202,9 +202,9 @@ def results(runs: Sequence[Folder]) -> dict[str, list[str]]:
     for split in ("validation", "test"):
         of_runs = [run.scores(split) for run in runs]
         for name in dict.fromkeys(name for scores in of_runs for name in scores):
-            found[f"{split} {name}"] = [number(name, scores.get(name)) for scores in of_runs]
+            found[f"{split} {name}"] = [metrics.number(name, scores.get(name)) for scores in of_runs]
             if any(baselines := [run.baselines(split) for run in runs]):
-                found[f"{split} {name}, baseline"] = [number(name, scores.get(name)) for scores in baselines]
+                found[f"{split} {name}, baseline"] = [metrics.number(name, scores.get(name)) for scores in baselines]
     return found
 
 
@@ -260,8 +260,3 @@ def ago(then_s: float) -> str:
         if seconds >= length:
             return f"{seconds / length:.0f} {unit}"
     return f"{seconds:.0f} s"
-
-
-def number(name: str, x: Any) -> str:
-    """Return a score for a person."""
-    return "-" if x is None else f"{x:,.1f}" if name == "perplexity" else f"{x:.4f}"

@@ -12,6 +12,11 @@ import numpy as np
 Scores = dict[str, float]
 
 
+def number(name: str, x: float | None) -> str:
+    """Return a score for a person; what rounds to zero has no minus sign."""
+    return "-" if x is None else f"{x:z,.1f}" if name == "perplexity" else f"{x:z.4f}"
+
+
 def loss(totals: Mapping) -> float:
     """Return the mean loss in nats, NaN where nothing counts."""
     return float(totals["loss"]) / float(totals["count"]) if totals["count"] else math.nan

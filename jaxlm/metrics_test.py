@@ -9,6 +9,23 @@ from jaxlm import metrics
 
 sklearn_metrics = pytest.importorskip("sklearn.metrics")
 
+
+@pytest.mark.parametrize(
+    ("name", "x", "text"),
+    [
+        *(("loss", x, "0.0000") for x in (-0.0, 0.0, -1e-9, np.float32(-0.00004), np.float64(-0.0))),
+        ("loss", -0.00006, "-0.0001"),
+        ("perplexity", -0.01, "0.0"),
+        ("perplexity", 12345.678, "12,345.7"),
+        ("matthews", -0.25, "-0.2500"),
+        ("loss", float("nan"), "nan"),
+        ("loss", None, "-"),
+    ],
+)
+def test_a_number_that_rounds_to_zero_has_no_sign(name: str, x: float | None, text: str) -> None:
+    assert metrics.number(name, x) == text
+
+
 LABELS = np.random.default_rng(0).integers(0, 2, 50)
 CASES = {
     # labels, predictions, number of classes; a prediction equal to the number of classes is none of them

@@ -276,7 +276,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 def _short(x: float) -> str:
     """Return a number of few letters."""
-    x = float(x)
+    x = float(x) + 0.0  # no minus before zero
     for unit, size in (("M", 1e6), ("k", 1e4)):
         if abs(x) >= size:
             size = 1e3 if unit == "k" else size

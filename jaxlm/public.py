@@ -513,19 +513,21 @@ def check(config: Config, family: Family) -> None:
     task = _task(config)
     if task not in family.heads:
         tasks = [name for name in family.heads if name != names.BASE]
-        raise UserError(f"--as {family.type}: task={config.task}, but it has {' and '.join(tasks)} only")
+        raise UserError(
+            f"--as {family.type}: task={config.task}, but a model of {family.type} has {' and '.join(tasks)} only"
+        )
     wanted = family.settings | {"model.lora_rank": 0}
     if task == CLASSES:
         wanted |= {"model.head_outputs": "labels", "model.pooling": "first"}
         for name in ("model.tied_embedding", "model.output_bias"):  # which make no difference to it
             del wanted[name]
     problems = [
-        f"{name}={configs.get(config, name)}, but it has {value}"
+        f"{name}={configs.get(config, name)}, but a model of {family.type} has {value}"
         for name, value in wanted.items()
         if configs.get(config, name) != value
     ]
     if family is ROBERTA and config.model.pad_id < 0:
-        problems.append(f"model.pad_id={config.model.pad_id}, but its positions begin behind that of its pad")
+        problems.append(f"model.pad_id={config.model.pad_id}, but positions of {family.type} begin behind its pad_id")
     if problems:
         raise UserError(f"--as {family.type}: {'; '.join(problems)}; only models with such settings can be written so")
 

@@ -169,15 +169,20 @@ def test_what_is_written_back_is_loaded_by_transformers_and_here(kind: str, make
 @pytest.mark.parametrize(
     ("family", "task", "settings", "message"),
     [
-        ("bert", "gpt", {}, "--as bert: task=gpt, but it has mlm and sst2 only"),
-        ("gpt2", "mlm", {}, "--as gpt2: task=mlm, but it has gpt only"),
-        ("gpt2", "gpt", {"model.positions": "rotary"}, "model.positions=rotary, but it has learned"),
-        ("gpt2", "gpt", {"model.positions": "fixed"}, "model.final_norm=False, but it has True"),
-        ("gpt2", "gpt", {"model.tied_embedding": True}, "model.output_bias=True, but it has False"),
-        ("bert", "mlm", {}, "model.post_norm=False, but it has True"),
-        ("bert", "cola", {"model.head_outputs": "vocabulary"}, "model.head_outputs=vocabulary, but it has labels"),
-        ("distilbert", "mlm", {}, "model.norm_epsilon=1e-05, but it has 1e-12"),
-        ("roberta", "mlm", {"model.pad_id": -1, "model.gelu": "tanh"}, "model.pad_id=-1, but its positions begin"),
+        ("bert", "gpt", {}, "--as bert: task=gpt, but a model of bert has mlm and sst2 only"),
+        ("gpt2", "mlm", {}, "--as gpt2: task=mlm, but a model of gpt2 has gpt only"),
+        ("gpt2", "gpt", {"model.positions": "rotary"}, "model.positions=rotary, but a model of gpt2 has learned"),
+        ("gpt2", "gpt", {"model.positions": "fixed"}, "model.final_norm=False, but a model of gpt2 has True"),
+        ("gpt2", "gpt", {"model.tied_embedding": True}, "model.output_bias=True, but a model of gpt2 has False"),
+        ("bert", "mlm", {}, "model.post_norm=False, but a model of bert has True"),
+        (
+            "bert",
+            "cola",
+            {"model.head_outputs": "vocabulary"},
+            "model.head_outputs=vocabulary, but a model of bert has labels",
+        ),
+        ("distilbert", "mlm", {}, "model.norm_epsilon=1e-05, but a model of distilbert has 1e-12"),
+        ("roberta", "mlm", {"model.pad_id": -1, "model.gelu": "tanh"}, "model.pad_id=-1, but positions of roberta"),
     ],
 )
 def test_what_transformers_has_not_is_refused_by_name(

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm import environment, folder, history, page, storage, utf8
+from jaxlm import environment, folder, history, metrics, page, storage, utf8
 from jaxlm.convert import Parser
 from jaxlm.errors import UserError, reported
 from jaxlm.folder import Folder
@@ -99,8 +99,8 @@ def _head(run: Folder) -> str:
         if at is not None:
             name, value = next(iter(run.scores(split).items()))
             baseline = run.baselines(split).get(name)
-            beside = "" if baseline is None else f"; baseline {folder.number(name, baseline)}"
-            figures.append((f"{split} {name}, step {at:,}{beside}", folder.number(name, value)))
+            beside = "" if baseline is None else f"; baseline {metrics.number(name, baseline)}"
+            figures.append((f"{split} {name}, step {at:,}{beside}", metrics.number(name, value)))
     if speed := run.speed():
         figures.append(("tokens/s, the median", f"{speed:,.0f}"))
     head = page.totals(figures)
@@ -112,7 +112,7 @@ def _head(run: Folder) -> str:
     for name in run.scores("validation"):
         better = ["lower" if name in lower else "higher"] if isinstance(lower, list) else []
         pairs = [(run.scores(split).get(name), run.baselines(split).get(name)) for split in splits]
-        lines.append([name, *(folder.number(name, x) for pair in pairs for x in pair), *better])
+        lines.append([name, *(metrics.number(name, x) for pair in pairs for x in pair), *better])
     heads = [f"score of step {step:,}, the best", *(x for split in splits for x in (split, "baseline"))]
     table = page.table([*heads, "better"][: len(lines[0])], lines, "scores")
     guess = run.baseline.get("name", "not recorded in this run")
@@ -237,9 +237,9 @@ def _evaluations(runs: Sequence[Folder], names: Sequence[str]) -> list[str]:
             if result["calibration_error"]:
                 scores["calibration_error"] = result["calibration_error"]
             for score, x in scores.items():
-                interval = f"{folder.number(score, x['low'])} to {folder.number(score, x['high'])}"
-                values = [folder.number(score, x["value"]), interval]
-                baseline = "" if x["baseline"] is None else folder.number(score, x["baseline"])
+                interval = f"{metrics.number(score, x['low'])} to {metrics.number(score, x['high'])}"
+                values = [metrics.number(score, x["value"]), interval]
+                baseline = "" if x["baseline"] is None else metrics.number(score, x["baseline"])
                 where = [name, f"{result['step']:,}{' (best)' if bests[name] else ''}"] if len(runs) > 1 else []
                 lines.append([*where, score.replace("_", " "), *values, baseline, x["better"]])
         head = ["run", "step"] if len(runs) > 1 else []

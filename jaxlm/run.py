@@ -399,7 +399,7 @@ class Meter:
                 speed += f"  {row['mfu']:.1%} of peak flops"
             self.tokens, self.flops, self.clock_s = 0, 0, time.monotonic()
         self.run.log.row(i, "train", row)
-        self.show(i, f"loss {_number('loss', row['loss'])}  rate {row['rate']:.2e}{speed}")
+        self.show(i, f"loss {metrics.number('loss', row['loss'])}  rate {row['rate']:.2e}{speed}")
 
     def _not_finite(self, i: int, loss: float, norm: float) -> None:
         """Tell of an update that is no number. Raises UserError if the run is to stop."""
@@ -514,26 +514,25 @@ def _announce(
 
 
 def diverged(run: Run, value: float, step: int, last_finite: int) -> UserError:
-    """Return the error that ends a run whose loss or gradient is no number."""
+    """Return the error that ends a run whose loss or gradient is no number; `last_finite` is 0 if none is known."""
+    before = f"and was finite at step {last_finite}; lower the rate, raise train.warmup_steps"
+    if not last_finite:
+        before = "and was never finite before; see whether the weights at the start are, lower the rate"
     return UserError(
-        f"train.learning_rate={run.config.train.learning_rate}: the loss or gradient is {value} at step {step}, and "
-        f"was finite at step {last_finite}; lower the rate, raise train.warmup_steps, or see train.on_nonfinite "
-        f"({run.dir} is kept)"
+        f"train.learning_rate={run.config.train.learning_rate}: the loss or gradient is {value} at step {step}, "
+        f"{before}, or see train.on_nonfinite ({run.dir} is kept)"
     )
-
-
-def _number(name: str, x: float) -> str:
-    return f"{x:,.1f}" if name == "perplexity" else f"{x:.4f}"
 
 
 def tell_scores(run: Run, i: int, totals: Any) -> None:
     """Log and print the scores of the validation part after update `i`, and keep them."""
     scores = run.task.scores(totals)
     if not math.isfinite(scores["loss"]):
-        raise diverged(run, scores["loss"], i, max(run.validation, default=0))
+        raise diverged(run, scores["loss"], i, max((at for at in run.validation if at < i), default=0))
     run.validation[i] = scores
     run.log.row(i, "validation", scores)
-    run.log.say(f"step {i}  validation: " + "  ".join(f"{name} {_number(name, x)}" for name, x in scores.items()))
+    shown = "  ".join(f"{name} {metrics.number(name, x)}" for name, x in scores.items())
+    run.log.say(f"step {i}  validation: {shown}")
     if warning := run.task.warning(totals):
         run.log.warn(warning)
 
@@ -667,7 +666,7 @@ def sum_up(
     else:
         _tell_result(run, lowest if best is None else best, test_totals)
         if lowest not in saved:
-            loss = _number("loss", run.losses()[lowest])
+            loss = metrics.number("loss", run.losses()[lowest])
             run.log.say(f"Step {lowest:,} has the lowest validation loss, {loss}, but no checkpoint in {folder}.")
     if run.skipped:
         run.log.say(f"{len(run.skipped)} updates were skipped, since they were no numbers: {_some(run.skipped)}")
@@ -738,10 +737,12 @@ def _tell_result(run: Run, best: int, test_totals: Any) -> None:
             continue
         pairs = ((scores[split][name], baselines[split][name]) for split in scores)
         better = "lower" if name in run.task.lower_is_better else "higher"
-        table.add_row(f"{name} ({better} is better)", *(_number(name, x) for pair in pairs for x in pair))
+        table.add_row(f"{name} ({better} is better)", *(metrics.number(name, x) for pair in pairs for x in pair))
     run.log.say(table)
-    if not scores["validation"]["loss"] < baselines["validation"]["loss"]:
-        run.log.say("The model is no better than the baseline yet: it needs more updates, or other settings.")
+    if not baselines["validation"]["loss"] > 0:
+        run.log.say("The baseline is never wrong on validation, whose samples have one answer: scores say little.")
+    elif not scores["validation"]["loss"] < baselines["validation"]["loss"]:
+        run.log.say("The model is no better than the baseline by loss: try more updates, or other settings.")
     if run.data.source.test_refusal:
         run.log.say(run.data.source.test_refusal)
 

@@ -134,6 +134,15 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_its_steps(tmp_path: Path) -
         meter.add(4, update(float("nan")), 1, 4)
 
 
+@pytest.mark.parametrize("first", [1, 41])
+def test_weights_that_never_were_finite_are_not_called_so(tmp_path: Path, first: int) -> None:
+    meter = runs.Meter(a_run(tmp_path, log_interval=1), lambda x: x, lambda step, text: None)
+    with pytest.raises(UserError, match=f"nan at step {first}, and was never finite before; .*weights at the start"):
+        meter.add(first, update(float("nan")), 10, 4)
+    with pytest.raises(UserError, match="nan at step 3, and was never finite before"):
+        runs.tell_scores(a_run(tmp_path), 3, {"loss": float("nan"), "count": 10, "correct": 0, "bytes": 9})
+
+
 def test_files_are_looked_for_once_a_second_and_taken(tmp_path: Path) -> None:
     watch = runs.FileWatch(tmp_path)
     assert not watch.take("stop")

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.table import Table
 
-from jaxlm import checksums, convert, folder, formats, storage
+from jaxlm import checksums, convert, folder, formats, metrics, storage
 from jaxlm.config import TokenizerConfig
 from jaxlm.convert import Parser
 from jaxlm.data import tokenizer as tokenizers
@@ -47,7 +47,7 @@ def list_all(paths: Sequence[Path]) -> None:
         step, best = run.best_score_step(), ""
         if step is not None:
             name, value = next(iter(run.scores("validation").items()))
-            best = f"{name} {folder.number(name, value)} (step {step:,})"
+            best = f"{name} {metrics.number(name, value)} (step {step:,})"
         steps = f"{run.last_step:,} of {run.settings['train.max_steps']:,}"
         n_bytes = folder.size(run.n_bytes())
         table.add_row(str(run.path), run.task, steps, best, folder.ago(run.changed_s), n_bytes, run.state)
@@ -67,7 +67,7 @@ def show(paths: Sequence[Path]) -> None:
             console.print(f"speed        {speed:,.0f} tokens/s, the median")
         for split, step in (("validation", run.best_score_step()), ("test", run.tested_step())):
             if step is not None:
-                told = "  ".join(f"{name} {folder.number(name, x)}" for name, x in run.scores(split).items())
+                told = "  ".join(f"{name} {metrics.number(name, x)}" for name, x in run.scores(split).items())
                 console.print(f"{split:<11}  {told}  (step {step:,})")
         console.print("settings that are no defaults:")
         for name, value in run.changed_settings().items():

@@ -69,9 +69,13 @@ class Sst2(Task):
         return "\n".join(lines)
 
     def warning(self, totals: Any) -> str:
-        predicted = np.asarray(totals["confusion"]).sum(axis=0)
-        if np.count_nonzero(predicted) != 1:
-            return ""
+        confusion = np.asarray(totals["confusion"])
+        predicted = confusion.sum(axis=0)
         guess = int(predicted.argmax())
+        n_right = confusion[guess, guess] if guess < len(confusion) else 0
+        if np.count_nonzero(predicted) != 1 or n_right == predicted[guess]:
+            return ""
         name = f"class {self.label(guess)}" if guess < len(self.classes) else "no class"
-        return f"the model predicts {name} for every sample: it has learned nothing yet"
+        return (
+            f"the model predicts {name} for every sample, which is right for {n_right / predicted[guess]:.1%} of them"
+        )

@@ -235,9 +235,11 @@ def test_classification_shows_sentences_and_marks_wrong_predictions(name: str, p
 @pytest.mark.parametrize(
     ("confusion", "expected"),
     [
-        ([[3, 0, 0], [2, 0, 0]], "class 0"),
-        ([[0, 3, 0], [0, 2, 0]], "class 1"),
-        ([[0, 0, 3], [0, 0, 2]], "no class"),
+        ([[3, 0, 0], [2, 0, 0]], "class 0 for every sample, which is right for 60.0% of them"),
+        ([[0, 3, 0], [0, 2, 0]], "class 1 for every sample, which is right for 40.0% of them"),
+        ([[0, 0, 3], [0, 0, 2]], "no class for every sample, which is right for 0.0% of them"),
+        ([[0, 3, 0], [0, 0, 0]], "class 1 for every sample, which is right for 0.0% of them"),
+        ([[3, 0, 0], [0, 0, 0]], ""),  # all right: the labels are of one class
         ([[3, 0, 0], [1, 1, 0]], ""),
     ],
 )
