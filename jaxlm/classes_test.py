@@ -169,7 +169,7 @@ def test_words_from_a_file_to_transformers_and_back(package: str, tmp_path: Path
     page = (tmp_path / "run/report.html").read_text()
     assert "label neutral" in page and "predicted positive" in page
 
-    done("jaxlm.convert run public --as bert")
+    done(f"jaxlm.convert {'run' if package == 'jaxlm' else 'run/checkpoints/6.pt'} public --as bert")
     import transformers
 
     model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "public")
