@@ -281,8 +281,8 @@ def _initialize(config: Config) -> bool:
     # Its handler of SIGTERM would take the place of ours.
     jax.config.update("jax_enable_preemption_service", False)
     if place:
-        arguments = (place[name] for name in ("coordinator_address", "num_processes", "process_id"))
-        rendezvous.meet(*arguments, config.distributed.timeout_s)
+        address, n_processes, process = (place[x] for x in ("coordinator_address", "num_processes", "process_id"))
+        rendezvous.meet(address, n_processes, process, config.distributed.timeout_s)
     try:
         jax.distributed.initialize(**place)
     except ValueError:  # a TPU VM that is no cluster

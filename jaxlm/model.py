@@ -131,7 +131,7 @@ def rotate(x_BTHK: Array, positions_BT: Array | None = None, seq_len: int = 0) -
     angle_TK = np.arange(seq_len or T)[:, None] * 10000.0 ** (-np.arange(0, K, 2) / K)
     cos, sin = (f(angle_TK).astype(np.float32)[None, :, None, :] for f in (np.cos, np.sin))
     if positions_BT is not None:
-        cos, sin = (jnp.asarray(x[0])[positions_BT] for x in (cos, sin))
+        cos, sin = (jnp.asarray(x[0])[positions_BT] for x in (cos, sin))  # type: ignore[assignment]
     first, second = jnp.split(x_BTHK, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 

@@ -36,7 +36,7 @@ def wrapped(text: str, width: int) -> str:
         words = line.lstrip(" ")
         longest = max(map(len, words.split()), default=0)
         indent = line[: max(min(len(line) - len(words), width // 3, width - longest), 0)]
-        more = {"initial_indent": indent, "subsequent_indent": f"{indent}    "}
+        more: dict[str, Any] = {"initial_indent": indent, "subsequent_indent": f"{indent}    "}
         lines += textwrap.wrap(words, width, **_WHOLE, **more) if len(line) > width else [line]
     return "\n".join(lines)
 

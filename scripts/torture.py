@@ -182,7 +182,7 @@ def disk(folder: Path, is_quick: bool) -> Iterator[Trial]:
 def mounted(folder: Path, size: str) -> bool:
     """Mount a small disk; return whether that is possible here."""
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     return os.geteuid() == 0 and subprocess.run(mount, capture_output=True).returncode == 0
 
 
@@ -328,7 +328,7 @@ def unmounted(folder: Path, is_quick: bool) -> Iterator[Trial]:
         wait(lambda log=log: "could not be saved" in log.read_text(), process, log)  # type: ignore[misc]
         process.send_signal(signal.SIGTERM)
         status = process.wait()
-        wrong = [] if status == 1 else [f"status {status}"]
+        wrong = [] if status == 143 else [f"status {status}"]
         wrong += ["a traceback"] if "Traceback" in log.read_text() else []
         yield f"{program}: the folder disappears during a run", f"saves fail with a line, status {status}", wrong
 
@@ -501,8 +501,8 @@ def attacks(folder: Path, mark: Path) -> Iterator[tuple[str, list[str]]]:
     """Yield files that were made to break a reader, each with the command that reads it."""
     payload = pickle.dumps(Payload(mark))
     archive = io.BytesIO()
-    with zipfile.ZipFile(archive, "w") as content:
-        content.writestr("archive/data.pkl", payload)
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("archive/data.pkl", payload)
     deep = b"[" * 200_000
     header = json.dumps({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
     texts = {

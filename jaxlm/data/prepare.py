@@ -109,7 +109,7 @@ def part(
 @slow("reading the data")
 def _source(config: Config, samples_class: type[Any], embedded: Callable[[], Source], classes: Sequence[str]) -> Source:
     if config.data.path or config.data.hub:
-        return sources.open_source(config.data, samples_class.reads, classes)
+        return sources.open_source(config.data, samples_class.reads, classes if samples_class.reads == "labels" else ())
     source = embedded()
     if samples_class.reads != "labels" or source.classes:
         return source

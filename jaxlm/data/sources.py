@@ -1050,7 +1050,8 @@ def _hub_parts(config: DataConfig, reads: Reads, named: set[str], notes: list[st
             continue
         part = f"{name}, {key}"
         names = rows.column_names
-        text, label = (None if i is None else names[i] for i in _columns(part, names, split, config, reads))
+        at_text, at_label = _columns(part, names, split, config, reads)
+        text, label = names[at_text], None if at_label is None else names[at_label]
         parts.append(
             _Part(
                 name=part,
