@@ -191,7 +191,7 @@ def begun(sources: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[
             return state
 
         monkeypatch.setattr(loop, "fit", fit)
-        monkeypatch.setattr(loop, "finish", lambda *args: None)
+        monkeypatch.setattr(loop, "finish", lambda *args: 0)
         try:
             assert main(argv) == 0
         except SystemExit as error:

@@ -314,3 +314,13 @@ def test_the_setting_that_is_named_lowers_the_share_of_padding(task, kind, tmp_p
 def test_documents_are_told_for_the_embedded_text_too(folder):
     _, data = prepared(folder, data__path="")
     assert re.fullmatch(r"\d+ documents to train on, of [\d,]+ tokens \(median\) to [\d,]+; \d+% of .*", data.notes[-1])
+
+
+@pytest.mark.parametrize("task", ["mlm", "gpt"])
+def test_text_has_no_classes_though_the_checkpoint_of_its_run_counts_some(task, tmp_path):
+    text = write(tmp_path / "text.txt", "".join(f"line {i} of words\n" for i in range(200)))
+    config = configs.build({"task": task, "data.path": text, "model.seq_len": 16, "tokenizer.vocab_size": 300})
+    config = configs.replace(config, "tokenizer.kind", "bpe" if task == "gpt" else "wordpiece")
+    config = configs.replace(config, "data.cache_dir", str(tmp_path))
+    _, data = prepare.prepare(config, CLASS_OF_TASK[task], None, no_progress, ("0", "1"))
+    assert data.source.classes == ()
