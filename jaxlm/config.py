@@ -295,26 +295,31 @@ def mesh_sizes(config: Config, n_devices: int) -> dict[str, int]:
     shown = ", ".join(f"mesh.{name}={size}" for name, size in sizes.items())
     known = math.prod(size for size in sizes.values() if size > 0)
     if n_devices % known or (-1 not in sizes.values() and n_devices != known):
-        mend = "set mesh.data to -1" if sizes["data"] > 0 else f"use divisors of {n_devices}"
+        others = sizes["fsdp"] * sizes["tensor"]
+        is_enough = sizes["data"] > 0 and others > 0 and n_devices % others == 0
+        mend = "set mesh.data to -1" if is_enough else f"use divisors of {n_devices}, whose product divides it"
         raise UserError(f"{shown}: there are {n_devices} devices, and {known} does not fill them; {mend}")
     sizes = {name: n_devices // known if size == -1 else size for name, size in sizes.items()}
     n_parts = sizes["data"] * sizes["fsdp"]
     if config.train.batch_size % n_parts:
         raise UserError(
             f"train.batch_size={config.train.batch_size} is not divisible by the {n_parts} parts of a batch "
-            f"(mesh.data x mesh.fsdp); use {_fits(config.train.batch_size, n_parts)}"
+            f"(mesh.data x mesh.fsdp); use {' or '.join(map(str, _fits(config.train.batch_size, n_parts)))}"
         )
     if config.model.n_heads % sizes["tensor"]:
+        fits = [n for n in _fits(config.model.n_heads, sizes["tensor"]) if config.model.d_model % n == 0]
+        heads = f"{' or '.join(map(str, fits))} heads, or " if fits else ""
         raise UserError(
             f"model.n_heads={config.model.n_heads} is not divisible by mesh.tensor={sizes['tensor']}; "
-            f"use {_fits(config.model.n_heads, sizes['tensor'])} heads, or another mesh.tensor"
+            f"use {heads}another mesh.tensor"
         )
     return sizes
 
 
-def _fits(size: int, n_parts: int) -> str:
+def _fits(size: int, n_parts: int) -> list[int]:
+    """Return the nearest sizes that so many parts divide."""
     lower = size // n_parts * n_parts
-    return " or ".join(str(n) for n in (lower, lower + n_parts) if n)
+    return [n for n in (lower, lower + n_parts) if n]
 
 
 def _command_line(argv: list[str]) -> typing.Iterator[Layer]:
@@ -351,7 +356,19 @@ def _nearest_flag(name: str) -> str:
 
 
 def _file(path: Path) -> list[Layer]:
-    """Return (name, value, origin) for each setting in a TOML file."""
+    """Return (name, value, origin) for each setting in a TOML file, or in a preset: NAME, or configs/NAME.toml.
+
+    An installed package has no folder `configs` beside the user, but its presets.
+    """
+    if not path.exists() and path.parent in (Path(), Path("configs")):
+        preset = presets_dir() / f"{path.name.removesuffix('.toml')}.toml"
+        if not preset.is_file():
+            names = [found.stem for found in sorted(presets_dir().glob("*.toml"))]
+            raise UserError(
+                f"--config {path}: there is no such file, nor such a preset{nearest(preset.stem, names)}; there are "
+                f"{', '.join(names)}"
+            )
+        path = preset
     try:
         content = utf8.from_toml(utf8.read(path))
     except (OSError, ValueError) as error:
@@ -408,12 +425,15 @@ def check_model(config: Config) -> None:
         fits = " or ".join(str(n) for n in (lower, lower + model.n_heads) if n)
         raise UserError(f"model.d_model={model.d_model} is not divisible by model.n_heads={model.n_heads}; use {fits}")
     if model.positions == "fixed" and model.d_model % 2:
-        raise UserError(f"model.d_model={model.d_model} is odd, but model.positions=fixed needs pairs of columns")
+        raise UserError(
+            f"model.d_model={model.d_model} is odd, but model.positions=fixed needs pairs of columns; use an even one, "
+            "or --model.positions learned"
+        )
     if model.positions == "rotary" and model.d_model // model.n_heads % 2:
         size = model.d_model // model.n_heads
         raise UserError(
             f"model.positions=rotary needs an even head size, not model.d_model / model.n_heads = {size}; "
-            "change one of these, or use --model.positions fixed"
+            "change one of these, or use --model.positions learned"
         )
     if model.frozen_layers > model.n_layers:
         raise UserError(
@@ -460,7 +480,7 @@ def _check(config: Config) -> None:
     if train.schedule == "wsd" and train.warmup_steps + train.stable_steps > end:
         raise UserError(
             f"train.stable_steps={train.stable_steps} and train.warmup_steps={train.warmup_steps} end after the decay, "
-            f"at update {end}; lower one of them, or raise train.max_steps"
+            f"at update {end}; lower them, or raise train.{'decay_steps' if train.decay_steps else 'max_steps'}"
         )
     distill = config.distill
     if not distill.soft_weight and not distill.hard_weight and not distill.cosine_weight:
@@ -561,7 +581,7 @@ def _print_help(config: Config, prog: str) -> None:
         prog = prog.rpartition(" ")[2]
     description = terminal.wrapped(
         "Trains a small language model. Settings come in layers, later wins: the preset of the task, then "
-        "--config FILE (TOML, repeatable) and --section.key VALUE in the order given.",
+        "--config FILE (TOML, or the name of a preset; repeatable) and --section.key VALUE in the order given.",
         width,
     )
     options = (tyro.conf.FlagConversionOff,)

@@ -382,6 +382,69 @@ def test_every_setting_has_its_line_of_help():
         assert len(words) >= 3, line  # flag, type, and what it is
 
 
+@pytest.mark.parametrize(
+    ("bad", "mend", "mended"),
+    [
+        ("--model.d-model 10", "use 8 or 12", ("--model.d-model 8", "--model.d-model 12")),
+        ("--model.d-model 3", "use 4", ("--model.d-model 4",)),
+        (
+            "--model.d-model 15 --model.n-heads 3",
+            "use an even one, or --model.positions learned",
+            ("--model.d-model 18 --model.n-heads 3", "--model.d-model 15 --model.n-heads 3 --model.positions learned"),
+        ),
+        (
+            "--model.d-model 15 --model.n-heads 3 --model.positions rotary",
+            "or use --model.positions learned",
+            ("--model.d-model 15 --model.n-heads 3 --model.positions learned",),
+        ),
+        ("--model.frozen-layers 3", "lower it", ("--model.frozen-layers 2",)),
+        ("--train.learning-rate 1e-5", "lower it", ("--train.learning-rate 1e-5 --train.min-learning-rate 1e-6",)),
+        (
+            "--train.schedule wsd --train.stable-steps 950",
+            "raise train.max_steps",
+            ("--train.schedule wsd --train.stable-steps 950 --train.max-steps 1050",),
+        ),
+        (
+            "--train.schedule wsd --train.stable-steps 450 --train.decay-steps 500",
+            "raise train.decay_steps",
+            ("--train.schedule wsd --train.stable-steps 450 --train.decay-steps 550",),
+        ),
+        ("--mesh.data 0", "use 1 or more, or -1", ("--mesh.data 1", "--mesh.data -1")),
+        ("--config configs/gtp_base.toml", "did you mean gpt_base?", ("--config configs/gpt_base.toml",)),
+        ("--config gptbase", "did you mean gpt_base?", ("--config gpt_base", "--config gpt_base.toml")),
+        ("--d-model 64", "did you mean --model.d-model?", ("--model.d-model 64",)),
+        ("--task gtp", "did you mean gpt?", ("--task gpt",)),
+    ],
+)
+def test_following_the_mend_of_an_error_leads_on(bad, mend, mended, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where there is no folder of presets, as for an installed package
+    plain = "--model.n-heads 4 --model.positions fixed --train.max-steps 1000 --train.warmup-steps 100".split()
+    assert mend in failure(*plain, *bad.split())
+    for args in mended:
+        configs.load([*plain, *args.split()])
+
+
+@pytest.mark.parametrize(
+    ("settings", "n_devices", "mend", "mended"),
+    [
+        ({"mesh.data": 3}, 4, "set mesh.data to -1", {"mesh.data": -1}),
+        ({"mesh.data": 2, "mesh.fsdp": 3}, 4, "use divisors of 4", {"mesh.data": 2, "mesh.fsdp": 2}),
+        ({"train.batch_size": 6}, 4, "use 4 or 8", {"train.batch_size": 8}),
+        ({"model.d_model": 96, "model.n_heads": 6, "mesh.tensor": 4}, 4, "use 4 or 8 heads", {"model.n_heads": 8}),
+        (
+            {"model.d_model": 90, "model.n_heads": 9, "mesh.tensor": 4},
+            4,
+            "; use another mesh.tensor",
+            {"mesh.tensor": 1},
+        ),
+    ],
+)
+def test_following_the_mend_for_a_mesh_leads_on(settings, n_devices, mend, mended):
+    with pytest.raises(UserError, match=mend):
+        configs.mesh_sizes(configs.build(settings), n_devices)
+    assert configs.mesh_sizes(configs.build({"train.batch_size": 32} | settings | mended), n_devices)
+
+
 @pytest.mark.parametrize("flag", ["--tyro-print-completion", "--tyro-write-completion"])
 def test_no_completion_is_made_since_it_would_be_that_of_all_of_python(flag):
     done = process(flag, "bash", "--help")

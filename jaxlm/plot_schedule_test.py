@@ -72,7 +72,7 @@ def test_the_preset_of_the_second_phase_rises_again() -> None:
 @pytest.mark.parametrize(
     ("args", "why"),
     [
-        ("--config gone.toml", "gone.toml: cannot be read as TOML"),
+        ("--config gone.toml", "gone.toml: there is no such file, nor such a preset"),
         ("--config one.toml two.toml one.toml", "one.toml: train.max_steps=30 is not after update 50"),
         ("--config one.toml --png gone/rates.png", "--png gone/rates.png: cannot be written"),
         ("--config one.toml --png rates.xyz", "--png rates.xyz: cannot be written"),
