@@ -111,6 +111,8 @@ def open_source(config: DataConfig, reads: Reads, classes: Sequence[str] = ()) -
         notes.append(f"no {split} part: {100 * share:g} % of articles split off by hash (data.{split}_fraction)")
     own = [split for split in SPLITS[1:] if split in given and not getattr(config, f"{split}_path")]
     unused = [f"{split}_fraction" for split in own] + ([] if shares else ["split_seed"])
+    if any(part.format == "text" for part in parts):
+        notes.append("each line of a text file is a document of its own")
     notes += [f"{part.name}: its columns are separated by {part.columns[3]!r}" for part in parts if part.columns[3:]]
     for name in unused:
         if getattr(config, name) != getattr(DataConfig(), name):
@@ -543,10 +545,10 @@ def _folder_files(folder: Path, config: DataConfig, notes: list[str]) -> dict[st
         visible = [f for f in files if not f.name.startswith(".")]
         wanted = "text" if config.format == "wikitext" else config.format
         usable = [f for f in visible if (_suffix_format(f) if wanted == "auto" else _suffix_format(f) == wanted)]
-        unused = [f for f in visible if usable and f not in usable]
+        unused = sorted({*visible} - {*usable})
         if not usable:
             usable = visible if wanted != "auto" else [f for f in visible if _has_text(f)]
-            unused = [f for f in files if f not in usable]
+            unused = sorted({*files} - {*usable})
     except OSError as error:
         raise UserError(
             f"data.path={folder}: cannot be read: {error.strerror or error}; check the path and its permissions"

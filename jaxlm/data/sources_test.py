@@ -232,6 +232,7 @@ def test_a_folder_of_texts_leaves_out_what_is_hidden_binary_or_empty(tmp_path):
     source = open_source(DataConfig(path=str(tmp_path), **WHOLE), "text")
     assert [article.text for article in source.articles()] == ["read", "code"]
     assert "not used (hidden, binary or empty): .hidden, d.png, e.pdf, empty.py" in source.notes
+    assert "each line of a text file is a document of its own" in source.notes
     for i in range(10):
         write(tmp_path / f"f{i}.bin", b"\0")
     assert any("9 more" in note for note in open_source(DataConfig(path=str(tmp_path), **WHOLE), "text").notes)
@@ -529,6 +530,7 @@ def test_named_file_wins_over_the_folder(tmp_path):
     found = parts(list(source.articles()))
     assert found["validation"] == ["dev"] and len(found["test"]) > 5
     assert source.notes == ("no test part: 10 % of articles split off by hash (data.test_fraction)",)
+    assert "each line of a text file is a document of its own" not in source.notes
     source = open_source(DataConfig(path=str(tmp_path), test_path="dev.tsv"), "labels")
     found = parts(list(source.articles()))
     assert found["test"] == ["dev"] and len(found["validation"]) > 5 and "dev" not in found["validation"]
