@@ -139,7 +139,9 @@ def from_json(text: str, object_of: Callable[[list[tuple[str, Any]]], Any] | Non
     except UnicodeEncodeError as error:
         raise ValueError(_half(error)) from None
     except ValueError as error:
-        raise ValueError(stand_in(text[:START].encode("utf-8", "replace")) or str(error)) from error
+        if reason := stand_in(text[:START].encode("utf-8", "replace")):
+            raise ValueError(reason) from error
+        raise  # as json.JSONDecodeError, which tells bad JSON from what JSON cannot hold
     return value
 
 
