@@ -5,6 +5,7 @@ by the first. With one process, every function here does nothing. SHARDING.md ha
 """
 
 import contextlib
+import functools
 import importlib.metadata
 import importlib.util
 import io
@@ -132,14 +133,17 @@ def shared(folder: Path) -> Path:
     if storage.is_remote(folder):
         return folder
     mark = Path(from_first(str(folder / f".seen-by-all.{os.getpid()}")))
-    if is_first():
-        folder.mkdir(parents=True, exist_ok=True)
-        mark.touch()
-    wait()
-    is_seen = mark.exists()
-    wait()
-    if is_first():
-        mark.unlink()
+    with contextlib.ExitStack() as stack:
+        if is_first():
+            folder.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+            unlink = functools.partial(mark.unlink, missing_ok=True)
+            CLEANUPS.insert(0, unlink)  # before the one that removes the folder of a run that did not start
+            stack.callback(CLEANUPS.remove, unlink)
+            stack.callback(unlink)
+        wait()
+        is_seen = mark.exists()
+        wait()
     if not is_seen:
         raise UserError(
             f"{folder}: this folder of process 0 is not to be seen here; give one that all processes share, or gs://, "
