@@ -12,7 +12,7 @@
     checks.py        all checks by name; checks_test.py asserts that they pass
     original.py      the original once more, to record further cases
     randomness.py    start values, and the seeds of dropout
-    faults.py        `python -m parity_tests.faults`: planted mistakes, and which check catches each
+    faults/          `python -m parity_tests.faults`: planted mistakes, and which check catches each
     compare.py       `python -m parity_tests.compare A.npz B.npz`: any two training runs, of any model
     report.py        `python -m parity_tests.report`: a page of all this
 

@@ -1,0 +1,84 @@
+"""Plant realistic porting mistakes one at a time, and show which check catches each.
+
+planting.py      how a mistake gets into a function of jaxlm or torchlm, in memory
+targets.py       the functions, which planting replaces or edits; where one moves, only its import changes
+checks.py        the checks, with their own tolerances
+model.py heads.py loss.py optimizer.py schedule.py tuning.py randomness.py data.py checkpoint.py
+                 FAULTS, by subject: lists of what goes wrong in ports
+__main__.py      `python -m parity_tests.faults [--only TEXT] [--sample N] [--json FILE]`
+"""
+
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import jax
+
+from parity_tests import trajectory
+from parity_tests.faults import checkpoint, data, heads, loss, model, optimizer, randomness, schedule, tuning
+from parity_tests.faults.checks import CHECKS, once
+from parity_tests.faults.planting import Fault
+from parity_tests.packages import PACKAGES, Package
+from parity_tests.trajectory import Row
+
+_SUBJECTS = (model, heads, data, checkpoint, loss, tuning, optimizer, schedule, randomness)
+FAULTS: list[Fault] = [fault for subject in _SUBJECTS for fault in subject.FAULTS]
+
+
+@dataclass(frozen=True)
+class Result:
+    """Which check caught a fault ("" if none), and by what."""
+
+    name: str
+    description: str
+    package: str
+    caught_by: str
+    quantity: str
+    difference: float
+    tolerance: float
+    seconds: float
+
+
+def check(package: type[Package], name: str) -> Row | None:
+    """Return the row of a check that is farthest beyond its tolerance, or None if all pass; an exception fails, too."""
+    try:
+        rows = CHECKS[name](package)
+    except Exception as error:
+        return Row(name, package.name, f"raises {type(error).__name__}", float("inf"), 0.0)
+    failed = [row for row in rows if not row.passes]
+    return max(failed, key=trajectory._badness) if failed else None
+
+
+def catch(fault: Fault) -> Result:
+    """Plant a fault, and run checks until one notices it."""
+    started_s = time.monotonic()
+    (package,) = (x for x in PACKAGES if x.name == fault.package)
+    rest = [name for name in CHECKS if name != fault.check]
+    caught, row = "", None
+    with once(package), fault.plant():
+        for name in (fault.check, *rest):
+            row = check(package, name)
+            if row:
+                caught = name
+                break
+    numbers = (row.quantity, float(row.difference), float(row.tolerance)) if row else ("", 0.0, 0.0)
+    seconds = time.monotonic() - started_s
+    return Result(fault.name, fault.description, fault.package, caught, *numbers, seconds)
+
+
+def sound(package: type[Package], names: Sequence[str]) -> list[str]:
+    """Return those of the checks that fail although no fault is planted."""
+    with once(package):
+        return [name for name in names if check(package, name)]
+
+
+def operation_by_operation() -> AbstractContextManager[None]:
+    """Let JAX run each operation on its own: its compiled operations outlive a fault, and nothing else is compiled."""
+    return jax.disable_jit()
+
+
+def chosen(only: str | None, n: int | None) -> list[Fault]:
+    """Return the faults whose name contains `only`, and of these n, evenly over the whole list."""
+    found = [fault for fault in FAULTS if only is None or only in fault.name]
+    return found if n is None or n >= len(found) else [found[i * len(found) // n] for i in range(n)]

@@ -1,0 +1,69 @@
+"""Faults of the losses: cross-entropy, and what a student learns from its teacher."""
+
+from parity_tests.faults.planting import both, edit, mirrored
+from parity_tests.faults.targets import cosine_loss, cross_entropy, gpt_loss, soft_loss
+
+MLM, GPT, COLA, DISTILLATION = "batch 0 of mlm", "batch 0 of gpt", "replay of cola", "distillation"
+
+FAULTS = [
+    *both(
+        "mean over all positions: ignored labels are in the count",
+        MLM,
+        edit(cross_entropy.jaxlm, ("{'count': _n, **_rest}", "{'count': labels.size, **_rest}")),
+        edit(cross_entropy.torchlm, ("{'count': _n, **_rest}", "{'count': torch.tensor(labels.numel()), **_rest}")),
+    ),
+    *both(
+        "ignored labels guessed: ignored labels are in the loss as class 0",
+        MLM,
+        edit(
+            cross_entropy.jaxlm,
+            ("{'loss': jnp.sum(jnp.where(_is_counted, _x, 0)), **_rest}", "{'loss': jnp.sum(_x), **_rest}"),
+        ),
+        edit(cross_entropy.torchlm, ("torch.where(_is_counted, labels, -1)", "labels.clamp(min=0)")),
+    ),
+    *mirrored(
+        "own token as label: gpt's labels are not shifted", GPT, gpt_loss, ("batch['labels']", "batch['tokens']")
+    ),
+    *both(
+        "accuracy as a mean of means: right predictions as a share of each batch",
+        COLA,
+        edit(cross_entropy.jaxlm, ("{'correct': jnp.sum(_x), **_rest}", "{'correct': jnp.mean(_x), **_rest}")),
+        edit(cross_entropy.torchlm, ("{'correct': _x.sum(), **_rest}", "{'correct': _x.float().mean(), **_rest}")),
+    ),
+    *both(
+        "argmax of all: the largest of all logits, not of each sample's",
+        COLA,
+        edit(cross_entropy.jaxlm, ("_argmax(logits, _largest)", "jnp.argmax(logits)")),
+        edit(cross_entropy.torchlm, ("logits.argmax(dim=-1)", "logits.argmax()")),
+    ),
+    *both(
+        "smoothed labels: label smoothing of 0.1",
+        MLM,
+        edit(
+            cross_entropy.jaxlm,
+            ("_log_sum + (_max - _label)", "_log_sum + (_max - 0.9 * _label - 0.1 * jnp.mean(logits, axis=-1))"),
+        ),
+        edit(
+            cross_entropy.torchlm,
+            ("_f(*_args, reduction='sum', **_rest)", "_f(*_args, reduction='sum', label_smoothing=0.1, **_rest)"),
+        ),
+    ),
+    *mirrored(
+        "no square of the temperature: soft loss not times T^2", DISTILLATION, soft_loss, ("temperature**2 * _x", "_x")
+    ),
+    *mirrored(
+        "divergence from the student: KL(student || teacher)",
+        DISTILLATION,
+        soft_loss,
+        ("_exp(_log_p) * (_log_p - _log_q)", "_exp(_log_q) * (_log_q - _log_p)"),
+    ),
+    *both(
+        "divergence over the vocabulary: its mean over outputs, PyTorch's default, not its sum",
+        DISTILLATION,
+        edit(soft_loss.jaxlm, ("jnp.sum(_x, axis=-1)", "jnp.mean(_x, axis=-1)")),
+        edit(soft_loss.torchlm, ("torch.sum(_x, dim=-1)", "torch.mean(_x, dim=-1)")),
+    ),
+    *mirrored(
+        "cosine of pads: hidden states of pads count", DISTILLATION, cosine_loss, ("_where(is_pad_BT, 0, _x)", "_x")
+    ),
+]

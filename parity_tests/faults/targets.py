@@ -1,0 +1,72 @@
+"""The functions of jaxlm and torchlm in which faults are planted. Where one moves, only its import here changes."""
+
+from flax import nnx
+from torch.nn import LayerNorm
+from torch.optim import AdamW
+
+from jaxlm import distill as jax_distill
+from jaxlm import heads as jax_heads
+from jaxlm import loss as jax_loss
+from jaxlm import model as jax_model
+from jaxlm import names, tune
+from jaxlm import optim as jax_optim
+from jaxlm import schedule as jax_schedule
+from jaxlm import step as jax_step
+from jaxlm.data.samples import PairSamples
+from jaxlm.tasks.gpt import Gpt as JaxGpt
+from parity_tests.faults.planting import Pair
+from torchlm import distill as torch_distill
+from torchlm import heads as torch_heads
+from torchlm import loss as torch_loss
+from torchlm import model as torch_model
+from torchlm import optim as torch_optim
+from torchlm import schedule as torch_schedule
+from torchlm import step as torch_step
+from torchlm.tasks.gpt import Gpt as TorchGpt
+
+framework_norm = Pair(nnx.LayerNorm.__call__, LayerNorm.forward)
+pytorch_adamw_step = AdamW.step
+
+linear = Pair(jax_model.linear, torch_model.linear)
+add_adapters = Pair(jax_model.add_adapters, torch_model.add_adapters)
+norm = Pair(jax_model.layernorm, torch_model.layernorm)
+dropout = Pair(jax_model.dropout, torch_model.dropout)
+gelu = Pair(jax_model.gelu, torch_model.gelu)
+positions = Pair(jax_model.fixed_positions, torch_model.fixed_positions)
+rotate = Pair(jax_model.rotate, torch_model.rotate)
+future = Pair(jax_model.future, torch_model.future)
+attend = Pair(jax_model.attend, torch_model.attend)
+embedding_start = Pair(jax_model.Embedding.__init__, torch_model.Embedding.__init__)
+embedding = Pair(jax_model.Embedding.__call__, torch_model.Embedding.forward)
+attention = Pair(jax_model.Attention.__call__, torch_model.Attention.forward)
+feed_forward = Pair(jax_model.FeedForward.__call__, torch_model.FeedForward.forward)
+block = Pair(jax_model.Block.__call__, torch_model.Block.forward)
+transformer_start = Pair(jax_model.Transformer.__init__, torch_model.Transformer.__init__)
+transformer = Pair(jax_model.Transformer.__call__, torch_model.Transformer.forward)
+
+head_linear = Pair(jax_heads.head_linear, torch_heads.head_linear)
+lm_head = Pair(jax_heads.LanguageModelHead.__call__, torch_heads.LanguageModelHead.forward)
+classifier_head = Pair(jax_heads.ClassifierHead.__call__, torch_heads.ClassifierHead.forward)
+classifier_start = Pair(jax_heads.Classifier.__init__, torch_heads.Classifier.__init__)
+at = Pair(jax_heads._at, torch_heads._at)
+
+cross_entropy = Pair(jax_loss.cross_entropy, torch_loss.cross_entropy)
+gpt_loss = Pair(JaxGpt.loss, TorchGpt.loss)
+soft_loss = Pair(jax_distill.soft_loss, torch_distill.soft_loss)
+cosine_loss = Pair(jax_distill.cosine_loss, torch_distill.cosine_loss)
+
+adamw = Pair(jax_optim.adamw, torch_optim.adamw)
+scale_by_adam = jax_optim.scale_by_adam
+is_decayed = Pair(jax_optim.is_decayed, torch_optim.is_decayed)
+layer_shares = Pair(jax_optim.layer_shares, torch_optim.layer_shares)
+clip = Pair(jax_optim.clip_by_global_norm, torch_optim.clip_by_global_norm)
+train_step = Pair(jax_step.train_step, torch_step.train_step)
+
+warmed_up = Pair(jax_schedule.warmed_up, torch_schedule.warmed_up)
+n_batches = Pair(jax_schedule.n_batches, torch_schedule.n_batches)
+cycled = Pair(jax_schedule.cycled, torch_schedule.cycled)
+rewarmup = Pair(jax_schedule.rewarmup, torch_schedule.rewarmup)
+
+trained = tune.trained
+to_jax = names.to_jax
+pairs = Pair(PairSamples.batch, PairSamples.batch)  # both packages have it
