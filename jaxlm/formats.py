@@ -91,7 +91,7 @@ def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, np.ndarray]]:
     if isinstance(tree, np.ndarray | np.generic):
         yield path, np.asarray(tree)
     elif hasattr(tree, "detach"):  # a tensor, told without torch
-        yield path, _array(tree)
+        yield path, _array(tree, path)
     elif isinstance(tree, Mapping | list):
         for name, value in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
             yield from leaves(value, f"{path}/{name}" if path else str(name))
@@ -293,8 +293,9 @@ def load_torch(path: Path) -> Stored:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()  # torch.load does not look
-        with warnings.catch_warnings(action="ignore"):  # of pickles that others made
-            tree = torch.load(path, map_location="cpu", weights_only=True)
+        # As a stream, for PyTorch takes any file that is called .safetensors for one. Warnings: of others' pickles.
+        with warnings.catch_warnings(action="ignore"), path.open("rb") as file:
+            tree = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path}: refused: its pickle is damaged, or has more than tensors and plain values, which could run code; "
@@ -302,31 +303,35 @@ def load_torch(path: Path) -> Stored:
         ) from error
     except Exception as error:  # a damaged file can fail anywhere
         raise UserError(
-            f"{path}: cannot be read as a file of torch.save: {reason(error).partition('. ')[0]}; copy it again"
+            f"{path}: cannot be read as a file of torch.save: {reason(error).partition('. ')[0]}; copy it again, or "
+            "save what model.state_dict() returns"
         ) from error
     if damaged:
         raise UserError(
             f"{path}: damaged: its part {damaged.partition('/')[2]} is not as it was written; copy it again"
         )
-    if not isinstance(tree, dict) or not tree:
-        kind = f"a {type(tree).__name__}" if tree or not isinstance(tree, dict) else "nothing"
-        raise UserError(
-            f"{path}: neither a checkpoint 1.2 nor a state dict: it holds {kind}; save what model.state_dict() returns"
-        )
     if _is_state_dict(tree):
-        weights = {name: _array(tensor) for name, tensor in names.unwrapped(tree, str(path)).items()}
+        weights = {name: _array(tensor, f"{path}: {name}") for name, tensor in names.unwrapped(tree, str(path)).items()}
         return Stored(STATE_DICT, path, tree, weights, {})
-    if "version" not in tree and (inner := [name for name, value in tree.items() if _is_state_dict(value)]):
+    if not isinstance(tree, dict) or "version" not in tree:
+        if inner := next(_state_dicts(tree), ""):
+            raise UserError(
+                f"{path}: no checkpoint 1.2, but a {type(tree).__name__} that has a state dict in it; save that alone: "
+                f"torch.save(torch.load(FILE, weights_only=True){inner}, NEW)"
+            )
+        kind = f"a value of type {type(tree).__name__}"
+        if isinstance(tree, dict):
+            others = (name for name, value in tree.items() if not _is_state_dict({name: value}))
+            kind = next((f"{name!r} of type {type(tree[name]).__name__}" for name in others), "nothing")
         raise UserError(
-            f"{path}: no checkpoint 1.2, but a dict that has a state dict as {inner[0]!r}; save that alone: "
-            f"torch.save(torch.load(FILE, weights_only=True)[{inner[0]!r}], NEW)"
+            f"{path}: neither a checkpoint 1.2 nor a state dict: it has {kind}; save what model.state_dict() returns"
         )
 
     from torchlm import checkpoint
 
     tree = checkpoint.read(path)
     try:
-        weights = {name: _array(tensor) for name, tensor in checkpoint.weights(tree).items()}
+        weights = {name: _array(tensor, f"{path}: {name}") for name, tensor in checkpoint.weights(tree).items()}
         return Stored(CHECKPOINT_1_2, path, tree, weights, checked_info(_info_of_1_2(tree, weights), path))
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(
@@ -339,6 +344,15 @@ def _is_state_dict(value: Any) -> bool:
 
     is_dict = isinstance(value, dict) and bool(value)
     return is_dict and all(isinstance(name, str) and isinstance(x, torch.Tensor) for name, x in value.items())
+
+
+def _state_dicts(tree: Any, place: str = "") -> Iterator[str]:
+    """Yield how each state dict within dicts and lists is got, such as "['model']"."""
+    if _is_state_dict(tree):
+        yield place
+    elif isinstance(tree, dict | list | tuple) and len(place) < 200:  # a list may have itself in it
+        for name, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from _state_dicts(value, f"{place}[{name!r}]")
 
 
 def _info_of_1_2(tree: dict[str, Any], weights: Arrays) -> dict[str, Any]:
@@ -389,7 +403,9 @@ def _moments_of_1_2(optimizer: dict[str, Any], shapes: Shapes, path: Path) -> tu
     counts = {int(entry["step"]) for entry in entries.values()}
     if len(counts) > 1:
         raise UserError(f"{path}: its optimizer has counted {sorted(counts)} updates; only one count can be kept")
-    first, second = ({name: _array(entry[key]) for name, entry in entries.items()} for key in keys[:2])
+    first, second = (
+        {name: _array(entry[key], f"{path}: {key} of {name}") for name, entry in entries.items()} for key in keys[:2]
+    )
     return (first, second), counts.pop()
 
 
@@ -426,6 +442,9 @@ def load_safetensors(path: Path) -> Stored:
         with contextlib.suppress(OSError), path.open("rb") as start:
             if why := utf8.stand_in(start.read(utf8.START)):
                 raise UserError(f"{path}: is {why}") from error
+        if isinstance(error, AttributeError):  # of NumPy, which lacks a type
+            mend = "save it as float32, as with tensor.float() in PyTorch"
+            raise UserError(f"{path}: has numbers of type {error.name}, which cannot be read; {mend}") from error
         raise UserError(f"{path}: cannot be read as safetensors: {reason(error)}; copy it again") from error
     weights = {name: array for name, array in tree.items() if not name.startswith("optimizer.")}
     return Stored(SAFETENSORS, path, tree, weights if info else names.unwrapped(weights, str(path)), info)
@@ -451,15 +470,22 @@ WRITERS: dict[str, Callable[[Path, Snapshot], None]] = {
 }
 
 
-def _array(tensor: Any) -> np.ndarray:
+def _array(tensor: Any, source: str) -> np.ndarray:
+    """Return a tensor as an array. Raises UserError, which begins with `source`, if NumPy has none of its kind."""
     import torch
 
-    tensor = tensor.detach().contiguous()
-    if tensor.dtype == torch.bfloat16:  # which NumPy has only from JAX's types
-        import ml_dtypes
+    try:
+        tensor = tensor.detach().contiguous()
+        if tensor.dtype == torch.bfloat16:  # which NumPy has only from JAX's types
+            import ml_dtypes
 
-        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()
+            return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return tensor.numpy()
+    except (RuntimeError, TypeError) as error:
+        kind = f"{tensor.dtype}, {tensor.layout} on {tensor.device}".replace("torch.", "")
+        raise UserError(
+            f"{source}: a tensor of {kind} cannot be read; save it as float32, as with tensor.to_dense().float()"
+        ) from error
 
 
 def _tensors(arrays: Arrays) -> dict[str, Any]:

@@ -24,7 +24,13 @@ from jaxlm.formats import CHECKPOINT_1_2, RUN, SAFETENSORS, STATE_DICT
 
 STAND_INS = {
     "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "run git lfs pull"),
-    "page": (b"\n<!DOCTYPE html>\n<html><body>Sign in</body></html>", "HTML, .*download the raw file"),
+    "pointer with a mark": (
+        b"\xef\xbb\xbfversion https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n",
+        "run git lfs pull",
+    ),
+    "annex": (b"/annex/objects/SHA256E-s12--4d7a.safetensors\n", "run git annex get"),
+    "page": (b"\n<!DOCTYPE html>\n<html><body>Sign in</body></html>", "HTML .*download the raw file"),
+    "refusal": (b"<Error><Code>AccessDenied</Code></Error>", "XML, .*download the raw file"),
     "empty": (b"", "empty; copy or download it again"),
 }
 
@@ -213,6 +219,9 @@ WRAPPED: dict[str, Callable[[str], str]] = {
     "an attribute": "model.{}".format,
     "an attribute, wrapped": "module.model.{}".format,
     "attributes": "model.model.{}".format,
+    "an attribute of another name": "student.{}".format,
+    "two of other names, wrapped": "base_model.module.net.{}".format,
+    "one of several modules": "0.{}".format,
     "a compiled part": lambda name: name.replace("attention.", "attention._orig_mod."),
     "some parts in FSDP": lambda name: name.replace("attention.", "_fsdp_wrapped_module.attention."),
     "only the first part compiled": lambda name: f"_orig_mod.{name}" if "embedding" in name else name,
@@ -270,6 +279,46 @@ def test_halves_are_read_as_the_same_numbers(form: str, dtype: str, run: Path, t
     assert all(np.array_equal(after.weights[name], x.float().numpy()) for name, x in halves.items())
 
 
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2", "qint8", "sparse", "csr", "meta"])
+@pytest.mark.parametrize("form", [STATE_DICT, SAFETENSORS])
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support", "ignore:torch.quantize_per_tensor")
+def test_tensors_that_are_not_read_are_named(form: str, dtype: str, tmp_path: Path) -> None:
+    x: Any = torch.ones(2, 2)
+    made = {
+        "qint8": lambda: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
+        "sparse": x.to_sparse,
+        "csr": x.to_sparse_csr,
+        "meta": lambda: x.to("meta"),
+    }
+    tensor = made[dtype]() if dtype in made else x.to(getattr(torch, dtype))
+    path = tmp_path / ("x.pt" if form == STATE_DICT else "x.safetensors")
+    if form == STATE_DICT:
+        torch.save({"a": tensor}, path)
+    elif dtype in made:
+        return
+    else:
+        from safetensors.torch import save_file as save_tensors
+
+        save_tensors({"a": tensor}, path)
+    message = refusal(lambda: convert.load(path))
+    assert dtype.partition("_")[0] in message and "save it as float32" in message
+
+
+@pytest.mark.parametrize("value", [torch.ones(3), 3, None, {}, {1: torch.ones(2)}, {"a": torch.ones(2), "epoch": 3}])
+def test_what_is_no_state_dict_is_named(value: Any, tmp_path: Path) -> None:
+    torch.save(value, tmp_path / "x.pt")
+    message = refusal(lambda: convert.load(tmp_path / "x.pt"))
+    assert re.search(r"it has (nothing|.* of type \w+); save what model.state_dict\(\) returns$", message)
+
+
+def test_a_file_is_read_by_its_content_whatever_its_name(run: Path, tmp_path: Path) -> None:
+    snapshot = convert.read(run)
+    for form, name in ((STATE_DICT, "x.safetensors"), (SAFETENSORS, "x.pt")):
+        convert.write(tmp_path / "made", snapshot, form)
+        (tmp_path / "made").rename(tmp_path / name)
+        assert convert.load(tmp_path / name).weights.keys() == snapshot.weights.keys()
+
+
 # Mends that are code or commands: they are run
 
 
@@ -303,14 +352,23 @@ def test_the_mend_for_other_files_of_weights_works(
     assert all(np.array_equal(after[name], x) for name, x in before.items())
 
 
-@pytest.mark.parametrize("key", ["state_dict", "model", "model_state_dict"])
-def test_the_mend_for_a_state_dict_within_a_dict_works(
-    key: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "around",
+    [
+        lambda weights: {"epoch": 3, "state_dict": weights},
+        lambda weights: {"model": weights, "optimizer": {"state": {}}},
+        lambda weights: {"checkpoint": {"model_state_dict": weights}},
+        lambda weights: [3, weights],
+        lambda weights: {"models": (weights,)},
+    ],
+)
+def test_the_mend_for_a_state_dict_within_others_works(
+    around: Callable[[Any], Any], run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     snapshot = convert.read(run)
     weights = {name: torch.from_numpy(x) for name, x in snapshot.weights.items()}
     monkeypatch.chdir(tmp_path)
-    torch.save({"epoch": 3, key: weights}, "FILE")
+    torch.save(around(weights), "FILE")
     message = refusal(lambda: convert.load(Path("FILE")))
     exec(message.partition("alone: ")[2].replace("FILE", "'FILE'").replace("NEW", "'NEW.pt'"), {"torch": torch})
     assert convert.read(Path("NEW.pt"), snapshot.config).weights.keys() == weights.keys()

@@ -47,7 +47,7 @@ _BUFFERS = ("embedding.position.pe", "self_multihead.bias")  # in the original's
 FREEZING = ("model.frozen_embedding", "model.frozen_layers", "model.lora_rank")  # 0 in all: all is trained
 # Modules that PyTorch puts around a model or within it, and attributes by which others hold one.
 _WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-_OUTER = re.compile(r"(\d\.)?(auto_)?model\.")
+_OUTER = re.compile(r"(?!head\.)(.+?\.)??(base|((bert|roberta)\.)?embeddings|(transformer\.)?wte)\.")
 _LORA = ("lora_a", "lora_b")
 _TRANSPOSED = ("kernel", *_LORA)
 _MOST_TOLD = 6  # differences in one error message
@@ -232,7 +232,7 @@ def unwrapped(state: Mapping[str, Any], source: str) -> dict[str, Any]:
         if (plain := _WRAPPERS.sub("", name)) in result:
             raise UserError(f"{source}: has {plain} twice, once as {name}; save the state dict of one model")
         result[plain] = x
-    while prefix := next((found[0] for name in result if (found := _OUTER.match(name))), ""):
+    if prefix := max((found[1] or "" for name in result if (found := _OUTER.match(name))), key=len, default=""):
         if others := [name for name in result if not name.startswith(prefix)]:
             raise UserError(
                 f"{source}: some names begin with {prefix}, not {others[0]}; save the state dict of one model"

@@ -167,10 +167,13 @@ def stand_in(start: bytes) -> str:
     """Return what a file is in place of what its name says, by its first bytes; "" if it may be that."""
     if not start:
         return "empty; copy or download it again"
+    start = start.removeprefix(codecs.BOM_UTF8)
     if start.startswith(LFS):
         return "a pointer of Git LFS, not the file itself; run git lfs pull in its folder"
-    if re.match(rb"\s*<(!doctype|html|\?xml)", start, re.IGNORECASE):
-        return "a page of HTML, not the file itself; download the raw file"
+    if re.match(rb"(\.\./)*(\.git)?/annex/objects/", start):
+        return "a pointer of git-annex, not the file itself; run git annex get in its folder"
+    if re.match(rb"\s*<(!doctype|html|head|error|\?xml)", start, re.IGNORECASE):
+        return "a page of HTML or XML, not the file itself; download the raw file"
     return ""
 
 
