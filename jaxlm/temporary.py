@@ -5,12 +5,16 @@ import errno
 import fcntl
 import os
 import platform
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from jaxlm import storage
 
+FOLDERS = ("tokens", "tokenizers")  # of a cache folder
+# What `name_for`, here and in earlier versions, makes of the names in these folders. No other file is removed.
+NAME = re.compile(r"[0-9a-f]{32}([-.].*)?\.[0-9]+\.tmp")
 LOCK = "lock"  # in a temporary folder, locked by the process that writes there
 IDLE_S = 3600  # where neither lock nor process number tells: after this time without a write, nobody writes any more
 START_S = 10  # in which a process that makes a temporary folder locks it
@@ -62,11 +66,12 @@ def claimed(folder: Path) -> Iterator[None]:
 
 
 def remove(folder: Path, is_removable: Callable[[Path], bool]) -> None:
-    """Remove the temporary files and folders in the subfolders of a folder for which `is_removable` holds."""
-    for path in folder.glob("*/*.tmp"):
-        if is_removable(path):
-            with contextlib.suppress(OSError):
-                storage.remove(path)
+    """Remove the temporary files and folders in a cache folder for which `is_removable` holds."""
+    for name in FOLDERS:
+        for path in (folder / name).glob("*.tmp"):
+            if NAME.fullmatch(path.name) and is_removable(path):
+                with contextlib.suppress(OSError):
+                    storage.remove(path)
 
 
 def is_own(path: Path) -> bool:

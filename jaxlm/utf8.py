@@ -12,6 +12,7 @@ import io
 import json
 import lzma
 import re
+import sys
 import tomllib
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -28,6 +29,7 @@ MARKS = {  # the longest first: UTF-32's begins with UTF-16's
 CONTROLS = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")  # bytes of binary data that text of no encoding has
 BINARY = "binary, or text in UTF-16; give UTF-8 text (of UTF-16, as with iconv -f UTF-16LE -t UTF-8 OLD > NEW)"
 LFS = b"version https://git-lfs.github.com/spec/"  # begins the pointer that stands for a large file in Git
+LONG_NUMBER = f"has a number of more than {sys.get_int_max_str_digits():,} digits; shorten it, or put it in quotes"
 TOO_LONG = f"longer than {LONGEST:,} characters; break it into shorter ones"
 
 
@@ -141,7 +143,9 @@ def from_json(text: str, object_of: Callable[[list[tuple[str, Any]]], Any] | Non
     except ValueError as error:
         if reason := stand_in(text[:START].encode("utf-8", "replace")):
             raise ValueError(reason) from error
-        raise  # as json.JSONDecodeError, which tells bad JSON from what JSON cannot hold
+        if not isinstance(error, json.JSONDecodeError):
+            raise ValueError(LONG_NUMBER) from error
+        raise
     return value
 
 
@@ -156,6 +160,8 @@ def from_toml(text: str) -> dict[str, Any]:
         return tomllib.loads(text)
     except RecursionError:
         raise ValueError("nested too deeply; flatten it") from None
+    except ValueError as error:
+        raise error if isinstance(error, tomllib.TOMLDecodeError) else ValueError(LONG_NUMBER) from error
 
 
 def _half(error: UnicodeEncodeError) -> str:

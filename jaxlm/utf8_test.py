@@ -173,6 +173,12 @@ def test_deep_nesting_is_refused(read: Callable[[str], Any]) -> None:
         read(("a = " if read is utf8.from_toml else "") + "[" * 100_000 + "]" * 100_000)
 
 
+@pytest.mark.parametrize("read", [utf8.from_json, utf8.from_toml])
+def test_a_number_of_too_many_digits_is_refused(read: Callable[[str], Any]) -> None:
+    with pytest.raises(ValueError, match="has a number of more than 4,300 digits; shorten it, or put it in quotes"):
+        read(("a = " if read is utf8.from_toml else "") + "9" * 5000)
+
+
 @pytest.mark.parametrize("text", ["\\ud800", "a\\uDFFF", "\\udce9"])
 def test_half_of_a_surrogate_pair_is_no_json(text: str) -> None:
     with pytest.raises(ValueError, match=r"\\ud[0-9a-f]{3} is half of a surrogate pair, no character; write both"):

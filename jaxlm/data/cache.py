@@ -151,7 +151,7 @@ def _read_meta(folder: Path, n_ids: int) -> dict[str, Any]:
         meta = checksums.read_json(folder / META)
     except ValueError as error:
         raise ValueError(f"{META} is not JSON") from error
-    if "files" in meta and meta.pop("sum", None) != _sum_of(meta):
+    if meta.keys() & {"files", "sum"} and meta.pop("sum", None) != _sum_of(meta):
         raise ValueError(f"{META} is not as it was written")
     if meta.get("dtype") != _dtypes(n_ids)["train.tokens"].name:
         raise ValueError(f"{META} has the dtype {meta.get('dtype')!r}")

@@ -25,6 +25,7 @@ from jaxlm.data.cache import Split, open_cache
 from jaxlm.data.sources import SPLITS, Article, Source
 from jaxlm.errors import UserError
 
+KEY = "0123456789abcdef" * 2
 LINES = [f"article {i} has {i % 7} words of {'x' * (i % 5)} and é" for i in range(300)]
 
 
@@ -302,8 +303,8 @@ def test_what_a_killed_build_left_is_removed_unless_its_process_may_still_write(
     finished.wait()
     number = os.getppid() if owner == "alive" else finished.pid
     host = "elsewhere" if owner.startswith("other") else platform.node()
-    folder = tmp_path / "tokens" / f"abc.{host}.{number}.tmp"
-    file = tmp_path / "tokenizers" / f"abc.json.{host}.{number}.tmp"
+    folder = tmp_path / "tokens" / f"{KEY}.{host}.{number}.tmp"
+    file = tmp_path / "tokenizers" / f"{KEY}-{KEY}.json.{host}.{number}.tmp"
     folder.mkdir(parents=True)
     file.parent.mkdir()
     for path in (folder / "train.tokens", file):
@@ -313,6 +314,23 @@ def test_what_a_killed_build_left_is_removed_unless_its_process_may_still_write(
             os.utime(path, (time.time() - 2 * temporary.IDLE_S,) * 2)
     open_cache(memory_source([Article("train", "x", -1)]), tokenizer, tmp_path)  # another cache
     assert folder.exists() == file.exists() == (owner in ("alive", "other host"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("docs/thesis.tmp", "docs/a.b.1234567.tmp", f"docs/{KEY}.host.1234567.tmp", "docs/folder.tmp/file"),
+        *("tokens/mine.tmp", "tokens/a.b.1234567.tmp", f"tokens/{KEY}.tmp", "tokenizers/old.json.tmp"),
+    ],
+)
+def test_files_of_a_user_in_the_cache_folder_are_never_removed(tmp_path, tokenizer, name):
+    path = tmp_path / name
+    path.parent.mkdir(parents=True)
+    path.write_text("not of jaxlm")
+    for old in (path, path.parent):
+        os.utime(old, (1, 1))
+    open_cache(memory_source([Article("train", "x", -1)]), tokenizer, tmp_path)
+    assert path.read_text() == "not of jaxlm"
 
 
 def test_a_build_that_goes_on_is_not_removed_though_its_number_says_nothing(tmp_path, tokenizer):
@@ -389,6 +407,17 @@ def built(tmp_path: Path, tokenizer: Tokenizer) -> tuple[Counted, dict[str, Spli
     return counted, splits, folder
 
 
+def without(key: str) -> Callable[[Path], None]:
+    """Return a function that takes a key out of meta.json."""
+
+    def change(folder: Path) -> None:
+        meta = json.loads((folder / "meta.json").read_text())
+        del meta[key]
+        write(folder / "meta.json", json.dumps(meta).encode())
+
+    return change
+
+
 NAMES = [f"{split}.{name}" for split in SPLITS for name in ("tokens", *cache.FILES)]
 DAMAGES: dict[str, Callable[[Path], None]] = {
     **{f"bit of {name}": lambda folder, name=name: flip(folder / name) for name in [*NAMES, "meta.json"]},
@@ -403,6 +432,8 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
     "binary": lambda folder: write(folder / "meta.json", b"\xff\0"),
     "other type": lambda folder: write(folder / "meta.json", b'{"dtype": "float64"}'),
     "no type": lambda folder: write(folder / "meta.json", b'{"dtype": {}}'),
+    "no sums": without("files"),
+    "no sum of the sums": without("sum"),
     "missing": lambda folder: (folder / "validation.n_bytes").unlink(),
     "missing meta.json": lambda folder: (folder / "meta.json").unlink(),
     "folder": lambda folder: in_its_place(folder / "train.offsets", Path.mkdir),

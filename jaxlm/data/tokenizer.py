@@ -47,6 +47,8 @@ BESIDE = (TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json")
 # Of the files beside a tokenizer: classes that are read, the roles of special tokens, the keys that are read, those
 # that are read with some values only, and those that change no token of a text.
 CLASSES = ("BertTokenizer", "DistilBertTokenizer", "GPT2Tokenizer", "RobertaTokenizer")
+BARE = ("PreTrainedTokenizer", "TokenizersBackend")  # classes of what tokenizer.json says, and no more
+LISTS = ("additional_special_tokens", "extra_special_tokens")
 ROLES = {"unk_token": "unknown", "cls_token": "start", "sep_token": "end", "pad_token": "pad", "mask_token": "mask"}
 ROLES |= {"bos_token": "article", "eos_token": "article"}
 BERT_KEYS = ("do_lower_case", "strip_accents", "tokenize_chinese_chars")
@@ -299,24 +301,33 @@ def _values(path: Path) -> dict[str, Any]:
             told = {"added_tokens_decoder": {str(i): {"content": token} for token, i in told.items()}}
         # As in transformers: the older files count where the newer one does not list its tokens.
         values = told | values if "added_tokens_decoder" in values else values | told
-    kind = str(values.get("tokenizer_class") or "").removesuffix("Fast")
     is_whole = path.suffix == ".json" and not path.name.endswith("vocab.json")
-    if is_whole and kind and kind not in CLASSES:
-        return {}  # transformers, too, takes tokenizer.json alone then
     file = path.with_name(prefix + TOKENIZER_CONFIG)
-    if kind and kind not in CLASSES:
+    if "tokenizer_class" not in values and not is_whole:  # older models have it here
+        file = path.with_name("config.json")
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            values["tokenizer_class"] = utf8.from_json(utf8.read(file)).get("tokenizer_class")
+    kind = str(values.get("tokenizer_class") or "").removesuffix("Fast")
+    if is_whole and kind and kind not in CLASSES:
+        # As in transformers, tokenizer.json alone counts for what is of no class, and most of it for other classes.
+        values = {} if kind in BARE else {key: values[key] for key in BERT_KEYS if key in values}
+    suitable = CLASSES[:2] if path.suffix == ".txt" else CLASSES[2:]
+    if not is_whole and kind and kind not in suitable:
         raise UserError(
-            f"{file}: tokenizer_class={kind}: {path.name} can be read for {', '.join(CLASSES)} only; "
+            f"{file}: tokenizer_class={kind}: {path.name} can be read for {' and '.join(suitable)} only; "
             "load it with transformers, and give the tokenizer.json that save_pretrained writes"
         )
+    file = path.with_name(prefix + TOKENIZER_CONFIG)
     for key, value in values.items():
         if key in ONLY and value not in ONLY[key]:
             only = " or ".join(json.dumps(x) for x in ONLY[key])
             raise UserError(f"{file}: {key}={json.dumps(value)}: can be read with {only} only; change the file")
         if key in ("do_lower_case", "tokenize_chinese_chars", "add_prefix_space") and not isinstance(value, bool):
             raise UserError(f"{file}: {key}={json.dumps(value)}: has to be true or false")
-        if key == "strip_accents" and value not in (None, True, False):
+        if key == "strip_accents" and not isinstance(value, bool | None):
             raise UserError(f"{file}: {key}={json.dumps(value)}: has to be true, false or null")
+        if key in LISTS and not isinstance(value, list | dict | None):
+            raise UserError(f"{file}: {key}={json.dumps(value)}: has to be a list")
         if key not in READ | ONLY.keys() | UNUSED and not key.endswith("_token"):
             raise UserError(
                 f"{file}: {key}={json.dumps(value)[:80]}: is not known here; remove it if it does not change how texts "
@@ -334,7 +345,7 @@ def _apply(tokenizer: Tokenizer, values: dict[str, Any], path: Path) -> None:
     """Add tokens, and compare the rest of `values`. Raises UserError for what the tokenizer does otherwise."""
     file, is_wordpiece = path.with_name(TOKENIZER_CONFIG), isinstance(tokenizer.model, models.WordPiece)
     added = values.get("added_tokens_decoder") or {}
-    lists = [x for key in ("additional_special_tokens", "extra_special_tokens") for x in values.get(key) or []]
+    lists = [x for key in LISTS for x in values.get(key) or []]
     names = {_content(value) for value in (*values.values(), *lists)}
     try:
         for i, token in sorted((int(i), dict(token)) for i, token in added.items()):

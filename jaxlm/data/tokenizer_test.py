@@ -433,6 +433,8 @@ CASES: list[tuple[str, dict[str, Any], str, str]] = [
     ("bert", {"strip_accents": False, "do_lower_case": False}, "", "tokenizer.json does otherwise"),
     ("bert", {"tokenize_chinese_chars": False}, "", "tokenizer.json does otherwise"),
     ("bert", {"do_lower_case": "yes"}, 'do_lower_case="yes": has to be true or false', "has to be true or false"),
+    ("bert", {"strip_accents": 0}, "strip_accents=0: has to be true, false or null", "has to be true, false or null"),
+    ("bert", {"additional_special_tokens": 5}, "additional_special_tokens=5: has to be a list", "has to be a list"),
     ("bert", {"do_basic_tokenize": False}, "do_basic_tokenize=false: can be read with true only", "do_basic_tokenize"),
     ("bert", {"never_split": ["cat"]}, 'never_split=["cat"]: can be read with null or [] only', "never_split"),
     ("bert", {"wordpieces_prefix": "@@"}, 'wordpieces_prefix="@@"', "wordpieces_prefix"),
@@ -488,12 +490,36 @@ def test_what_tokenizer_config_says_is_followed_or_refused_by_name(
         assert ids(ours, text) == theirs(text, add_special_tokens=False)["input_ids"], text
 
 
-def test_a_vocab_txt_of_another_class_is_refused(tmp_path, bert_folder):
-    folder = shutil.copytree(bert_folder, tmp_path / "model")
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertJapaneseTokenizer"}')
-    assert "tokenizer_class=BertJapaneseTokenizer: vocab.txt can be read for BertTokenizer, " in failure(
-        path=str(folder)
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "config.json"])
+@pytest.mark.parametrize(
+    ("kind", "name"), [("bert", "BertJapaneseTokenizer"), ("bert", "RobertaTokenizerFast"), ("gpt2", "Qwen2Tokenizer")]
+)
+def test_a_vocabulary_of_another_class_is_refused(tmp_path, bert_folder, gpt_folder, file, kind, name):
+    folder = shutil.copytree(bert_folder if kind == "bert" else gpt_folder, tmp_path / "model")
+    (folder / file).write_text(json.dumps({"tokenizer_class": name}))
+    message = failure(path=str(folder))
+    readable = (
+        "vocab.txt can be read for BertTokenizer and" if kind == "bert" else "vocab.json can be read for GPT2Token"
     )
+    assert message.startswith(f"{folder}/{file}: tokenizer_class={name.removesuffix('Fast')}: {readable}")
+
+
+@pytest.mark.parametrize(
+    ("name", "is_followed"),
+    [("PreTrainedTokenizerFast", False), ("TokenizersBackend", False), ("MPNetTokenizer", True)],
+)
+def test_a_tokenizer_json_of_another_class_is_compared_where_transformers_changes_it(
+    tmp_path, bert_folder, name, is_followed
+):
+    tokenizers.save(read(TokenizerConfig(path=str(bert_folder))), tmp_path / "tokenizer.json")
+    values = {"tokenizer_class": name, "do_lower_case": False, "other": 1}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(values))
+    if is_followed:
+        assert "do_lower_case=false: tokenizer.json does otherwise" in failure(path=str(tmp_path))
+    else:
+        assert ids(read(TokenizerConfig(path=str(tmp_path))), "The CAT") == ids(
+            read(TokenizerConfig(path=str(bert_folder))), "The CAT"
+        )
 
 
 def test_older_files_beside_a_vocab_txt_are_followed(tmp_path, bert_folder):
