@@ -36,7 +36,7 @@ def configure(config: Config) -> None:
     given = os.environ.get("LIBTPU_INIT_ARGS", "")
     if LIBTPU_FLAGS not in given:
         os.environ["LIBTPU_INIT_ARGS"] = f"{LIBTPU_FLAGS} {given}"  # of two, the later counts
-    folder = cache.user_cache_dir(config.data.cache_dir) / "xla"
+    folder = (cache.user_cache_dir(config.data.cache_dir) / "xla").absolute()
     if not configs.is_unicode(str(folder)):
         raise UserError(
             f"{str(folder)!r}: has bytes that are not UTF-8, which JAX takes for no cache; give another "

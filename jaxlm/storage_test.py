@@ -73,7 +73,7 @@ def test_a_run_killed_with_checkpoints_in_gs_goes_on_alike(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("gcsfs")
-    settings = f"{TINY} --data.path {texts} --data.validation-fraction 0.2 --run.dir"
+    settings = f"{TINY} --data.path {texts} --data.validation-fraction 0.2 --run.keep-checkpoints 2 --run.dir"
     named = "--run.checkpoint-dir gs://bucket/some/where --resume auto"
     with fake_gcs.served() as (variables, objects):
         for name, value in variables.items():
