@@ -25,6 +25,7 @@ OUT_OF_MEMORY = (
     *("RESOURCE_EXHAUSTED", "Out of memory", "out of memory", "not enough memory", "can't allocate memory"),
     *("Cannot allocate memory", "failed to map segment", "can't start new thread"),
 )
+LONGEST = 6000  # characters of an error; a path has up to 4096
 SLOW_S = 5.0  # a step that takes longer says what it does
 
 
@@ -88,7 +89,10 @@ def reported(debug: bool) -> Iterator[None]:
                 raise
             if debug:
                 print(traceback.format_exc(), end="", file=sys.stderr)  # without colours, which would be shown
-            print("error: " + " ".join(line.split()), file=sys.stderr)
+            line = " ".join(line.split())
+            if len(line) > LONGEST:  # as with a value that is a whole text; what helps is at the end
+                line = f"{line[: LONGEST - 1000]} ... {line[-1000:]}"
+            print(f"error: {line}", file=sys.stderr)
             sys.exit(2)
 
 

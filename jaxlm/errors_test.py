@@ -49,3 +49,11 @@ def test_each_step_to_the_first_update_is_one_that_speaks(package):
         text = (ROOT / path).read_text(encoding="utf-8")
         for name in names:
             assert re.search(rf'@slow\("[^"]+"\)\n\s*def {name}\(', text), f"{path}: {name}"
+
+
+def test_an_error_that_quotes_a_whole_text_is_cut_and_keeps_its_mend(capsys):
+    with pytest.raises(SystemExit), errors.reported(debug=False):
+        raise errors.UserError(f"a.csv, line 2: label {'0' * 100_000!r} is no class; leave the row out")
+    line = capsys.readouterr().err
+    assert line.startswith("error: a.csv, line 2: label '000") and line.endswith("is no class; leave the row out\n")
+    assert len(line) < errors.LONGEST + 20

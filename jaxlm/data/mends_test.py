@@ -200,6 +200,38 @@ CASES: dict[str, Case] = {
         "line 1: the object has 'text' more than once; keep one of them",
         edit("a.jsonl", lambda data: data.replace(b'"text": "a", ', b"")),
     ),
+    "names that differ in blanks": Case(
+        {"a.csv": TABLE.replace("text,label", "text,label,label ").replace("\n", ",\n").replace(" ,\n", " \n")},
+        "columns 1 .label. and 2 .label . have the same name; set data.label_column to the number of one",
+        {"data.label_column": "1"},
+        task="sst2",
+    ),
+    "a name with a blank": Case(
+        {"a.csv": TABLE.replace("text,label", "text, stars")},
+        "set data.label_column; there are text,  stars",
+        {"data.label_column": "stars"},
+        task="sst2",
+    ),
+    "Excel's first line": Case(
+        {"a.csv": "sep=;\n" + TABLE.replace(",", ";")},
+        "line 1: sep=; is for Excel alone; remove this line",
+        edit("a.csv", lambda data: data.partition(b"\n")[2]),
+        task="sst2",
+    ),
+    "another delimiter": Case(
+        {"a.csv": TABLE.replace(",", "^")},
+        "there is 0 .text.label. alone: columns can be separated by a comma, semicolon, tab or ",
+        edit("a.csv", lambda data: data.replace(b"^", b"|")),
+        task="sst2",
+    ),
+    "lines that are no JSON": Case(
+        {"a.jsonl": TEXT}, "or set data.format=text to read lines as they are", {"data.format": "text"}
+    ),
+    "a long number": Case(
+        {"a.jsonl": '{"text": "a", "n": ' + "9" * 5000 + "}\n" + "".join(json.dumps(row) + "\n" for row in OBJECTS)},
+        "line 1: has a number of more than 4,300 digits; shorten it, or put it in quotes",
+        edit("a.jsonl", lambda data: re.sub(rb"9{5000}", lambda match: b'"' + match[0] + b'"', data)),
+    ),
     "a comma in a cell": Case(
         {"a.csv": TABLE.replace("line 7 says", "line 7, says")},
         "line 9: the row has 3 columns, but the first one has 2; put a cell with , in it into quotes",

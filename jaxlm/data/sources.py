@@ -40,6 +40,7 @@ LABEL_COLUMNS = ("label", "labels", "acceptability", "target")
 PROMPT_COLUMNS = ("prompt", "question", "instruction", "input")
 ANSWER_COLUMNS = ("answer", "completion", "response", "output", "reply")
 DELIMITERS = {"tsv": "\t,;|", "csv": ",;\t|"}  # the first, unless only another makes columns
+EXCEL = re.compile(r'"?sep=.?"?[\r\n]')  # a first line that only says what the delimiter is
 MOST_COLUMNS = 10_000
 TITLE = re.compile(r"\s*= [^=].* =\s*")  # a full line; "= = Section = =" has "=" where a title has a word
 CHECK_LIMIT = 200_000_000  # bytes; rows of a larger file are checked as they are used, not at the start
@@ -602,9 +603,10 @@ def _file_part(path: Path, split: str, config: DataConfig, reads: Reads) -> _Par
     """Return the part that a file is. Raises UserError for a file that cannot be read or lacks a wanted column."""
     if not path.is_file():
         raise UserError(f"{path}: is not a regular file; write its content to one, and name that")
-    kind = config.format if config.format != "auto" else _suffix_format(path) or _content_format(path)
-    content, size, head = _scan(path, is_text=kind != "parquet")
-    kind = kind or _table_format(head, config, reads) or "text"
+    kind = config.format if config.format != "auto" else _content_format(path) or _suffix_format(path)
+    content, size, head = _scan(path, kind)
+    if not kind or (kind == "text" and reads != "text" and config.format == "auto"):
+        kind = _table_format(head, config, reads) or "text"
     if config.format == "auto" and kind == "text" and any(TITLE.fullmatch(line) for line in head.splitlines()[:50]):
         kind = "wikitext"
     if reads != "text" and kind in ("text", "wikitext"):
@@ -650,7 +652,8 @@ def _content_format(path: Path) -> str:
     """Return "parquet" if a file begins as one, else "": its text tells more."""
     try:
         with utf8.opened(path) as stream:
-            return "parquet" if stream.read(len(PARQUET)) == PARQUET else ""
+            start = stream.read(utf8.START)
+            return "parquet" if start.startswith(PARQUET) and b"\0" in start else ""
     except (OSError, *utf8.DAMAGED):
         return ""  # which is told when the file is read
 
@@ -665,12 +668,12 @@ def _table_format(head: str, config: DataConfig, reads: Reads) -> str:
             return "jsonl"
     for kind, delimiters in DELIMITERS.items():
         tables = [_even_rows(head, _dialect(kind, delimiter)) for delimiter in delimiters]
-        if any(len(rows) > 1 and not usual.isdisjoint(cell.lower() for cell in rows[0]) for rows in tables):
+        if any(len(rows) > 1 and not usual.isdisjoint(cell.strip().lower() for cell in rows[0]) for rows in tables):
             return kind
     return ""
 
 
-def _scan(path: Path, is_text: bool) -> tuple[str, int, str]:
+def _scan(path: Path, kind: str) -> tuple[str, int, str]:
     """Return the hash and the bytes of a file, decompressed, and its first megabyte as text; reads it once, in blocks.
 
     Raises UserError for a file that is unreadable, damaged or empty, or that should be text and is not UTF-8.
@@ -685,8 +688,13 @@ def _scan(path: Path, is_text: bool) -> tuple[str, int, str]:
             yield block
 
     try:
+        with open(path, "rb") as file:
+            start = file.read(utf8.START)
+        is_plain_text = kind in ("", "text", "wikitext") and path.suffix.lower() not in (".gz", ".xz")
+        if start and not is_plain_text and (why := utf8.stand_in(start)):
+            raise ValueError(why)
         with utf8.opened(path) as stream:
-            for block in utf8.decoded(blocks(stream)) if is_text else blocks(stream):
+            for block in blocks(stream) if kind == "parquet" else utf8.decoded(blocks(stream)):
                 if isinstance(block, str):
                     head = head or block
                     end = max(block.rfind("\n"), block.rfind("\r"))
@@ -775,6 +783,8 @@ def _json_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             row = utf8.from_json(line, _object)
         except json.JSONDecodeError as error:
             mend = "write one object a line, as with jq -c . OLD > NEW"
+            if line.lstrip()[:1] not in ("{", "["):
+                mend = "write one object a line, or set data.format=text to read lines as they are"
             raise UserError(f"{path}, line {number}: not JSON: {error}; {mend}") from error
         except ValueError as error:
             raise UserError(f"{path}, line {number}: {error}") from error
@@ -877,7 +887,7 @@ def _csv_dialect(head: str, kind: str, config: DataConfig, reads: Reads) -> dict
         return first
     for dialect in others:
         if even := _even_rows(head, dialect):
-            if reads != "text" or not _usual(config, reads).isdisjoint(cell.lower() for cell in even[0]):
+            if reads != "text" or not _usual(config, reads).isdisjoint(cell.strip().lower() for cell in even[0]):
                 return dialect
     return first
 
@@ -886,6 +896,8 @@ def _csv_columns(
     path: Path, kind: str, head: str, split: str, config: DataConfig, reads: Reads
 ) -> tuple[dict[str, Any], int, bool, int, int | None]:
     """Return the dialect, the number of columns, whether a header names them, and the text and label columns."""
+    if line := EXCEL.match(head):
+        raise UserError(f"{path}, line 1: {line[0].strip()} is for Excel alone; remove this line")
     dialect = _csv_dialect(head, kind, config, reads)
     rows = _first_rows(head, dialect)
     if not rows:
@@ -897,7 +909,8 @@ def _csv_columns(
     wanted = (config.prompt_column, config.answer_column) if reads == "pairs" else wanted
     given = {name for name in wanted if name} | set(PROMPT_COLUMNS if reads == "pairs" else TEXT_COLUMNS)
     given = {name for name in given if not name.isdecimal()}
-    is_header = not given.isdisjoint(first) or not given.isdisjoint(cell.lower() for cell in first)
+    cells = [cell.strip() for cell in first]
+    is_header = not given.isdisjoint(cells) or not given.isdisjoint(cell.lower() for cell in cells)
     is_header = is_header if config.header == "auto" else config.header == "yes"
     names = first if is_header else [str(column) for column in range(len(first))]
     shown = names if is_header else [f"{column} ({cell[:30]})" for column, cell in enumerate(first)]
@@ -964,13 +977,14 @@ def _table_rows(batches: Iterable[dict[Any, list[Any]]], text: Any, label: Any) 
 @contextlib.contextmanager
 def _plain_file(path: Path) -> Iterator[Path]:
     """Give the path of a file or, as Parquet is not read from front to back, of a decompressed copy on disk."""
-    if path.suffix.lower() not in (".gz", ".xz"):
-        yield path
-        return
-    with tempfile.NamedTemporaryFile(suffix=".parquet") as plain, utf8.opened(path) as stream:
-        shutil.copyfileobj(stream, plain)
-        plain.flush()
-        yield Path(plain.name)
+    with utf8.opened(path) as stream:
+        if isinstance(stream, io.BufferedReader):  # not decompressed
+            yield path
+            return
+        with tempfile.NamedTemporaryFile(suffix=".parquet") as plain:
+            shutil.copyfileobj(stream, plain)
+            plain.flush()
+            yield Path(plain.name)
 
 
 def _columns(
@@ -987,17 +1001,20 @@ def _columns(
     Of pairs, they are prompt and answer. Raises UserError for a column that is not there, or there twice.
     """
     there = f"there are {', '.join((shown or names)[:20])}"
+    if shown and len(shown) == 1:
+        there = f"there is {shown[0]} alone: columns can be separated by a comma, semicolon, tab or |"
+    keys = [key.strip() for key in names]
 
     def choose(setting: str, wanted: str, usual: tuple[str, ...]) -> int:
         if wanted:
-            numbers = [i for i, key in enumerate(names) if key == wanted]
+            numbers = [i for i, key in enumerate(keys) if key == wanted.strip()]
             if not numbers and wanted.isdecimal() and int(wanted) < len(names):
                 return int(wanted)
             if not numbers:
                 mend = nearest(wanted, names) or f"; set data.{setting} to one of them"
                 raise UserError(f"data.{setting}={wanted}: no such column in {name}{mend}; {there}")
         else:
-            lower = [key.lower() for key in names]
+            lower = [key.lower() for key in keys]
             numbers = next(([i for i, key in enumerate(lower) if key == one] for one in usual if one in lower), [])
             if not numbers:
                 raise UserError(f"{name}: no column has a usual name; set data.{setting}; {there}")
@@ -1014,7 +1031,7 @@ def _columns(
     is_only = len(names) == 1 and not config.text_column
     text = 0 if is_only else choose("text_column", config.text_column, usual[0])
     # GLUE publishes test files without labels.
-    is_hidden = split == "test" and not config.label_column and not {key.lower() for key in names} & set(usual[1])
+    is_hidden = split == "test" and not config.label_column and not {key.lower() for key in keys} & set(usual[1])
     if reads == "text" or is_hidden:
         return text, None
     return text, choose("label_column", config.label_column, usual[1])

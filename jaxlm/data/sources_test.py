@@ -202,6 +202,7 @@ def test_tables_are_recognized_by_their_first_rows(tmp_path, name, content):
     assert rows(path) == [("one", 1), ("two", 0)]
     assert texts(path) == ["one", "two"]
     assert texts(write(tmp_path / "a.txt", content)) == content.splitlines()  # the name says what it is
+    assert rows(str(tmp_path / "a.txt")) == [("one", 1), ("two", 0)]  # which has no labels
 
 
 def test_compressed_files_and_parquet_are_recognized_without_their_ending(tmp_path):
@@ -209,8 +210,28 @@ def test_compressed_files_and_parquet_are_recognized_without_their_ending(tmp_pa
         (tmp_path / name).write_bytes(pack(b"text\none\n"))
     assert texts(str(tmp_path / "a")) == texts(str(tmp_path / "b.txt")) == ["text", "one"]
     assert texts(str(tmp_path / "c.csv")) == ["one"]
-    parquet = Path(write_parquet(tmp_path / "a.parquet", text=["one"])).rename(tmp_path / "rows")
-    assert texts(str(parquet)) == ["one"]
+    content = Path(write_parquet(tmp_path / "a.parquet", text=["one"])).read_bytes()
+    for name in ("rows", "rows.txt", "rows.csv", "rows.jsonl"):
+        for pack in (bytes, gzip.compress, lzma.compress):
+            (tmp_path / name).write_bytes(pack(content))
+            assert texts(str(tmp_path / name)) == ["one"]
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12\n"
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.txt", "a.csv", "a.jsonl", "a.txt.gz", "a.csv.xz", "a.parquet.gz"])
+def test_what_stands_in_for_a_file_is_named(tmp_path, name):
+    path = write(tmp_path / name, "")
+    Path(path).write_bytes(POINTER)
+    assert failure(path=path) == (
+        f"{path}: is a pointer of Git LFS, not the file itself; run git lfs pull in its folder"
+    )
+    Path(path).write_bytes(b"\n<!DOCTYPE html>\n<html>text, label</html>\n")
+    if name == "a.txt":
+        assert len(texts(path)) == 2  # HTML can be what is to be learned
+    else:
+        assert "not the file itself; download the raw file" in failure(path=path)
 
 
 PDF, PNG = b"%PDF-1.4\n%\xe2\xe3\xcf\xd3\n\x03\x10", b"\x89PNG\r\n\x1a\n\0"
