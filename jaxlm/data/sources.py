@@ -15,6 +15,7 @@ import shutil
 import tempfile
 import threading
 import time
+import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -51,7 +52,8 @@ PROMPT_END = "\n"  # between a prompt and its answer
 CSV_END = "\0end of file\0"  # a line behind the last one, by which a quote that is still open is noticed
 TWICE = ()  # value of a key that a JSON object has more than once; JSON has no tuples
 HIDDEN = "-1"  # label of all rows of a test part whose labels are not published
-INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
+INTEGER = re.compile(r"[+-]?[0-9]{1,400}")
+DECIMAL = re.compile(r"[+-]?([0-9]+\.[0-9]*|[0-9]*\.[0-9]+|[0-9]+(?=e[+-]))(e[+-]?[0-9]{1,3})?", re.IGNORECASE)
 MANY, MOST_CLASSES = 20, 100_000  # classes that may have one article each, and of any kind, unless data.n_labels is set
 
 
@@ -298,34 +300,39 @@ def _none_to_train(part: _Part, counts: Counter[str]) -> UserError:
 def _label(part: _Part, number: int, value: Any) -> str:
     """Return the class that a label names, in one spelling whatever the format of the file.
 
-    Text is stripped, and 1.0 and "01" are "1". Raises UserError for what names no class.
+    Raises UserError for what names no class.
     """
-    name = ""
-    is_fraction = False
-    if isinstance(value, bool | int):
-        name = part.names[value] if 0 <= value < len(part.names) else str(value).lower()
-    elif isinstance(value, float | Decimal):
-        is_fraction = not float(value).is_integer()
-        if value == value:  # NaN is how tables of numbers have a missing one
-            name = str(value) if is_fraction else str(int(value))
-    elif isinstance(value, str):
-        name = value.strip()
-        if re.fullmatch(r"[+-]?[0-9]+\.0*", name):
-            name = name.partition(".")[0]
-        is_fraction = bool(re.fullmatch(r"[+-]?([0-9]*\.[0-9]+|inf|nan)", name.lower()))
-    elif value is not None:
+    if isinstance(value, bool | int) and 0 <= value < len(part.names):
+        return part.names[value]
+    if value is not None and not isinstance(value, bool | int | float | Decimal | str):
         kind = type(value).__name__
-        raise UserError(f"{part.place(number)}: the label is of type {kind}, not one word or number a row")
+        rule = f"the label is of type {kind}, not one word or number a row"
+        raise UserError(f"{part.place(number)}: {rule}; write the class as text, or set data.label_column")
+    # NaN is how tables of numbers have a missing one.
+    name = "" if value is None or value != value else _spelled(str(value))
     if not name:
         mend = "write one, leave the row out, or set data.label_column"
         raise UserError(f"{part.place(number)}: the label is missing; {mend}")
-    if is_fraction:
+    if DECIMAL.fullmatch(name) or re.fullmatch(r"[+-]?(inf|infinity|nan)", name.lower()):
         rule = "is no class: classes are words, true and false, or whole numbers"
-        mend = "to predict a number, write a task (jaxlm/tasks/README.md), or set data.label_column"
-        raise UserError(f"{part.place(number)}: label {value!r} {rule}; {mend}")
+        mend = "write words or whole numbers (a task as in jaxlm/tasks/README.md predicts these as numbers)"
+        raise UserError(f"{part.place(number)}: label {value!r} {rule}; {mend}, or set data.label_column")
+    return name
+
+
+def _spelled(label: str) -> str:
+    """Return a label in one spelling: 1.0, 1.00e+00 and 01 are "1", and TRUE is "true"."""
+    name = label.strip()
+    if DECIMAL.fullmatch(name) and (x := Decimal(name)) == x.to_integral_value():
+        name = str(int(x))
     if INTEGER.fullmatch(name):
         return str(int(name))
     return name.lower() if name.lower() in ("true", "false") else name
+
+
+def _folded(label: str) -> str:
+    """Return what labels have in common that look alike: that differ in case, blanks or the form of their letters."""
+    return "".join(unicodedata.normalize("NFKC", _spelled(label)).casefold().split())
 
 
 def _classes(
@@ -382,10 +389,16 @@ def _known_ids(
     ids = {name: i for i, name in enumerate(known)}
     if all_labels <= ids.keys():
         return ids
-    folded = {name.casefold(): i for i, name in enumerate(known)}
-    if len(folded) == len(known) and all(label.casefold() in folded for label in all_labels):
-        notes.append(f"labels are matched with the classes {listed(known)} whatever their case")
-        return ids | {label: folded[label.casefold()] for label in all_labels}
+    spelled = {_spelled(name): i for i, name in enumerate(known)}
+    if len(spelled) == len(known) and all_labels <= spelled.keys():
+        return spelled
+    folded = {_folded(name): i for i, name in enumerate(known)}
+    if len(folded) == len(known) and all(_folded(label) in folded for label in all_labels):
+        notes.append(f"labels are matched with the classes {listed(known)} whatever their case and blanks")
+        return ids | {label: folded[_folded(label)] for label in all_labels}
+    if tuple(known) == numbered(2) and all_labels <= {"false", "true"}:
+        notes.append("labels are taken as numbers: false is the class 0, true the class 1")
+        return {"false": 0, "true": 1}
     by_number = {name: i for i, name in enumerate(numbered(len(known)))}
     if all_labels <= by_number.keys() and not any(INTEGER.fullmatch(name) for name in known):
         notes.append(f"labels are taken as the numbers, from 0, of the classes {listed(known)}")
@@ -431,9 +444,9 @@ def _new_classes(
         raise _too_many(labels, train[0])
     alike: dict[str, list[str]] = {}
     for name in classes:
-        alike.setdefault("".join(name.casefold().split()), []).append(name)
+        alike.setdefault(_folded(name), []).append(name)
     notes += [
-        f"the classes {' and '.join(map(repr, some))} differ in case or blanks only"
+        f"the classes {' and '.join(map(repr, some))} look alike: they differ in case, blanks or codes of letters only"
         for some in alike.values()
         if len(some) > 1
     ]
