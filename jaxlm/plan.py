@@ -17,6 +17,7 @@ from typing import Any
 
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from jaxlm import config as configs
 from jaxlm import roofline
@@ -137,7 +138,7 @@ def show(found: Plan, config: Config) -> None:
 
     def section(name: str, rows: Iterable[tuple[str, str, str]]) -> None:
         table.add_section()
-        table.add_row(f"[bold]{name}")
+        table.add_row(Text(name, style="bold"))
         for row in rows:
             table.add_row(*row)
 

@@ -229,7 +229,9 @@ class Predict(Look):
             batch |= {"last": last_B} if self.model.pooling == "last" else {}
             predictions = np.asarray(self.compiled(self.trained.model, batch))
             for text, prediction in zip(texts[some], predictions, strict=False):
-                answers.append({"text": text, **self.trained.task.answer(prediction)})
+                # A task may answer with numbers and arrays of NumPy, which JSON does not have.
+                answer = json.dumps(self.trained.task.answer(prediction), default=lambda x: np.asarray(x).tolist())
+                answers.append({"text": text, **json.loads(answer)})
         return answers
 
     def shown(self, answer: Answer) -> str:

@@ -17,6 +17,7 @@ from jaxlm import environment, folder, history, metrics, page, storage, utf8
 from jaxlm.convert import Parser
 from jaxlm.errors import UserError, reported
 from jaxlm.folder import Folder
+from jaxlm.names import KINDS
 from jaxlm.page import COLOURS, DASHES, Curve
 
 MOST_STEPS = 8  # evaluations whose samples are shown
@@ -36,7 +37,11 @@ def report(runs: Sequence[Folder]) -> str:
     parts = [_head(runs[0]) if len(runs) == 1 else _results(runs, names), *_curves(runs, names)]
     if len(runs) > 1:
         parts += ["<h2>Settings that differ</h2>", _differences(runs, names)]
-    parts += _evaluations(runs, names)
+    try:
+        parts += _evaluations(runs, names)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        files = ", ".join(str(path) for run in runs for path in sorted(run.path.glob("evaluation_*.json")))
+        raise UserError(f"{files}: no evaluation of jaxlm.evaluate ({error!r}); run it again, or remove it") from error
     parts += _samples(runs, names)
     parts += ["<h2>Settings</h2>", *(_settings(run, name) for run, name in zip(runs, names, strict=True))]
     parts += ["<h2>Environment</h2>", *(_environment(run, name) for run, name in zip(runs, names, strict=True))]
@@ -168,11 +173,16 @@ def _style(i: int) -> dict[str, Any]:
 
 def _loss(runs: Sequence[Folder], names: Sequence[str]) -> list[str]:
     if len(runs) > 1:
-        return _drawn(runs, names, "train", "loss", "training loss, nats")
+        return _drawn(runs, names, "train", "loss", f"training loss{_unit(runs)}")
     train = _curve(runs[0], "train", "loss", "training", width=1.2)
     validation = _curve(runs[0], "validation", "loss", "validation", **_style(1), has_dots=True)
-    drawn = page.chart("loss, nats", [train, validation], levels=_levels(runs, names, "loss"))
+    drawn = page.chart(f"loss{_unit(runs)}", [train, validation], levels=_levels(runs, names, "loss"))
     return [drawn] if drawn else []
+
+
+def _unit(runs: Sequence[Folder]) -> str:
+    """Return the unit of a cross-entropy; "" for the task of a user, whose loss can be anything."""
+    return ", nats" if runs[0].task in KINDS else ""
 
 
 def _scores(runs: Sequence[Folder], names: Sequence[str]) -> list[str]:
@@ -182,7 +192,7 @@ def _scores(runs: Sequence[Folder], names: Sequence[str]) -> list[str]:
     figures = []
     for name in found:
         if name != "loss" or len(runs) > 1:
-            title = "validation loss, nats" if name == "loss" else f"validation {name.replace('_', ' ')}"
+            title = f"validation {name.replace('_', ' ')}{_unit(runs) if name == 'loss' else ''}"
             figures += _drawn(runs, names, "validation", name, title, name == "perplexity")
     return figures
 
@@ -273,13 +283,11 @@ def _evaluation(run: Folder, split: str) -> dict[str, Any]:
     path = run.path / f"evaluation_{split}.json"
     try:
         found = utf8.from_json(utf8.read(path))
-        for name in ("scores", "calibration_error", "bins", "confusion", "worst", "step"):
-            found[name]
         return dict(found)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path}: no evaluation of jaxlm.evaluate ({error!r}); make it anew, or remove it") from error
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: no evaluation of jaxlm.evaluate ({error!r}); run it again, or remove it") from error
 
 
 def _reliability(found: dict[str, dict[str, Any]]) -> list[Curve]:
@@ -301,7 +309,10 @@ def _classes(result: dict[str, Any], name: str) -> list[str]:
         heads = ["", *(f"predicted {name}" for name in classes), "no class"][: n + 1 + has_none]
         parts.append(f"<h3>Confusion{page.text(f' of {name}' if name else '')}</h3>")
         parts.append(page.table(heads, [line[: len(heads)] for line in lines], "confusion"))
-    worst = [[x["text"], str(x["label"]), _predicted(x["predicted"]), f"{x[measure]:.4f}"] for x in result["worst"]]
+    worst = [
+        [x["text"], str(x["label"]), _predicted(x["predicted"]), metrics.number(measure, x[measure])]
+        for x in result["worst"]
+    ]
     if worst:
         head = ["text", "label", "predicted", "probability of the label" if result["confusion"] else "loss"]
         title = f"Worst errors{f' of {name}' if name and not result['confusion'] else ''}"

@@ -279,8 +279,39 @@ def test_bad_input_is_one_line(argv: list[str], message: str, runs: Path, capsys
     assert (status, output, len(errors.splitlines())) == (2, "", 1) and message in errors
 
 
-def test_an_evaluation_that_is_none_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"scores": 1},
+        {"scores": {"accuracy": {}}},
+        {"scores": {"accuracy": "high"}},
+        {"step": "20"},
+        {"step": None},
+        {"bins": [{}]},
+        {"confusion": [[1]]},
+        {"worst": [{"text": None}]},
+    ],
+)
+def test_an_evaluation_that_is_none_is_told(
+    change: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = write(tmp_path / "run")
-    (run / "evaluation_test.json").write_text('{"scores": 1}')
+    (run / "evaluation_test.json").write_text(json.dumps(EVALUATION | change))
     status, _, errors = told(capsys, run)
     assert status == 2 and "evaluation_test.json: no evaluation of jaxlm.evaluate" in errors
+    assert errors.endswith("run it again, or remove it\n") and errors.count("\n") == 1
+
+
+def test_scores_that_are_not_finite_are_shown_as_none(tmp_path: Path) -> None:
+    run, x = write(tmp_path / "run"), {"value": None, "low": None, "high": None, "baseline": None, "better": "lower"}
+    worst = [{"text": "a cat", "label": 0, "predicted": 1.5, "probability": None, "loss": None}]
+    change = {"scores": {"loss": x}, "confusion": None, "worst": worst}
+    (run / "evaluation_test.json").write_text(json.dumps(EVALUATION | change))
+    assert "<td>-</td>" in report.report([folder.read(run)])
+
+
+def test_loss_of_a_task_of_a_user_has_no_unit(tmp_path: Path) -> None:
+    found = folder.read(write(tmp_path / "run"))
+    assert "<b>loss, nats</b>" in report.report([found])
+    found.settings["task"] = "rating"
+    assert "<b>loss</b>" in report.report([found])

@@ -1,5 +1,6 @@
 """Tasks of a user, in files of their own: they are predicted, evaluated, served and converted as the others are."""
 
+import json
 import re
 import types
 from pathlib import Path
@@ -33,6 +34,13 @@ class Plain(Rating):
     """As the guide's, without a word on how it answers."""
 
     answer = tasks.Task.answer
+
+
+class Numpy(Rating):
+    """Answers with numbers and arrays of NumPy."""
+
+    def answer(self, prediction: Any) -> dict[str, Any]:
+        return {"rating": np.float32(prediction), "both": [np.array([prediction, 1], np.float32), np.int64(1)]}
 
 
 class Stars(Sst2):
@@ -110,6 +118,7 @@ class Sequence(Mlm):
 TASKS: dict[str, Any] = {
     "rating": Rating,
     "plain": Plain,
+    "numpy": Numpy,
     "stars": Stars,
     "level": Level,
     "words": Words,
@@ -119,7 +128,7 @@ TASKS: dict[str, Any] = {
     "listed": Listed,
     "sequence": Sequence,
 }
-OF_TASK = {"rating": 5, "plain": 5, "stars": 3, "level": 5, "bags": 5}  # numbers of labels
+OF_TASK = {"rating": 5, "plain": 5, "numpy": 5, "stars": 3, "level": 5, "bags": 5}  # numbers of labels
 CAUSAL = used_runs.OF_TASK["gpt"]
 
 
@@ -139,6 +148,7 @@ def write(folder: Path, task: str, **settings: Any) -> Path:
     [
         ("rating", "the cat", {"text", "rating"}),
         ("plain", "the cat", {"text", "prediction"}),
+        ("numpy", "the cat", {"text", "rating", "both"}),
         ("bags", "the cat", {"text", "rating"}),
         pytest.param("level", "the cat", {"text", "prediction"}, marks=pytest.mark.slow),
         pytest.param("stars", "the cat", {"text", "label", "probabilities"}, marks=pytest.mark.slow),
@@ -150,7 +160,7 @@ def write(folder: Path, task: str, **settings: Any) -> Path:
 def test_it_is_predicted_as_its_file_says(task: str, text: str, keys: set[str], tmp_path: Path) -> None:
     predictor = predict.load(write(tmp_path, task))
     (answer,) = predictor([text], **({"max_new_tokens": 3} if "prompt" in keys else {}))
-    assert keys <= set(answer) and predictor.shown(answer)
+    assert keys <= set(answer) and predictor.shown(answer) and json.loads(json.dumps(answer)) == answer
     if keys & {"rating", "prediction"}:
         model, trained = predictor.trained.model, predictor.trained
         tokens = predictor._padded([predictor.encode(text)])
