@@ -28,7 +28,7 @@ from jaxlm import config as configs
 from jaxlm.chips import GIB, Chip, chip
 from jaxlm.config import Config
 from jaxlm.data.cache import Split
-from jaxlm.errors import UserError
+from jaxlm.errors import UserError, outside
 from jaxlm.roofline import LOCAL, Sent, Step
 from jaxlm.tasks import TASKS, Task
 
@@ -231,8 +231,10 @@ def main() -> None:
     asked = json.load(sys.stdin)
     try:
         found = dataclasses.asdict(measure(configs.build(asked["settings"]), asked["topology"]))
-    except UserError as error:
-        found = {"error": str(error)}
+    except Exception as error:
+        found = {"error": str(error) if isinstance(error, UserError) else outside(error)}
+        if not found["error"]:
+            raise
     print(json.dumps(found))
 
 

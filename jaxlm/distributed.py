@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax._src.clusters import SlurmCluster
 from jax._src.distributed import global_state  # its key-value store has no public name
 
 from jaxlm import config as configs
@@ -289,8 +290,12 @@ def _initialize(config: Config) -> bool:
         rendezvous.meet(address, n_processes, process, config.distributed.timeout_s)
     try:
         jax.distributed.initialize(**place)
-    except ValueError:  # a TPU VM that is no cluster
-        return False
+    except ValueError as error:
+        if not place:  # a TPU VM that is no cluster
+            return False
+        raise UserError(
+            f"JAX cannot join the processes ({error}); see the variables JAX_* in the environment"
+        ) from error
     except RuntimeError as error:
         where = place.get("coordinator_address", "process 0")
         raise UserError(
@@ -310,14 +315,19 @@ def _place(config: Config) -> dict[str, Any] | None:
     if "MASTER_ADDR" in os.environ and (size := variable("WORLD_SIZE", 1)) > 1:
         # torchrun's own agent listens at its port.
         port = variable("MASTER_PORT") + ("TORCHELASTIC_RUN_ID" in os.environ)
-        place = _explicit(f"{os.environ['MASTER_ADDR']}:{port}", size, variable("RANK"))
+        place = _explicit(rendezvous.of_torchrun(port), size, variable("RANK"))
         if variable("LOCAL_WORLD_SIZE", 1) > 1:
             place["local_device_ids"] = variable("LOCAL_RANK")
         return place
-    # JAX finds the rest itself on these.
     has_tpu = importlib.util.find_spec("libtpu") and (os.path.exists("/dev/accel0") or os.path.exists("/dev/vfio/0"))
-    if variable("SLURM_STEP_NUM_TASKS", 1) > 1 or (has_tpu and os.environ.get("JAX_PLATFORMS", "tpu") != "cpu"):
-        return {}
+    if has_tpu and os.environ.get("JAX_PLATFORMS", "tpu") != "cpu":
+        return {}  # JAX finds the rest itself
+    if variable("SLURM_STEP_NUM_TASKS", 1) > 1 and SlurmCluster.is_env_present():
+        address = SlurmCluster.get_coordinator_address(None, os.environ.get("JAX_COORDINATOR_PORT"))
+        place = _explicit(address, variable("SLURM_NTASKS"), variable("SLURM_PROCID"))
+        if "JAX_LOCAL_DEVICE_IDS" not in os.environ:
+            place["local_device_ids"] = variable("SLURM_LOCALID")
+        return place
     return None
 
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm import backend, errors
+from jaxlm import backend, errors, used_runs
 from jaxlm.config import Config
 from jaxlm.errors import UserError, reported
 
@@ -38,10 +38,11 @@ def test_too_little_memory_is_told_with_what_to_lower(capsys: pytest.CaptureFixt
     texts = [
         "RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes",
         "CUDA out of memory. Tried",
-        "can't start new thread",
     ]
     for text in texts:
         assert f"too little memory ({text}" in line_of(RuntimeError(text), capsys)
+    line = line_of(RuntimeError("can't start new thread"), capsys)
+    assert "starts no more threads" in line and "memory" not in line
 
 
 @pytest.mark.parametrize("name", ["JAX_PLATFORMS", "JAX_PLATFORM_NAME"])
@@ -130,10 +131,39 @@ assert status == [0], status
     assert "finished after" in done.stdout and (tmp_path / "run" / "checkpoints").is_dir()
 
 
+def one_line(tmp_path: Path, *command: str, **variables: str) -> str:
+    """Return the last line on stderr of a command that ends with status 2, without a traceback."""
+    env = {name: x for name, x in os.environ.items() if name not in ("JAX_PLATFORMS", "JAX_PLATFORM_NAME")}
+    env |= {"XDG_CACHE_HOME": str(tmp_path / "cache"), **variables}
+    command = (sys.executable, "-m", *command)
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    lines = [line for line in done.stderr.splitlines() if not line.endswith("...")]
+    assert done.returncode == 2 and len(lines) == 1, done.stderr
+    return lines[0]
+
+
+@pytest.mark.slow
+def test_commands_without_a_training_name_the_variable(tmp_path: Path) -> None:
+    run = used_runs.write(tmp_path / "run", "gpt")
+    commands = [
+        ["jaxlm.predict", "--checkpoint", str(run), "--text", "the"],
+        ["jaxlm.convert", str(run), "new.safetensors"],
+        ["jaxlm.schedule", "--config", "mlm"],
+        ["jaxlm.plan"],
+        ["jaxlm.plan", "--sweep", "mesh"],
+    ]
+    for command in commands:
+        line = one_line(tmp_path, *command, JAX_PLATFORMS="nonsense")
+        assert line.startswith("error: JAX_PLATFORMS=nonsense in the environment: there is no such device"), command
+    line = one_line(tmp_path, "jaxlm.plan", JAX_ENABLE_X64="maybe")
+    assert line.startswith("error: JAX_ENABLE_X64=maybe in the environment: ")
+    assert "see the variables TORCH_*" in one_line(tmp_path, "torchlm.train", TORCH_LOGS="nonsense")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("package", ["jaxlm", "torchlm"])
-def test_a_model_that_memory_cannot_hold_ends_with_one_line(package: str, tmp_path: Path) -> None:
-    sizes = "--model.d-model 65536"
+@pytest.mark.parametrize("sizes", ["--model.d-model 65536", "--model.seq-len 32768"])  # of weights, of the first update
+def test_a_model_that_memory_cannot_hold_ends_with_one_line(package: str, sizes: str, tmp_path: Path) -> None:
     command = f"ulimit -v 6000000; exec {sys.executable} -m {package}.train {TINY} {sizes}"
     env = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=env, capture_output=True, text=True)
@@ -143,3 +173,4 @@ def test_a_model_that_memory_cannot_hold_ends_with_one_line(package: str, tmp_pa
         if not line.startswith(("note:", "warning:")) and not line.endswith("...")
     ]
     assert done.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: too little memory ("), done.stderr
+    assert not (tmp_path / "run").exists()

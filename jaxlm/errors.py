@@ -23,7 +23,7 @@ ENDINGS = (signal.SIGINT, signal.SIGTERM)  # the exit status of a run that they 
 # What messages of JAX, PyTorch and the loader say where there is too little memory.
 OUT_OF_MEMORY = (
     *("RESOURCE_EXHAUSTED", "Out of memory", "out of memory", "not enough memory", "can't allocate memory"),
-    *("Cannot allocate memory", "failed to map segment", "can't start new thread"),
+    *("Cannot allocate memory", "failed to map segment"),
 )
 LONGEST = 6000  # characters of an error; a path has up to 4096
 SLOW_S = 5.0  # a step that takes longer says what it does
@@ -68,7 +68,7 @@ def slow(step: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def reported(debug: bool) -> Iterator[None]:
-    """Turn bad input, and failures that `_outside` knows, into one line on stderr and exit status 2.
+    """Turn bad input, and failures that `outside` knows, into one line on stderr and exit status 2.
 
     With `debug`, the traceback comes before.
 
@@ -84,7 +84,7 @@ def reported(debug: bool) -> Iterator[None]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where Python puts what is left to write
             sys.exit(128 + signal.SIGPIPE)
         except Exception as error:
-            line = str(error) if isinstance(error, UserError) else _outside(error)
+            line = str(error) if isinstance(error, UserError) else outside(error)
             if not line:
                 raise
             if debug:
@@ -96,30 +96,42 @@ def reported(debug: bool) -> Iterator[None]:
             sys.exit(2)
 
 
-def _outside(error: Exception) -> str:
+def outside(error: Exception) -> str:
     """Return what is wrong outside the program and its input, if that is known: memory, JAX's variables; else ""."""
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError) or any(mark in text for mark in OUT_OF_MEMORY):
         return (
-            f"too little memory ({text[:200] or type(error).__name__}); lower train.batch_size (train.accumulate keeps "
-            "the samples of an update), model.seq_len or the size of the model, or set model.remat=full; python -m "
-            "jaxlm.plan tells what a run needs"
+            f"too little memory ({text[:200] or type(error).__name__}); free some, or for a training lower "
+            "train.batch_size (train.accumulate keeps the samples of an update), model.seq_len or the size of the "
+            "model, or set model.remat=full; python -m jaxlm.plan tells what a run needs"
         )
+    if "can't start new thread" in text:
+        return f"the system starts no more threads ({text[:200]}); end other programs, or raise the limit (ulimit -u)"
     if match := re.search(r"(?:JAX flag|environment) '?(jax_\w+)'?", text, re.IGNORECASE):
         name = match[1].upper()
         return f"{name}={os.environ.get(name)} in the environment: JAX does not take this value; unset it"
-    is_of_backends = traceback.extract_tb(error.__traceback__)[-1].filename.endswith("xla_bridge.py")
-    if is_of_backends and isinstance(error, RuntimeError | AssertionError):
+    if isinstance(error, RuntimeError | AssertionError) and (why := _no_device(error)) is not None:
         for name in ("JAX_PLATFORMS", "JAX_PLATFORM_NAME"):
             if value := os.environ.get(name):
-                why = f" ({text})" if text else ", or its plugin is not installed"
+                why = f" ({why})" if why else ", or its plugin is not installed"
                 return (
                     f"{name}={value} in the environment: there is no such device here{why}; unset it, or set {name}=cpu"
                 )
-        return (
-            f"JAX finds no device: {text}; set JAX_PLATFORMS=cpu in the environment to compute without an accelerator"
-        )
+        return f"JAX finds no device: {why}; set JAX_PLATFORMS=cpu in the environment to compute without an accelerator"
     return ""
+
+
+def _no_device(error: Exception) -> str | None:
+    """Return why JAX has no device to compute on, which may be ""; None if `error` is about something else."""
+    frames = traceback.extract_tb(error.__traceback__)
+    if frames and frames[-1].filename.endswith("xla_bridge.py"):
+        return " ".join(str(error).split())
+    try:  # JAX takes its own frames out of many tracebacks
+        if jax := sys.modules.get("jax"):
+            jax.devices()
+    except Exception as again:
+        return " ".join(str(again).split())
+    return None
 
 
 class _Lossy(io.FileIO):

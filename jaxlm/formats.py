@@ -30,7 +30,7 @@ import numpy as np
 from jaxlm import checksums, names, storage, tune, utf8
 from jaxlm import config as configs
 from jaxlm.config import Config
-from jaxlm.errors import UserError
+from jaxlm.errors import UserError, outside
 from jaxlm.names import Arrays, Shapes
 
 RUN, CHECKPOINT_1_2, STATE_DICT, SAFETENSORS = "jaxlm run", "checkpoint 1.2", "state dict", "safetensors"
@@ -136,6 +136,8 @@ def load_run(path: Path) -> Stored:
         tree["base"] = tune.joined(tree.pop("frozen", {}), tree.get("base", {}))
         weights = names.to_torch({part: tree[part] for part in ("base", "head") if part in tree})
     except Exception as error:  # Orbax raises whatever its parts do
+        if outside(error):
+            raise
         raise UserError(f"{folder}: cannot be read as a checkpoint of jaxlm: {reason(error)}") from error
     return Stored(RUN, folder, tree, weights, info)
 
@@ -188,6 +190,8 @@ def validation_loss(path: Path) -> float | None:
             with storage.plain(path) as place:
                 loss = torch.load(place, map_location="cpu", weights_only=True, mmap=True)["val_loss"]
         except Exception as error:  # a damaged file can fail anywhere
+            if outside(error):
+                raise
             raise UserError(f"{path}: cannot be read as a file of torch.save: {reason(error)}") from error
     return float(loss) if isinstance(loss, int | float) and math.isfinite(loss) else None
 
@@ -214,8 +218,8 @@ def check_opens(folder: Path, parts: Iterable[str] | None = None) -> None:
         try:
             _read_arrays(place)
         except Exception as error:  # TensorStore raises whatever its parts do
-            if storage.is_remote(folder) and not isinstance(error, ValueError):
-                raise  # the network fails, which tells nothing of the checkpoint
+            if outside(error) or storage.is_remote(folder) and not isinstance(error, ValueError):
+                raise  # memory or the network fails, which tells nothing of the checkpoint
             why = reason(error).partition(" [")[0]  # without TensorStore's source lines
             raise UserError(f"{folder}: damaged: {part} cannot be opened ({why})") from error
 
@@ -302,6 +306,8 @@ def load_torch(path: Path) -> Stored:
             "where you trust it, save what its model.state_dict() returns, and give that file"
         ) from error
     except Exception as error:  # a damaged file can fail anywhere
+        if outside(error):
+            raise
         raise UserError(
             f"{path}: cannot be read as a file of torch.save: {reason(error).partition('. ')[0]}; copy it again, or "
             "save what model.state_dict() returns"

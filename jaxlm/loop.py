@@ -71,7 +71,7 @@ def run(config: Config, origins: dict[str, str], start: Start, started_s: float)
             state = checkpoint.begin(this, fresh, compiled.shardings)
             # From here on a signal does not end the process, and the run folder stays.
             status = parallel.any_process(mesh, stack.enter_context(runs.interrupts(this.log)))
-        stack.enter_context(contextlib.closing(this))
+        stack.enter_context(this)
         record = functools.partial(runs.record_saved, this.dir)
         keep = config.run.keep_checkpoints
         checkpoints = stack.enter_context(Checkpoints(folder, keep, this.log.warn, record))

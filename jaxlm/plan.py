@@ -23,7 +23,7 @@ from jaxlm import config as configs
 from jaxlm import roofline
 from jaxlm.config import Config
 from jaxlm.convert import Parser
-from jaxlm.errors import UserError, nearest, reported
+from jaxlm.errors import UserError, nearest, outside, reported
 from jaxlm.folder import size
 from jaxlm.log import Console
 from jaxlm.roofline import LOCAL, Plan, Step
@@ -72,7 +72,9 @@ def measure(config: Config, topology: str) -> Step:
     except (IndexError, ValueError):
         last = next((line for line in reversed(done.stderr.splitlines()) if "Error" in line or "***" in line), "")
         raise UserError(
-            f"the step could not be compiled for {topology} (exit status {done.returncode}): {last or 'no reason told'}"
+            outside(RuntimeError(last))
+            or f"the step could not be compiled for {topology} (exit status {done.returncode}): "
+            f"{last or 'no reason told'}"
         ) from None
     if "error" in found:
         raise UserError(found["error"])
@@ -233,8 +235,11 @@ def with_vocab_size(config: Config) -> Config:
 def _n_devices(topology: str) -> int:
     if topology != LOCAL:
         return roofline.named(topology)[1]
-    counted = subprocess.run([sys.executable, "-c", "import jax; print(jax.device_count())"], capture_output=True)
-    return int(counted.stdout)
+    program = "from jaxlm.errors import reported\nwith reported(False):\n import jax\n print(jax.device_count())"
+    counted = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    if counted.returncode:
+        raise UserError(counted.stderr.splitlines()[-1].removeprefix("error: "))
+    return int(counted.stdout.splitlines()[-1])
 
 
 def _n_workers(topology: str) -> int:

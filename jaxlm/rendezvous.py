@@ -21,18 +21,17 @@ from jaxlm.errors import UserError
 PROGRAM = "jaxlm processes"  # by which both sides know each other
 ANNOUNCE_S, RETRY_S, ANSWER_S = 2.0, 0.3, 5.0  # until a wait is announced; between tries; for one answer
 MOST_BYTES = 4096  # of a message
+SETTING = "--distributed.coordinator"  # which gives the address in jaxlm
 
 
-def parse(address: str) -> tuple[str, int]:
-    """Return host and port of an address, HOST:PORT or [IPv6]:PORT. Raises UserError."""
+def parse(address: str, setting: str = SETTING) -> tuple[str, int]:
+    """Return host and port of an address, HOST:PORT or [IPv6]:PORT, which `setting` gives. Raises UserError."""
     host, _, port = address.rpartition(":")
     is_bracketed = host.startswith("[") and host.endswith("]")
     if is_bracketed:
         host = host[1:-1]
     if not host or not port.isascii() or not port.isdecimal() or (":" in host) != is_bracketed:
-        raise UserError(
-            f"{address}: the address of process 0 is HOST:PORT, or [IPv6]:PORT; give it with --distributed.coordinator"
-        )
+        raise UserError(f"{address}: the address of process 0 is HOST:PORT, or [IPv6]:PORT; give it with {setting}")
     if not 1 <= int(port) < 2**16:
         raise UserError(f"{address}: a port is 1 to 65535, not {port}; give another")
     return host, int(port)
@@ -42,27 +41,36 @@ def variable(name: str, default: int | None = None) -> int:
     """Return a number of the environment. Raises UserError."""
     text = os.environ.get(name, "" if default is None else str(default))
     if not (text.isascii() and text.isdecimal()):
-        raise UserError(f"{name}={text!r} in the environment is no number; set it, or give --distributed.coordinator")
+        raise UserError(f"{name}={text!r} in the environment is no number from 0; set it as torchrun does, or unset it")
     return int(text)
 
 
-def meet(address: str, n_processes: int, process: int, timeout_s: float) -> None:
-    """Return when all processes have reached process 0 at its address. Raises UserError after `timeout_s`."""
-    host, port = parse(address)
+def of_torchrun(port: int | str) -> str:
+    """Return the address that MASTER_ADDR has with a port; an IPv6 host stands there without brackets."""
+    host = os.environ.get("MASTER_ADDR", "")
+    return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
+
+
+def meet(address: str, n_processes: int, process: int, timeout_s: float, setting: str = SETTING) -> None:
+    """Return when all processes have reached process 0 at its address, which `setting` gives.
+
+    Raises UserError after `timeout_s`.
+    """
+    host, port = parse(address, setting)
     if not 0 <= process < n_processes:
-        raise UserError(f"process {process} of {n_processes}: the processes are numbered from 0; see SHARDING.md")
+        raise UserError(f"process {process} of {n_processes}: the processes are numbered from 0; see jaxlm/SHARDING.md")
     reasons: list[str] = []
-    asked = (address, host, port, process, n_processes, timeout_s, reasons)
+    asked = (address, host, port, process, n_processes, timeout_s, setting, reasons)
     if process:
         _visit(*asked)
         return
-    with _listening(address, port) as server:
+    with _listening(address, port, setting) as server:
         threading.Thread(target=_visit_itself, args=asked, daemon=True).start()
-        _gather(address, server, n_processes, timeout_s, reasons)
+        _gather(address, server, n_processes, timeout_s, setting, reasons)
 
 
 @contextlib.contextmanager
-def _listening(address: str, port: int) -> Iterator[socket.socket]:
+def _listening(address: str, port: int, setting: str) -> Iterator[socket.socket]:
     """Listen at a port of all addresses of this host, as the frameworks will."""
     try:
         try:
@@ -74,13 +82,13 @@ def _listening(address: str, port: int) -> Iterator[socket.socket]:
     except OSError as error:
         raise UserError(
             f"{address}: process 0 cannot listen at port {port} ({error.strerror}); give another with "
-            "--distributed.coordinator, or end the program that has it"
+            f"{setting}, or end the program that has it"
         ) from error
     with server:
         yield server
 
 
-def _gather(address: str, server: socket.socket, n: int, timeout_s: float, reasons: list[str]) -> None:
+def _gather(address: str, server: socket.socket, n: int, timeout_s: float, setting: str, reasons: list[str]) -> None:
     """Wait in process 0 for all processes, itself included, and tell them how it went."""
     came: dict[int, socket.socket] = {}
     connections: list[socket.socket] = []
@@ -94,12 +102,13 @@ def _gather(address: str, server: socket.socket, n: int, timeout_s: float, reaso
         names = f"{'process' if len(missing) == 1 else 'processes'} {', '.join(map(str, missing[:9]))} of {n}"
         if wait.is_over():
             error = (
-                f"{address}: {names} did not come within {timeout_s:g} s; start all, or lower distributed.n_processes"
+                f"{address}: {names} did not come within {timeout_s:g} s (distributed.timeout_s); start "
+                "all, or give all a lower number of processes"
             )
             if 0 in missing:
                 error = (
                     f"{address}: process 0 does not reach itself there ({reasons[-1] if reasons else 'no answer'}); "
-                    "give an address of its host with --distributed.coordinator"
+                    f"give an address of its host with {setting}"
                 )
             break
         wait.announce(f"{names} at {address}")
@@ -127,7 +136,9 @@ def _gather(address: str, server: socket.socket, n: int, timeout_s: float, reaso
         raise UserError(error)
 
 
-def _visit(address: str, host: str, port: int, process: int, n: int, timeout_s: float, reasons: list[str]) -> None:
+def _visit(
+    address: str, host: str, port: int, process: int, n: int, timeout_s: float, setting: str, reasons: list[str]
+) -> None:
     """Reach process 0, and wait until all are there; `reasons` get why a try failed."""
     wait = _Wait(timeout_s)
     while True:
@@ -147,7 +158,7 @@ def _visit(address: str, host: str, port: int, process: int, n: int, timeout_s: 
         if wait.is_over():
             raise UserError(
                 f"{address}: process {process} did not reach process 0 within {timeout_s:g} s ({reasons[-1]}); start "
-                "process 0, and give its address, as all hosts reach it, with --distributed.coordinator"
+                f"process 0, and give its address, as all hosts reach it, with {setting}"
             )
         if process:
             wait.announce(f"process 0 at {address} ({reasons[-1]})")

@@ -27,9 +27,14 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rendezvous, "ANSWER_S", 0.5)
 
 
+def free_ports(n: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(n)]
+        return [int(server.getsockname()[1]) for server in servers]
+
+
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
+    return free_ports(1)[0]
 
 
 def met(*asked: tuple[Any, ...], timeout_s: float = TIMEOUT_S) -> list[Outcome]:
@@ -65,7 +70,7 @@ def test_processes_meet_and_leave_the_port_free(host: str) -> None:
 @pytest.mark.parametrize("late", [0, 1])
 def test_a_late_process_is_waited_for_with_a_line(late: int, capsys: pytest.CaptureFixture[str]) -> None:
     address = f"127.0.0.1:{free_port()}"
-    assert met(*((address, 2, i, 1.0 if i == late else 0.0) for i in range(2)), timeout_s=30) == ["", ""]
+    assert met(*((address, 2, i, 0.5 if i == late else 0.0) for i in range(2)), timeout_s=30) == ["", ""]
     who = "process 1 of 2" if late else "process 0"
     assert f"waiting for {who} at {address}" in capsys.readouterr().err
 
@@ -108,16 +113,28 @@ def other_program(answer: bytes | None) -> Iterator[int]:
             connection.close()
 
 
-@pytest.mark.parametrize(
-    "answer",
-    [None, b"", b"HTTP/1.1 400 Bad Request\r\n\r\n", b"SSH-2.0-x\r\n", b"\0\0\x12\4", b"[" * 5000, b'{"program": 1}\n'],
-)
-def test_a_port_that_another_program_has_is_named_by_all(answer: bytes | None) -> None:
-    with other_program(answer) as port:
-        address = f"127.0.0.1:{port}"
-        first, second = met((address, 2, 0), (address, 2, 1))
-    assert first.startswith(f"{address}: process 0 cannot listen at port {port} (Address already in use")
-    assert second.startswith(f"{address}: process 1 did not reach process 0 within 1.5 s (")
+def pairs(addresses: list[str]) -> Iterator[tuple[str, Outcome, Outcome]]:
+    """Yield each address with how it goes for two processes there; all wait at the same time."""
+    outcomes = met(*((address, 2, process) for address in addresses for process in range(2)))
+    return zip(addresses, outcomes[::2], outcomes[1::2], strict=True)
+
+
+def test_a_port_that_another_program_has_is_named_by_all() -> None:
+    answers = [
+        b"",
+        b"HTTP/1.1 400 Bad Request\r\n\r\n",
+        b"SSH-2.0-x\r\n",
+        b"\0\0\x12\4",
+        b"[" * 5000,
+        b'{"program": 1}\n',
+    ]
+    with contextlib.ExitStack() as stack:
+        ports = [stack.enter_context(other_program(answer)) for answer in (None, *answers)]
+        for address, first, second in pairs([f"127.0.0.1:{port}" for port in ports]):
+            assert first.startswith(
+                f"{address}: process 0 cannot listen at port {address[10:]} (Address already in use"
+            )
+            assert second.startswith(f"{address}: process 1 did not reach process 0 within 1.5 s (")
 
 
 def test_strangers_do_not_disturb_those_that_wait() -> None:
@@ -138,32 +155,43 @@ def test_strangers_do_not_disturb_those_that_wait() -> None:
     thread.join()
 
 
-@pytest.mark.parametrize(
-    ("processes", "why"),
-    [
+def test_what_cannot_meet_ends_in_time_with_the_same_line() -> None:
+    cases = [
         ([(2, 1)], "process 1 did not reach process 0 within 1.5 s (Connection refused); start process 0"),
-        ([(2, 0)], "process 1 of 2 did not come within 1.5 s; start all, or lower distributed.n_processes"),
+        ([(2, 0)], "process 1 of 2 did not come within 1.5 s (distributed.timeout_s); start all, or give all"),
         ([(4, 0), (4, 2)], "processes 1, 3 of 4 did not come within 1.5 s"),
         ([(3, 0), (3, 1), (3, 1)], "two processes have the number 1; give each its own, from 0 to 2"),
         ([(3, 0), (2, 1)], "process 1 is one of 2, but process 0 one of 3; give all the same number"),
         ([(2, 0), (3, 1), (3, 2)], "is one of 3, but process 0 one of 2"),
-    ],
-)
-def test_what_cannot_meet_ends_in_time_with_the_same_line(processes: list[tuple[int, int]], why: str) -> None:
-    address = f"127.0.0.1:{free_port()}"
+    ]
+    ports = free_ports(len(cases))
     began_s = time.monotonic()
-    outcomes = met(*((address, *each) for each in processes))
+    all_outcomes = iter(
+        met(*((f"127.0.0.1:{port}", *each) for port, case in zip(ports, cases, strict=True) for each in case[0]))
+    )
     assert time.monotonic() - began_s < 20
-    assert any(outcome.startswith(address) and why in outcome for outcome in outcomes), outcomes
-    assert all(outcome.startswith(address) and "\n" not in outcome for outcome in outcomes), outcomes
+    for port, (processes, why) in zip(ports, cases, strict=True):
+        outcomes = [next(all_outcomes) for _ in processes]
+        assert any(why in outcome for outcome in outcomes), outcomes
+        assert all(outcome.startswith(f"127.0.0.1:{port}: ") and "\n" not in outcome for outcome in outcomes), outcomes
 
 
-@pytest.mark.parametrize("host", ["no-such-host.invalid", "a..b", "x" * 70, "192.0.2.1"])
-def test_a_host_that_cannot_be_reached_is_named_by_all(host: str) -> None:
-    address = f"{host}:{free_port()}"
-    first, second = met((address, 2, 0), (address, 2, 1))
-    assert first.startswith(f"{address}: process 0 does not reach itself there (")
-    assert second.startswith(f"{address}: process 1 did not reach process 0 within 1.5 s (")
+def test_a_host_that_cannot_be_reached_is_named_by_all() -> None:
+    hosts = ["no-such-host.invalid", "a..b", "x" * 70, "192.0.2.1"]
+    addresses = [f"{host}:{port}" for host, port in zip(hosts, free_ports(len(hosts)), strict=True)]
+    for address, first, second in pairs(addresses):
+        assert first.startswith(f"{address}: process 0 does not reach itself there (")
+        assert second.startswith(f"{address}: process 1 did not reach process 0 within 1.5 s (")
+
+
+def test_the_setting_that_gives_the_address_is_named() -> None:
+    setting = "MASTER_ADDR and MASTER_PORT"
+    with pytest.raises(UserError, match=f"give it with {setting}"):
+        rendezvous.meet("host:", 2, 1, TIMEOUT_S, setting)
+    with pytest.raises(UserError, match=f"as all hosts reach it, with {setting}"):
+        rendezvous.meet(f"127.0.0.1:{free_port()}", 2, 1, 0.01, setting)
+    with other_program(b"") as port, pytest.raises(UserError, match=f"give another with {setting}"):
+        rendezvous.meet(f"127.0.0.1:{port}", 2, 0, TIMEOUT_S, setting)
 
 
 @pytest.mark.parametrize(

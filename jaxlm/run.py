@@ -67,6 +67,7 @@ class Run:
     lock: TextIO | None = None  # of the run folder, held for as long as this is there
     validation: dict[int, metrics.Scores] = field(default_factory=dict)  # scores so far, by step
     skipped: list[int] = field(default_factory=list)  # updates that were no numbers and were not made
+    undo: list[Callable[[], None]] = field(default_factory=list)  # what removes the folder; empty from update 1 on
 
     @functools.cached_property
     @slow("reading the teacher")
@@ -84,9 +85,15 @@ class Run:
         splits = ("validation", *(["test"] if has_test(self) else []))
         return {split: self.task.baseline(self.data.samples[split]) for split in splits}
 
-    def close(self) -> None:
-        """Close the loggers, and let go of the run folder."""
-        self.log.close()
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        """Close the loggers, and let go of the run folder; remove it after an error before the first update."""
+        if exception[0] is not None and self.undo:
+            self.undo[0]()
+        else:
+            self.log.close()
         if self.lock is not None:
             self.lock.close()
 
@@ -107,8 +114,9 @@ def started(
 ) -> Iterator[Run]:
     """Make the run folder, prepare the data, and tell what is about to run; `tasks` are the task classes by name.
 
-    Raises UserError for bad input. Then, or if anything inside the `with` block raises, the run folder is removed; one
-    in which a run goes on stays as it was, but for rows past its checkpoint.
+    Raises UserError for bad input. Then, or if anything inside the `with` block raises, or in that of the Run before
+    its first update, the run folder is removed; one in which a run goes on stays as it was, but for rows past its
+    checkpoint.
     """
 
     def clean() -> None:
@@ -158,6 +166,7 @@ def started(
         run_log.append(environment.FILE, json.dumps(environment.describe(start.position().step, device)) + "\n")
         task = task_class(config, data.source.classes)
         this = Run(config, task, data, run_dir, run_log, started_s, program, start, rewarmed, held, validation)
+        this.undo.append(clean)
         _write(run_dir / history.BASELINE, _recorded(this))
         yield this
     except BaseException:
@@ -365,6 +374,7 @@ class Meter:
         (i, metrics), self.pending = self.pending, None
         train = self.run.config.train
         metrics = self.read(metrics)
+        self.run.undo.clear()
         scores, norm = self.run.task.scores(metrics), float(metrics["grad_norm"])
         is_finite = math.isfinite(scores["loss"]) and math.isfinite(norm)
         if not is_finite:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -250,7 +251,20 @@ def test_a_second_process_is_refused_and_a_killed_one_leaves_no_lock(tmp_path: P
     runs.lock(tmp_path).close()
 
 
-def test_a_run_that_ends_lets_go_of_its_folder(tmp_path: Path) -> None:
-    run = dataclasses.replace(a_run(tmp_path), lock=runs.lock(tmp_path))
-    run.close()
-    runs.lock(tmp_path).close()
+@pytest.mark.parametrize(
+    ("is_first_update_done", "left"), [(False, set()), (True, {".lock", "file", "log.txt", "metrics.jsonl"})]
+)
+def test_a_run_that_fails_lets_go_of_its_folder_and_removes_it_before_its_first_update(
+    is_first_update_done: bool, left: set[str], tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    run = dataclasses.replace(a_run(tmp_path / "run"), lock=runs.lock(tmp_path / "run"))
+    (run.dir / "file").touch()
+    run.undo.append(lambda: shutil.rmtree(run.dir))
+    with pytest.raises(MemoryError), run:
+        if is_first_update_done:
+            meter = runs.Meter(run, lambda metrics: metrics, lambda step, text: None)
+            meter.add(1, update(7.0), 1, 4)
+        raise MemoryError
+    assert {path.name for path in tmp_path.glob("run/*")} == left
+    assert run.lock is not None and run.lock.closed

@@ -55,7 +55,7 @@ def run(config: Config, origins: dict[str, str], start: Start, started_s: float)
             # From here on a signal does not end the process, and the run folder stays.
             status = stack.enter_context(runs.interrupts(this.log))
         status = parallel.any_process(mesh, status)
-        stack.enter_context(contextlib.closing(this))
+        stack.enter_context(this)
         folder = storage.checkpoints(this.dir, config.run.checkpoint_dir)
         record = functools.partial(runs.record_saved, this.dir)
         keep = config.run.keep_checkpoints

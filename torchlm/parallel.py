@@ -37,7 +37,7 @@ class Mesh:
 @slow("finding the devices and the other processes")
 def make_mesh(config: Config) -> Mesh:
     """Join the processes that torchrun started. Raises UserError if they cannot share a batch evenly."""
-    size, batch_size = variable("WORLD_SIZE", 1), config.train.batch_size
+    size, batch_size = max(variable("WORLD_SIZE", 1), 1), config.train.batch_size
     if config.distributed.coordinator:
         raise UserError(
             f"distributed.coordinator={config.distributed.coordinator}: processes of torchlm find each other by the "
@@ -56,13 +56,16 @@ def make_mesh(config: Config) -> Mesh:
         raise UserError(f"train.batch_size={batch_size} is not divisible by the {size} processes; use {fits}")
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", variable("LOCAL_RANK", 0))
+        local, n_devices = variable("LOCAL_RANK", 0), torch.cuda.device_count()
+        if local >= n_devices:
+            raise UserError(f"LOCAL_RANK={local}: this host has {n_devices} GPUs; start as many processes here at most")
+        device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     rank = variable("RANK") if size > 1 else 0
     if size > 1 and not dist.is_initialized():
-        address = f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
+        address = rendezvous.of_torchrun(os.environ.get("MASTER_PORT", ""))
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # torchrun itself does not listen there
-            rendezvous.meet(address, size, rank, config.distributed.timeout_s)
+            rendezvous.meet(address, size, rank, config.distributed.timeout_s, "MASTER_ADDR and MASTER_PORT")
         try:
             # Flags of the host go over gloo also where gradients go over NCCL: no wait for the device.
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")

@@ -29,6 +29,10 @@ def main(argv: list[str] | None = None) -> int:
                 import torch  # noqa: F401
             except ImportError as error:
                 raise UserError(f"PyTorch is not installed ({error}); add it with pip install -e '.[torch]'") from error
+            except ValueError as error:
+                raise UserError(
+                    f"PyTorch cannot start: {error}; see the variables TORCH_* in the environment"
+                ) from error
             from torchlm import loop
 
             return loop.run(config, origins, start, started_s)
