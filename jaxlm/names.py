@@ -47,7 +47,7 @@ _BUFFERS = ("embedding.position.pe", "self_multihead.bias")  # in the original's
 FREEZING = ("model.frozen_embedding", "model.frozen_layers", "model.lora_rank")  # 0 in all: all is trained
 # Modules that PyTorch puts around a model or within it, and attributes by which others hold one.
 _WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-_OUTER = re.compile(r"(?!head\.)(.+?\.)??(base|((bert|roberta)\.)?embeddings|(transformer\.)?wte)\.")
+_OUTER = re.compile(r"(?!head\.)(.+?\.)??(base|((bert|distilbert|roberta)\.)?embeddings|(transformer\.)?wte)\.")
 _LORA = ("lora_a", "lora_b")
 _TRANSPOSED = ("kernel", *_LORA)
 _MOST_TOLD = 6  # differences in one error message

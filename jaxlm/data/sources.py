@@ -43,6 +43,7 @@ ANSWER_COLUMNS = ("answer", "completion", "response", "output", "reply")
 DELIMITERS = {"tsv": "\t,;|", "csv": ",;\t|"}  # the first, unless only another makes columns
 EXCEL = re.compile(r'"?sep=.?"?[\r\n]')  # a first line that only says what the delimiter is
 MOST_COLUMNS = 10_000
+MOST_HEAD = 1 << 23  # characters in which the first row of a table ends
 TITLE = re.compile(r"\s*= [^=].* =\s*")  # a full line; "= = Section = =" has "=" where a title has a word
 CHECK_LIMIT = 200_000_000  # bytes; rows of a larger file are checked as they are used, not at the start
 PROBE_S = 2  # that the hub has to answer; bad input is told within 5
@@ -641,6 +642,7 @@ def _file_part(path: Path, split: str, config: DataConfig, reads: Reads) -> _Par
         )
         if not names:
             raise UserError(f"{path}: no article in it; give a file with text")
+        _check_width(path, names)
         text, label = _columns(str(path), names, split, config, reads)
         if len(set(names)) == len(names):  # else names do not tell columns apart
             text, label = names[text], None if label is None else names[label]
@@ -687,7 +689,9 @@ def _table_format(head: str, config: DataConfig, reads: Reads) -> str:
 
 
 def _scan(path: Path, kind: str) -> tuple[str, int, str]:
-    """Return the hash and the bytes of a file, decompressed, and its first megabyte as text; reads it once, in blocks.
+    """Return the hash and the bytes of a file, decompressed, and its start as text; reads it once, in blocks.
+
+    The start is a megabyte, or more where the first line is longer.
 
     Raises UserError for a file that is unreadable, damaged or empty, or that should be text and is not UTF-8.
     """
@@ -709,7 +713,8 @@ def _scan(path: Path, kind: str) -> tuple[str, int, str]:
         with utf8.opened(path) as stream:
             for block in blocks(stream) if kind == "parquet" else utf8.decoded(blocks(stream)):
                 if isinstance(block, str):
-                    head = head or block
+                    if not head or (len(head) < MOST_HEAD and "\n" not in head and "\r" not in head):
+                        head += block
                     end = max(block.rfind("\n"), block.rfind("\r"))
                     n_open = len(block) - end - 1 + (n_open if end < 0 else 0)
                     if n_open > utf8.LONGEST:  # where the rest would be read for nothing
@@ -916,8 +921,7 @@ def _csv_columns(
     if not rows:
         raise UserError(f"{path}: no article in it; give a file with text")
     first = rows[0]
-    if len(first) > MOST_COLUMNS:
-        raise UserError(f"{path}: has {len(first):,} columns or more, but {MOST_COLUMNS:,} can be read; leave some out")
+    _check_width(path, first)
     wanted = (config.text_column, config.label_column)
     wanted = (config.prompt_column, config.answer_column) if reads == "pairs" else wanted
     given = {name for name in wanted if name} | set(PROMPT_COLUMNS if reads == "pairs" else TEXT_COLUMNS)
@@ -931,6 +935,11 @@ def _csv_columns(
     is_cola = reads != "pairs" and all(len(row) == 4 and row[1] in ("0", "1") for row in rows)
     usual = None if is_header else (("3",), ("1",)) if is_cola else ((), ())
     return dialect, len(first), is_header, *_columns(str(path), names, split, config, reads, usual, shown)
+
+
+def _check_width(path: Path, names: list[str]) -> None:
+    if len(names) > MOST_COLUMNS:
+        raise UserError(f"{path}: has {len(names):,} columns or more, but {MOST_COLUMNS:,} can be read; leave some out")
 
 
 def _parquet_names(path: Path) -> Iterator[list[str]]:

@@ -418,6 +418,15 @@ def test_missing_column_names_setting_file_and_columns(tmp_path):
     assert "type int" in failure(path=write_parquet(tmp_path / "a.parquet", text=[1]))
 
 
+def test_a_first_row_of_more_than_a_megabyte_is_read_whole(tmp_path):
+    names = [f"{i:0200}" for i in range(9000)]
+    path = write(tmp_path / "a.csv", ",".join([*names, "text"]) + "\n" + "0," * 9000 + "one\n")
+    assert texts(path) == ["one"]
+    long = "a word " * 200_000
+    path = write(tmp_path / "b.csv", f'"{long}",1\n"two",0\n')
+    assert rows(path, text_column="0", label_column="1") == [(long, 1), ("two", 0)]
+
+
 def test_row_with_too_many_fields_is_an_error(tmp_path):
     rule = "the row has 3 columns, but the first one has 2; take the tab out of a cell"
     assert f"line 3: {rule}" in failure(path=write(tmp_path / "a.tsv", "text\tn\none\t1\ntwo\t2\t3\n"))
@@ -993,6 +1002,11 @@ BOMBS: dict[str, tuple[str, dict, str]] = {
         "a.txt.gz",
         {"start": " = Title = \n", "block": ("a" * 99 + "\n") * 10_000},
         "the article at line 1 is longer than 67,108,864 characters",
+    ),
+    "keys": (
+        "a.jsonl.gz",
+        {"start": '{"text": "a"', "block": "".join(f',"{i:08}":0' for i in range(100_000)), "n": 40, "end": "}\n"},
+        "a.jsonl.gz: has 100,001 columns or more, but 10,000 can be read",
     ),
     "nested JSON": ("a.jsonl", {"start": '{"text": ', "block": "[" * 1_000_000, "n": 1}, "line 1: nested too deeply"),
 }
