@@ -1,5 +1,6 @@
 """Nothing that a user could want back is removed by a default: no run whose checkpoints are out of sight, no file."""
 
+import contextlib
 import importlib
 import json
 import os
@@ -288,11 +289,53 @@ def test_an_earlier_checkpoint_that_was_set_aside_stays(run: Path, capsys: pytes
         (place / name).mkdir()
         (place / name / "old").touch()
     found = Start("resume", place / "3", damaged=((place / "6", "head/d/x is missing"),))
-    trainings._set_aside(found, place, trainings.RunLog())
+    trainings._set_aside(found, place, run, trainings.RunLog())
     assert {path.name for path in place.iterdir()} == {"3", "6.damaged", "6.damaged1", "6.damaged2"}
     Checkpoints(place).close()
     assert {path.name for path in place.iterdir()} == {"3", "6.damaged", "6.damaged1", "6.damaged2"}
     assert runs.main(["verify", str(run)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("saved", "stays"),
+    [
+        ('{"step": 6}', True),
+        ('{"step": 9}', True),
+        ('{"step": 3}', False),
+        ('{"step": 0}', False),
+        ("", True),
+        (None, True),
+    ],
+)
+def test_a_checkpoint_that_lost_its_checksums_stays(saved: str | None, stays: bool, run: Path) -> None:
+    place = run / "checkpoints"
+    (place / "6" / checksums.FILE).unlink()
+    (run / SAVED).write_text(saved) if saved is not None else (run / SAVED).unlink()
+    trainings._set_aside(Start("resume", place / "3"), place, run, trainings.RunLog())
+    Checkpoints(place).close()  # removes a save that was killed: it was never recorded
+    assert {path.name for path in place.iterdir()} == {"3", *(["6.damaged"] if stays else [])}
+
+
+@pytest.mark.parametrize("program", ["jaxlm", "torchlm"])
+def test_two_runs_do_not_share_a_folder_of_checkpoints(
+    program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = trainings.configs.replace(trainings.Config(), "run.checkpoint_dir", str(tmp_path / "a" / "ck"))
+    with contextlib.ExitStack() as other:
+        made = trainings._lock_checkpoints(other, tmp_path, config.run.checkpoint_dir)
+        assert made == [tmp_path / "a" / "ck" / LOCK, tmp_path / "a" / "ck", tmp_path / "a"]
+        before = content(tmp_path)
+        argv = ["--task", "gpt", "--run.dir", "new/run", "--run.checkpoint-dir", "a/ck", "--data.path", "missing.txt"]
+        with pytest.raises(SystemExit):
+            importlib.import_module(f"{program}.train").main(argv)
+        assert f"run.checkpoint_dir={tmp_path / 'a' / 'ck'}: process {os.getpid()} on " in capsys.readouterr().err
+        assert content(tmp_path) == before and not Path("new").exists()
+    shutil.rmtree("a")
+    with pytest.raises(SystemExit):
+        importlib.import_module(f"{program}.train").main(argv)
+    assert "missing.txt: no such file" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []  # a run that did not start leaves nothing
 
 
 def test_each_whole_checkpoint_is_recorded(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ class Run:
     program: str  # the command that started it, without settings
     start: Start = Start()
     rewarmed: tuple[int, float] | None = None  # the update at which a re-warmup begins, and the rate before it
-    lock: TextIO | None = None  # of the run folder, held for as long as this is there
+    lock: TextIO | contextlib.ExitStack | None = None  # of the run folder and its checkpoints, until this is closed
     validation: dict[int, metrics.Scores] = field(default_factory=dict)  # scores so far, by step
     skipped: list[int] = field(default_factory=list)  # updates that were no numbers and were not made
     undo: list[Callable[[], None]] = field(default_factory=list)  # what removes the folder; empty from update 1 on
@@ -122,6 +122,8 @@ def started(
     def clean() -> None:
         if made or not start.is_retry and not start.run_dir:
             remove_run_dir(run_dir, made)
+            for path in place_made:
+                storage.remove(path) if path.name == LOCK else _remove_empty([path])
         elif is_emptied:
             empty_run_dir(run_dir)
         temporary.remove(cache.user_cache_dir(config.data.cache_dir), temporary.is_own)
@@ -133,10 +135,16 @@ def started(
     log.check_loggers(config)
     run_dir, made = make_run_dir(config, start)
     is_emptied = False
+    place = storage.checkpoints(run_dir, config.run.checkpoint_dir)
+    held = contextlib.ExitStack()
     try:
-        held = lock(run_dir)  # before anything in the folder is touched, which may be another process's
+        held.enter_context(lock(run_dir))  # before anything in the folder is touched, which may be another process's
+        place_made = _lock_checkpoints(held, run_dir, config.run.checkpoint_dir)
     except UserError:
+        if made:
+            storage.remove(run_dir / LOCK)
         _remove_empty(made)
+        held.close()
         raise
     CLEANUPS.append(clean)
     try:
@@ -147,7 +155,7 @@ def started(
         start.check(data)
         if start.teacher:
             start.teacher.check(data)
-        _set_aside(start, storage.checkpoints(run_dir, config.run.checkpoint_dir), run_log)
+        _set_aside(start, place, run_dir, run_log)
         if start.is_retry:
             is_emptied = True
             empty_run_dir(run_dir)
@@ -221,25 +229,46 @@ def lock(run_dir: Path) -> TextIO:
 
     Raises UserError, with the host and the process that has it, if it is taken.
     """
+    try:
+        return _lock(run_dir, "run.dir")
+    except OSError as error:
+        raise UserError(
+            f"run.dir={run_dir}: cannot be written ({error.strerror}); give another with --run.dir"
+        ) from error
+
+
+def _lock(folder: Path, setting: str) -> TextIO:
     with contextlib.ExitStack() as stack:
+        file = stack.enter_context(open(folder / LOCK, "a+", encoding="utf-8"))
         try:
-            file = stack.enter_context(open(run_dir / LOCK, "a+", encoding="utf-8"))
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            file.truncate(0)
-            with contextlib.suppress(OSError):  # on a full disk, it is locked without a name
-                os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         except BlockingIOError as error:
             file.seek(0)
             owner = file.read().strip() or "another process"
             raise UserError(
-                f"run.dir={run_dir}: {owner} works in it; wait for it or stop it, or give another folder"
+                f"{setting}={folder}: {owner} works in it; wait for it or stop it, or give another folder"
             ) from error
-        except OSError as error:
-            raise UserError(
-                f"run.dir={run_dir}: cannot be written ({error.strerror}); give another with --run.dir"
-            ) from error
+        file.truncate(0)
+        with contextlib.suppress(OSError):  # on a full disk, it is locked without a name
+            os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         stack.pop_all()
         return file
+
+
+def _lock_checkpoints(held: contextlib.ExitStack, run_dir: Path, named: str) -> list[Path]:
+    """Lock the folder of checkpoints `named`, where the disk allows it; return what was made: its lock, and folders.
+
+    Raises UserError if another run works in it: each would remove what the other has not yet finished.
+    """
+    made: list[Path] = []
+    if named and not storage.is_remote(named):
+        folder = Path(named)
+        with contextlib.suppress(OSError):  # a disk without locks, or one that cannot be written: the first save warns
+            made = _make(folder)
+            if not folder.samefile(run_dir):
+                made = made if (folder / LOCK).exists() else [folder / LOCK, *made]
+                held.enter_context(_lock(folder, "run.checkpoint_dir"))
+    return made
 
 
 def empty_run_dir(path: Path) -> None:
@@ -248,9 +277,15 @@ def empty_run_dir(path: Path) -> None:
         storage.remove(path / name)
 
 
-def _set_aside(start: Start, folder: Path, run_log: RunLog) -> None:
-    """Give damaged checkpoints of the run that goes on another name."""
-    for path, what in start.damaged:
+def _set_aside(start: Start, folder: Path, run_dir: Path, run_log: RunLog) -> None:
+    """Give damaged checkpoints of the run that goes on another name; and those without their checksums.
+
+    Of the latter, a save of this run that was killed is left out: it is later than the last that was recorded.
+    """
+    saved = starts.last_saved(run_dir) if (run_dir / SAVED).is_file() else sys.maxsize
+    lost = [x for x in storage.children(folder) if x.name.isdecimal() and int(x.name) <= saved]
+    lost_why = f"{checksums.FILE} is missing"
+    for path, what in (*start.damaged, *((x, lost_why) for x in lost if checksums.is_cut_short(x))):
         if storage.absolute(path.parent) == storage.absolute(folder):
             names = (path.with_name(f"{path.name}{DAMAGED}{n or ''}") for n in itertools.count())
             aside = next(name for name in names if not name.exists())
