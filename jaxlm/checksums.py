@@ -91,8 +91,8 @@ def finished_in(folder: Path) -> list[tuple[int, Path]]:
 def damage(folder: Path, parts: Iterable[str] | None = None) -> str:
     """Return what is wrong with a folder, or with the subfolders `parts` of it; "" if all is as it was written."""
     try:
-        sums = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        if not isinstance(sums, dict) or sums.pop(FILE, "") != _sum_of_all(sums):
+        sums = read_json(folder / FILE)
+        if sums.pop(FILE, "") != _sum_of_all(sums):
             return f"{FILE} is damaged"
     except FileNotFoundError:
         return f"{FILE} is missing: it was never finished"

@@ -64,6 +64,14 @@ def test_a_file_that_cannot_be_read_is_told(checkpoint: Path, tmp_path: Path) ->
     assert checksums.damage(copy) == "info/metadata cannot be read (Is a directory)"
 
 
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"{}", b"[" * 100_000, b'{"a": ' + b"9" * 5000 + b"}", b"\xff\xfe"]
+)
+def test_checksums_of_any_content_are_damaged(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / checksums.FILE).write_bytes(content)
+    assert checksums.damage(tmp_path) == "checksums.json is damaged"
+
+
 def test_half_a_checkpoint_is_none(checkpoint: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     copy = shutil.copytree(checkpoint, run / "checkpoints" / "3")

@@ -136,18 +136,16 @@ def started(
     run_dir, made = make_run_dir(config, start)
     is_emptied = False
     place = storage.checkpoints(run_dir, config.run.checkpoint_dir)
+    place_made: list[Path] = []
     held = contextlib.ExitStack()
     try:
         held.enter_context(lock(run_dir))  # before anything in the folder is touched, which may be another process's
-        place_made = _lock_checkpoints(held, run_dir, config.run.checkpoint_dir)
     except UserError:
-        if made:
-            storage.remove(run_dir / LOCK)
         _remove_empty(made)
-        held.close()
         raise
     CLEANUPS.append(clean)
     try:
+        place_made += _lock_checkpoints(held, run_dir, config.run.checkpoint_dir)
         task_class = tasks[config.task]
         config, data = prepare.prepare(
             config, task_class.samples, task_class(config).embedded, run_log.bytes_bar, start.known_classes()
