@@ -172,7 +172,7 @@ def read(path: Path) -> Folder:
     except FileNotFoundError as error:
         raise UserError(f"{path}: is not the folder of a run: it has no config.toml") from error
     except (OSError, ValueError) as error:
-        raise UserError(f"{path / 'config.toml'}: cannot be read: {formats.reason(error)}") from error
+        raise UserError(f"{path / 'config.toml'}: cannot be read: {formats.reason(error)}; correct it") from error
     nested = {
         f"{section}.{key}": x for section, part in content.items() if isinstance(part, dict) for key, x in part.items()
     }
@@ -180,7 +180,8 @@ def read(path: Path) -> Folder:
     for name, default in defaults.items():
         kinds = (int, float) if isinstance(default, float) else type(default)
         if not isinstance(settings[name], kinds) or isinstance(settings[name], bool) != isinstance(default, bool):
-            raise UserError(f"{path / 'config.toml'}: {name}={settings[name]!r} is not like its default, {default!r}")
+            rule = f"has to be of the type of its default, {default!r}; correct it"
+            raise UserError(f"{path / 'config.toml'}: {name}={settings[name]!r}: {rule}")
     return Folder(path, settings, history.rows(path / "metrics.jsonl"))
 
 
