@@ -43,6 +43,7 @@ _NEEDED: dict[str, Any] = {
 _OPTIONAL: dict[str, Any] = {
     **{"sample_iter": int, "val_loss": int | float | None, "skipped": list | tuple | None, "data": str | None},
     **{"rewarmed": list | tuple | None, "teacher": str | None, "original_config": dict},
+    "classes": list | tuple | None,
 }
 Moments = tuple[Arrays, Arrays]  # first and second
 
@@ -73,17 +74,24 @@ class Snapshot:
 def moments(stored: Stored, shapes: Shapes, first_block: int = 0) -> tuple[Moments | None, int]:
     """Return the moments of AdamW, not checked, and how many updates they are of; None if there are none.
 
+    Raises UserError for what is no optimizer of AdamW.
     `shapes` are those of what is trained, with blocks from the first of these on.
     """
-    if stored.form == RUN:
-        part = stored.tree["optimizer"]
-        first, second = (names.to_torch(part[f"{order}_moment"], first_block) for order in ("first", "second"))
-        return (first, second), int(part["count"])
-    if stored.form == CHECKPOINT_1_2:
-        return _moments_of_1_2(stored.tree["optimizer"], shapes, stored.path)
-    if N_UPDATES not in stored.tree:
-        return None, 0
-    return (_with_prefix(stored.tree, FIRST), _with_prefix(stored.tree, SECOND)), stored.tree[N_UPDATES].item()
+    try:
+        if stored.form == RUN:
+            part = stored.tree["optimizer"]
+            first, second = (names.to_torch(part[f"{order}_moment"], first_block) for order in ("first", "second"))
+            return (first, second), int(part["count"])
+        if stored.form == CHECKPOINT_1_2:
+            return _moments_of_1_2(stored.tree["optimizer"], shapes, stored.path)
+        if N_UPDATES not in stored.tree:
+            return None, 0
+        moments = _with_prefix(stored.tree, FIRST), _with_prefix(stored.tree, SECOND)
+        return moments, int(stored.tree[N_UPDATES].item())
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"{stored.path}: its optimizer is not that of AdamW: {type(error).__name__}: {reason(error)}; save it again"
+        ) from error
 
 
 def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, np.ndarray]]:
@@ -339,7 +347,7 @@ def load_torch(path: Path) -> Stored:
     try:
         weights = {name: _array(tensor, f"{path}: {name}") for name, tensor in checkpoint.weights(tree).items()}
         return Stored(CHECKPOINT_1_2, path, tree, weights, checked_info(_info_of_1_2(tree, weights), path))
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError) as error:
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise UserError(
             f"{path}: not as a checkpoint 1.2 is: {type(error).__name__}: {reason(error)}; save it again"
         ) from error

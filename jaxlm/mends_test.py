@@ -142,6 +142,8 @@ def test_an_odd_header_is_refused(name: str, tmp_path: Path) -> None:
         (lambda info: {**info, "task": ["sst2"]}, "its task=.* is of a wrong type"),
         (lambda info: {**info, "tokenizer": 7}, "its tokenizer=7 is of a wrong type"),
         (lambda info: {**info, "val_loss": "low"}, "its val_loss='low' is of a wrong type"),
+        (lambda info: {**info, "classes": 3}, "its classes=3 is of a wrong type"),
+        (lambda info: {**info, "classes": "abc"}, "its classes='abc' is of a wrong type"),
         (lambda info: {**info, "config": []}, r"its config=\[\] is of a wrong type"),
         (lambda info: {k: v for k, v in info.items() if k != "rate"}, "does not tell its rate"),
         (lambda info: setting(info, "model.d_model", "12"), "in its settings: Expected `int`, got `str`"),
@@ -204,7 +206,7 @@ def rewritten(run: Path, folder: Path, form: str, change: Callable[[Any], Any]) 
     ):
         return None
     tree["config"]["torchlm"]["settings"] = after["config"]
-    tree["config"]["torchlm"]["info"] |= {"tokenizer": after["tokenizer"]} if after["tokenizer"] else {}
+    tree["config"]["torchlm"]["info"] |= {key: after[key] for key in ("tokenizer", "classes") if after.get(key)}
     torch.save(tree, path)
     return path
 
@@ -302,6 +304,21 @@ def test_tensors_that_are_not_read_are_named(form: str, dtype: str, tmp_path: Pa
         save_tensors({"a": tensor}, path)
     message = refusal(lambda: convert.load(path))
     assert dtype.partition("_")[0] in message and "save it as float32" in message
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"optimizer": x} for x in (None, 3, "x", [], {}, torch.ones(2), {"state": 3}, {"state": {0: 1}})),
+        *({"config": x} for x in (None, 3, torch.ones(2), {"torchlm": []})),
+        *({"base_model": x} for x in (None, torch.ones(2), {"a": 1})),
+    ],
+)
+def test_a_damaged_value_of_a_checkpoint_is_one_line(change: dict[str, Any], run: Path, tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    convert.write(path, convert.read(run), CHECKPOINT_1_2)
+    torch.save(torch.load(path, weights_only=True) | change, path)
+    assert refusal(lambda: convert.read(path)).endswith("; save it again")
 
 
 @pytest.mark.parametrize("value", [torch.ones(3), 3, None, {}, {1: torch.ones(2)}, {"a": torch.ones(2), "epoch": 3}])

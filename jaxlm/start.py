@@ -82,7 +82,9 @@ class Start:
         """Return the names of the classes by number, which are the numbers where the checkpoint has no names."""
         n, names = self.config().data.n_classes, self.info.get("classes") or ()
         if names and (len(names) != n or not all(isinstance(name, str) for name in names) or len({*names}) != n):
-            raise UserError(f"{self.path}: its classes are {names!r}, but have to be {n} different names")
+            raise UserError(
+                f"{self.path}: its classes are {names!r}, but have to be {n} different names; convert its run again"
+            )
         return tuple(names) or numbered(n)
 
     def known_classes(self) -> tuple[str, ...]:
