@@ -84,7 +84,8 @@ class Folder:
     def baselines(self, split: str) -> Row:
         """Return the scores of the best guess that looks at no input, {} if they are not recorded."""
         found = self.baseline.get(split)
-        return {k: x for k, x in found.items() if isinstance(x, int | float)} if isinstance(found, dict) else {}
+        found = found if isinstance(found, dict) else {}
+        return {k: x for k, x in found.items() if isinstance(x, int | float) and abs(x) < 1e300}  # finite, as a float
 
     @functools.cached_property
     def owner(self) -> str:

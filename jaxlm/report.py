@@ -101,8 +101,8 @@ def _head(run: Folder) -> str:
     figures += [("updates", f"{run.last_step:,} of {run.settings['train.max_steps']:,}")]
     step = run.best_score_step()
     for split, at in (("validation", step), ("test", run.tested_step())):
-        if at is not None:
-            name, value = next(iter(run.scores(split).items()))
+        if at is not None and (scores := run.scores(split)):
+            name, value = next(iter(scores.items()))
             baseline = run.baselines(split).get(name)
             beside = "" if baseline is None else f"; baseline {metrics.number(name, baseline)}"
             figures.append((f"{split} {name}, step {at:,}{beside}", metrics.number(name, value)))

@@ -141,12 +141,21 @@ def test_baselines_stand_beside_the_scores(tmp_path: Path, capsys: pytest.Captur
         b"[" * 100_000,
         b'{"validation": 3, "test": {"accuracy": "x"}}',
         b'{"validation": null}',
+        b'{"validation": {"accuracy": 1%s}}' % (b"0" * 400),
+        b'{"test": {"accuracy": NaN}}',
     ],
 )
 def test_baselines_that_cannot_be_read_are_missing(content: bytes, tmp_path: Path) -> None:
     run = write(tmp_path / "run", "sst2")
     (run / "baseline.json").write_bytes(content)
     assert ["accuracy", "0.5000", "-", "0.2500", "-"] in page_of(run)[1].rows
+
+
+def test_a_row_without_a_score_is_no_score(tmp_path: Path) -> None:
+    run = write(tmp_path / "run")
+    log = (run / "metrics.jsonl").read_text().replace('"test", "loss": 2.25', '"test", "loss": "low"')
+    (run / "metrics.jsonl").write_text(log)
+    assert "test loss" not in page_of(run)[1].text
 
 
 def test_the_best_step_is_marked(tmp_path: Path) -> None:
