@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import difflib
 import math
+import os
 import shutil
 import sys
 import typing
@@ -205,6 +206,7 @@ AXES = ("data", "fsdp", "tensor")  # of the mesh of devices
 LORA_PRODUCTS = ("query", "key", "value", "output", "fc1", "fc2")
 COMMAND_LINE = "command line"
 HELP = ("-h", "--help")
+LEAST_COLUMNS = 10  # of the help, for which tyro would search for ever with a few
 Layer = tuple[str, Any, str]  # dotted name, value, and where it came from
 
 
@@ -576,7 +578,7 @@ def _print_help(config: Config, prog: str) -> None:
     """Print the help with the values of the settings as defaults, and exit."""
     import tyro
 
-    width = shutil.get_terminal_size().columns
+    width = max(shutil.get_terminal_size().columns, LEAST_COLUMNS)
     if len(f"usage: {prog} [-h] [OPTIONS]") > width:
         prog = prog.rpartition(" ")[2]
     description = terminal.wrapped(
@@ -585,6 +587,7 @@ def _print_help(config: Config, prog: str) -> None:
         width,
     )
     options = (tyro.conf.FlagConversionOff,)
+    os.environ["COLUMNS"] = str(width)  # for tyro
     with contextlib.redirect_stdout(terminal.raw(sys.stdout)):  # the help has colours
         tyro.cli(Config, args=["--help"], default=config, prog=prog, description=description, config=options)
     sys.exit(0)

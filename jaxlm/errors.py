@@ -111,6 +111,10 @@ def outside(error: Exception) -> str:
         name = match[1].upper()
         return f"{name}={os.environ.get(name)} in the environment: JAX does not take this value; unset it"
     if isinstance(error, RuntimeError | AssertionError) and (why := _no_device(error)) is not None:
+        given = [name for name in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS") if name in os.environ]
+        if "initialize backend 'cpu'" in why and given:
+            why = why.partition(" (")[0]
+            return f"JAX has no CPU to compute on: {why}; unset {' and '.join(given)} in the environment"
         for name in ("JAX_PLATFORMS", "JAX_PLATFORM_NAME"):
             if value := os.environ.get(name):
                 why = f" ({why})" if why else ", or its plugin is not installed"

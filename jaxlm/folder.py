@@ -21,7 +21,7 @@ from jaxlm import start as starts
 from jaxlm.errors import UserError
 
 DEPTH = 3  # folders below the one that is searched
-RUNNING, FINISHED, INTERRUPTED, LOST = "running", "finished", "interrupted", "weights not found"
+RUNNING, FINISHED, STOPPED, INTERRUPTED, LOST = "running", "finished", "stopped", "interrupted", "weights not found"
 Row = dict[str, Any]  # of metrics.jsonl
 
 
@@ -113,11 +113,14 @@ class Folder:
     def state(self) -> str:
         if self.owner:
             return RUNNING
-        if self.last_step < self.settings["train.max_steps"] and not self.scores("test"):
+        has_all = self.last_step >= self.settings["train.max_steps"]
+        if not has_all and not self.scores("test"):
             return INTERRUPTED
         # The best alone is left of a run that was cleaned; a run whose last save failed has an older one.
         kept = {checkpoint.step for checkpoint in self.checkpoints if checkpoint.is_whole}
-        return LOST if not kept else FINISHED if kept & {self.last_step, self.best_score_step()} else INTERRUPTED
+        if not kept & {self.last_step, self.best_score_step()}:
+            return INTERRUPTED if kept else LOST
+        return FINISHED if has_all else STOPPED
 
     @property
     def changed_s(self) -> float:

@@ -160,7 +160,7 @@ def test_clean_asks(answer: bytes, left: list[str], tmp_path: Path) -> None:
         (["show", "."], ".: is not the folder of a run: it has no config.toml"),
         (["list", "nothing"], "nothing: there is no such folder"),
         (["cleam"], "cleam: neither a command nor a folder; did you mean clean?"),
-        (["."], ".: there is no run; train one with"),
+        (["."], ".: there is no run that can be read; train one with"),
         (["compare"], "the following arguments are required: PATH"),
     ],
 )

@@ -41,7 +41,7 @@ def variable(name: str, default: int | None = None) -> int:
     """Return a number of the environment. Raises UserError."""
     text = os.environ.get(name, "" if default is None else str(default))
     if not (text.isascii() and text.isdecimal()):
-        raise UserError(f"{name}={text!r} in the environment is no number from 0; set it as torchrun does, or unset it")
+        raise UserError(f"{name}={text!r} in the environment is no number from 0; set it to a number")
     return int(text)
 
 

@@ -40,7 +40,8 @@ def list_all(paths: Sequence[Path]) -> None:
     runs = folder.find(paths)
     if not runs:
         raise UserError(
-            f"{', '.join(map(str, paths))}: there is no run; train one with python -m jaxlm.train --task mlm"
+            f"{', '.join(map(str, paths))}: there is no run that can be read; "
+            "train one with python -m jaxlm.train --task mlm"
         )
     table = Table("run", "task", "steps", "best score", "age", "size", "state")
     for run in runs:
