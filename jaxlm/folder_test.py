@@ -66,6 +66,7 @@ def test_the_table_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
         status, output, _ = told(capsys, "show", third)
         assert "task gpt, running, by process 12 on host" in output
     assert folder.read(third).state == "finished"
+    assert folder.read(write(tmp_path / "ended by the file stop", **{"train.max_steps": 40})).state == "stopped"
 
 
 def test_what_a_run_tells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
