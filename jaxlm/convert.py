@@ -21,7 +21,7 @@ from jaxlm import config as configs
 from jaxlm import formats, names, public, storage, terminal, utf8
 from jaxlm.config import Config, TokenizerConfig
 from jaxlm.data import tokenizer as tokenizers
-from jaxlm.errors import UserError, nearest, reported
+from jaxlm.errors import UserError, nearest, reported, slow
 from jaxlm.formats import CHECKPOINT_1_2, RUN, SAFETENSORS, STATE_DICT, Snapshot, Stored
 from jaxlm.names import Arrays
 
@@ -49,6 +49,7 @@ def read(path: Path, config: Config | None = None) -> Snapshot:
     return _snapshot(load(path), config)
 
 
+@slow("writing the model")
 def write(path: Path, snapshot: Snapshot, form: str, tokenizer: Tokenizer | None = None) -> None:
     """Write a training state in a form of formats.py. Raises UserError if `path` exists or cannot be written.
 
@@ -94,6 +95,7 @@ def merged(snapshot: Snapshot) -> Snapshot:
     return Snapshot(configs.replace(config, "model.lora_rank", 0), snapshot.info, weights, None, 0)
 
 
+@slow("reading the model")
 def load(path: Path) -> Stored:
     """Return what is in a file or folder, its form told by its content. Raises UserError if it is of none."""
     if path.is_dir():

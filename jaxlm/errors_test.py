@@ -40,6 +40,7 @@ def test_each_step_to_the_first_update_is_one_that_speaks(package):
         "jaxlm/start.py": ["find"],
         "jaxlm/data/prepare.py": ["_source"],
         "jaxlm/run.py": ["teacher", "baselines"],
+        "jaxlm/convert.py": ["load", "write"],
         "jaxlm/distributed.py": ["_initialize", "wait"],
         f"{package}/parallel.py": ["make_mesh"] + ["wait"] * (package == "torchlm"),
         f"{package}/checkpoint.py": ["begin"],

@@ -144,6 +144,12 @@ CASES: dict[str, Case] = {
         {"data.path": "{}/a.txt"},
         {"data.path": "{}/d"},
     ),
+    "a folder of folders": Case(
+        {"d/sub/a.txt": TEXT},
+        "no file of text in it, only sub; name a folder",
+        {"data.path": "{}/d/sub"},
+        {"data.path": "{}/d"},
+    ),
     # Tables
     "text has no labels": Case(
         {"a.txt": TEXT, "b.csv": TABLE}, "give a table .* with a label column", {"data.path": "{}/b.csv"}, task="sst2"
@@ -218,9 +224,15 @@ CASES: dict[str, Case] = {
         edit("a.csv", lambda data: data.partition(b"\n")[2]),
         task="sst2",
     ),
+    "a line above the table": Case(
+        {"a.csv": "# exported\n" + TABLE},
+        "there is 0 .# exported. alone: the first line has to be a row",
+        edit("a.csv", lambda data: data.partition(b"\n")[2]),
+        task="sst2",
+    ),
     "another delimiter": Case(
         {"a.csv": TABLE.replace(",", "^")},
-        "there is 0 .text.label. alone: columns can be separated by a comma, semicolon, tab or ",
+        "there is 0 .text.label. alone: the first line has to be a row, its columns separated by , ; . or a tab",
         edit("a.csv", lambda data: data.replace(b"^", b"|")),
         task="sst2",
     ),
@@ -367,7 +379,7 @@ def prepared(folder: Path, task: str, settings: dict[str, Any]) -> prepare.Data:
 def test_following_the_mend_leads_on(name: str, tmp_path: Path) -> None:
     case = CASES[name]
     for file, content in case.files.items():
-        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_bytes(content if isinstance(content, bytes) else content.encode())
     settings = {"data.path": str(tmp_path / next(iter(case.files)))} | case.settings
     if make := settings.pop("", None):

@@ -556,7 +556,8 @@ def _folder_files(folder: Path, config: DataConfig, notes: list[str]) -> dict[st
     If no name tells a format, all files that have text are used.
     """
     try:
-        files = sorted(f for f in folder.iterdir() if f.is_file())
+        children = sorted(folder.iterdir())
+        files = [f for f in children if f.is_file()]
         visible = [f for f in files if not f.name.startswith(".")]
         wanted = "text" if config.format == "wikitext" else config.format
         usable = [f for f in visible if (_suffix_format(f) if wanted == "auto" else _suffix_format(f) == wanted)]
@@ -569,7 +570,7 @@ def _folder_files(folder: Path, config: DataConfig, notes: list[str]) -> dict[st
             f"data.path={folder}: cannot be read: {error.strerror or error}; check the path and its permissions"
         ) from error
     if not usable:
-        names = _some(visible) or "nothing"
+        names = _some(children) or "nothing"
         raise UserError(f"data.path={folder}: no file of text in it, only {names}; name a folder or file with text")
     if unused and wanted == "auto":
         why = "the format of others is told by their names" if _suffix_format(usable[0]) else "hidden, binary or empty"
@@ -1024,7 +1025,7 @@ def _columns(
     """
     there = f"there are {', '.join((shown or names)[:20])}"
     if shown and len(shown) == 1:
-        there = f"there is {shown[0]} alone: columns can be separated by a comma, semicolon, tab or |"
+        there = f"there is {shown[0]} alone: the first line has to be a row, its columns separated by , ; | or a tab"
     keys = [key.strip() for key in names]
 
     def choose(setting: str, wanted: str, usual: tuple[str, ...]) -> int:

@@ -266,7 +266,7 @@ def test_a_folder_of_texts_leaves_out_what_is_hidden_binary_or_empty(tmp_path):
 def test_a_folder_without_text_says_what_it_has(tmp_path):
     write(tmp_path / "d.png", PNG)
     (tmp_path / "more").mkdir()
-    assert "no file of text in it, only d.png; name a folder or file with text" in failure(path=str(tmp_path))
+    assert "no file of text in it, only d.png, more; name a folder or file with text" in failure(path=str(tmp_path))
 
 
 # Sources as they were read when these figures were written down: fingerprint, and hash and number of the articles.
