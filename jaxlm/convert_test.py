@@ -324,7 +324,7 @@ BAD = {
     "text": ("notes.txt x", "notes.txt: neither a file of torch.save nor safetensors, nor the folder of a jaxlm run"),
     "empty folder": ("empty x", "empty: a folder without a checkpoint of jaxlm"),
     "run of torchlm": ("torchlm x", "give a file of it, such as torchlm/checkpoints/9.pt"),
-    "list": ("list.pt x", "neither a checkpoint 1.2 nor a state dict: it holds a list"),
+    "list": ("list.pt x", "neither a checkpoint 1.2 nor a state dict: it has a value of type list"),
     "unsafe": ("unsafe.pt x", "unsafe.pt: refused: its pickle"),
     "unsafe pickle": ("unsafe.pickle x", "unsafe.pickle: refused: its pickle"),
     "truncated 1.2": ("short_all.pt x", "short_all.pt: cannot be read as a file of torch.save"),

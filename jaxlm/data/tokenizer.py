@@ -223,7 +223,7 @@ def read(config: TokenizerConfig) -> Tokenizer:
             tokenizer.add_special_tokens([name for names in NAMES.values() for name in names if _has(tokenizer, name)])
         elif path.suffix == ".txt":
             # splitlines() would split at U+2028 and others. A blank line at the end is no token.
-            lines = utf8.read(path).rstrip("\n").split("\n")
+            lines = _text(path).rstrip("\n").split("\n")
             vocab = {line: i for i, line in enumerate(lines)}
             if "[UNK]" not in vocab:
                 raise UserError(
@@ -234,10 +234,7 @@ def read(config: TokenizerConfig) -> Tokenizer:
                 models.WordPiece(vocab, unk_token="[UNK]"), values.get("do_lower_case", config.lowercase), values
             )
         else:
-            text = utf8.read(path)
-            if why := utf8.stand_in(text[: utf8.START].encode()):
-                raise ValueError(f"is {why}")
-            tokenizer = Tokenizer.from_str(text)
+            tokenizer = Tokenizer.from_str(_text(path))
         _check_use(tokenizer)
     except (UserError, KeyboardInterrupt, SystemExit):
         raise
@@ -251,16 +248,29 @@ def read(config: TokenizerConfig) -> Tokenizer:
     return _as_used(tokenizer)
 
 
+def _text(path: Path) -> str:
+    """Return the text of a file of a tokenizer. Raises OSError, or ValueError for another file in its place."""
+    text = utf8.read(path)
+    if why := utf8.stand_in(text[: utf8.START].encode()):
+        raise ValueError(why)
+    return text
+
+
 def _bpe(path: Path) -> models.BPE:
     """Return the model of a vocab.json and its merges.txt. Raises UserError if they are not there or do not fit."""
     merges = path.with_name(path.name.replace("vocab.json", "merges.txt"))
     if not merges.is_file():
         raise UserError(f"{path}: there is no {merges.name} beside it; fetch it, too, or give a tokenizer.json")
-    vocab = utf8.from_json(utf8.read(path))
+    vocab = utf8.from_json(_text(path))
+    try:
+        lines = _text(merges).split("\n")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{merges}: cannot be read ({reason}); fetch it again") from error
     if not isinstance(vocab, dict) or not all(type(i) is int and 0 <= i < 2**32 for i in vocab.values()):
         raise ValueError("it is not an object of tokens and their numbers")
     pairs = []
-    for number, line in enumerate(utf8.read(merges).split("\n"), start=1):
+    for number, line in enumerate(lines, start=1):
         if line and not line.startswith("#version"):
             first, _, second = line.partition(" ")
             if not all(token in vocab for token in (first, second, first + second)):

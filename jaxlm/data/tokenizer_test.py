@@ -586,6 +586,25 @@ def test_merges_that_do_not_fit_are_named_with_their_line(tmp_path, gpt_folder):
         assert "not an object of tokens and their numbers" in failure(path=str(folder))
 
 
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\n", "a pointer of Git LFS, not the file itself"),
+        (b"<!DOCTYPE html>\n", "a page of HTML"),
+        (b"", "empty; copy or download it again"),
+        (b"t h\n\xe9 a\n", "not UTF-8 at byte 4"),
+    ],
+)
+def test_a_damaged_file_of_a_tokenizer_is_the_one_that_is_named(tmp_path, gpt_folder, content, reason):
+    folder = shutil.copytree(gpt_folder, tmp_path / "model")
+    (folder / "merges.txt").write_bytes(content)
+    assert failure(path=str(folder)).startswith(f"{folder}/merges.txt: cannot be read ({reason}")
+    for name in ("vocab.txt", "tokenizer.json", "vocab.json"):
+        (tmp_path / name).write_bytes(content)
+        (tmp_path / "merges.txt").write_text("t h\n")
+        assert f"{name} cannot be read as a tokenizer: {reason}" in failure(path=str(tmp_path / name))
+
+
 def test_blank_lines_at_the_end_of_a_vocab_txt_are_no_tokens(tmp_path, bert_folder):
     content = (bert_folder / "vocab.txt").read_bytes()
     expected = fingerprint(read(TokenizerConfig(path=str(bert_folder))))
