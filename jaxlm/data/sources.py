@@ -400,10 +400,12 @@ def _known_ids(
     if tuple(known) == numbered(2) and all_labels <= {"false", "true"}:
         notes.append("labels are taken as numbers: false is the class 0, true the class 1")
         return {"false": 0, "true": 1}
-    by_number = {name: i for i, name in enumerate(numbered(len(known)))}
-    if all_labels <= by_number.keys() and not any(INTEGER.fullmatch(name) for name in known):
-        notes.append(f"labels are taken as the numbers, from 0, of the classes {listed(known)}")
-        return by_number
+    are_numbers = any(INTEGER.fullmatch(name) for name in known)
+    for prefix in ("LABEL_", *([] if are_numbers else [""])):  # transformers makes up LABEL_0 and on
+        by_number = {f"{prefix}{i}": i for i in range(len(known))}
+        if all_labels <= by_number.keys():
+            notes.append(f"labels are taken as the numbers, from 0, of the classes {listed(known)}")
+            return by_number
     if tuple(known) == numbered(len(declared)) and all_labels <= set(declared):
         return {name: i for i, name in enumerate(declared)}
     place, label = next((place, label) for (_, label), place in places.items() if label not in ids)

@@ -806,6 +806,8 @@ KNOWN: dict[str, tuple[list[str], list[Any], list[int]]] = {
     "another spelling of numbers": (["1.0", "02"], [1, 2.0, "01", 2], [0, 1, 0, 1]),
     "another spelling of words": (["True", " caf\u00e9"], ["TRUE", "Cafe\u0301", "true", "caf\u00e9"], [0, 1, 0, 1]),
     "true and false": (["0", "1"], [True, False, "TRUE", "false"], [1, 0, 1, 0]),
+    "names that transformers makes up": (["0", "1"], ["LABEL_1", "LABEL_0", "LABEL_0", "LABEL_1"], [1, 0, 0, 1]),
+    "such names of words": (["no", "yes"], ["LABEL_1", "LABEL_0", "LABEL_0", "LABEL_1"], [1, 0, 0, 1]),
     "other numbers": (["2", "1"], [1, 2, 1, 2], [1, 0, 1, 0]),
     "no names": (["0", "1", "2"], [0, 2, 0, 2], [0, 2, 0, 2]),
 }
