@@ -141,11 +141,7 @@ def from_json(text: str, object_of: Callable[[list[tuple[str, Any]]], Any] | Non
     except UnicodeEncodeError as error:
         raise ValueError(_half(error)) from None
     except ValueError as error:
-        if reason := stand_in(text[:START].encode("utf-8", "replace")):
-            raise ValueError(reason) from error
-        if not isinstance(error, json.JSONDecodeError):
-            raise ValueError(LONG_NUMBER) from error
-        raise
+        raise _explained(error, text) from None
     return value
 
 
@@ -161,7 +157,15 @@ def from_toml(text: str) -> dict[str, Any]:
     except RecursionError:
         raise ValueError("nested too deeply; flatten it") from None
     except ValueError as error:
-        raise error if isinstance(error, tomllib.TOMLDecodeError) else ValueError(LONG_NUMBER) from error
+        raise _explained(error, text) from None
+
+
+def _explained(error: ValueError, text: str) -> ValueError:
+    """Return why a text cannot be parsed: the error itself, of the parser's type, if its syntax is wrong."""
+    if reason := stand_in(text[:START].encode("utf-8", "replace")):
+        return ValueError(reason)
+    is_syntax = isinstance(error, json.JSONDecodeError | tomllib.TOMLDecodeError)
+    return error if is_syntax else ValueError(LONG_NUMBER)
 
 
 def _half(error: UnicodeEncodeError) -> str:

@@ -174,6 +174,12 @@ def test_deep_nesting_is_refused(read: Callable[[str], Any]) -> None:
 
 
 @pytest.mark.parametrize("read", [utf8.from_json, utf8.from_toml])
+def test_a_page_of_html_is_named(read: Callable[[str], Any]) -> None:
+    with pytest.raises(ValueError, match="a page of HTML .*download the raw file"):
+        read("<!DOCTYPE html>\n<html></html>")
+
+
+@pytest.mark.parametrize("read", [utf8.from_json, utf8.from_toml])
 def test_a_number_of_too_many_digits_is_refused(read: Callable[[str], Any]) -> None:
     with pytest.raises(ValueError, match="has a number of more than 4,300 digits; shorten it, or put it in quotes"):
         read(("a = " if read is utf8.from_toml else "") + "9" * 5000)
