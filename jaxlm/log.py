@@ -33,12 +33,24 @@ class Console(rich.console.Console):
     """Prints text as it is: no [markup], no :emoji:; control characters are shown.
 
     A terminal gets lines that fit, with whole words. Elsewhere lines and tables are as wide as they need to be.
+    Once the reader of the output has gone, `reader_gone` is called and nothing more is printed; without it, printing
+    raises BrokenPipeError.
     """
+
+    reader_gone: Callable[[], None] | None = None
 
     def __init__(self, **options: Any):
         super().__init__(**{"markup": False, "emoji": False, "highlight": False, **options})
         if not self.is_terminal and "width" not in options:
             self.width = 10_000
+
+    def on_broken_pipe(self) -> None:
+        """Do what the class says; rich calls it with the error under way."""
+        if self.reader_gone is None:
+            raise
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())  # where Python puts what is left to write
+        self.reader_gone()
 
     def render_str(self, text: str, **options: Any) -> Text:
         """Return the text to print; the cells of tables come here as well."""
@@ -262,7 +274,8 @@ class RunLog:
         if self.bar is not None:  # which redraws itself below what its console prints
             self.bar.console.print(text, style="yellow")
         else:
-            Console(stderr=True).print(text)
+            with contextlib.suppress(BrokenPipeError):  # it is in log.txt
+                Console(stderr=True).print(text)
 
     def row(self, step: int, split: str, scores: dict[str, float]) -> None:
         """Append one object to metrics.jsonl, and pass it to the loggers."""

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import shlex
+import signal
 import socket
 import statistics
 import sys
@@ -495,7 +496,7 @@ class FileWatch:
 def interrupts(run_log: RunLog) -> Iterator[Callable[[], int]]:
     """Turn the first SIGINT or SIGTERM into an exit status, which the yielded function returns; 0 before.
 
-    The second one ends the process at once.
+    The second one ends the process at once. A reader of the output that has gone counts as a signal, SIGPIPE.
     """
     status = 0
 
@@ -508,6 +509,7 @@ def interrupts(run_log: RunLog) -> Iterator[Callable[[], int]]:
         status = 128 + number
         run_log.say("interrupted: saving a checkpoint after this update; once more ends at once")
 
+    run_log.console.reader_gone = lambda: None if status else tell(signal.SIGPIPE)
     with signals(tell):
         yield lambda: status
 

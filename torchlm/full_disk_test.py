@@ -264,6 +264,22 @@ def test_a_run_that_is_ended_by_a_signal(program: str, what: str, texts: Path, t
 
 
 @pytest.mark.slow
+def test_a_run_whose_reader_has_gone_saves(texts: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    settings = f"{SIZES.format(texts=texts)} --train.max-steps 1000000 --run.dir {run}"
+    command = [sys.executable, "-m", "torchlm.train", *settings.split()]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        while not process.stdout.readline().startswith("step 2  validation"):
+            pass
+        process.stdout.close()
+        errors = process.stderr.read()
+    assert (process.returncode, errors) == (141, "")
+    assert "interrupted: saving" in (run / "log.txt").read_text()
+    assert max(steps_on_disk(run)) == folder.read(run).last_step
+
+
+@pytest.mark.slow
 def test_jaxlm_on_a_full_disk(disk: Path, texts: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr("jaxlm.checkpoint.PAUSES_S", (0, 0))
     at_row(3, lambda: fill(disk), monkeypatch)
