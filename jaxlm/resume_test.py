@@ -6,7 +6,6 @@ import os
 import shlex
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -119,15 +118,6 @@ def test_a_run_interrupted_again_and_again_goes_on_alike(
             statuses.append(run(texts, tmp_path / "run", "--resume auto"))
     assert statuses[-1] == 0 and len(statuses) > 3
     assert content(tmp_path / "run") == undisturbed
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("faults", ["kills terms", "bytes data"])
-def test_runs_outlive_faults(faults: str) -> None:
-    script = Path(__file__).parents[1] / "scripts" / "torture.py"
-    done = subprocess.run([sys.executable, script, *faults.split(), "--kills", "3"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "WRONG" not in done.stdout and done.stdout.count("as it should be") >= 2
 
 
 def test_signals_have_their_exit_status(launch: Any, texts: Path, tmp_path: Path) -> None:

@@ -46,6 +46,7 @@ ELSEWHERE = {
     r"python -m jaxlm\.report .*--png": "jaxlm/report_test.py",  # where there is Chromium
     r"python scripts/launch_": "scripts/launch_page_test.py",
     r"python scripts/benchmark\.py": "scripts/benchmark_test.py",
+    r"python scripts/torture\.py": "scripts/torture_test.py",
     r"python scripts/load_server\.py": "scripts/load_server_test.py",
 }
 TASKS = ("mlm", "gpt", "sst2", "cola", "pairs")
