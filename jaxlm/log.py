@@ -1,6 +1,7 @@
 """What a run tells: lines and a progress bar on the terminal, files in the run folder, and optional loggers."""
 
 import contextlib
+import copy
 import importlib.util
 import io
 import json
@@ -18,6 +19,7 @@ from typing import Any, Protocol
 
 import rich.console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 from rich.text import Text
 
 from jaxlm.config import Config
@@ -58,6 +60,11 @@ class Console(rich.console.Console):
 
     def print(self, *objects: Any, **options: Any) -> None:
         """Print. Lines of text break where they are; on a terminal also between words, but no path is cut."""
+        if len(objects) == 1 and isinstance(objects[0], Table) and objects[0].title:
+            table = copy.copy(objects[0])
+            self.print(str(table.title))  # a title that rich prints is cut at the width of its table
+            table.title = None
+            objects = (table,)
         if all(isinstance(x, str) for x in objects):
             options = {"soft_wrap": True} | options
             objects = tuple(wrapped(shown(x), self.width) for x in objects) if self.is_terminal else objects

@@ -126,7 +126,8 @@ def made_and_restored(folder: Path, names: Sequence[str] = tuple(MESHES)) -> dic
         found["share_made"][name] = (memory.output_size_in_bytes + memory.temp_size_in_bytes) / whole
         state = jax.tree.map(lambda x: x + 1, this.start)
         with Checkpoints(folder / name) as checkpoints:
-            checkpoints.save(state, {"format": checkpoint.FORMAT, "step": 1}, {})
+            info = {"format": checkpoint.FORMAT, "step": 1, "sample_iter": 0, "task": "gpt", "rate": 0.0}
+            checkpoints.save(state, info | {"tokenizer": "", "config": configs.flat(this.config)}, {})
         for other, like in meshes.items():
             restored = checkpoint.restore(folder / name / "1", like.start)
             placed = jax.tree.map(lambda x: x.sharding, restored) == like.compiled.shardings

@@ -83,6 +83,7 @@ def test_a_run_leaves_its_folder(task: str, runs: Any) -> None:
     names = {path.name for path in folder.iterdir()}
     assert names - {"tensorboard"} == {
         ".lock",
+        "saved.json",
         "baseline.json",
         "config.toml",
         "tokenizer.json",

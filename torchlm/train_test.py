@@ -74,6 +74,7 @@ def test_each_task_trains_and_leaves_a_run_folder(
     assert {path.name for path in run_dir.iterdir()} == {
         *(
             ".lock",
+            "saved.json",
             "baseline.json",
             "checkpoints",
             "config.toml",
