@@ -158,6 +158,8 @@ def info_of_run(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"{folder}: cannot be read as a checkpoint of jaxlm: {reason(error)}; use another of its run"
         ) from error
+    if "format" not in info:
+        raise UserError(f"{folder}: damaged: info/metadata does not tell its format; use another of its run")
     if info.get("format") != RUN_FORMAT:
         raise UserError(
             f"{folder}: checkpoint of format {info.get('format')}, but only {RUN_FORMAT} can be read; "
