@@ -98,7 +98,7 @@ def interrupted(
 
     A third of the moments lie before the first update: while a framework is loaded, data prepared, or a step compiled.
     """
-    steps = 300 + 120 * n
+    steps = 300 + 400 * n
     settings = f"{TINY} --train.max-steps {steps} --run.dir "
     started_s = time.monotonic()
     undisturbed = start(command(program, f"{settings}{folder}/undisturbed", n_processes), folder / "undisturbed.log")
@@ -268,6 +268,8 @@ def data(folder: Path, is_quick: bool) -> Iterator[Trial]:
 def wait(condition: Callable[[], bool], process: subprocess.Popen, log: Path) -> None:
     until_s = time.monotonic() + 300
     while not condition():
+        if process.poll() == 0:
+            return  # it was faster
         if process.poll() is not None or time.monotonic() > until_s:
             sys.exit(f"ended (status {process.poll()}), or waited for too long: {log.read_text()[-2000:]}")
         time.sleep(0.05)
