@@ -80,10 +80,9 @@ def _bound(host: str, port: int) -> socket.socket:
             bound = stack.enter_context(contextlib.closing(socket.socket(family, kind, proto)))
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             bound.bind(address)
-        except OSError as error:
-            raise UserError(
-                f"--host {host} --port {port}: cannot be served ({error.strerror}); give another"
-            ) from error
+        except (OSError, ValueError) as error:  # ValueError: a name that no host can have
+            reason = getattr(error, "strerror", None) or str(error)
+            raise UserError(f"--host {host} --port {port}: cannot be served ({reason}); give another") from error
         stack.pop_all()
     return bound
 
@@ -139,7 +138,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         parser.error(f"--port {args.port}: has to be 0 to 65535")
     for name in DEFAULTS:
         if not 0 < getattr(args, name) < 2**31:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: has to be above 0")
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: has to be above 0, and below {2**31}")
     return args
 
 
