@@ -143,7 +143,7 @@ def named(topology: str) -> tuple[Chip, int]:
     """Return the chip of a topology, and how many devices it has."""
     version, colon, shape = topology.partition(":")
     found = chip(f"TPU {version}") or chip(version)
-    if not colon or found is None or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
+    if not colon or found is None or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", shape):
         raise UserError(
             f"--topology {topology}: it has to be a kind of TPU and its shape, such as v5e:2x4, v6e:16x16 or "
             f"v5p:4x4x4, or {LOCAL}"

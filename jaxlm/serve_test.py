@@ -463,12 +463,12 @@ def test_at_its_end_it_answers_what_was_asked(runs: Path) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--checkpoint", "none"], "none: there is no such run or checkpoint"),
+        (["--checkpoint", "none", "--port", "0"], "none: there is no such run or checkpoint"),
         (["--checkpoint", "RUN", "--port", "70000"], "--port 70000: has to be 0 to 65535"),
         (["--checkpoint", "RUN", "--port", "TAKEN"], "cannot be served (Address already in use); give another"),
         (["--checkpoint", "RUN", "--timeout", "0"], "--timeout 0.0: has to be above 0"),
         (["--checkpoint", "RUN", "--timeout", "inf"], "--timeout inf: has to be above 0, and below 2147483648"),
-        (["--checkpoint", "RUN", "--host", "a..b"], "--host a..b --port 8000: cannot be served ("),
+        (["--checkpoint", "RUN", "--host", "a..b", "--port", "0"], "--host a..b --port 0: cannot be served ("),
         (["--checkpoint", "RUN", "--host", "0.0.0.0"], "set JAXLM_TOKEN in the environment to a secret"),
         (["--checkpoint", "RUN", "--host", "no.such.host.invalid"], "set JAXLM_TOKEN"),
         ([], "the following arguments are required: --checkpoint"),
