@@ -30,7 +30,7 @@ def test_flags_go_over_the_file_and_words_after_them_over_train() -> None:
         (["--name", "My_Run"], [], "name: Expected `str` matching"),
         ([], ["--model.d-modl", "3"], "--model.d-modl: unknown setting; did you mean --model.d-model?"),
         ([], ["--train.max-steps", "0"], "--train.max-steps 0"),
-        ([], ["--config", "configs/none.toml"], "--config configs/none.toml: cannot be read"),
+        ([], ["--config", "configs/none.toml"], "--config configs/none.toml: there is no such file"),
         ([], ["--resume", "auto"], "train: --resume is added by the launchers; leave it"),
         ([], ["--run.dir", "x"], "train: --run.dir is added by the launchers; give run_dir instead"),
     ],
