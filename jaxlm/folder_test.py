@@ -148,7 +148,7 @@ def test_clean_asks(answer: bytes, left: list[str], tmp_path: Path) -> None:
     )
     os.close(there)
     os.write(here, answer)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=300)
     os.close(here)
     assert "Remove 2 checkpoints, " in output and "[y/N]" in output
     assert (process.returncode, steps(run)) == (0 if len(left) == 1 else 1, left)

@@ -279,7 +279,7 @@ def test_in_a_terminal_texts_are_asked_for(runs: Path) -> None:
     process = subprocess.Popen(command, stdin=there, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     os.close(there)
     os.write(here, b"the cat\n" + b"cat " * 30 + b"\n\x04")
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=300)
     os.close(here)
     assert process.returncode == 0 and "Traceback" not in errors
     assert "the cat" in output and "error: the text has 32 tokens" in errors and "Ctrl-D ends" in errors

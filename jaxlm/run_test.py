@@ -159,7 +159,7 @@ def test_first_ctrl_c_is_a_flag_and_later_ones_are_as_before(capsys: pytest.Capt
     with runs.interrupts(RunLog()) as is_interrupted:
         assert not is_interrupted()
         os.kill(os.getpid(), signal.SIGINT)
-        deadline_s = time.monotonic() + 10
+        deadline_s = time.monotonic() + 120
         while not is_interrupted() and time.monotonic() < deadline_s:
             time.sleep(0.01)
         assert is_interrupted() == 130
@@ -187,7 +187,7 @@ with interrupts(RunLog()):
     process.send_signal(signal.SIGINT)
     assert "once more ends at once" in process.stdout.readline()
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=20)
+    _, stderr = process.communicate(timeout=120)
     assert process.returncode == 130
     assert stderr == "interrupted again: ended at once\n"
 

@@ -58,7 +58,7 @@ def sbatch(folder: Path, tmp_path: Path) -> Callable[..., int]:
         subprocess.run(
             [*command[:script], output, command[script], sys.executable, str(tmp_path / "task.py")],
             check=True,
-            timeout=60,
+            timeout=300,
         )
         return int((folder / "status").read_text())
 

@@ -83,7 +83,7 @@ def launch(folder: Path, tmp_path: Path) -> Launch:
         command = [sys.executable, str(repository / "scripts" / "launch_tpu.py"), verb, *shlex.split(FLAGS)]
         command += ["--tpu.python", sys.executable, "--tpu.setup", "touch installed", *shlex.split(flags)]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
     return run
 
@@ -186,7 +186,7 @@ def test_a_worker_by_itself(tmp_path: Path) -> None:
     def worker(*words: str) -> subprocess.CompletedProcess[str]:
         command = ["bash", "tpu_worker.sh", *words]
         environment = {**os.environ, "HOME": str(home)}
-        return subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=20)
+        return subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=120)
 
     waits = ("start", "bash", "-c", "until [[ -e run/stop ]]; do sleep 0.02; done; exit 7")
 

@@ -265,7 +265,7 @@ def test_interrupt_leaves_nothing(tmp_path):
     with building(tmp_path) as process:
         assert any(name.endswith("train.tokens") for name in leftovers(tmp_path))
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=300)
     assert process.returncode != 0 and "KeyboardInterrupt" in errors
     assert leftovers(tmp_path) == []
 
