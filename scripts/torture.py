@@ -303,15 +303,15 @@ def unmounted(folder: Path, is_quick: bool) -> Iterator[Trial]:
         disk.rename(away)
         yield f"{program}: checkpoint folder gone", "refused by name, nothing removed", refused("gone", absolute, ROOT)
         disk.mkdir()
-        yield f"{program}: checkpoint folder empty", "as above", refused("empty", absolute, ROOT)
+        yield f"{program}: checkpoint folder empty", "refused by name, nothing removed", refused("empty", absolute, ROOT)
         shutil.rmtree(disk)
         wrong = refused("elsewhere", relative, place / "elsewhere")
-        yield f"{program}: from another working directory", "as above", wrong
+        yield f"{program}: from another working directory", "refused by name, nothing removed", wrong
         away.rename(disk)
         shutil.copytree(disk, away)
         for path in [*disk.glob("*/checksums.json"), *disk.glob("*.pt")]:
             path.write_bytes(path.read_bytes()[:-9])
-        yield f"{program}: all checkpoints damaged", "as above", refused("damaged", absolute, ROOT)
+        yield f"{program}: all checkpoints damaged", "refused by name, nothing removed", refused("damaged", absolute, ROOT)
         shutil.rmtree(disk)
         away.rename(disk)
         status = finish(absolute, place / "log2")
