@@ -324,7 +324,7 @@ def unmounted(folder: Path, is_quick: bool) -> Iterator[Trial]:
         run, disk, log = place / "run2", place / "disk2", place / "log3"
         long = command(program, f"{TINY} --train.max-steps 1000000 --run.dir {run} --run.checkpoint-dir {disk}")
         process = start(long, log)
-        wait(lambda disk=disk: len(list(disk.glob("[0-9]*"))) > 0, process, log)  # type: ignore[misc]
+        wait(lambda disk=disk: any([*disk.glob("*/checksums.json"), *disk.glob("*.pt")]), process, log)  # type: ignore[misc]
         disk.rename(away)
         disk.write_text("in the way")  # a folder that cannot be made again
         wait(lambda log=log: "could not be saved" in log.read_text(), process, log)  # type: ignore[misc]
