@@ -39,6 +39,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 Trial = tuple[str, str, list[str]]  # a name, what was tried, and what was wrong
+REFUSED = "refused by name, nothing removed"
 NO_MOUNT = "not tried: a small disk needs root"
 TINY = (
     "--task mlm --model.d-model 16 --model.n-layers 2 --model.n-heads 2 --model.seq-len 16 --model.dropout 0.2 "
@@ -301,17 +302,17 @@ def unmounted(folder: Path, is_quick: bool) -> Iterator[Trial]:
             return wrong + ([] if contents(run) == before else ["the run folder has changed"])
 
         disk.rename(away)
-        yield f"{program}: checkpoint folder gone", "refused by name, nothing removed", refused("gone", absolute, ROOT)
+        yield f"{program}: checkpoint folder gone", REFUSED, refused("gone", absolute, ROOT)
         disk.mkdir()
-        yield f"{program}: checkpoint folder empty", "refused by name, nothing removed", refused("empty", absolute, ROOT)
+        yield f"{program}: checkpoint folder empty", REFUSED, refused("empty", absolute, ROOT)
         shutil.rmtree(disk)
         wrong = refused("elsewhere", relative, place / "elsewhere")
-        yield f"{program}: from another working directory", "refused by name, nothing removed", wrong
+        yield f"{program}: from another working directory", REFUSED, wrong
         away.rename(disk)
         shutil.copytree(disk, away)
         for path in [*disk.glob("*/checksums.json"), *disk.glob("*.pt")]:
             path.write_bytes(path.read_bytes()[:-9])
-        yield f"{program}: all checkpoints damaged", "refused by name, nothing removed", refused("damaged", absolute, ROOT)
+        yield f"{program}: all checkpoints damaged", REFUSED, refused("damaged", absolute, ROOT)
         shutil.rmtree(disk)
         away.rename(disk)
         status = finish(absolute, place / "log2")
