@@ -1,10 +1,11 @@
 """jaxlm: a compact BERT/GPT trainer in JAX and Flax.
 
     loop.py         the training loop of the command `python -m jaxlm.train`; start reading here
-    step.py         one optimizer update and one evaluation step, as pure functions
-    model.py        the transformer; heads.py puts an output layer on it, products.py has what both multiply with
+    step.py         one optimizer update, as a pure function; loss.py has the loss
+    model.py        the transformer; heads.py puts an output layer on it, products.py has what both multiply with,
+                    fused.py attention in one kernel
     parallel.py, distributed.py
-                    devices, and processes, that work as one; SHARDING.md tells it to people
+                    devices and processes that work as one; rendezvous.py lets processes meet; SHARDING.md is the guide
     tasks/          what is trained: mlm, gpt, sst2, cola, pairs; one file each
     data/           text -> articles -> tokens -> samples -> batches (no JAX in it)
     config.py       every setting, with its default, range and unit
@@ -13,6 +14,10 @@
     start.py        what a run starts from; CHECKPOINTS.md tells it to people
     train.py, run.py, log.py, history.py, checksums.py, metrics.py, errors.py, chips.py, flops.py, hugepages.py
                     (no framework in them)
+    utf8.py, terminal.py
+                    how all text is read, and shown on terminals
+    storage.py, temporary.py
+                    where files lie, and how they get their names when they are whole
     predict.py, evaluate.py
                     the commands that use a trained model; USING.md tells them to people. trained.py loads the model,
                     decode.py continues prompts
@@ -24,7 +29,8 @@
                     the commands that look after runs, and draw them; folder.py reads what they tell, page.py has the
                     pieces of a page, environment.py what a run was made with
     convert.py      the command that turns checkpoints into those of torchlm, the original, or safetensors, and back;
-                    formats.py reads and writes them, names.py has the rules for names and layouts
+                    formats.py reads and writes them, public.py models of transformers, names.py has the rules for names
+                    and layouts, tune.py says what is trained
 
 Array names end in their shape, in these letters:
     B batch, T positions, D d_model, H heads, K head size, F feed-forward, V vocabulary, L layers,
