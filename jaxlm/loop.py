@@ -148,6 +148,8 @@ def fit(
     i = position.step
     if i and (i % train.eval_interval == 0 or i == train.max_steps) and i not in run.validation:
         evaluate_and_show(run, compiled, state, i, status)  # which an interrupt has cut short
+    if i >= train.max_steps and i not in checkpoints.steps():  # resumed from another run, with no update left to make
+        checkpoints.save_last(state, _info(run, i, position), run.losses())
     run.log.say("compiling the first update ...")
     tracer = trace.Tracer(run.dir / "trace", run.config.profile, run.log.say, run.log.warn)
     with run.log.training_bar(train.max_steps) as show, contextlib.closing(tracer):

@@ -177,7 +177,7 @@ def test_every_path_of_a_run_has_any_name(program: str, tmp_path: Path, monkeypa
     )
     data, named = ("--data.path", str(texts)), ("--run.dir=gs:/run [1]", "--run.checkpoint-dir", "a:/{*}.__lock\n")
     assert train([*common, *data, *named, "--train.max-steps", "4"]) == 0
-    assert {path.name.removesuffix(".pt") for path in Path("a:", "{*}.__lock\n").iterdir()} == {"4"}
+    assert {path.name.removesuffix(".pt") for path in Path("a:", "{*}.__lock\n").iterdir()} == {".lock", "4"}
     assert runs.main(["verify", "./gs:/run [1]"]) == 0
     assert any(Path("gs:/run [1]/tensorboard").iterdir())
     assert train([*common, *data, named[0], "--resume", "auto", "--train.max-steps", "6"]) == 0

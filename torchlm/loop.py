@@ -122,6 +122,8 @@ def fit(
     i = position.step
     if i and (i % train.eval_interval == 0 or i == train.max_steps) and i not in run.validation:
         evaluate_and_show(run, compiled, state, i, status)  # which an interrupt has cut short
+    if i >= train.max_steps and not mesh.rank and i not in checkpoints.steps():
+        checkpoints.save_last(state, _info(run, i, position), run.losses())  # resumed from another run, no update left
     with run.log.training_bar(train.max_steps) as show:
         meter = runs.Meter(run, _read, show, chips.peak_flops(parallel.device_kind(mesh), mesh.size))
         while i < train.max_steps:
