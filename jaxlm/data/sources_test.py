@@ -1039,7 +1039,6 @@ def test_a_parquet_file_that_repeats_a_large_value_is_refused_in_bounded_memory(
 def refused(path: Path) -> tuple[str, float]:
     """Return what a new process says of a file, and the bytes that it had at most."""
     code = f"""
-import resource
 from jaxlm.config import DataConfig
 from jaxlm.data.sources import open_source
 from jaxlm.errors import UserError
@@ -1047,7 +1046,7 @@ try:
     for _ in open_source(DataConfig(path={str(path)!r}), "text").articles():
         pass
 except UserError as error:
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, error)
+    print(int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0]) * 1024, error)
 """
     peak, _, text = run(code).partition(" ")
     return text, float(peak)
