@@ -338,12 +338,9 @@ def _write_settings(run_dir: Path, config: Config, data: prepare.Data) -> None:
 def _write(path: Path, text: str) -> None:
     if path.is_file() and path.read_bytes() == text.encode():  # a run goes on, maybe on a full disk
         return
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        temporary.replace_text(path, text)
     except OSError as error:
-        storage.remove(temporary)
         raise UserError(
             f"{path}: cannot be written ({error.strerror}); free some space, or give another folder with --run.dir"
         ) from error
