@@ -55,7 +55,7 @@ def is_cut_short(folder: Path) -> bool:
 
 
 def is_ours(folder: Path) -> bool:
-    """Return whether all that is in a folder has the names that a save of jaxlm gives."""
+    """Return whether a folder holds only files and folders that a save of jaxlm writes."""
     children = storage.children(folder)
     inside = [x for child in children if child.is_dir() for x in storage.children(child)]
     return {x.name.split(".")[0] for x in children} <= CONTENTS and {x.name.split(".")[0] for x in inside} <= INSIDE

@@ -172,7 +172,7 @@ def _check_sizes(config: Config, splits: dict[str, Split], samples: dict[str, Sa
 
 
 def _mend(config: Config, split: str, splits: dict[str, Split], samples: dict[str, Samples]) -> str:
-    """Return what to do where a split has too few samples."""
+    """Return the mend for a split that has too few samples."""
     if n := len(samples[split]):
         accumulate = min(n, config.train.accumulate)
         also = f" and train.accumulate to {accumulate}" if accumulate < config.train.accumulate else ""

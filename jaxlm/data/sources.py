@@ -183,7 +183,7 @@ def hash_of(text: str, seed: int) -> float:
 def _articles(
     parts: list[_Part], config: DataConfig, reads: Reads, shares: dict[str, float], ids: Mapping[str, int]
 ) -> Iterator[Article]:
-    """Yield the articles of all parts; `ids` are the numbers of labels. Raises UserError for what is none."""
+    """Yield the articles of all parts; `ids` are the numbers of labels. Raises UserError for a bad row."""
     if reads == "pairs":
         yield from _pairs(parts, config, shares)
         return
@@ -203,7 +203,7 @@ def _articles(
 def _rows(
     part: _Part, config: DataConfig, reads: Reads, shares: dict[str, float]
 ) -> Iterator[tuple[int, str, str, str]]:
-    """Yield number, split, text and label of each row; "": there are no labels. Raises UserError for what is none."""
+    """Yield number, split, text and label of each row; "": there are no labels. Raises UserError for a bad row."""
     for number, text, label in part.rows():
         text = "" if text is None else text
         if not isinstance(text, str):
@@ -673,7 +673,7 @@ def _content_format(path: Path) -> str:
             start = stream.read(utf8.START)
             return "parquet" if start.startswith(PARQUET) and b"\0" in start else ""
     except (OSError, *utf8.DAMAGED):
-        return ""  # which is told when the file is read
+        return ""  # reported when the file is read
 
 
 def _table_format(head: str, config: DataConfig, reads: Reads) -> str:
