@@ -151,13 +151,13 @@ class Checkpoints:
         except UserError:  # a disk that fails
             return []
 
-    def _check_folder(self, step: int, frozen: bool) -> None:
+    def _check_folder(self, step: int, kept: bool) -> None:
         """Raise OSError if a save would go to another disk than earlier ones, or replace what is not of this run."""
         device = storage.device(self.folder)
         if device != self.device and self.own and not self._found():
             raise OSError(f"{self.folder} is on another disk now, without the earlier checkpoints; mount it again")
         self.device = device
-        for name in (str(step), *([checksums.FROZEN] if frozen else [])):
+        for name in (str(step), *([checksums.FROZEN] if kept else [])):
             place = self.folder / name
             if place.is_dir() and not checksums.is_ours(place) or place.is_file():
                 raise OSError(f"{place} is there, and is no checkpoint; move it away")
@@ -166,29 +166,29 @@ class Checkpoints:
 
     def _start(self, step: int, state: TrainState, info: dict[str, Any]) -> None:
         items = parts_of(state)
-        frozen = frozen_of(state)
+        kept = frozen_of(state)
         if distributed.is_first():
-            self._check_folder(step, bool(frozen))
+            self._check_folder(step, bool(kept))
         if not storage.is_remote(self.folder) and distributed.is_first():
-            n_bytes = sum(x.nbytes for x in jax.tree.leaves([items, frozen]))
+            n_bytes = sum(x.nbytes for x in jax.tree.leaves([items, kept]))
             self.folder.mkdir(parents=True, exist_ok=True)
             n_free = shutil.disk_usage(self.folder).free
             if n_free < 1.05 * n_bytes + 1e5:  # and a little for the small files
                 raise OSError(f"it needs {n_bytes / 1e6:,.1f} MB, and {n_free / 1e6:,.1f} MB are free")
         # Once, before the first; what lies there without one is of a run that never had one.
-        if frozen and not (
+        if kept and not (
             self.steps() and distributed.from_first(checksums.is_finished(self.folder / checksums.FROZEN))
         ):
-            self._save_frozen(frozen)
-        self.needs_frozen = bool(frozen)
+            self._save_frozen(kept)
+        self.needs_frozen = bool(kept)
         saved: dict[str, Any] = {name: ocp.args.PyTreeSave(tree) for name, tree in items.items()}
         self.checkpointer.save(
             self.place / str(step), args=ocp.args.Composite(**saved, info=ocp.args.JsonSave(info)), force=True
         )
 
-    def _save_frozen(self, frozen: dict[str, Any]) -> None:
+    def _save_frozen(self, kept: dict[str, Any]) -> None:
         folder = self.folder / checksums.FROZEN
-        saved = {name: ocp.args.PyTreeSave(tree) for name, tree in frozen.items()}
+        saved = {name: ocp.args.PyTreeSave(tree) for name, tree in kept.items()}
         self.checkpointer.save(self.place / folder.name, args=ocp.args.Composite(**saved), force=True)
         self.checkpointer.wait_until_finished()
         if distributed.is_first():

@@ -20,18 +20,22 @@ from jaxlm import (
     fused,
     optim,
     parallel,
+    rollback,
+    run_dir,
     schedule,
+    signals,
     step,
     storage,
+    summary,
     trace,
 )
-from jaxlm import run as runs
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.config import Config
 from jaxlm.data import loader
 from jaxlm.data.position import Position
 from jaxlm.errors import UserError, slow
-from jaxlm.run import Run
+from jaxlm.meter import Meter
+from jaxlm.run import UNSAVED, Run, has_test, identity, info, started
 from jaxlm.start import Start
 from jaxlm.step import TrainState
 from jaxlm.tasks import TASKS, Task
@@ -59,10 +63,10 @@ def run(config: Config, origins: dict[str, str], start: Start, started_s: float)
         builds_caches = distributed.is_first_here()
         if not builds_caches:
             distributed.wait()
-        with runs.started(config, origins, start, TASKS, _describe(mesh, config), started_s) as this:
+        with started(config, origins, start, TASKS, _describe(mesh, config), started_s) as this:
             if builds_caches:
                 distributed.wait()
-            distributed.check_same(runs.identity(this))
+            distributed.check_same(identity(this))
             this.validation.update(distributed.from_first(list(this.validation.items())))
             folder = distributed.shared(storage.checkpoints(this.dir, config.run.checkpoint_dir))
             fresh, compiled = build(this.config, this.task, mesh, this.rewarmed, this.teacher)
@@ -70,9 +74,9 @@ def run(config: Config, origins: dict[str, str], start: Start, started_s: float)
                 this.log.say(parallel.table(mesh, jax.eval_shape(fresh).params, compiled.model))
             state = checkpoint.begin(this, fresh, compiled.shardings)
             # From here on a signal does not end the process, and the run folder stays.
-            status = parallel.any_process(mesh, stack.enter_context(runs.interrupts(this.log)))
+            status = parallel.any_process(mesh, stack.enter_context(signals.interrupts(this.log)))
         stack.enter_context(this)
-        record = functools.partial(runs.record_saved, this.dir)
+        record = functools.partial(run_dir.record_saved, this.dir)
         keep = config.run.keep_checkpoints
         checkpoints = stack.enter_context(Checkpoints(folder, keep, this.log.warn, record))
         state = fit(this, compiled, state, checkpoints, status)
@@ -144,7 +148,7 @@ def fit(
     rows = parallel.rows(mesh, train.batch_size)
     batches = loader.training_batches(samples, train, position, rows)
     key = jax.jit(lambda: jax.random.key(train.seed), out_shardings=parallel.replicated(mesh))()
-    take = parallel.any_process(mesh, runs.FileWatch(run.dir).take)
+    take = parallel.any_process(mesh, signals.FileWatch(run.dir).take)
     i = position.step
     if i and (i % train.eval_interval == 0 or i == train.max_steps) and i not in run.validation:
         evaluate_and_show(run, compiled, state, i, status)  # which an interrupt has cut short
@@ -153,7 +157,7 @@ def fit(
     run.log.say("compiling the first update ...")
     tracer = trace.Tracer(run.dir / "trace", run.config.profile, run.log.say, run.log.warn)
     with run.log.training_bar(train.max_steps) as show, contextlib.closing(tracer):
-        meter = runs.Meter(run, jax.device_get, show, chips.peak_flops(parallel.device_kind(mesh), mesh.size))
+        meter = Meter(run, jax.device_get, show, chips.peak_flops(parallel.device_kind(mesh), mesh.size))
         while i < train.max_steps:
             tracer.begin()
             with jax.profiler.TraceAnnotation(trace.DATA):
@@ -193,8 +197,8 @@ def roll_back(
 ) -> tuple[TrainState, Position]:
     """Return the state of the last checkpoint, and its place in data that go on without the samples of update `bad`."""
     checkpoints.wait()
-    step = runs.step_to_roll_back_to(run, checkpoints.steps(), position, bad)
-    return checkpoints.restore(step, state), runs.without(run, position, step, bad)
+    step = rollback.step_to_return_to(run, checkpoints.steps(), position, bad)
+    return checkpoints.restore(step, state), rollback.without(run, position, step, bad)
 
 
 @slow("scoring the samples of a split")
@@ -220,11 +224,11 @@ def evaluate_and_show(run: Run, compiled: Compiled, state: TrainState, i: int, s
     totals = evaluate(run, compiled, state.params, "validation", status)
     if totals is None:
         return
-    batch = runs.shown_samples(run, compiled.mesh.size)
+    batch = summary.shown_samples(run, compiled.mesh.size)
     rows = parallel.rows(compiled.mesh, len(batch["tokens"]))
     part = parallel.put_batch(compiled.mesh, {name: x[rows] for name, x in batch.items()})
     predictions = np.asarray(compiled.predict(state.params, part))
-    runs.tell_scores(run, i, totals)
+    summary.tell_scores(run, i, totals)
     run.log.samples(i, run.task.show(batch, predictions, run.data.tokenizer), run.config.log.samples)
 
 
@@ -234,11 +238,11 @@ def finish(run: Run, compiled: Compiled, state: TrainState, checkpoints: Checkpo
     first, _, _ = optim.moments(state.opt_state)
     n_all, n_trained = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (state.params, first))
     totals = None
-    if run.validation and runs.has_test(run) and not status():
-        state = runs.best_state(run, last, saved, state, checkpoints.restore)
+    if run.validation and has_test(run) and not status():
+        state = summary.best_state(run, last, saved, state, checkpoints.restore)
         totals = evaluate(run, compiled, state.params, "test", status)
-    is_saved = runs.sum_up(run, last, saved, (n_all, n_trained), totals, checkpoints.summary(), bool(status()))
-    return status() or (0 if is_saved else runs.UNSAVED)
+    is_saved = summary.sum_up(run, last, saved, (n_all, n_trained), totals, checkpoints.summary(), bool(status()))
+    return status() or (0 if is_saved else UNSAVED)
 
 
 def _describe(mesh: Mesh, config: Config) -> str:
@@ -249,13 +253,13 @@ def _describe(mesh: Mesh, config: Config) -> str:
             raise UserError(f"model.attention=fused: {why}; or set model.attention=auto")
         attention = ""
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
-    processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
-    return f"{mesh.size} x {parallel.device_kind(mesh)}{processes}" + (f" ({axes})" if axes else "") + attention
+    in_processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    return f"{mesh.size} x {parallel.device_kind(mesh)}{in_processes}" + (f" ({axes})" if axes else "") + attention
 
 
 def _info(run: Run, i: int, position: Position) -> dict[str, Any]:
     rate = float(schedule.learning_rate(run.config.train, run.rewarmed)(i - 1))
-    return {"format": checkpoint.FORMAT, **runs.info(run, i, position, rate)}
+    return {"format": checkpoint.FORMAT, **info(run, i, position, rate)}
 
 
 def _add(sums: dict[str, Any], totals: Any) -> None:

@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 
-from jaxlm import checksums, folder, formats, runs, storage, used_runs
-from jaxlm import run as trainings
+from jaxlm import checksums, folder, formats, run_dir, runs, storage, used_runs
+from jaxlm import config as configs
 from jaxlm import start as starts
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.checkpoint_test import INFO, state_at
+from jaxlm.config import Config
 from jaxlm.errors import UserError
+from jaxlm.log import RunLog
 from jaxlm.start import LOCK, SAVED, Start
 
 ROW = json.dumps({"step": 6, "split": "validation", "loss": 1.5}) + "\n"
@@ -152,7 +154,7 @@ def before_its_first_save(run: Path) -> None:
 def test_a_run_that_was_stopped_before_its_first_save_begins_anew(run: Path) -> None:
     before_its_first_save(run)
     assert starts.find({"resume": "auto", "run.dir": "run"}, formats.RUN) == Start(is_retry=True)
-    trainings.empty_run_dir(run)
+    run_dir.empty(run)
     assert {path.name for path in run.iterdir()} == {LOCK, "notes.txt"}
 
 
@@ -173,14 +175,14 @@ def test_files_that_a_run_did_not_write_stay(was_there: bool, tmp_path: Path) ->
     path = tmp_path / "a" / "b"
     if was_there:
         path.mkdir(parents=True)
-    config = trainings.configs.replace(trainings.Config(), "run.dir", str(path))
-    _, made = trainings.make_run_dir(config, Start())
+    config = configs.replace(Config(), "run.dir", str(path))
+    _, made = run_dir.make(config, Start())
     for name in ("config.toml", "letter.txt"):
         (path / name).touch()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "events").touch()
     (path / "tensorboard").symlink_to(tmp_path / "mine")
-    trainings.remove_run_dir(path, made)
+    run_dir.remove(path, made)
     assert content(tmp_path) == {"a/b/letter.txt": b"", "mine/events": b""}
 
 
@@ -289,7 +291,7 @@ def test_an_earlier_checkpoint_that_was_set_aside_stays(run: Path, capsys: pytes
         (place / name).mkdir()
         (place / name / "old").touch()
     found = Start("resume", place / "3", damaged=((place / "6", "head/d/x is missing"),))
-    trainings._set_aside(found, place, run, trainings.RunLog())
+    run_dir.set_aside(found, place, run, RunLog())
     assert {path.name for path in place.iterdir()} == {"3", "6.damaged", "6.damaged1", "6.damaged2"}
     Checkpoints(place).close()
     assert {path.name for path in place.iterdir()} == {"3", "6.damaged", "6.damaged1", "6.damaged2"}
@@ -311,7 +313,7 @@ def test_a_checkpoint_that_lost_its_checksums_stays(saved: str | None, stays: bo
     place = run / "checkpoints"
     (place / "6" / checksums.FILE).unlink()
     (run / SAVED).write_text(saved) if saved is not None else (run / SAVED).unlink()
-    trainings._set_aside(Start("resume", place / "3"), place, run, trainings.RunLog())
+    run_dir.set_aside(Start("resume", place / "3"), place, run, RunLog())
     Checkpoints(place).close()  # removes a save that was killed: it was never recorded
     assert {path.name for path in place.iterdir()} == {"3", *(["6.damaged"] if stays else [])}
 
@@ -321,9 +323,9 @@ def test_two_runs_do_not_share_a_folder_of_checkpoints(
     program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    config = trainings.configs.replace(trainings.Config(), "run.checkpoint_dir", str(tmp_path / "a" / "ck"))
+    config = configs.replace(Config(), "run.checkpoint_dir", str(tmp_path / "a" / "ck"))
     with contextlib.ExitStack() as other:
-        made = trainings._lock_checkpoints(other, tmp_path, config.run.checkpoint_dir)
+        made = run_dir.lock_checkpoints(other, tmp_path, config.run.checkpoint_dir)
         assert made == [tmp_path / "a" / "ck" / LOCK, tmp_path / "a" / "ck", tmp_path / "a"]
         before = content(tmp_path)
         argv = ["--task", "gpt", "--run.dir", "new/run", "--run.checkpoint-dir", "a/ck", "--data.path", "missing.txt"]
@@ -344,6 +346,6 @@ def test_each_whole_checkpoint_is_recorded(tmp_path: Path) -> None:
         for step in (3, 7):
             checkpoints.save(state_at(step), INFO | {"step": step}, {})
     assert seen == [3, 7]
-    trainings.record_saved(tmp_path, 7)
+    run_dir.record_saved(tmp_path, 7)
     assert starts.last_saved(tmp_path) == 7
-    trainings.record_saved(tmp_path / "gone", 9)  # the run folder: training goes on
+    run_dir.record_saved(tmp_path / "gone", 9)  # the run folder: training goes on

@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 
-from jaxlm import convert, train
-from jaxlm import run as runs
+from jaxlm import convert, signals, train
 from jaxlm.data import grammar
 
 # Two epochs and a half; updates 5, 10 and 15 are evaluated, at four batches each.
@@ -68,7 +67,7 @@ def interrupted_at(call: int, patch: pytest.MonkeyPatch, number: signal.Signals 
         yield status
 
     with patch.context() as inner:
-        inner.setattr(runs, "interrupts", interrupts)
+        inner.setattr(signals, "interrupts", interrupts)
         yield calls
 
 

@@ -16,10 +16,12 @@ from typing import Any
 import pytest
 
 from jaxlm import config as configs
-from jaxlm import run as runs
+from jaxlm import run_dir, signals, summary
 from jaxlm.config import Config
 from jaxlm.errors import UserError
 from jaxlm.log import RunLog
+from jaxlm.meter import Meter
+from jaxlm.run import Run
 from jaxlm.start import Start
 from jaxlm.tasks import TASKS
 
@@ -30,37 +32,37 @@ def run_dir_config(path: Path | str) -> Config:
 
 def test_default_folders_count_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    made = [runs.make_run_dir(Config(task=task), Start())[0] for task in ("mlm", "mlm", "gpt", "mlm")]
+    made = [run_dir.make(Config(task=task), Start())[0] for task in ("mlm", "mlm", "gpt", "mlm")]
     assert [path.name.rpartition("-")[2] for path in made] == ["1", "2", "1", "3"]
     assert {path.parent for path in made} == {Path("runs")}
     assert made[0].name.startswith("mlm-20") and made[2].name.startswith("gpt-20")
     (tmp_path / made[1]).rmdir()
-    assert runs.make_run_dir(Config(task="mlm"), Start())[0] == made[1]
+    assert run_dir.make(Config(task="mlm"), Start())[0] == made[1]
 
 
 def test_what_was_made_for_a_run_is_removed_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
-    path, made = runs.make_run_dir(run_dir_config(tmp_path / "a" / "b" / "c"), Start())
+    path, made = run_dir.make(run_dir_config(tmp_path / "a" / "b" / "c"), Start())
     (path / "config.toml").write_text("")
     (path / "tensorboard").mkdir()
     (path / "tensorboard" / "events").write_text("")
-    runs.remove_run_dir(path, made)
+    run_dir.remove(path, made)
     assert list(tmp_path.rglob("*")) == [tmp_path / "a"]
 
 
 def test_an_empty_folder_that_was_there_stays(tmp_path: Path) -> None:
-    path, made = runs.make_run_dir(run_dir_config(tmp_path), Start())
+    path, made = run_dir.make(run_dir_config(tmp_path), Start())
     (path / "config.toml").write_text("")
-    runs.remove_run_dir(path, made)
+    run_dir.remove(path, made)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_folders_with_another_run_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    first, second = runs.make_run_dir(Config(), Start()), runs.make_run_dir(Config(), Start())
-    runs.remove_run_dir(*first)
+    first, second = run_dir.make(Config(), Start()), run_dir.make(Config(), Start())
+    run_dir.remove(*first)
     assert list(Path("runs").iterdir()) == [second[0]]
-    runs.remove_run_dir(*second)
+    run_dir.remove(*second)
     assert Path("runs").is_dir()  # the second run did not make it
 
 
@@ -70,17 +72,17 @@ def test_a_folder_that_cannot_be_had_is_a_user_error(name: str, tmp_path: Path) 
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "log.txt").write_text("")
     with pytest.raises(UserError, match=f"run.dir={tmp_path / name}: .* --run.dir|a new folder"):
-        runs.make_run_dir(run_dir_config(tmp_path / name), Start())
+        run_dir.make(run_dir_config(tmp_path / name), Start())
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "log.txt", "used"]
 
 
-def a_run(tmp_path: Path, **train: Any) -> runs.Run:
+def a_run(tmp_path: Path, **train: Any) -> Run:
     """Return a run without samples."""
     config = configs.build({f"train.{name}": value for name, value in train.items()})
     run_log = RunLog()
     run_log.open(tmp_path, [])
     data: Any = None
-    return runs.Run(config, TASKS["gpt"](config), data, tmp_path, run_log, time.monotonic(), "train")
+    return Run(config, TASKS["gpt"](config), data, tmp_path, run_log, time.monotonic(), "train")
 
 
 def update(loss: float) -> dict[str, float]:
@@ -96,7 +98,7 @@ def test_metrics_are_read_one_update_late_and_speed_leaves_out_pauses(tmp_path: 
         read.append(metrics["loss"] / 10)
         return metrics
 
-    meter = runs.Meter(run, device_get, lambda step, text: shown.append((step, text)), peak_flops=1e9)
+    meter = Meter(run, device_get, lambda step, text: shown.append((step, text)), peak_flops=1e9)
     meter.add(1, update(7.0), 1000, 4)
     assert read == [7.0]  # the first is waited for
     meter.add(2, update(6.0), 1000, 4)
@@ -127,7 +129,7 @@ def test_metrics_are_read_one_update_late_and_speed_leaves_out_pauses(tmp_path: 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_its_steps(tmp_path: Path) -> None:
     run = a_run(tmp_path, log_interval=5)
-    meter = runs.Meter(run, lambda metrics: metrics, lambda step, text: None)
+    meter = Meter(run, lambda metrics: metrics, lambda step, text: None)
     meter.add(1, update(7.0), 1, 4)
     meter.add(2, update(6.0), 1, 4)
     meter.add(3, update(float("nan")), 1, 4)
@@ -137,26 +139,26 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_its_steps(tmp_path: Path) -
 
 @pytest.mark.parametrize("first", [1, 41])
 def test_weights_that_never_were_finite_are_not_called_so(tmp_path: Path, first: int) -> None:
-    meter = runs.Meter(a_run(tmp_path, log_interval=1), lambda x: x, lambda step, text: None)
+    meter = Meter(a_run(tmp_path, log_interval=1), lambda x: x, lambda step, text: None)
     with pytest.raises(UserError, match=f"nan at step {first}, and was never finite before; .*weights at the start"):
         meter.add(first, update(float("nan")), 10, 4)
     with pytest.raises(UserError, match="nan at step 3, and was never finite before"):
-        runs.tell_scores(a_run(tmp_path), 3, {"loss": float("nan"), "count": 10, "correct": 0, "bytes": 9})
+        summary.tell_scores(a_run(tmp_path), 3, {"loss": float("nan"), "count": 10, "correct": 0, "bytes": 9})
 
 
 def test_files_are_looked_for_once_a_second_and_taken(tmp_path: Path) -> None:
-    watch = runs.FileWatch(tmp_path)
+    watch = signals.FileWatch(tmp_path)
     assert not watch.take("stop")
     (tmp_path / "stop").touch()
     assert not watch.take("stop")
-    time.sleep(runs.FILE_CHECK_S)
+    time.sleep(signals.FILE_CHECK_S)
     assert watch.take("stop")
     assert not (tmp_path / "stop").exists()
 
 
 def test_first_ctrl_c_is_a_flag_and_later_ones_are_as_before(capsys: pytest.CaptureFixture[str]) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background has it ignored
-    with runs.interrupts(RunLog()) as is_interrupted:
+    with signals.interrupts(RunLog()) as is_interrupted:
         assert not is_interrupted()
         os.kill(os.getpid(), signal.SIGINT)
         deadline_s = time.monotonic() + 120
@@ -174,7 +176,7 @@ def test_second_ctrl_c_ends_the_process_in_the_middle_of_c_code(tmp_path: Path) 
 import hashlib
 from jaxlm.log import RunLog
 from jaxlm.start import Start
-from jaxlm.run import interrupts
+from jaxlm.signals import interrupts
 with interrupts(RunLog()):
     print("begun", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # minutes, in one call
@@ -193,7 +195,7 @@ with interrupts(RunLog()):
 
 
 def test_a_rollback_is_asked_for_from_the_first_bad_update_on(tmp_path: Path) -> None:
-    meter = runs.Meter(a_run(tmp_path, log_interval=1, on_nonfinite="rollback"), lambda x: x, lambda step, text: None)
+    meter = Meter(a_run(tmp_path, log_interval=1, on_nonfinite="rollback"), lambda x: x, lambda step, text: None)
     assert [meter.add(i, update(7.0), 1, 4) for i in (1, 2, 3)] == [0, 0, 0]
     assert meter.add(4, update(float("inf")), 1, 4) == 0
     assert meter.add(5, update(float("nan")), 1, 4) == 4  # found while 5 is under way
@@ -206,7 +208,7 @@ def test_a_rollback_is_asked_for_from_the_first_bad_update_on(tmp_path: Path) ->
 
 def test_a_bad_norm_counts_as_a_bad_loss(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = a_run(tmp_path, log_interval=10, on_nonfinite="skip")
-    meter = runs.Meter(run, lambda metrics: metrics, lambda step, text: None)
+    meter = Meter(run, lambda metrics: metrics, lambda step, text: None)
     for i in range(1, 6):
         assert meter.add(i, update(7.0) | {"grad_norm": math.inf if i in (1, 4) else 2.0}, 1, 4) == 0
     assert run.skipped == [1, 4]
@@ -214,7 +216,7 @@ def test_a_bad_norm_counts_as_a_bad_loss(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_gradient_spikes_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    meter = runs.Meter(a_run(tmp_path), lambda metrics: metrics, lambda step, text: None)
+    meter = Meter(a_run(tmp_path), lambda metrics: metrics, lambda step, text: None)
     norms = {30: 900.0, 70: 21.0, 71: 19.9, 72: 25.0}  # too early, more than ten times 2, not so, and again
     for i in range(1, 80):
         meter.add(i, update(7.0) | {"grad_norm": norms.get(i, 2.0)}, 1, 4)
@@ -229,7 +231,7 @@ def test_gradient_spikes_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[
 HOLDER = """
 import sys
 from pathlib import Path
-from jaxlm.run import lock
+from jaxlm.run_dir import lock
 held = lock(Path(sys.argv[1]))
 print("held", flush=True)
 sys.stdin.read()
@@ -241,14 +243,14 @@ def test_a_second_process_is_refused_and_a_killed_one_leaves_no_lock(tmp_path: P
     first = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], **pipes)
     assert first.stdout is not None and first.stdout.readline() == "held\n"
     with pytest.raises(UserError, match=f"process {first.pid} on {socket.gethostname()} works in it; wait for it"):
-        runs.lock(tmp_path)
+        run_dir.lock(tmp_path)
     first.kill()
     first.communicate()
-    with runs.lock(tmp_path):
+    with run_dir.lock(tmp_path):
         assert (tmp_path / ".lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}\n"
         with pytest.raises(UserError, match=f"process {os.getpid()} on "):  # whoever asks
-            runs.lock(tmp_path)
-    runs.lock(tmp_path).close()
+            run_dir.lock(tmp_path)
+    run_dir.lock(tmp_path).close()
 
 
 @pytest.mark.parametrize(
@@ -258,12 +260,12 @@ def test_a_run_that_fails_lets_go_of_its_folder_and_removes_it_before_its_first_
     is_first_update_done: bool, left: set[str], tmp_path: Path
 ) -> None:
     (tmp_path / "run").mkdir()
-    run = dataclasses.replace(a_run(tmp_path / "run"), lock=runs.lock(tmp_path / "run"))
+    run = dataclasses.replace(a_run(tmp_path / "run"), lock=run_dir.lock(tmp_path / "run"))
     (run.dir / "file").touch()
     run.undo.append(lambda: shutil.rmtree(run.dir))
     with pytest.raises(MemoryError), run:
         if is_first_update_done:
-            meter = runs.Meter(run, lambda metrics: metrics, lambda step, text: None)
+            meter = Meter(run, lambda metrics: metrics, lambda step, text: None)
             meter.add(1, update(7.0), 1, 4)
         raise MemoryError
     assert {path.name for path in tmp_path.glob("run/*")} == left

@@ -100,7 +100,7 @@ def clean(paths: Sequence[Path], is_sure: bool) -> int:
 
     The best one of each run stays, and the last of one that can go on. Runs at work are left alone.
     """
-    from jaxlm import run as trainings
+    from jaxlm import run_dir
 
     with contextlib.ExitStack() as stack:
         spare: list[folder.Checkpoint] = []
@@ -108,7 +108,7 @@ def clean(paths: Sequence[Path], is_sure: bool) -> int:
             if run.state == folder.RUNNING:
                 print(f"{run.path}: {run.owner} works in it; left alone")
                 continue
-            stack.enter_context(trainings.lock(run.path))  # against a process that starts meanwhile
+            stack.enter_context(run_dir.lock(run.path))  # against a process that starts meanwhile
             found, why = _spare(folder.read(run.path))
             if why:
                 print(f"{run.path}: {why}; left alone")

@@ -15,8 +15,7 @@ from typing import Any
 import pytest
 
 import jaxlm.train
-from jaxlm import folder, history
-from jaxlm import run as runs
+from jaxlm import folder, history, run, summary
 from jaxlm.errors import UserError
 from jaxlm.log import RunLog
 from torchlm import checkpoint, train
@@ -85,7 +84,7 @@ def test_the_end_lists_what_was_saved(
     output, errors = capsys.readouterr()
     checkpoints.symlink_to(elsewhere)
     saved, is_lost = steps_on_disk(run), 6 in blocked
-    assert status == (runs.UNSAVED if is_lost else 0)
+    assert status == (run.UNSAVED if is_lost else 0)
     assert "There are no scores" not in output and "loss (lower is better)" in output
     listed = listing(output)
     assert {name for name in listed if "/" not in name} == {path.name for path in run.iterdir()} & set(listed)
@@ -156,7 +155,7 @@ def test_a_disk_that_is_full_from_some_row_on(
         assert (disk / "run" / "samples.txt").read_text().count("--- step") == 3
         assert "not written" not in output + errors
     else:
-        assert status == runs.UNSAVED and logged(disk / "run") == []
+        assert status == run.UNSAVED and logged(disk / "run") == []
         assert "checkpoints" not in listing(output) and "Use it" not in output
         assert re.search(r"metrics.jsonl: \d+ entries not written \(No space left on device\)", errors)
         assert folder.read(disk / "run").state != "finished"
@@ -165,7 +164,7 @@ def test_a_disk_that_is_full_from_some_row_on(
 def test_a_rollback_on_a_full_disk(disk: Path, texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     at_row(5, lambda: fill(disk), monkeypatch)  # after the first checkpoint
     monkeypatch.setattr("torchlm.loop._read", spoiled(at=4))
-    assert trained(texts, disk / "run", "--train.on-nonfinite rollback") == runs.UNSAVED
+    assert trained(texts, disk / "run", "--train.on-nonfinite rollback") == run.UNSAVED
     steps = [step for step, split in logged(disk / "run") if split == "train"]
     assert steps == sorted(set(steps)) and steps[:3] == [1, 2, 3]
 
@@ -194,11 +193,11 @@ def test_a_best_checkpoint_that_is_damaged_makes_room_for_the_next(capsys: pytes
         return f"restored {step}"
 
     saved = [2, 4, 6]
-    assert runs.best_state(run, 6, saved, "last", restore) == "restored 6" and saved == [6]
+    assert summary.best_state(run, 6, saved, "last", restore) == "restored 6" and saved == [6]
     assert capsys.readouterr().err.count("is missing") == 2
     # The last state, which is in memory, counts where it is not saved.
-    assert runs.best_state(run, 8, [6], "last", restore) == "last"
-    assert runs.best_state(run, 8, [2, 6], "last", restore) == "last"
+    assert summary.best_state(run, 8, [6], "last", restore) == "last"
+    assert summary.best_state(run, 8, [2, 6], "last", restore) == "last"
 
 
 def test_a_log_that_cannot_be_read_does_not_stop_a_resume(
@@ -284,7 +283,7 @@ def test_jaxlm_on_a_full_disk(disk: Path, texts: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("jaxlm.checkpoint.PAUSES_S", (0, 0))
     at_row(3, lambda: fill(disk), monkeypatch)
     settings = f"{SIZES.format(texts=texts)} --train.max-steps 4 --run.dir {disk / 'run'}"
-    assert jaxlm.train.main(settings.split()) == runs.UNSAVED
+    assert jaxlm.train.main(settings.split()) == run.UNSAVED
     output, errors = capsys.readouterr()
     assert "checkpoints" not in listing(output) and "loss (lower is better)" in output
     assert "the weights of step 4 are not saved" in errors

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from jaxlm import chips, flops, storage
-from jaxlm import run as runs
+from jaxlm import chips, flops, rollback, run_dir, signals, storage, summary
 from jaxlm.config import Config
 from jaxlm.data import loader
 from jaxlm.data.position import Position
 from jaxlm.errors import UserError, slow
-from jaxlm.run import Run
+from jaxlm.meter import Meter
+from jaxlm.run import UNSAVED, Run, has_test, info, started
 from jaxlm.start import Start
 from jaxlm.teacher import Teacher
 from torchlm import checkpoint, distill, optim, parallel, schedule, step
@@ -47,17 +47,17 @@ def run(config: Config, origins: dict[str, str], start: Start, started_s: float)
         config = stack.enter_context(parallel.joined(mesh, config))
         if mesh.rank:
             parallel.wait(mesh)  # for the caches, which the first process makes
-        with runs.started(config, origins, start, TASKS, device, started_s, "python -m torchlm.train") as this:
+        with started(config, origins, start, TASKS, device, started_s, "python -m torchlm.train") as this:
             if not mesh.rank:
                 parallel.wait(mesh)
             fresh, compiled = build(this.config, this.task, mesh, this.rewarmed, this.teacher)
             state = checkpoint.begin(this, fresh)
             # From here on a signal does not end the process, and the run folder stays.
-            status = stack.enter_context(runs.interrupts(this.log))
+            status = stack.enter_context(signals.interrupts(this.log))
         status = parallel.any_process(mesh, status)
         stack.enter_context(this)
         folder = storage.checkpoints(this.dir, config.run.checkpoint_dir)
-        record = functools.partial(runs.record_saved, this.dir)
+        record = functools.partial(run_dir.record_saved, this.dir)
         keep = config.run.keep_checkpoints
         checkpoints = stack.enter_context(Checkpoints(folder, keep, this.log.warn, record))
         state = fit(this, compiled, state, checkpoints, status)
@@ -118,14 +118,14 @@ def fit(
     rows = parallel.rows(mesh, train.batch_size)
     batches = loader.training_batches(samples, train, position, rows)
     key = (train.seed, mesh.rank)
-    take = parallel.any_process(mesh, runs.FileWatch(run.dir).take)
+    take = parallel.any_process(mesh, signals.FileWatch(run.dir).take)
     i = position.step
     if i and (i % train.eval_interval == 0 or i == train.max_steps) and i not in run.validation:
         evaluate_and_show(run, compiled, state, i, status)  # which an interrupt has cut short
     if i >= train.max_steps and not mesh.rank and i not in checkpoints.steps():
         checkpoints.save_last(state, _info(run, i, position), run.losses())  # resumed from another run, no update left
     with run.log.training_bar(train.max_steps) as show:
-        meter = runs.Meter(run, _read, show, chips.peak_flops(parallel.device_kind(mesh), mesh.size))
+        meter = Meter(run, _read, show, chips.peak_flops(parallel.device_kind(mesh), mesh.size))
         while i < train.max_steps:
             batch, i = next(batches), i + 1
             state, metrics = compiled.update(state, parallel.put_batch(mesh, batch), key, compiled.teacher)
@@ -162,8 +162,8 @@ def roll_back(
 ) -> tuple[TrainState, Position]:
     """Return the state of the last checkpoint, and its place in data that go on without the samples of update `bad`."""
     folder = parallel.from_first(checkpoints.folder)  # which every process reads
-    step = runs.step_to_roll_back_to(run, Checkpoints(folder).steps(), position, bad)
-    return Checkpoints(folder).restore(step, state), runs.without(run, position, step, bad)
+    step = rollback.step_to_return_to(run, Checkpoints(folder).steps(), position, bad)
+    return Checkpoints(folder).restore(step, state), rollback.without(run, position, step, bad)
 
 
 @slow("scoring the samples of a split")
@@ -191,9 +191,9 @@ def evaluate_and_show(run: Run, compiled: Compiled, state: TrainState, i: int, s
     totals = evaluate(run, compiled, state.model, "validation", status)
     if totals is None:
         return
-    batch = runs.shown_samples(run, 1)
+    batch = summary.shown_samples(run, 1)
     predictions = compiled.predict(state.model, parallel.put_batch(compiled.mesh, batch)).cpu().numpy()
-    runs.tell_scores(run, i, totals)
+    summary.tell_scores(run, i, totals)
     run.log.samples(i, run.task.show(batch, predictions, run.data.tokenizer), run.config.log.samples)
 
 
@@ -203,17 +203,17 @@ def finish(run: Run, compiled: Compiled, state: TrainState, checkpoints: Checkpo
     parameters = list(state.model.parameters())
     sizes = sum(x.numel() for x in parameters), sum(x.numel() for x in parameters if x.requires_grad)
     totals = None
-    if run.validation and runs.has_test(run) and not status():
+    if run.validation and has_test(run) and not status():
         if not compiled.mesh.rank:
-            state = runs.best_state(run, last, saved, state, checkpoints.restore)
+            state = summary.best_state(run, last, saved, state, checkpoints.restore)
         parallel.copy_from_first(compiled.mesh, state.model)
         totals = evaluate(run, compiled, state.model, "test", status)
-    is_saved = runs.sum_up(run, last, saved, sizes, totals, checkpoints.summary(), bool(status()))
-    return parallel.from_first(status() or (0 if is_saved else runs.UNSAVED))
+    is_saved = summary.sum_up(run, last, saved, sizes, totals, checkpoints.summary(), bool(status()))
+    return parallel.from_first(status() or (0 if is_saved else UNSAVED))
 
 
 def _info(run: Run, i: int, position: Position) -> dict[str, Any]:
-    return runs.info(run, i, position, schedule.learning_rate(run.config.train, run.rewarmed)(i - 1))
+    return info(run, i, position, schedule.learning_rate(run.config.train, run.rewarmed)(i - 1))
 
 
 def _read(metrics: dict[str, Any]) -> dict[str, Any]:

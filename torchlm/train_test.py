@@ -156,7 +156,7 @@ def test_the_file_stop_ends_a_run_with_its_scores(
     texts: Path, labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_dir, losses = tmp_path / "run", []
-    monkeypatch.setattr("jaxlm.run.FILE_CHECK_S", 0)
+    monkeypatch.setattr("jaxlm.signals.FILE_CHECK_S", 0)
 
     def put_stop(*args: object) -> None:
         losses.append(args)

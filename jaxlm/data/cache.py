@@ -213,28 +213,28 @@ def _check_structure(name: str, split: Split, n_ids: int) -> None:
 
 
 def _build(source: Source, tokenizer: Tokenizer, folder: Path, on_progress: Callable[[int], None]) -> None:
-    temporary = temporaries.name_for(folder)
+    unfinished = temporaries.name_for(folder)
     n_ids = tokenizers.n_ids(tokenizer)
     try:
-        shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed and had the same number
-        temporary.mkdir(parents=True)
-        with temporaries.claimed(temporary):
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed and had the same number
+        unfinished.mkdir(parents=True)
+        with temporaries.claimed(unfinished):
             with contextlib.ExitStack() as stack:
                 # Plain writes: a full disk under a memory map would kill the process instead of raising.
-                files = {name: stack.enter_context(open(temporary / name, "wb")) for name in _dtypes(n_ids)}
+                files = {name: stack.enter_context(open(unfinished / name, "wb")) for name in _dtypes(n_ids)}
                 _write(source.articles(), tokenizer, files, _dtypes(n_ids), on_progress)
             for name in files:
-                temporaries.fsync(temporary / name)
+                temporaries.fsync(unfinished / name)
             token = _dtypes(n_ids)["train.tokens"].name
-            _write_meta(temporary, {"dtype": token, "source": source.description}, n_ids)
-        _move(temporary, folder, n_ids)
+            _write_meta(unfinished, {"dtype": token, "source": source.description}, n_ids)
+        _move(unfinished, folder, n_ids)
     except OSError as error:
         raise UserError(
-            f"{temporary}: the token cache cannot be written ({error.strerror}); "
+            f"{unfinished}: the token cache cannot be written ({error.strerror}); "
             "free some space, or choose another folder with --data.cache-dir"
         ) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _write_meta(folder: Path, meta: dict[str, Any], n_ids: int) -> None:
@@ -250,10 +250,10 @@ def _write_meta(folder: Path, meta: dict[str, Any], n_ids: int) -> None:
     (folder / CHECKED).write_text(json.dumps(states))
 
 
-def _move(temporary: Path, folder: Path, n_ids: int) -> None:
+def _move(unfinished: Path, folder: Path, n_ids: int) -> None:
     """Give a built cache its name. A damaged one in its place goes; a good one, which another process built, stays."""
     try:
-        temporary.rename(folder)
+        unfinished.rename(folder)
     except OSError as error:
         if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
             raise
@@ -266,7 +266,7 @@ def _move(temporary: Path, folder: Path, n_ids: int) -> None:
             with contextlib.suppress(FileNotFoundError):  # another process has just done the same
                 folder.rename(aside)
                 storage.remove(aside)
-            _move(temporary, folder, n_ids)
+            _move(unfinished, folder, n_ids)
     temporaries.fsync(folder.parent)
 
 
