@@ -17,7 +17,7 @@ os.environ |= {
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     "XLA_FLAGS": XLA_FLAGS,
     "OMP_NUM_THREADS": "1",
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=0",  # or commands start anew (jaxlm/hugepages.py)
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=0",  # or commands start anew (jaxlm/runtime/huge_pages.py)
 }
 
 

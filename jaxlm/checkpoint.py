@@ -22,15 +22,20 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from jaxlm import checksums, convert, distributed, formats, names, optim, start, storage, tune
 from jaxlm import config as configs
+from jaxlm import convert, optim
 from jaxlm.config import Config
 from jaxlm.errors import UserError, slow
-from jaxlm.run import Run
+from jaxlm.io import checksums, storage
+from jaxlm.params import frozen, names
+from jaxlm.runtime import processes
 from jaxlm.step import TrainState
+from jaxlm.training import resume
+from jaxlm.training.run import Run
+from jaxlm.weights import formats
 
 FORMAT = formats.RUN_FORMAT
-PARTS = start.PARTS
+PARTS = resume.PARTS
 PAUSES_S = (0.0, 1.0, 4.0)  # before the tries to save the last state
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what it does, and what it raises, too
 
@@ -61,10 +66,10 @@ class Checkpoints:
         self.failure: UserError | None = None
         self.own: set[int] = set()
         self.device = storage.device(self.folder)
-        if distributed.is_first():
+        if processes.is_first():
             remove_unfinished(self.folder)
             self.own = {step for step, path in checksums.finished_in(self.folder) if path.is_dir()}
-        distributed.wait()
+        processes.wait()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -103,7 +108,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Return the steps of all that is whole."""
-        return distributed.from_first(self._found())
+        return processes.from_first(self._found())
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """Return the state saved at `step`, with the shapes, types and placement of `like`.
@@ -113,12 +118,12 @@ class Checkpoints:
         self.wait()
         path = self.folder / str(step)
         problem = ""
-        if distributed.is_first():
+        if processes.is_first():
             try:
                 formats.check_run(path)
             except UserError as error:
                 problem = str(error)
-        if problem := distributed.from_first(problem):
+        if problem := processes.from_first(problem):
             raise UserError(problem)
         return restore(path, like, is_checked=True)
 
@@ -129,7 +134,7 @@ class Checkpoints:
             self.finishing = None
             if self.failure:
                 raise self.failure
-            distributed.wait()  # for the first, which has made it whole
+            processes.wait()  # for the first, which has made it whole
 
     def summary(self) -> str:
         """Return a line on the saves so far."""
@@ -167,18 +172,16 @@ class Checkpoints:
     def _start(self, step: int, state: TrainState, info: dict[str, Any]) -> None:
         items = parts_of(state)
         kept = frozen_of(state)
-        if distributed.is_first():
+        if processes.is_first():
             self._check_folder(step, bool(kept))
-        if not storage.is_remote(self.folder) and distributed.is_first():
+        if not storage.is_remote(self.folder) and processes.is_first():
             n_bytes = sum(x.nbytes for x in jax.tree.leaves([items, kept]))
             self.folder.mkdir(parents=True, exist_ok=True)
             n_free = shutil.disk_usage(self.folder).free
             if n_free < 1.05 * n_bytes + 1e5:  # and a little for the small files
                 raise OSError(f"it needs {n_bytes / 1e6:,.1f} MB, and {n_free / 1e6:,.1f} MB are free")
         # Once, before the first; what lies there without one is of a run that never had one.
-        if kept and not (
-            self.steps() and distributed.from_first(checksums.is_finished(self.folder / checksums.FROZEN))
-        ):
+        if kept and not (self.steps() and processes.from_first(checksums.is_finished(self.folder / checksums.FROZEN))):
             self._save_frozen(kept)
         self.needs_frozen = bool(kept)
         saved: dict[str, Any] = {name: ocp.args.PyTreeSave(tree) for name, tree in items.items()}
@@ -191,15 +194,15 @@ class Checkpoints:
         saved = {name: ocp.args.PyTreeSave(tree) for name, tree in kept.items()}
         self.checkpointer.save(self.place / folder.name, args=ocp.args.Composite(**saved), force=True)
         self.checkpointer.wait_until_finished()
-        if distributed.is_first():
+        if processes.is_first():
             checksums.write(folder)
-        distributed.wait()
+        processes.wait()
 
     def _finish(self, step: int, losses: Mapping[int, float]) -> None:
         """Make the checkpoint whole, and only then remove those that it replaces."""
         try:
             self.checkpointer.wait_until_finished()
-            if distributed.is_first():
+            if processes.is_first():
                 formats.check_opens(self.folder / str(step))
                 checksums.write(self.folder / str(step), self.needs_frozen)
                 self.own.add(step)
@@ -208,9 +211,9 @@ class Checkpoints:
         except Exception as error:
             self._failed(step, error)
             return
-        if distributed.is_first():
+        if processes.is_first():
             steps = self._found()
-            for old in set(steps[: -self.keep]) - {start.best(steps, losses)}:
+            for old in set(steps[: -self.keep]) - {resume.best(steps, losses)}:
                 try:
                     checksums.remove(self.folder / str(old))
                 except Exception as error:  # of a disk or a network that fails
@@ -260,26 +263,26 @@ def begin(run: Run, fresh: Callable[[], TrainState], shardings: TrainState) -> T
         state = jax.device_put(with_parts(state, parts, step), shardings)
     trees = {"optimizer": parts_of(state)["optimizer"], **state.params}
     sizes = {name: [x.size for x in jax.tree.leaves(tree)] for name, tree in trees.items()}
-    run.log.say(start.table(begun, sizes))
+    run.log.say(resume.table(begun, sizes))
     return state
 
 
 def parts_of(state: TrainState) -> dict[str, Any]:
     """Return what a checkpoint has of a state, by part; of weights, those that are trained."""
     first, second, count = optim.moments(state.opt_state)
-    trained, _ = tune.apart(state.params, first)
+    trained, _ = frozen.apart(state.params, first)
     return {**trained, "optimizer": {"first_moment": first, "second_moment": second, "count": count}}
 
 
 def frozen_of(state: TrainState) -> dict[str, Any]:
     """Return what all checkpoints of a run have of a state, by part: the weights that are not trained."""
-    return tune.apart(state.params, optim.moments(state.opt_state)[0])[1]
+    return frozen.apart(state.params, optim.moments(state.opt_state)[0])[1]
 
 
 def remove_unfinished(folder: Path) -> None:
     """Remove what a save that never came to its end has left."""
     for path in storage.children(folder):
-        if start.DAMAGED not in path.name and checksums.is_cut_short(path):
+        if resume.DAMAGED not in path.name and checksums.is_cut_short(path):
             storage.remove(path)
 
 
@@ -307,7 +310,7 @@ def restore(
 
 def with_parts(state: TrainState, parts: Mapping[str, Any], step: int) -> TrainState:
     """Return a state with some parts replaced, in the form that `parts_of` gives them, at an update number."""
-    params = tune.with_trained(state.params, {name: parts[name] for name in ("base", "head") if name in parts})
+    params = frozen.with_trained(state.params, {name: parts[name] for name in ("base", "head") if name in parts})
     opt_state = state.opt_state
     if "optimizer" in parts:
         part = parts["optimizer"]
@@ -323,11 +326,11 @@ def load_model(path: str | Path) -> tuple[nnx.Module, Config]:
     A run has that of its best checkpoint. Nothing of jaxlm's optimizer is read. A model without an output layer returns
     hidden states.
     """
-    found = start.to_use(path)
+    found = resume.to_use(path)
     return model_of(found, found.config()), found.config()
 
 
-def model_of(found: start.Start, config: Config) -> nnx.Module:
+def model_of(found: resume.Start, config: Config) -> nnx.Module:
     """Return the model of a checkpoint that was found; `config` has its settings, but for train.precision, say."""
     from jaxlm.heads import BaseModel
     from jaxlm.tasks import TASKS
@@ -381,7 +384,7 @@ def _parts_of_file(path: Path, config: Config, parts: Sequence[str], is_base: bo
     snapshot, shapes = convert.read(path), names.shapes(config)
     if is_base:  # for another run, which has adapters of its own
         snapshot, shapes = convert.merged(snapshot), names.without_adapters(shapes)
-    weights = names.check(*start.fitting(snapshot.weights, shapes, parts), str(path))
+    weights = names.check(*resume.fitting(snapshot.weights, shapes, parts), str(path))
     found = names.to_jax(weights)
     if "optimizer" in parts:
         trained = names.trained(config.model, weights)

@@ -21,8 +21,9 @@ import msgspec
 import tomli_w
 from msgspec import Meta
 
-from jaxlm import storage, terminal, utf8
+from jaxlm import terminal
 from jaxlm.errors import UserError, nearest
+from jaxlm.io import storage, utf8
 
 MOST = 2**31 - 1  # what the integers of the libraries below hold
 Count = Annotated[int, Meta(ge=0, le=MOST)]

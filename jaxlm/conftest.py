@@ -32,11 +32,12 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess
 
 @pytest.fixture(scope="session")
 def stored_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from jaxlm import formats, start_test
+    from jaxlm.training import resume_test
+    from jaxlm.weights import formats
 
     folder = tmp_path_factory.mktemp("stored")
-    start_test.write_run(folder / "jaxlm", formats.RUN)
-    start_test.write_run(folder / "torchlm", formats.CHECKPOINT_1_2)
+    resume_test.write_run(folder / "jaxlm", formats.RUN)
+    resume_test.write_run(folder / "torchlm", formats.CHECKPOINT_1_2)
     return folder
 
 

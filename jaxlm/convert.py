@@ -18,12 +18,15 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from jaxlm import config as configs
-from jaxlm import formats, names, public, storage, terminal, utf8
+from jaxlm import terminal
 from jaxlm.config import Config, TokenizerConfig
-from jaxlm.data import tokenizer as tokenizers
+from jaxlm.data import tokenization
 from jaxlm.errors import UserError, nearest, reported, slow
-from jaxlm.formats import CHECKPOINT_1_2, RUN, SAFETENSORS, STATE_DICT, Snapshot, Stored
-from jaxlm.names import Arrays
+from jaxlm.io import storage, utf8
+from jaxlm.params import names
+from jaxlm.params.names import Arrays
+from jaxlm.weights import formats, huggingface
+from jaxlm.weights.formats import CHECKPOINT_1_2, RUN, SAFETENSORS, STATE_DICT, Snapshot, Stored
 
 TABLE = "base.embedding.token.weight"
 
@@ -34,10 +37,10 @@ def main(argv: list[str] | None = None) -> int:
     with reported(debug=False):
         args = _parse(sys.argv[1:] if argv is None else argv)
         if args.inspect:
-            inspect(load(public.find(args.inspect)))
+            inspect(load(huggingface.find(args.inspect)))
         else:
             config = configs.load(["--config", args.config])[0] if args.config else None
-            _convert(public.find(args.source), Path(args.target), config, args.state_dict, args.family)
+            _convert(huggingface.find(args.source), Path(args.target), config, args.state_dict, args.family)
     return 0
 
 
@@ -70,11 +73,13 @@ def write(path: Path, snapshot: Snapshot, form: str, tokenizer: Tokenizer | None
     temporary = path.with_name(f".jaxlm.{os.getpid()}.tmp")
     try:
         if form.startswith(formats.TRANSFORMERS):
-            public.write(temporary, snapshot, public.FAMILIES[form.removeprefix(formats.TRANSFORMERS)], tokenizer)
+            huggingface.write(
+                temporary, snapshot, huggingface.FAMILIES[form.removeprefix(formats.TRANSFORMERS)], tokenizer
+            )
         else:
             formats.WRITERS[form](temporary, snapshot)
         if form == RUN and tokenizer is not None:
-            tokenizers.save(tokenizer, temporary / "tokenizer.json")
+            tokenization.save(tokenizer, temporary / "tokenizer.json")
         temporary.rename(path)
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"{path}: cannot be written: {formats.reason(error)}") from error
@@ -99,7 +104,7 @@ def merged(snapshot: Snapshot) -> Snapshot:
 def load(path: Path) -> Stored:
     """Return what is in a file or folder, its form told by its content. Raises UserError if it is of none."""
     if path.is_dir():
-        return public.load(path) if public.is_model(path) else formats.load_run(path)
+        return huggingface.load(path) if huggingface.is_model(path) else formats.load_run(path)
     try:
         with open(path, "rb") as file:
             start = file.read(utf8.START)
@@ -120,7 +125,7 @@ def inspect(stored: Stored) -> None:
     """Print what is in a file or folder: what it tells of itself, parameters by part, and a table of its tensors."""
     from rich.table import Table
 
-    from jaxlm.log import Console
+    from jaxlm.training.log import Console
 
     is_plain = not sys.stdout.isatty()
     console = Console()
@@ -188,7 +193,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--config", metavar="FILE", help="settings of a SOURCE that has none: its run's config.toml")
     parser.add_argument("--state-dict", action="store_true", help="write TARGET as torchlm's state dict: weights alone")
     parser.add_argument(
-        "--as", dest="family", metavar="FAMILY", choices=public.FAMILIES, help=f"write {', '.join(public.FAMILIES)}"
+        "--as",
+        dest="family",
+        metavar="FAMILY",
+        choices=huggingface.FAMILIES,
+        help=f"write {', '.join(huggingface.FAMILIES)}",
     )
     parser.add_argument(
         "--inspect", metavar="FILE", help="print names, shapes, dtypes and norms of what is in a SOURCE, and stop"
@@ -237,10 +246,10 @@ def _convert(source: Path, target: Path, config: Config | None, as_state_dict: b
 def _tokenizer(source: Path, snapshot: Snapshot) -> Tokenizer | None:
     """Return the tokenizer of a run, of the run of a checkpoint, or of a model of transformers; None if it is gone."""
     for folder in (source, source.parent.parent):
-        if not storage.is_remote(folder) and any((folder / name).is_file() for name in public.TOKENIZER):
+        if not storage.is_remote(folder) and any((folder / name).is_file() for name in huggingface.TOKENIZER):
             config = TokenizerConfig(path=str(folder), lowercase=snapshot.config.tokenizer.lowercase)
-            tokenizer, wanted = tokenizers.read(config), snapshot.info["tokenizer"]
-            if wanted in (None, tokenizers.fingerprint(tokenizer)):
+            tokenizer, wanted = tokenization.read(config), snapshot.info["tokenizer"]
+            if wanted in (None, tokenization.fingerprint(tokenizer)):
                 return tokenizer
     return None
 

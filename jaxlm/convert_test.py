@@ -20,12 +20,13 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from jaxlm import config as configs
-from jaxlm import convert, names, optim, parallel, schedule, step
+from jaxlm import convert, optim, parallel, schedule, step
 from jaxlm import loop as jax_loop
 from jaxlm import tasks as jax_tasks
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.config import Config
-from jaxlm.formats import CHECKPOINT_1_2, RUN, SAFETENSORS, STATE_DICT, Snapshot
+from jaxlm.params import names
+from jaxlm.weights.formats import CHECKPOINT_1_2, RUN, SAFETENSORS, STATE_DICT, Snapshot
 from torchlm import checkpoint as torch_checkpoint
 from torchlm import loop as torch_loop
 from torchlm import parallel as torch_parallel

@@ -13,9 +13,10 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
 
-from jaxlm import names, parallel
+from jaxlm import parallel
 from jaxlm.loss import Totals
-from jaxlm.teacher import Teacher
+from jaxlm.params import names
+from jaxlm.training.teacher import Teacher
 
 
 def model_of(teacher: Teacher, task: Any, mesh: Mesh) -> nnx.Module:

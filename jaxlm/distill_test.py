@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from jaxlm import config as configs
-from jaxlm import convert, distill, parallel, start, teacher, train, used_runs
+from jaxlm import convert, distill, parallel, train
 from jaxlm.errors import UserError
-from jaxlm.formats import RUN
 from jaxlm.tasks import TASKS
-from jaxlm.teacher import Teacher
+from jaxlm.testing import tiny_runs
+from jaxlm.training import resume, teacher
+from jaxlm.training.teacher import Teacher
+from jaxlm.weights.formats import RUN
 from torchlm import train as torch_train
 
 SETTINGS = (
@@ -25,7 +27,7 @@ SETTINGS = (
 
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return used_runs.write(tmp_path_factory.mktemp("runs") / "teacher", "mlm", **{"model.n_layers": 4})
+    return tiny_runs.write(tmp_path_factory.mktemp("runs") / "teacher", "mlm", **{"model.n_layers": 4})
 
 
 def test_losses_are_those_of_pytorch() -> None:
@@ -51,7 +53,7 @@ def test_losses_are_those_of_pytorch() -> None:
 def test_a_teacher_taught_by_itself_has_nothing_to_learn_and_no_dropout() -> None:
     config = configs.build({"task": "sst2", "model.vocab_size": 11, "model.d_model": 12, "model.n_heads": 3})
     config = configs.replace(configs.replace(config, "model.dropout", 0.5), "distill.hard_weight", 0.0)
-    weights = used_runs.weights(config, 1)
+    weights = tiny_runs.weights(config, 1)
     task = TASKS["sst2"](config)
     model = distill.model_of(Teacher(config, weights, ""), task, parallel.make_mesh(config, jax.devices()[:1]))
     batch: Any = {"tokens": np.arange(1, 11).reshape(2, 5), "labels": np.array([0, 1])}
@@ -61,7 +63,7 @@ def test_a_teacher_taught_by_itself_has_nothing_to_learn_and_no_dropout() -> Non
 
 def test_a_student_has_evenly_spaced_layers_and_all_else() -> None:
     config = configs.build({"task": "mlm", "model.n_layers": 6, "model.vocab_size": 9, "model.d_model": 8})
-    weights = used_runs.weights(config, 2)
+    weights = tiny_runs.weights(config, 2)
     found = Teacher(config, weights, "").every_layer(3)
     for i, of in enumerate((0, 2, 4)):
         np.testing.assert_array_equal(
@@ -91,12 +93,12 @@ def test_a_student_has_evenly_spaced_layers_and_all_else() -> None:
 )
 def test_what_does_not_fit_is_one_line(taught: Path, changes: tuple[str, ...], told: str) -> None:
     with pytest.raises(UserError, match=r"^[^\n]+$") as caught:
-        start.load([*SETTINGS, "--distill.teacher", str(taught), *changes], "", RUN)
+        resume.load([*SETTINGS, "--distill.teacher", str(taught), *changes], "", RUN)
     assert told in str(caught.value)
 
 
 def test_another_teacher_than_before_is_refused(taught: Path) -> None:
-    found = start.to_use(taught)
+    found = resume.to_use(taught)
     known = teacher.load(found)
     assert teacher.load(found, known.fingerprint).fingerprint == known.fingerprint
     with pytest.raises(UserError, match=r"not those of the teacher .* give that one with --distill.teacher"):
@@ -112,7 +114,7 @@ def test_a_run_with_a_teacher_goes_on_bit_for_bit(program: Any, taught: Path, tm
     half = str(tmp_path / "half")
     assert program([*args, "--train.decay-steps", "4", "--train.max-steps", "2", "--run.dir", half]) == 0
     assert program(["--resume", half, "--train.max-steps", "4"]) == 0
-    whole, again = (convert.read(start.to_use(tmp_path / name).path) for name in ("whole", "half"))
+    whole, again = (convert.read(resume.to_use(tmp_path / name).path) for name in ("whole", "half"))
     for name, x in whole.weights.items():
         np.testing.assert_array_equal(x, again.weights[name])
     assert {name.split(".")[2] for name in whole.weights if "blocks" in name} == {"0", "1"}

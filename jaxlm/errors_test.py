@@ -37,11 +37,11 @@ def test_a_slow_step_says_once_what_it_does_and_a_fast_one_nothing(as_decorator,
 @pytest.mark.parametrize("package", ["jaxlm", "torchlm"])
 def test_each_step_to_the_first_update_is_one_that_speaks(package):
     steps = {
-        "jaxlm/start.py": ["find"],
+        "jaxlm/training/resume.py": ["find"],
         "jaxlm/data/prepare.py": ["_source"],
-        "jaxlm/run.py": ["teacher", "baselines"],
+        "jaxlm/training/run.py": ["teacher", "baselines"],
         "jaxlm/convert.py": ["load", "write"],
-        "jaxlm/distributed.py": ["_initialize", "wait"],
+        "jaxlm/runtime/processes.py": ["_initialize", "wait"],
         f"{package}/parallel.py": ["make_mesh"] + ["wait"] * (package == "torchlm"),
         f"{package}/checkpoint.py": ["begin"],
         f"{package}/loop.py": ["evaluate"],

@@ -15,18 +15,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxlm import config as configs
-from jaxlm import hugepages, storage
 from jaxlm.config import DataConfig
 from jaxlm.convert import Parser
+from jaxlm.data.metrics import number
 from jaxlm.data.sources import numbered
 from jaxlm.errors import UserError, reported, slow
-from jaxlm.metrics import number
+from jaxlm.io import storage
+from jaxlm.runtime import huge_pages
 from jaxlm.terminal import dumps
 
 if TYPE_CHECKING:  # the command line is looked at before anything that takes long to import
     from jaxlm.data.samples import Samples
     from jaxlm.data.sources import Source
-    from jaxlm.trained import Trained
+    from jaxlm.inference.load import Trained
 
 BATCH_SIZE = 16  # samples that a device has at once; what fits beside any model
 N_DRAWS, INTERVAL = 2000, 0.95  # of the bootstrap
@@ -173,7 +174,7 @@ def part(trained: "Trained", split: str, given: Mapping[str, Any]) -> "tuple[Sou
     `given` are settings that are other than the run's. Raises UserError.
     """
     from jaxlm.data import prepare
-    from jaxlm.log import RunLog
+    from jaxlm.training.log import RunLog
 
     config = trained.config
     if path := given.get("data.path"):
@@ -213,11 +214,11 @@ def main(argv: list[str] | None = None) -> int:
     """Evaluate as the command line says; return the exit status. Bad input exits with 2."""
     with reported(debug=False):
         args, given = _parse(sys.argv[1:] if argv is None else argv)
-        from jaxlm import trained as trains
         from jaxlm.data import prepare
+        from jaxlm.inference import load
 
         tokenizer, batch_size = given.pop("tokenizer.path", ""), given.pop("train.batch_size", BATCH_SIZE)
-        trained = trains.load(args.checkpoint, tokenizer)
+        trained = load.load(args.checkpoint, tokenizer)
         source, samples = part(trained, args.split, given)
         for note in prepare.length_notes(trained.config, [samples]):
             print(f"note: {note}", file=sys.stderr)
@@ -364,7 +365,7 @@ def _worst(trained: "Trained", samples: Any, totals: Totals) -> list[Mistake]:
 def _tell(found: Evaluation) -> None:
     from rich.table import Table
 
-    from jaxlm.log import Console
+    from jaxlm.training.log import Console
 
     console = Console()
     where = f"{found.split} part of {found.data}"
@@ -462,5 +463,5 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    hugepages.ask()
+    huge_pages.ask()
     sys.exit(main())

@@ -13,11 +13,14 @@ import pytest
 import scipy.stats
 import sklearn.metrics
 
-from jaxlm import checkpoint, evaluate, loop, metrics, parallel, predict, trained, used_runs
+from jaxlm import checkpoint, evaluate, loop, parallel, predict
 from jaxlm import config as configs
+from jaxlm.data import metrics
+from jaxlm.inference import load
+from jaxlm.testing import tiny_runs
 
 N_ARTICLES = 90
-WORDS = sorted({word.strip(",:") for text in used_runs.TEXTS for word in text.split()})
+WORDS = sorted({word.strip(",:") for text in tiny_runs.TEXTS for word in text.split()})
 
 
 def article(random: np.random.Generator, n: int) -> str:
@@ -33,24 +36,24 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "texts.txt").write_text("\n".join(texts))
     rows = [f"{article(random, n)}\t{label}" for n, label in random.integers((1, 0), (9, 2), (N_ARTICLES, 2))]
     (folder / "rows.tsv").write_text("sentence\tlabel\n" + "\n".join(rows) + "\n")
-    for task in used_runs.OF_TASK:
+    for task in tiny_runs.OF_TASK:
         path = folder / ("texts.txt" if task in ("mlm", "gpt") else "rows.tsv")
         shares: dict[str, Any] = {f"data.{split}_fraction": 0.35 for split in ("validation", "test")}
         if task == "pairs":
             shares |= {"data.prompt_column": "sentence", "data.answer_column": "label"}
-        used_runs.write(
+        tiny_runs.write(
             folder / task, task, **{"data.path": str(path), "data.cache_dir": str(folder / "cache"), **shares}
         )
     return folder
 
 
 def evaluated(runs: Path, task: str, **options: Any) -> Any:
-    found = trained.load(runs / task)
+    found = load.load(runs / task)
     samples = evaluate.part(found, "validation", {})[1]
     return found, samples, evaluate.evaluate(found, samples, **options)
 
 
-@pytest.mark.parametrize("task", used_runs.OF_TASK)
+@pytest.mark.parametrize("task", tiny_runs.OF_TASK)
 def test_scores_are_those_of_training(task: str, runs: Path) -> None:
     found, samples, result = evaluated(runs, task)
     config = configs.replace(found.config, "train.batch_size", 8)
@@ -127,7 +130,7 @@ def _accuracy(totals: Any) -> metrics.Scores:
 
 
 def test_the_samples_of_an_article_are_drawn_together(runs: Path) -> None:
-    found = trained.load(runs / "gpt")
+    found = load.load(runs / "gpt")
     samples = evaluate.part(found, "validation", {})[1]
     articles = evaluate._articles(samples)
     sizes = [-(-(n + 1) // 16) for n in np.diff(samples.windows.split.offsets)]  # one label more than there are tokens
@@ -210,9 +213,9 @@ def test_bad_input_is_one_line(argv: list[str], message: str, runs: Path, capsys
 def test_data_that_have_changed_are_refused(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = tmp_path / "rows.tsv"
     rows.write_text((runs / "rows.tsv").read_text())
-    run = used_runs.write(tmp_path / "run", "sst2", **{"data.path": str(rows), "data.test_fraction": 0.3})
+    run = tiny_runs.write(tmp_path / "run", "sst2", **{"data.path": str(rows), "data.test_fraction": 0.3})
     argv = ["--checkpoint", run, "--data.cache-dir", tmp_path / "cache"]
-    source, _ = evaluate.part(trained.load(run), "test", {"data.cache_dir": str(tmp_path / "cache")})
+    source, _ = evaluate.part(load.load(run), "test", {"data.cache_dir": str(tmp_path / "cache")})
     info = run / "checkpoints" / "3" / "info" / "metadata"
     info.write_text(json.dumps(json.loads(info.read_text()) | {"data": source.fingerprint}))
     checkpoint.checksums.write(info.parents[1])

@@ -11,17 +11,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jaxlm import products
 from jaxlm.config import ModelConfig
 from jaxlm.loss import Totals, by_chunks, cross_entropy
 from jaxlm.model import Linear, Transformer, gelu, layernorm
+from jaxlm.ops import matmul
 from jaxlm.parallel import BATCH, constrain, is_one_device
 
 
 def head_linear(n_in: int, n_out: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> Linear:
     """Return an output layer with the original's start values: normal(0, 0.02) weights, zero bias."""
     init = jax.nn.initializers.normal(0.02)
-    sums = products.sum_dtype(dtype)  # logits are not rounded
+    sums = matmul.sum_dtype(dtype)  # logits are not rounded
     return Linear(n_in, n_out, kernel_init=init, dtype=dtype, preferred_element_type=sums, rngs=rngs)
 
 
@@ -50,7 +50,7 @@ class LanguageModelHead(nnx.Module):
             return constrain(self.linear(x_BTD), BATCH, None, "tensor")
         assert table_VD is not None, "it is the output layer"
         bias_V = self.bias[...] * self.config.output_bias
-        logits_BTV = products.linear(x_BTD, table_VD, bias_V, self.dtype, 1)
+        logits_BTV = matmul.linear(x_BTD, table_VD, bias_V, self.dtype, 1)
         return constrain(logits_BTV, BATCH, None, "tensor")
 
 

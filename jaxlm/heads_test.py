@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxlm import products
 from jaxlm.config import ModelConfig
 from jaxlm.heads import Classifier, ClassifierHead, LanguageModel
 from jaxlm.loss import cross_entropy
+from jaxlm.ops import matmul
 
 B, T, D, H, V, C = 2, 5, 12, 3, 11, 4
 TOKENS = np.array([[3, 1, 10, 4, 1], [7, 7, 2, 0, 0]])
@@ -65,7 +65,7 @@ def test_matrices_padded_as_on_a_gpu_change_no_loss_and_no_gradient(is_tied: boo
         return nnx.merge(graphdef, params).loss(TOKENS, TOKENS)["loss"]
 
     expected = jax.value_and_grad(loss)(params)
-    with mock.patch.multiple(products, platform=lambda: "gpu", is_one_cpu=lambda: False):
+    with mock.patch.multiple(matmul, platform=lambda: "gpu", is_one_cpu=lambda: False):
         found = jax.value_and_grad(loss)(params)
         program = str(jax.make_jaxpr(jax.grad(loss))(params))
     assert not re.search(rf"\b{V}\b[^=\n]*= dot_general", program)

@@ -10,36 +10,23 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxlm import (
-    backend,
-    checkpoint,
-    chips,
-    distill,
-    distributed,
-    flops,
-    fused,
-    optim,
-    parallel,
-    rollback,
-    run_dir,
-    schedule,
-    signals,
-    step,
-    storage,
-    summary,
-    trace,
-)
+from jaxlm import checkpoint, distill, optim, parallel, schedule, step
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.config import Config
+from jaxlm.cost import chips, flops
 from jaxlm.data import loader
 from jaxlm.data.position import Position
 from jaxlm.errors import UserError, slow
-from jaxlm.meter import Meter
-from jaxlm.run import UNSAVED, Run, has_test, identity, info, started
-from jaxlm.start import Start
+from jaxlm.io import storage
+from jaxlm.ops import flash_attention
+from jaxlm.runtime import backend, processes, profile
 from jaxlm.step import TrainState
 from jaxlm.tasks import TASKS, Task
-from jaxlm.teacher import Teacher
+from jaxlm.training import rollback, run_dir, signals, summary
+from jaxlm.training.meter import Meter
+from jaxlm.training.resume import Start
+from jaxlm.training.run import UNSAVED, Run, has_test, identity, info, started
+from jaxlm.training.teacher import Teacher
 
 
 class Compiled(NamedTuple):
@@ -58,17 +45,17 @@ def run(config: Config, origins: dict[str, str], start: Start, started_s: float)
     """Train as the settings say; return the exit status. Raises UserError, and then leaves no run folder."""
     backend.configure(config)
     with contextlib.ExitStack() as stack:
-        config = stack.enter_context(distributed.joined(config, start))
+        config = stack.enter_context(processes.joined(config, start))
         mesh = parallel.make_mesh(config)
-        builds_caches = distributed.is_first_here()
+        builds_caches = processes.is_first_here()
         if not builds_caches:
-            distributed.wait()
+            processes.wait()
         with started(config, origins, start, TASKS, _describe(mesh, config), started_s) as this:
             if builds_caches:
-                distributed.wait()
-            distributed.check_same(identity(this))
-            this.validation.update(distributed.from_first(list(this.validation.items())))
-            folder = distributed.shared(storage.checkpoints(this.dir, config.run.checkpoint_dir))
+                processes.wait()
+            processes.check_same(identity(this))
+            this.validation.update(processes.from_first(list(this.validation.items())))
+            folder = processes.shared(storage.checkpoints(this.dir, config.run.checkpoint_dir))
             fresh, compiled = build(this.config, this.task, mesh, this.rewarmed, this.teacher)
             if mesh.size > mesh.shape["data"]:
                 this.log.say(parallel.table(mesh, jax.eval_shape(fresh).params, compiled.model))
@@ -155,12 +142,12 @@ def fit(
     if i >= train.max_steps and i not in checkpoints.steps():  # resumed from another run, with no update left to make
         checkpoints.save_last(state, _info(run, i, position), run.losses())
     run.log.say("compiling the first update ...")
-    tracer = trace.Tracer(run.dir / "trace", run.config.profile, run.log.say, run.log.warn)
+    tracer = profile.Tracer(run.dir / "trace", run.config.profile, run.log.say, run.log.warn)
     with run.log.training_bar(train.max_steps) as show, contextlib.closing(tracer):
         meter = Meter(run, jax.device_get, show, chips.peak_flops(parallel.device_kind(mesh), mesh.size))
         while i < train.max_steps:
             tracer.begin()
-            with jax.profiler.TraceAnnotation(trace.DATA):
+            with jax.profiler.TraceAnnotation(profile.DATA):
                 batch, i = next(batches), i + 1
             on_devices = parallel.put_batch(mesh, batch, axis=1)
             state, metrics = compiled.update(state, on_devices, key, compiled.teacher)
@@ -248,7 +235,7 @@ def finish(run: Run, compiled: Compiled, state: TrainState, checkpoints: Checkpo
 def _describe(mesh: Mesh, config: Config) -> str:
     """Return a line on the devices and how they are used. Raises UserError if the attention is not to be had."""
     attention = "; fused attention"
-    if why := fused.hindrance(config.model, TASKS[config.task](config).dtype, config.model.seq_len):
+    if why := flash_attention.hindrance(config.model, TASKS[config.task](config).dtype, config.model.seq_len):
         if config.model.attention == "fused":
             raise UserError(f"model.attention=fused: {why}; or set model.attention=auto")
         attention = ""

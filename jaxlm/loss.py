@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxlm import products
+from jaxlm.ops import matmul
 from jaxlm.parallel import platform
 
 # Sums over samples or tokens: "loss" and "count", and what a task adds, such as "correct". Quotients are taken last.
@@ -37,7 +37,7 @@ def cross_entropy(logits: Array, labels: Array) -> Totals:
     return {
         "loss": jnp.sum(jnp.where(is_counted, losses, 0)),
         "count": jnp.sum(is_counted),
-        "correct": jnp.sum(is_counted & (products.argmax(logits, largest) == labels)),
+        "correct": jnp.sum(is_counted & (matmul.argmax(logits, largest) == labels)),
     }
 
 

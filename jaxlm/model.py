@@ -15,10 +15,10 @@ from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxlm import fused, products
 from jaxlm.config import ModelConfig
-from jaxlm.names import lora_products
+from jaxlm.ops import flash_attention, matmul
 from jaxlm.parallel import BATCH, constrain, is_one_cpu, is_one_device, platform
+from jaxlm.params.names import lora_products
 
 Attend = Callable[[Array, Array, Array], Array]  # queries, keys and values [B, T, H, K] -> what each position takes
 DROPOUTS = 3  # of a block: attention weights and output, and inside the feed-forward
@@ -38,10 +38,10 @@ class Linear(nnx.Linear):
     def __call__(self, x: Array) -> Array:  # type: ignore[override]
         assert self.bias is not None, "all layers here have one"
         is_rounded = self.preferred_element_type == self.dtype
-        y = products.linear(x, self.kernel[...], self.bias[...], self.dtype, is_rounded=is_rounded)
+        y = matmul.linear(x, self.kernel[...], self.bias[...], self.dtype, is_rounded=is_rounded)
         if self.lora_scale:
             lora_a, lora_b = self.lora_a[...], self.lora_b[...]
-            y += self.lora_scale * products.unbiased(products.unbiased(x, lora_a, self.dtype), lora_b, self.dtype)
+            y += self.lora_scale * matmul.unbiased(matmul.unbiased(x, lora_a, self.dtype), lora_b, self.dtype)
         return checkpoint_name(y.astype(self.preferred_element_type), "product")
 
 
@@ -105,7 +105,7 @@ def gelu(x: Array, kind: str) -> Array:
 
     By erf, as PyTorch does it: jax.nn.gelu takes erfc, which is three times as slow on a CPU.
     """
-    return jax.nn.gelu(x, approximate=True) if kind == "tanh" else products.elementwise(_gelu, x)
+    return jax.nn.gelu(x, approximate=True) if kind == "tanh" else matmul.elementwise(_gelu, x)
 
 
 def _gelu(x: Array) -> Array:
@@ -156,7 +156,7 @@ def attend(
     """
 
     def multiply(subscripts: str, a: Array, b: Array) -> Array:
-        return products.einsum(subscripts, a.astype(q_BTHK.dtype), b, b.dtype)
+        return matmul.einsum(subscripts, a.astype(q_BTHK.dtype), b, b.dtype)
 
     scores_BHTS = multiply(f"BTHK,{axes}->BHTS", q_BTHK, k) / q_BTHK.shape[-1] ** 0.5
     # Pads mask keys only: a query at a pad position still attends, and a row of pads stays finite.
@@ -234,8 +234,8 @@ class Attention(nnx.Module):
         q_BTHK, k_BTHK, v_BTHK = (x.astype(self.dtype) for x in (q_BTHK, k_BTHK, v_BTHK))
         if attend_to is not None:
             x_BTHK = attend_to(q_BTHK, k_BTHK, v_BTHK)
-        elif not fused.hindrance(self.config, self.dtype, T):
-            x_BTHK = fused.attend(q_BTHK, k_BTHK, v_BTHK, is_pad_BT, self.is_causal)
+        elif not flash_attention.hindrance(self.config, self.dtype, T):
+            x_BTHK = flash_attention.attend(q_BTHK, k_BTHK, v_BTHK, is_pad_BT, self.is_causal)
         else:
             x_BTHK = attend(
                 *(q_BTHK, k_BTHK, v_BTHK, is_pad_BT, future(T) if self.is_causal else None),

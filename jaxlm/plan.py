@@ -20,14 +20,14 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxlm import config as configs
-from jaxlm import roofline
 from jaxlm.config import Config
 from jaxlm.convert import Parser
+from jaxlm.cost import roofline
+from jaxlm.cost.roofline import LOCAL, Plan, Step
 from jaxlm.errors import UserError, nearest, outside, reported
-from jaxlm.folder import size
-from jaxlm.log import Console
-from jaxlm.roofline import LOCAL, Plan, Step
+from jaxlm.reporting.run_reader import size
 from jaxlm.terminal import dumps
+from jaxlm.training.log import Console
 
 SWEPT = ("mesh", "batch", "remat")
 TOO_LARGE = 1  # exit status where the step does not fit
@@ -65,7 +65,7 @@ def measure(config: Config, topology: str) -> Step:
     if topology != LOCAL:
         env |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     asked = json.dumps({"settings": configs.flat(config), "topology": topology})
-    command = [sys.executable, "-m", "jaxlm.ahead"]
+    command = [sys.executable, "-m", "jaxlm.cost.compile_ahead"]
     done = subprocess.run(command, input=asked, env=env, text=True, capture_output=True)
     try:
         found = json.loads(done.stdout.splitlines()[-1])
@@ -226,9 +226,9 @@ def with_vocab_size(config: Config) -> Config:
     if config.tokenizer.path in VOCABULARIES:
         n = VOCABULARIES[config.tokenizer.path]
     elif config.tokenizer.path:
-        from jaxlm.data import tokenizer
+        from jaxlm.data import tokenization
 
-        n = tokenizer.n_ids(tokenizer.read(config.tokenizer))
+        n = tokenization.n_ids(tokenization.read(config.tokenizer))
     return configs.replace(config, "model.vocab_size", n)
 
 

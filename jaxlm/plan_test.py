@@ -13,11 +13,12 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm import ahead, hlo, parallel, plan, roofline
 from jaxlm import config as configs
-from jaxlm.chips import chip
+from jaxlm import parallel, plan
+from jaxlm.cost import compile_ahead, hlo, roofline
+from jaxlm.cost.chips import chip
+from jaxlm.cost.roofline import Sent, Step
 from jaxlm.parallel_test import MESHES, OnMesh, run_with_8_devices, settings
-from jaxlm.roofline import Sent, Step
 from jaxlm.tasks import TASKS
 
 has_libtpu = importlib.util.find_spec("libtpu") is not None
@@ -52,8 +53,8 @@ def held(names: list[str]) -> dict[str, Any]:
             return sum(part.data.nbytes for part in parts)
 
         real = [on_first(tree) for tree in (state.params, state.opt_state)]
-        step = ahead.measure(config, roofline.LOCAL)
-        shapes = ahead.batch(TASKS["mlm"](config), (config.train.accumulate, config.train.batch_size))
+        step = compile_ahead.measure(config, roofline.LOCAL)
+        shapes = compile_ahead.batch(TASKS["mlm"](config), (config.train.accumulate, config.train.batch_size))
         batches = parallel.put_batch(on.mesh, {name: np.zeros(x.shape, x.dtype) for name, x in shapes.items()}, axis=1)
         real.append(on_first([batches, state.step]) + jax.random.key_data(jax.random.key(0)).nbytes)
         found[name] = {"real": real, "planned": [step.weights, step.moments, step.batches]}
@@ -81,14 +82,14 @@ def peak() -> dict[str, int]:
     names = {"model.d_model": 256, "model.seq_len": 128, "model.vocab_size": 8000, "model.n_layers": 4}
     config = configs.build({"task": "gpt", "train.batch_size": 32, **names})
     mesh = parallel.make_mesh(config)
-    update, (state, batches, _) = ahead.abstract_update(config, mesh)
+    update, (state, batches, _) = compile_ahead.abstract_update(config, mesh)
     zeros = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), (state, batches))
     arguments = (*zeros, jax.device_put(jax.random.key(0), parallel.replicated(mesh)))
     compiled = update.lower(*arguments).compile()
     before = most()
     jax.block_until_ready(compiled(*arguments))
     after = most()
-    step = ahead.measure(config, roofline.LOCAL)
+    step = compile_ahead.measure(config, roofline.LOCAL)
     sizes = {"temporary": step.temporary or 0, "activations": step.activations}
     return {"added": after - before, **{name: mesh.size * n for name, n in sizes.items()}}
 
@@ -106,7 +107,7 @@ def test_flops_are_those_of_the_model_and_what_remat_makes_anew() -> None:
     for remat in ("none", "dots", "full"):
         config = configs.build({**values, "model.remat": remat, "train.accumulate": 3})
         mesh = parallel.abstract_mesh((2, 1, 1))
-        steps[remat] = ahead.analytic(config, mesh, "TPU v4")
+        steps[remat] = compile_ahead.analytic(config, mesh, "TPU v4")
     T, D, L, samples = 64, 24, 2, 4 * 3 // 2
     block, attention, logits = 2 * T * 12 * D * D, 4 * T * T * D, 2 * T * D * 50
     assert steps["none"].flops == samples * 3 * (L * (block + attention) + logits)
@@ -124,7 +125,7 @@ def test_flops_are_those_of_the_model_and_what_remat_makes_anew() -> None:
 def test_traffic_of_a_step_without_loops_is_that_of_xlas_analysis() -> None:
     # With more than one block, XLA counts the loop's body once.
     config = configs.replace(settings("gpt", (1, 1, 1), **{"model.dropout": 0.0}), "model.n_layers", 1)
-    update, arguments = ahead.abstract_update(config, parallel.make_mesh(config, jax.devices()[:1]))
+    update, arguments = compile_ahead.abstract_update(config, parallel.make_mesh(config, jax.devices()[:1]))
     compiled = update.lower(*arguments).compile()
     traffic = hlo.traffic(hlo.parse(compiled.as_text()))
     assert traffic == pytest.approx(compiled.cost_analysis()["bytes accessed"], rel=0.02)
@@ -133,7 +134,7 @@ def test_traffic_of_a_step_without_loops_is_that_of_xlas_analysis() -> None:
 def test_activations_are_split_as_the_mesh_splits_them() -> None:
     config = settings("gpt")
     whole, data, fsdp, tensor = (
-        ahead.activations(config, dict(zip(parallel.AXES, sizes, strict=True)))
+        compile_ahead.activations(config, dict(zip(parallel.AXES, sizes, strict=True)))
         for sizes in ((1, 1, 1), (4, 1, 1), (1, 4, 1), (1, 1, 2))
     )
     assert data == fsdp == whole // 4
@@ -186,7 +187,7 @@ def test_links_are_those_of_the_torus_that_a_group_extends_over(
     coords = [(*place, 0)[:3] for place in np.ndindex(*shape)]
     mesh: Any = SimpleNamespace(devices=np.array([SimpleNamespace(coords=x) for x in coords]).reshape(axes))
     known = chip(kind)
-    assert known is not None and ahead.n_links(mesh, list(group), known) == links
+    assert known is not None and compile_ahead.n_links(mesh, list(group), known) == links
 
 
 def test_candidates_of_a_sweep_take_the_same_samples_and_fit_the_devices() -> None:

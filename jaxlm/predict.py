@@ -15,17 +15,18 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxlm import hugepages, utf8
 from jaxlm.convert import Parser
 from jaxlm.data.samples import IGNORED, marks
 from jaxlm.data.sources import PROMPT_END
 from jaxlm.errors import UserError, reported
+from jaxlm.io import utf8
+from jaxlm.runtime import huge_pages
 from jaxlm.terminal import dumps
 
 if TYPE_CHECKING:  # the command line is looked at before anything that takes long to import
     from jax import Array
 
-    from jaxlm.trained import Trained
+    from jaxlm.inference.load import Trained
 
 N_ROWS = 16  # texts that go through the model together, at most
 N_MASKS = 16  # masks that are guessed together, whatever texts they are of
@@ -51,14 +52,14 @@ class Predictor:
     def __init__(self, trained: "Trained"):
         import jax
 
-        from jaxlm import attention
-        from jaxlm.data import tokenizer as tokenizers
+        from jaxlm.data import tokenization
+        from jaxlm.inference import attention_maps
         from jaxlm.model import Transformer
 
         self.has_attention = isinstance(trained.model.base, Transformer)
         self.trained, self.tokenizer, self.model = trained, trained.tokenizer, trained.config.model
-        self.specials = tokenizers.special_ids(self.tokenizer)
-        self.compiled_attention = jax.jit(attention.weights)
+        self.specials = tokenization.special_ids(self.tokenizer)
+        self.compiled_attention = jax.jit(attention_maps.weights)
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text as the model is given them."""
@@ -170,7 +171,7 @@ class FillMasks(Predictor):
 
     def _parts(self, text: str) -> list[str]:
         """Return the text around its masks, by whichever name the user calls them."""
-        from jaxlm.data.tokenizer import NAMES
+        from jaxlm.data.tokenization import NAMES
 
         first, *others = NAMES["mask"]
         for name in others:
@@ -202,9 +203,9 @@ class Look(Predictor):
     wants = "a text"
 
     def __call__(self, texts: Sequence[str]) -> list[Answer]:
-        from jaxlm import trained
+        from jaxlm.inference import load
 
-        raise UserError(trained.no_output(self.trained.start))
+        raise UserError(load.no_output(self.trained.start))
 
     def encode(self, text: str) -> list[int]:
         first, last = marks(self.model, self.specials)
@@ -280,7 +281,7 @@ class Continue(Predictor):
     options = {"max_new_tokens": 100, "temperature": 0.8, "top_k": 0, "top_p": 0.95, "seed": None}
 
     def __init__(self, trained: "Trained"):
-        from jaxlm.decode import Decoder
+        from jaxlm.inference.decode import Decoder
 
         super().__init__(trained)
         self.stop = self.specials["article"]
@@ -324,7 +325,7 @@ class Continue(Predictor):
 
     def _made(self, prompts: Sequence[list[int]], options: dict[str, Any], n_at_once: int) -> Iterator[list[list[int]]]:
         """Yield what has been made so far of each prompt, again and again."""
-        from jaxlm.decode import Sampling
+        from jaxlm.inference.decode import Sampling
 
         names = ("temperature", "top_k", "top_p", "seed")
         sampling = Sampling(*([options[name]] * len(prompts) for name in names))
@@ -400,10 +401,10 @@ def load(checkpoint: str | Path, tokenizer: str = "") -> Predictor:
     `checkpoint` is a run, whose best checkpoint is used, or a checkpoint of any form that jaxlm.convert reads;
     `tokenizer` as in tokenizer.path, "": that of the run. Raises UserError.
     """
-    from jaxlm import trained
     from jaxlm.heads import LanguageModel
+    from jaxlm.inference import load
 
-    found = trained.load(checkpoint, tokenizer, precision="float32", needs_output=False)
+    found = load.load(checkpoint, tokenizer, precision="float32", needs_output=False)
     if found.task is None:
         return Look(found)
     samples = found.task.samples
@@ -582,5 +583,5 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    hugepages.ask()
+    huge_pages.ask()
     sys.exit(main())

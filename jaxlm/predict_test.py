@@ -15,13 +15,13 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm import checkpoint, predict, used_runs
+from jaxlm import checkpoint, predict
 from jaxlm.config import TokenizerConfig
-from jaxlm.data import sources
-from jaxlm.data import tokenizer as tokenizers
+from jaxlm.data import sources, tokenization
 from jaxlm.data.cache import Split
 from jaxlm.data.samples import ClassifiedSamples
 from jaxlm.errors import UserError
+from jaxlm.testing import tiny_runs
 
 Told = tuple[int, str, str]  # exit status, stdout, stderr
 
@@ -29,14 +29,14 @@ Told = tuple[int, str, str]  # exit status, stdout, stderr
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
-    for task in used_runs.OF_TASK:
-        used_runs.write(folder / task, task)
+    for task in tiny_runs.OF_TASK:
+        tiny_runs.write(folder / task, task)
     return folder
 
 
 @pytest.fixture(scope="module")
 def predictors(runs: Path) -> dict[str, Any]:
-    return {task: predict.load(runs / task) for task in used_runs.OF_TASK}
+    return {task: predict.load(runs / task) for task in tiny_runs.OF_TASK}
 
 
 def told(capsys: pytest.CaptureFixture[str], *argv: Any) -> Told:
@@ -70,10 +70,10 @@ def test_masks_are_filled_by_the_whole_model(runs: Path, predictors: dict[str, A
 
 
 def test_a_byte_level_mask_has_the_space_before_its_word(tmp_path: Path) -> None:
-    tokenizer = tokenizers.train(TokenizerConfig(kind="bpe", vocab_size=300), lambda: iter(used_runs.TEXTS))
+    tokenizer = tokenization.train(TokenizerConfig(kind="bpe", vocab_size=300), lambda: iter(tiny_runs.TEXTS))
     tokenizer.add_special_tokens(["<pad>", "<mask>"])
     pad = tokenizer.token_to_id("<pad>")
-    run = used_runs.write(tmp_path / "run", "mlm", tokenizer=tokenizer, **{"model.pad_id": pad})
+    run = tiny_runs.write(tmp_path / "run", "mlm", tokenizer=tokenizer, **{"model.pad_id": pad})
     fill = predict.load(run)
     cat = fill.tokenizer.encode(" cat").ids
     assert fill.tokenizer.decode(cat) == " cat"
@@ -100,7 +100,7 @@ def test_classes_are_those_of_the_whole_model(task: str, runs: Path, predictors:
 
 def test_a_causal_classifier_answers_as_it_was_trained(tmp_path: Path) -> None:
     settings = {"tokenizer.kind": "bpe", "model.pad_id": -1, "model.pooling": "last"}
-    run = used_runs.write(tmp_path / "run", "sst2", **settings)
+    run = tiny_runs.write(tmp_path / "run", "sst2", **settings)
     classify = predict.load(run)
     texts = ["the cat", "", "a dog and a cat sat on the mat"]
     ids = [classify.encode(text) for text in texts]
@@ -260,7 +260,7 @@ def test_bad_input_is_one_line(
 
 
 def test_the_best_checkpoint_is_used_without_its_optimizer(tmp_path: Path) -> None:
-    run = used_runs.write(tmp_path / "run", "mlm", {2: 3.0, 4: 2.0, 6: 2.5})
+    run = tiny_runs.write(tmp_path / "run", "mlm", {2: 3.0, 4: 2.0, 6: 2.5})
     shutil.rmtree(run / "checkpoints" / "4" / "optimizer")
     assert predict.load(run).trained.start.info["step"] == 4
     assert predict.load(run / "checkpoints" / "6").trained.start.info["step"] == 6
@@ -292,7 +292,7 @@ def test_the_help_needs_no_framework() -> None:
 
 
 def test_the_python_of_the_page(runs: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    page = (Path(predict.__file__).parent / "USING.md").read_text(encoding="utf-8")
+    page = (Path(predict.__file__).parent / "inference" / "USING.md").read_text(encoding="utf-8")
     (code,) = [
         code for code in re.findall("^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE) if "predict" in code
     ]

@@ -13,12 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm import environment, folder, history, metrics, page, storage, utf8
 from jaxlm.convert import Parser
+from jaxlm.data import metrics
 from jaxlm.errors import UserError, reported
-from jaxlm.folder import Folder
-from jaxlm.names import KINDS
-from jaxlm.page import COLOURS, DASHES, Curve
+from jaxlm.io import storage, utf8
+from jaxlm.params.names import KINDS
+from jaxlm.reporting import html_page, run_reader
+from jaxlm.reporting.html_page import COLOURS, DASHES, Curve
+from jaxlm.reporting.run_reader import Folder
+from jaxlm.training import environment, history
 
 MOST_STEPS = 8  # evaluations whose samples are shown
 COMPARABLE = ("data.path", "data.hub", "tokenizer.path", "tokenizer.kind", "model.vocab_size")  # where losses are
@@ -45,7 +48,7 @@ def report(runs: Sequence[Folder]) -> str:
     parts += _samples(runs, names)
     parts += ["<h2>Settings</h2>", *(_settings(run, name) for run, name in zip(runs, names, strict=True))]
     parts += ["<h2>Environment</h2>", *(_environment(run, name) for run, name in zip(runs, names, strict=True))]
-    return page.page(title, parts)
+    return html_page.page(title, parts)
 
 
 def picture(html: Path, png: Path, width: int = 1200) -> None:
@@ -69,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     """Write the page of a command line; return the exit status. Bad input exits with 2."""
     with reported(debug=False):
         args = _parse(sys.argv[1:] if argv is None else argv)
-        runs = [folder.read(path) for path in args.runs]
+        runs = [run_reader.read(path) for path in args.runs]
         out = args.out or (runs[0].path / "report.html" if len(runs) == 1 else Path("report.html"))
         try:
             out.write_text(report(runs), encoding="utf-8", errors="backslashreplace")  # a path can have any bytes
@@ -108,7 +111,7 @@ def _head(run: Folder) -> str:
             figures.append((f"{split} {name}, step {at:,}{beside}", metrics.number(name, value)))
     if speed := run.speed():
         figures.append(("tokens/s, the median", f"{speed:,.0f}"))
-    head = page.totals(figures)
+    head = html_page.totals(figures)
     if step is None:
         return head
     splits = [split for split in ("validation", "test") if run.scores(split)]
@@ -119,22 +122,23 @@ def _head(run: Folder) -> str:
         pairs = [(run.scores(split).get(name), run.baselines(split).get(name)) for split in splits]
         lines.append([name, *(metrics.number(name, x) for pair in pairs for x in pair), *better])
     heads = [f"score of step {step:,}, the best", *(x for split in splits for x in (split, "baseline"))]
-    table = page.table([*heads, "better"][: len(lines[0])], lines, "scores")
+    table = html_page.table([*heads, "better"][: len(lines[0])], lines, "scores")
     guess = run.baseline.get("name", "not recorded in this run")
-    return f'{head}{table}<p class="soft">Best step: the lowest validation loss. Baseline: {page.text(str(guess))}.</p>'
+    note = f"Best step: the lowest validation loss. Baseline: {html_page.text(str(guess))}."
+    return f'{head}{table}<p class="soft">{note}</p>'
 
 
 def _results(runs: Sequence[Folder], names: Sequence[str]) -> str:
-    lines = [[name, *values] for name, values in folder.results(runs).items()]
-    return page.table(["", *names], [["task", *(run.task for run in runs)], *lines], "results")
+    lines = [[name, *values] for name, values in run_reader.results(runs).items()]
+    return html_page.table(["", *names], [["task", *(run.task for run in runs)], *lines], "results")
 
 
 def _differences(runs: Sequence[Folder], names: Sequence[str]) -> str:
-    found = folder.differences(runs)
+    found = run_reader.differences(runs)
     if not found:
         return "<p>None: the runs have the same settings.</p>"
     lines = [[name, *("-" if x is None else str(x) for x in values)] for name, values in found.items()]
-    return page.table(["setting", *names], lines, "settings that differ")
+    return html_page.table(["setting", *names], lines, "settings that differ")
 
 
 # Curves
@@ -149,12 +153,12 @@ def _curves(runs: Sequence[Folder], names: Sequence[str]) -> list[str]:
         labels = [name for run, name in zip(runs, names, strict=True) if run.task == task]
         figures = _loss(some, labels) + _scores(some, labels) + _training(some, labels)
         if len(tasks) > 1:
-            parts.append(f"<h3>Task {page.text(task)}</h3>")
+            parts.append(f"<h3>Task {html_page.text(task)}</h3>")
         parts.append(f'<div class="figures">{"".join(figures)}</div>' if figures else "<p>Nothing is logged yet.</p>")
-        differing = [name for name in folder.differences(some) if name in COMPARABLE]
+        differing = [name for name in run_reader.differences(some) if name in COMPARABLE]
         if differing and figures:
             told = f"These runs differ in {', '.join(differing)}: losses and perplexities are not of the same tokens."
-            parts.append(f'<p class="soft">{page.text(told)}</p>')
+            parts.append(f'<p class="soft">{html_page.text(told)}</p>')
     return parts
 
 
@@ -176,7 +180,7 @@ def _loss(runs: Sequence[Folder], names: Sequence[str]) -> list[str]:
         return _drawn(runs, names, "train", "loss", f"training loss{_unit(runs)}")
     train = _curve(runs[0], "train", "loss", "training", width=1.2)
     validation = _curve(runs[0], "validation", "loss", "validation", **_style(1), has_dots=True)
-    drawn = page.chart(f"loss{_unit(runs)}", [train, validation], levels=_levels(runs, names, "loss"))
+    drawn = html_page.chart(f"loss{_unit(runs)}", [train, validation], levels=_levels(runs, names, "loss"))
     return [drawn] if drawn else []
 
 
@@ -213,7 +217,7 @@ def _drawn(
         _curve(run, split, name, label, **_style(i), width=1.4, has_dots=is_score)
         for i, (run, label) in enumerate(zip(runs, names, strict=True))
     ]
-    drawn = page.chart(title, curves, is_log=is_log, levels=_levels(runs, names, name) if is_score else ())
+    drawn = html_page.chart(title, curves, is_log=is_log, levels=_levels(runs, names, name) if is_score else ())
     return [drawn] if drawn else []
 
 
@@ -222,7 +226,7 @@ def _levels(runs: Sequence[Folder], names: Sequence[str], score: str) -> list[Cu
     found = {i: x for i, run in enumerate(runs) if (x := run.baselines("validation").get(score)) is not None}
     styles = [(f"baseline of {names[i]}", x, _style(i)["colour"]) for i, x in found.items()]
     if len(set(found.values())) == 1:
-        styles = [("baseline", x, page.BOUND) for x in set(found.values())]
+        styles = [("baseline", x, html_page.BOUND) for x in set(found.values())]
     return [Curve(label, np.zeros(1), np.array([x]), colour, "2 3", 1.2) for label, x, colour in styles]
 
 
@@ -254,14 +258,16 @@ def _evaluations(runs: Sequence[Folder], names: Sequence[str]) -> list[str]:
                 lines.append([*where, score.replace("_", " "), *values, baseline, x["better"]])
         head = ["run", "step"] if len(runs) > 1 else []
         parts.append(
-            page.table([*head, "score", "", "95% interval", "baseline", "better"], lines, f"scores of the {split} part")
+            html_page.table(
+                [*head, "score", "", "95% interval", "baseline", "better"], lines, f"scores of the {split} part"
+            )
         )
         by_task: dict[str, dict[str, Any]] = {}
         for name, result in found.items():
             if result["bins"]:
                 by_task.setdefault(of_name[name].task, {})[name] = result
         charts = [
-            page.chart(f"calibration, {task}", _reliability(some), x_label="confidence of a prediction")
+            html_page.chart(f"calibration, {task}", _reliability(some), x_label="confidence of a prediction")
             for task, some in by_task.items()
         ]
         if charts:
@@ -275,7 +281,7 @@ def _evaluations(runs: Sequence[Folder], names: Sequence[str]) -> list[str]:
     if not parts:
         run = f"{runs[0].path}" if len(runs) == 1 else "RUN"
         command = f"python -m jaxlm.evaluate --checkpoint {run}"
-        parts = ["<h2>Evaluation</h2>", f"<p>None is kept yet: <code>{page.text(command)}</code> makes one.</p>"]
+        parts = ["<h2>Evaluation</h2>", f"<p>None is kept yet: <code>{html_page.text(command)}</code> makes one.</p>"]
     return parts
 
 
@@ -291,7 +297,7 @@ def _evaluation(run: Folder, split: str) -> dict[str, Any]:
 
 
 def _reliability(found: dict[str, dict[str, Any]]) -> list[Curve]:
-    curves = [Curve("as often as it says", np.array([0.0, 1.0]), np.array([0.0, 1.0]), page.BOUND, "2 3", 1.0)]
+    curves = [Curve("as often as it says", np.array([0.0, 1.0]), np.array([0.0, 1.0]), html_page.BOUND, "2 3", 1.0)]
     for i, (name, result) in enumerate(found.items()):
         x, y = (np.array([b[key] for b in result["bins"]]) for key in ("confidence", "accuracy"))
         curves.append(Curve(name, x, y, **_style(i), has_dots=True))
@@ -307,8 +313,8 @@ def _classes(result: dict[str, Any], name: str) -> list[str]:
         lines = [[f"label {name}", *map(str, row)] for name, row in zip(classes, result["confusion"], strict=True)]
         has_none = any(row[n] for row in result["confusion"])
         heads = ["", *(f"predicted {name}" for name in classes), "no class"][: n + 1 + has_none]
-        parts.append(f"<h3>Confusion{page.text(f' of {name}' if name else '')}</h3>")
-        parts.append(page.table(heads, [line[: len(heads)] for line in lines], "confusion"))
+        parts.append(f"<h3>Confusion{html_page.text(f' of {name}' if name else '')}</h3>")
+        parts.append(html_page.table(heads, [line[: len(heads)] for line in lines], "confusion"))
     worst = [
         [x["text"], str(x["label"]), _predicted(x["predicted"]), metrics.number(measure, x[measure])]
         for x in result["worst"]
@@ -319,7 +325,7 @@ def _classes(result: dict[str, Any], name: str) -> list[str]:
         if result["confusion"]:
             n_wrong = sum(sum(row) - row[i] for i, row in enumerate(result["confusion"]))
             title += f": {len(worst)} of {n_wrong:,}"
-        parts.append(page.folded(title, page.table(head, worst, "worst errors")))
+        parts.append(html_page.folded(title, html_page.table(head, worst, "worst errors")))
     return parts
 
 
@@ -337,17 +343,17 @@ def _samples(runs: Sequence[Folder], names: Sequence[str]) -> list[str]:
         if not found:
             continue
         if len(runs) > 1:
-            parts.append(f"<h3>{page.text(name)}</h3>")
+            parts.append(f"<h3>{html_page.text(name)}</h3>")
         steps, best = list(found), run.best_score_step()
         chosen = {steps[i] for i in np.linspace(0, len(steps) - 1, MOST_STEPS).round().astype(int)}
         chosen |= {best} & set(steps)
         if left_out := len(steps) - len(chosen):
             told = f"{len(chosen)} of {len(steps)} evaluations are shown; the other {left_out} are in "
-            parts.append(f"<p>{told}<code>{page.text(str(run.path / 'samples.txt'))}</code>.</p>")
+            parts.append(f"<p>{told}<code>{html_page.text(str(run.path / 'samples.txt'))}</code>.</p>")
         for step in [step for step in steps if step in chosen]:
             is_last = step == steps[-1] and len(runs) == 1
             title = f"step {step:,}{', the best' if step == best else ''}"
-            parts.append(page.folded(title, f"<pre>{page.text(found[step])}</pre>", is_open=is_last))
+            parts.append(html_page.folded(title, f"<pre>{html_page.text(found[step])}</pre>", is_open=is_last))
     if not parts:
         return []
     return ["<h2>Samples over time</h2>", "<p>What the model makes of the same validation samples.</p>", *parts]
@@ -368,15 +374,15 @@ def _settings(run: Folder, name: str) -> str:
     changed = run.changed_settings()
     lines = [[key, str(x), "" if key in changed else "default"] for key, x in run.settings.items()]
     lines.sort(key=lambda line: bool(line[2]))
-    return page.folded(
-        f"{name}: {len(changed)} of {len(lines)} are no defaults", page.table(["setting", "", ""], lines, name)
+    return html_page.folded(
+        f"{name}: {len(changed)} of {len(lines)} are no defaults", html_page.table(["setting", "", ""], lines, name)
     )
 
 
 def _environment(run: Folder, name: str) -> str:
     found = environment.read(run.path)
     if not found:
-        return f"<p>{page.text(name)}: not recorded.</p>"
+        return f"<p>{html_page.text(name)}: not recorded.</p>"
     keys = ("started", "step", "command", "device", "host", "cores", "system", "python", "packages", "commit")
     lines = []
     for key in keys:
@@ -384,7 +390,7 @@ def _environment(run: Folder, name: str) -> str:
         told = [", ".join(f"{k} {v}" for k, v in x.items()) if isinstance(x, dict) else str(x) for x in values]
         lines.append([key if key != "step" else "after updates", *told])
     heads = [f"start {i}" for i in range(1, len(found) + 1)] if len(found) > 1 else [""]
-    return page.folded(name, page.table(["", *heads], lines, f"environment of {name}"), is_open=True)
+    return html_page.folded(name, html_page.table(["", *heads], lines, f"environment of {name}"), is_open=True)
 
 
 def _browser(playwright: Any) -> Any:

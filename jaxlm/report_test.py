@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 
-from jaxlm import environment, folder, report
+from jaxlm import report
 from jaxlm import runs as runs_command
-from jaxlm.folder_test import write
+from jaxlm.reporting import run_reader
+from jaxlm.reporting.run_reader_test import write
+from jaxlm.training import environment
 
 EVALUATION = {
     "step": 20,
@@ -67,7 +69,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def page_of(*runs: Path) -> tuple[str, Page]:
-    text = report.report([folder.read(run) for run in runs])
+    text = report.report([run_reader.read(run) for run in runs])
     return text, Page(text)
 
 
@@ -316,11 +318,11 @@ def test_scores_that_are_not_finite_are_shown_as_none(tmp_path: Path) -> None:
     worst = [{"text": "a cat", "label": 0, "predicted": 1.5, "probability": None, "loss": None}]
     change = {"scores": {"loss": x}, "confusion": None, "worst": worst}
     (run / "evaluation_test.json").write_text(json.dumps(EVALUATION | change))
-    assert "<td>-</td>" in report.report([folder.read(run)])
+    assert "<td>-</td>" in report.report([run_reader.read(run)])
 
 
 def test_loss_of_a_task_of_a_user_has_no_unit(tmp_path: Path) -> None:
-    found = folder.read(write(tmp_path / "run"))
+    found = run_reader.read(write(tmp_path / "run"))
     assert "<b>loss, nats</b>" in report.report([found])
     found.settings["task"] = "rating"
     assert "<b>loss</b>" in report.report([found])

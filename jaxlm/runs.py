@@ -12,12 +12,15 @@ from typing import Any
 
 from rich.table import Table
 
-from jaxlm import checksums, convert, folder, formats, metrics, storage
+from jaxlm import convert
 from jaxlm.config import TokenizerConfig
 from jaxlm.convert import Parser
-from jaxlm.data import tokenizer as tokenizers
+from jaxlm.data import metrics, tokenization
 from jaxlm.errors import UserError, nearest, reported
-from jaxlm.log import Console
+from jaxlm.io import checksums, storage
+from jaxlm.reporting import run_reader
+from jaxlm.training.log import Console
+from jaxlm.weights import formats
 
 COMMANDS = ("list", "show", "compare", "verify", "clean")
 
@@ -37,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def list_all(paths: Sequence[Path]) -> None:
     """Print a table of the runs in some folders, the last changed first; their age is since then."""
-    runs = folder.find(paths)
+    runs = run_reader.find(paths)
     if not runs:
         raise UserError(
             f"{', '.join(map(str, paths))}: there is no run that can be read; "
@@ -50,20 +53,20 @@ def list_all(paths: Sequence[Path]) -> None:
             name, value = next(iter(run.scores("validation").items()))
             best = f"{name} {metrics.number(name, value)} (step {step:,})"
         steps = f"{run.last_step:,} of {run.settings['train.max_steps']:,}"
-        n_bytes = folder.size(run.n_bytes())
-        table.add_row(str(run.path), run.task, steps, best, folder.ago(run.changed_s), n_bytes, run.state)
+        n_bytes = run_reader.size(run.n_bytes())
+        table.add_row(str(run.path), run.task, steps, best, run_reader.ago(run.changed_s), n_bytes, run.state)
     Console().print(table)
 
 
 def show(paths: Sequence[Path]) -> None:
     """Print what single runs tell of themselves."""
     console = Console()
-    for i, run in enumerate([folder.read(path) for path in paths]):
+    for i, run in enumerate([run_reader.read(path) for path in paths]):
         state = run.state + (f", by {run.owner}" if run.owner else "")
         console.print(f"{'' if i == 0 else chr(10)}{run.path}: task {run.task}, {state}")
         console.print(f"updates      {run.last_step:,} of {run.settings['train.max_steps']:,}")
-        console.print(f"changed      {folder.ago(run.changed_s)} ago")
-        console.print(f"size         {folder.size(run.n_bytes())}")
+        console.print(f"changed      {run_reader.ago(run.changed_s)} ago")
+        console.print(f"size         {run_reader.size(run.n_bytes())}")
         if speed := run.speed():
             console.print(f"speed        {speed:,.0f} tokens/s, the median")
         for split, step in (("validation", run.best_score_step()), ("test", run.tested_step())):
@@ -78,19 +81,19 @@ def show(paths: Sequence[Path]) -> None:
             notes = [] if found.loss is None else [f"validation loss {found.loss:.4f}"]
             notes += ["the best"] if found == run.best and found.loss is not None else []
             notes += [] if found.is_whole else ["not whole"]
-            console.print(f"  {found.path}  {folder.size(found.n_bytes)}  {', '.join(notes)}")
+            console.print(f"  {found.path}  {run_reader.size(found.n_bytes)}  {', '.join(notes)}")
 
 
 def compare(paths: Sequence[Path]) -> None:
     """Print where some runs differ: settings, and scores."""
-    runs = [folder.read(path) for path in paths]
+    runs = [run_reader.read(path) for path in paths]
     if len(runs) < 2:
         raise UserError(f"{paths[0]}: there is nothing to compare it with; name another run")
     table = Table("", *(str(run.path) for run in runs))
-    for name, values in folder.differences(runs).items():
+    for name, values in run_reader.differences(runs).items():
         table.add_row(name, *("-" if value is None else str(value) for value in values))
     table.add_section()
-    for name, values in folder.results(runs).items():
+    for name, values in run_reader.results(runs).items():
         table.add_row(name, *values)
     Console().print(table)
 
@@ -100,16 +103,16 @@ def clean(paths: Sequence[Path], is_sure: bool) -> int:
 
     The best one of each run stays, and the last of one that can go on. Runs at work are left alone.
     """
-    from jaxlm import run_dir
+    from jaxlm.training import run_dir
 
     with contextlib.ExitStack() as stack:
-        spare: list[folder.Checkpoint] = []
-        for run in folder.find(paths):
-            if run.state == folder.RUNNING:
+        spare: list[run_reader.Checkpoint] = []
+        for run in run_reader.find(paths):
+            if run.state == run_reader.RUNNING:
                 print(f"{run.path}: {run.owner} works in it; left alone")
                 continue
             stack.enter_context(run_dir.lock(run.path))  # against a process that starts meanwhile
-            found, why = _spare(folder.read(run.path))
+            found, why = _spare(run_reader.read(run.path))
             if why:
                 print(f"{run.path}: {why}; left alone")
             spare += found
@@ -118,8 +121,8 @@ def clean(paths: Sequence[Path], is_sure: bool) -> int:
             return 0
         for checkpoint in spare:
             kind = "" if checkpoint.is_whole else ", not whole"
-            print(f"{checkpoint.path}: {folder.size(checkpoint.n_bytes)}{kind}")
-        total = folder.size(sum(checkpoint.n_bytes for checkpoint in spare))
+            print(f"{checkpoint.path}: {run_reader.size(checkpoint.n_bytes)}{kind}")
+        total = run_reader.size(sum(checkpoint.n_bytes for checkpoint in spare))
         question = f"Remove {len(spare)} checkpoint{'s' * (len(spare) != 1)}, {total}?"
         if not is_sure and not _agrees(question):
             print("nothing is removed")
@@ -130,7 +133,7 @@ def clean(paths: Sequence[Path], is_sure: bool) -> int:
     return 0
 
 
-def _spare(run: folder.Folder) -> tuple[list[folder.Checkpoint], str]:
+def _spare(run: run_reader.Folder) -> tuple[list[run_reader.Checkpoint], str]:
     """Return the checkpoints of a run that nothing needs, and why it is better left alone ("": it is not)."""
     if run.best is None:
         return [], "" if not run.checkpoints else "none of its checkpoints is whole"
@@ -185,7 +188,7 @@ def examined(path: Path) -> dict[str, Any]:
     convert.config_of(info["config"], path)
     own = path.parent.parent / "tokenizer.json"  # a run that was converted has none
     if info["tokenizer"] and path.parent.name == "checkpoints" and own.is_file():
-        if tokenizers.fingerprint(tokenizers.read(TokenizerConfig(path=str(own)))) != info["tokenizer"]:
+        if tokenization.fingerprint(tokenization.read(TokenizerConfig(path=str(own)))) != info["tokenizer"]:
             raise UserError(f"{path}: {own} is another tokenizer than that of the checkpoint")
     return info
 

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, models
 
-from jaxlm import checksums, formats, runs
-from jaxlm.data import tokenizer as tokenizers
-from jaxlm.start_test import damage, flip, snapshot_of
+from jaxlm import runs
+from jaxlm.data import tokenization
+from jaxlm.io import checksums
+from jaxlm.training.resume_test import damage, flip, snapshot_of
+from jaxlm.weights import formats
 
 CASES = Path(__file__).parent.parent / "parity_tests" / "cases"
 
@@ -69,7 +71,7 @@ def test_format_settings_and_tokenizer_are_looked_at(run: Path, capsys: pytest.C
 def test_another_tokenizer_in_the_run_is_told(run: Path, torch_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = Tokenizer(models.WordLevel({"[UNK]": 0, "b": 1}, unk_token="[UNK]"))
     for folder in (run, torch_run):
-        tokenizers.save(other, folder / "tokenizer.json")
+        tokenization.save(other, folder / "tokenizer.json")
         status, lines = told(folder, capsys)
         assert status == 1
         assert all("tokenizer.json is another tokenizer than that of the checkpoint" in line for line in lines)

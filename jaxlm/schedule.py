@@ -90,6 +90,6 @@ def rewarmup(schedule: optax.Schedule, first_step: int, n_steps: int, stored_rat
 if __name__ == "__main__":
     import sys
 
-    from jaxlm import plot_schedule
+    from jaxlm.reporting import plot_schedule
 
     sys.exit(plot_schedule.main())

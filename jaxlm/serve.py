@@ -10,9 +10,10 @@ import socket
 import sys
 from collections.abc import Iterator
 
-from jaxlm import hugepages, predict
+from jaxlm import predict
 from jaxlm.convert import Parser
 from jaxlm.errors import ENDINGS, UserError, reported
+from jaxlm.runtime import huge_pages
 
 TOKEN = "JAXLM_TOKEN"  # a variable of the environment, since every user of a host can see command lines
 N_BACKLOG = 2048  # connections that wait to be accepted, at most
@@ -38,15 +39,15 @@ def main(argv: list[str] | None = None) -> int:
 def _serve(listening: socket.socket, args: argparse.Namespace, token: str) -> None:
     import uvicorn
 
-    from jaxlm import api
-    from jaxlm.engine import Engine
+    from jaxlm.inference import http_api
+    from jaxlm.inference.batching import Engine
 
     predictor = predict.load(args.checkpoint, getattr(args, "tokenizer.path"))
-    limits = api.Limits(args.max_requests, args.max_body, args.max_new_tokens, args.timeout)
+    limits = http_api.Limits(args.max_requests, args.max_body, args.max_new_tokens, args.timeout)
     _tell(f"{predictor.trained}: compiles")
     with contextlib.closing(Engine(predictor)) as engine, _kept_from_ending():
         config = uvicorn.Config(
-            api.make(engine, limits, token, _is_loopback(args.host)),
+            http_api.make(engine, limits, token, _is_loopback(args.host)),
             log_level="warning",
             use_colors=False,  # colours are control characters
             access_log=False,
@@ -143,5 +144,5 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    hugepages.ask()
+    huge_pages.ask()
     sys.exit(main())

@@ -22,15 +22,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxlm import predict, report, serve, terminal, trained, used_runs
+from jaxlm import predict, report, serve, terminal
 from jaxlm.errors import UserError
+from jaxlm.inference import load
 from jaxlm.report_test import Page
+from jaxlm.testing import tiny_runs
 
 pytest.importorskip("fastapi")
 uvicorn = pytest.importorskip("uvicorn")
 parser = pytest.importorskip("prometheus_client.parser")
-from jaxlm import api  # noqa: E402
-from jaxlm.engine import Engine  # noqa: E402
+from jaxlm.inference import http_api  # noqa: E402
+from jaxlm.inference.batching import Engine  # noqa: E402
 
 LENGTH = 512  # positions of gpt, for continuations that take a while
 
@@ -40,7 +42,7 @@ class Server:
 
     def __init__(self, predictor: Any, token: str = "", **limits: Any):
         self.predictor, self.engine, self.token = predictor, Engine(predictor), token
-        app = api.make(self.engine, api.Limits(**limits), token)
+        app = http_api.make(self.engine, http_api.Limits(**limits), token)
         self.server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
         listening = socket.create_server(("127.0.0.1", 0))
         self.port = listening.getsockname()[1]
@@ -82,8 +84,8 @@ class Server:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     for task in ("mlm", "sst2"):
-        used_runs.write(folder / task, task)
-    used_runs.write(folder / "gpt", "gpt", **{"model.seq_len": LENGTH})
+        tiny_runs.write(folder / task, task)
+    tiny_runs.write(folder / "gpt", "gpt", **{"model.seq_len": LENGTH})
     return folder
 
 
@@ -99,7 +101,7 @@ def servers(runs: Path, serving: Callable[..., Server]) -> dict[str, Server]:
 
 
 def test_prompts_are_answered(serving: Callable[..., Server], tmp_path: Path) -> None:
-    server = serving(predict.load(used_runs.write(tmp_path / "run", "pairs")))
+    server = serving(predict.load(tiny_runs.write(tmp_path / "run", "pairs")))
     status, _, answer = server.ask("POST", "/predict", {"prompt": "the cat?", "seed": 3, "max_new_tokens": 9})
     assert (status, answer) == (200, server.predictor(["the cat?"], seed=3, max_new_tokens=9)[0])
     assert "<title>Answer a prompt: run" in str(server.ask("GET", "/")[2])
@@ -109,7 +111,7 @@ def test_prompts_are_answered(serving: Callable[..., Server], tmp_path: Path) ->
 def test_the_default_length_fits_the_model(
     task: str, seq_len: int, most: int, expected: int, serving: Callable[..., Server], tmp_path: Path
 ) -> None:
-    run = used_runs.write(tmp_path / "run", task, **{"model.seq_len": seq_len})
+    run = tiny_runs.write(tmp_path / "run", task, **{"model.seq_len": seq_len})
     server = serving(predict.load(run), new_tokens=most)
     fields = server.ask("GET", "/openapi.json")[2]["components"]["schemas"]["Prompt"]["properties"]
     assert fields["max_new_tokens"]["default"] == expected
@@ -298,7 +300,7 @@ def test_a_model_that_fails_is_no_stack_trace(runs: Path, serving: Callable[...,
     bias[...] = bias[...] * np.nan
     server = serving(classify)
     status, _, answer = server.ask("POST", "/predict", {"text": "a"})
-    assert (status, answer) == (500, {"detail": api.FAILED})
+    assert (status, answer) == (500, {"detail": http_api.FAILED})
     assert "not JSON compliant" in capfd.readouterr().err
     assert server.ask("GET", "/health")[0] == 200
 
@@ -395,7 +397,7 @@ def test_every_status_of_an_address_is_in_the_schema(
 def test_nobody_learns_where_the_run_lies(
     serving: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = used_runs.write(tmp_path / "acme" / "churn", "sst2")
+    run = tiny_runs.write(tmp_path / "acme" / "churn", "sst2")
     alone = shutil.copytree(run / "checkpoints" / "3", tmp_path / "acme" / "alone")
     monkeypatch.chdir(run)
     for checkpoint, name in (
@@ -407,8 +409,10 @@ def test_nobody_learns_where_the_run_lies(
         predictor = predict.load(checkpoint, str(run / "tokenizer.json"))
         for token in ("", "secret"):
             server = serving(predictor, token, seconds=5.0)
-            asked = [("GET", path, None) for path in (*api.PATHS, "/info", "/../churn")]
-            asked += [("POST", path, body) for path in api.PATHS for body in ({"text": "a"}, {"text": "a " * 40}, b"[")]
+            asked = [("GET", path, None) for path in (*http_api.PATHS, "/info", "/../churn")]
+            asked += [
+                ("POST", path, body) for path in http_api.PATHS for body in ({"text": "a"}, {"text": "a " * 40}, b"[")
+            ]
             answers = [server.ask(*request, Authorization="Bearer none") for request in asked]
             text = " ".join(f"{headers} {content}" for _, headers, content in answers)
             leaks = [tmp_path.name, "acme", "checkpoints", *(["churn", "alone"] if token else [])]
@@ -605,7 +609,7 @@ def test_the_page_streams_a_continuation(browser: Any, servers: dict[str, Server
 
 @pytest.mark.slow
 def test_a_continuation_is_copied_and_continued(browser: Any, serving: Callable[..., Server], tmp_path: Path) -> None:
-    found = trained.load(used_runs.write(tmp_path / "run", "gpt", **{"model.seq_len": 256}), precision="float32")
+    found = load.load(tiny_runs.write(tmp_path / "run", "gpt", **{"model.seq_len": 256}), precision="float32")
     bias = found.model.head.linear.bias
     tokens = [found.tokenizer.decode([i]) for i in range(len(bias[...]))]
     # A text area does not keep control characters as they are.
@@ -683,7 +687,7 @@ def test_the_attention_matrix_names_its_tokens(browser: Any, servers: dict[str, 
 @pytest.mark.slow
 def test_the_page_classifies_and_shows_attention(browser: Any, serving: Callable[..., Server], tmp_path: Path) -> None:
     classes = ("negative", "<b>neutral</b> \u202e", "positive" * 20)
-    server = serving(predict.load(used_runs.write(tmp_path / "run", "sst2", classes=classes)), token="secret")
+    server = serving(predict.load(tiny_runs.write(tmp_path / "run", "sst2", classes=classes)), token="secret")
     (expected,) = server.predictor(["the dog sat"])
     looked = server.predictor.attention("the dog sat", 1, 2)
     with shown(browser, server) as tab:

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from jaxlm import optim, tune
+from jaxlm import optim
 from jaxlm.config import ModelConfig
 from jaxlm.loss import Totals
+from jaxlm.params import frozen
 
 # loss(params, batch, key) -> Totals; gradients are of totals["loss"] / totals["count"].
 LossFn = Callable[[Any, Any, Array | None], Totals]
@@ -30,7 +31,7 @@ class TrainState:
 
 def init_state(params: Any, optimizer: optax.GradientTransformation, model: ModelConfig = _ALL_TRAINED) -> TrainState:
     """Return the state before the first update; what `model` freezes has no moments."""
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(tune.trained(model, params)))
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(frozen.trained(model, params)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,13 +53,13 @@ def train_step(rule: Rule, loss_fn: LossFn, state: TrainState, batches: Any, key
     """
 
     def loss(trained: Any, batch: Any, key: Array) -> tuple[Array, Totals]:
-        totals = loss_fn(tune.with_trained(state.params, trained), batch, key)
+        totals = loss_fn(frozen.with_trained(state.params, trained), batch, key)
         return totals["loss"], totals
 
     def accumulate(sums: Any, batch_and_key: Any) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, sums, grad(trained, *batch_and_key)), None
 
-    trained = tune.trained(rule.model, state.params)
+    trained = frozen.trained(rule.model, state.params)
     grad = jax.grad(loss, has_aux=True)
     n_batches = jax.tree.leaves(batches)[0].shape[0]
     keys = jax.random.split(jax.random.fold_in(key, state.step), n_batches)
@@ -73,7 +74,7 @@ def train_step(rule: Rule, loss_fn: LossFn, state: TrainState, batches: Any, key
         grads = jax.tree.map(lambda x: x * share.astype(x.dtype), grads)
         grads, grad_norm = optim.clip_by_global_norm(grads, rule.clip_norm)
         updates, opt_state = rule.optimizer.update(grads, state.opt_state, trained)
-        params = tune.with_trained(state.params, optax.apply_updates(trained, updates))
+        params = frozen.with_trained(state.params, optax.apply_updates(trained, updates))
     if rule.skips_nonfinite:
         is_finite = jnp.isfinite(totals["loss"]) & jnp.isfinite(grad_norm)
         new, old = (params, opt_state), (state.params, state.opt_state)

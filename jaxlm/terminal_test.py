@@ -15,8 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from jaxlm import evaluate, log, page, plot_schedule, predict, report, runs, terminal, used_runs
+from jaxlm import evaluate, predict, report, runs, terminal
 from jaxlm.errors import UserError, reported
+from jaxlm.reporting import html_page, plot_schedule
+from jaxlm.testing import tiny_runs
+from jaxlm.training import log
 
 HOSTILE = "\x1b]0;owned\x07\x1b[2J \x9b31m \x85 \x7f \r over \b\0 \u202eevil\u202c \u200fx\u061c \u2066x\u2069 \udc80"
 MASKED = "the cat \x1b[2J \x7f \x9b é 日"
@@ -48,7 +51,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = (f"{words[i % 5]} sat on the mat {i} \x1b[31m\t{i % 2}" for i in range(90))
     data.write_text("sentence\tlabel\n" + "\n".join(rows) + "\n", encoding="utf-8")
     settings = {"data.path": str(data), "data.n_labels": 2, "data.cache_dir": str(folder / "cache")}
-    run = used_runs.write(folder / f"run \x1b[31m {FOREIGN}", "sst2", {3: 0.5}, **settings)
+    run = tiny_runs.write(folder / f"run \x1b[31m {FOREIGN}", "sst2", {3: 0.5}, **settings)
     (run / "samples.txt").write_text(f"--- step 3 ---\n{HOSTILE[:-1]} {FOREIGN}\n\n", encoding="utf-8")
     (run / "metrics.jsonl").write_text(json.dumps({"step": 3, "split": "validation", "loss": 0.5}) + "\n")
     (run / "text.txt").write_text(MASKED, encoding="utf-8")
@@ -94,7 +97,7 @@ def test_a_page_shows_them(run: Path) -> None:
     assert ran(report.main, run) == 0
     text = (run / "report.html").read_text(encoding="utf-8")
     assert not OBEYED.search(text) and "\\x1b]0;owned\\x07" in text and FOREIGN in text
-    assert not OBEYED.search(page.page(HOSTILE, [HOSTILE]))
+    assert not OBEYED.search(html_page.page(HOSTILE, [HOSTILE]))
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)

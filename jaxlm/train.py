@@ -3,8 +3,8 @@
 import sys
 import time
 
-from jaxlm import hugepages
 from jaxlm.errors import interruptible, outlive_full_disks, reported
+from jaxlm.runtime import huge_pages
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -15,10 +15,10 @@ def main(argv: list[str] | None = None) -> int:
     with interruptible():
         with reported(debug="--debug" in argv):
             # Here, so that the process has little to import again when it starts anew for huge pages.
-            from jaxlm import formats
-            from jaxlm import start as starts
+            from jaxlm.training import resume
+            from jaxlm.weights import formats
 
-            config, origins, start = starts.load(argv, "python -m jaxlm.train", formats.RUN)
+            config, origins, start = resume.load(argv, "python -m jaxlm.train", formats.RUN)
         print(f"jaxlm: task {config.task}; loading JAX", flush=True)
         with reported(config.debug):
             from jaxlm import loop
@@ -28,5 +28,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    hugepages.ask()
+    huge_pages.ask()
     sys.exit(main())

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from jaxlm import environment
+from jaxlm.training import environment
 
 TASKS = ("mlm", "gpt", "sst2", "cola")
 TINY = (

@@ -20,10 +20,11 @@ import numpy as np
 from msgspec import Meta
 
 from jaxlm import config as configs
-from jaxlm import names, utf8
 from jaxlm.config import Config, Count, Positive, Rate, Share
 from jaxlm.errors import UserError
-from jaxlm.names import Arrays
+from jaxlm.io import utf8
+from jaxlm.params import names
+from jaxlm.params.names import Arrays
 from parity_tests.plan import Batch, Plan, Resume
 from parity_tests.trajectory import First, Saved, Trajectory
 from torchlm import checkpoint as checkpoints

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from jaxlm import names
+from jaxlm.params import names
 from jaxlm.tasks import TASKS
 from parity_tests import case as cases
 from parity_tests import drift, inputs, original, references, replay, trajectory

@@ -30,9 +30,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm import utf8
 from jaxlm.errors import UserError, reported
-from jaxlm.names import Arrays
+from jaxlm.io import utf8
+from jaxlm.params.names import Arrays
 from parity_tests import trajectory
 from parity_tests.tolerances import FLOAT32, FLOAT64, Tolerances
 from parity_tests.trajectory import Row

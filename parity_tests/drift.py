@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from jaxlm import config as configs
-from jaxlm import names
 from jaxlm.config import Config
 from jaxlm.model import keeps
+from jaxlm.params import names
 from parity_tests import trajectory
 from parity_tests.packages import PACKAGES, Jaxlm, Precision, Torchlm
 from parity_tests.plan import Plan, random_plan

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 
 from jaxlm import config as configs
-from jaxlm import names
 from jaxlm.config import Config
-from jaxlm.teacher import Teacher
+from jaxlm.params import names
+from jaxlm.training.teacher import Teacher
 from parity_tests import original, rounding, trajectory
 from parity_tests.drift import config_of
 from parity_tests.packages import PACKAGES, Precision

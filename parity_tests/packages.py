@@ -17,16 +17,16 @@ import torch
 from flax import nnx
 
 from jaxlm import distill as jax_distill
-from jaxlm import names
 from jaxlm import optim as jax_optim
 from jaxlm import parallel as jax_parallel
 from jaxlm import schedule as jax_schedule
 from jaxlm import step as jax_step
 from jaxlm import tasks as jax_tasks
-from jaxlm import tune as jax_tune
 from jaxlm.config import Config
-from jaxlm.names import Arrays
-from jaxlm.teacher import Teacher
+from jaxlm.params import frozen as jax_tune
+from jaxlm.params import names
+from jaxlm.params.names import Arrays
+from jaxlm.training.teacher import Teacher
 from parity_tests.plan import Batch
 from torchlm import distill as torch_distill
 from torchlm import optim as torch_optim

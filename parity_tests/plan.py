@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jaxlm import names
 from jaxlm.config import Config, TrainConfig
-from jaxlm.names import Arrays
-from jaxlm.teacher import Teacher
+from jaxlm.params import names
+from jaxlm.params.names import Arrays
+from jaxlm.training.teacher import Teacher
 
 Batch = dict[str, np.ndarray]
 CYCLE_AMPLITUDE = 0.03  # of the original's rate

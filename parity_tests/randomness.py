@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from flax import nnx
 
-from jaxlm import names
 from jaxlm.config import Config
-from jaxlm.names import Arrays
+from jaxlm.params import names
+from jaxlm.params.names import Arrays
 from parity_tests.drift import config_of
 from parity_tests.packages import PACKAGES, Jaxlm, Package
 from parity_tests.plan import random_plan

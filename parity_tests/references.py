@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jaxlm import names
 from jaxlm import optim as jax_optim
 from jaxlm import schedule as jax_schedule
 from jaxlm import step as jax_step
 from jaxlm.config import Config
 from jaxlm.data.cache import Split
 from jaxlm.data.samples import PairSamples
-from jaxlm.names import Arrays, model_kind
+from jaxlm.params import names
+from jaxlm.params.names import Arrays, model_kind
 from parity_tests import trajectory
 from parity_tests.drift import config_of
 from parity_tests.original import position_table

@@ -23,9 +23,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from jaxlm import page, utf8
 from jaxlm.errors import UserError, reported
-from jaxlm.names import Arrays
+from jaxlm.io import utf8
+from jaxlm.params.names import Arrays
+from jaxlm.reporting import html_page
 from parity_tests import case as cases
 from parity_tests import packages, replay, trajectory
 from parity_tests.drift import N_DRIFTS, SEEDS, Drift, bfloat16, bfloat16_rows, config_of
@@ -40,7 +41,7 @@ N_SHORT = 15
 QUICK_TASKS, QUICK_CASES = ("mlm", "gpt", "sst2"), ("cola",)
 # Of a picture; a page has them in its own style.
 INK, GRID, FIRST, SECOND, BOUND = "#1c1f24", "#d5d8de", "#0b63ce", "#d06a00", "#c2263a"
-IN_PAGE = {FIRST: page.COLOURS[0], SECOND: page.COLOURS[1], BOUND: page.BOUND}
+IN_PAGE = {FIRST: html_page.COLOURS[0], SECOND: html_page.COLOURS[1], BOUND: html_page.BOUND}
 DASHES = {"-": "", "--": "6 4", ":": "2 3"}
 PACKAGES_SHOWN = ("jax", "jaxlib", "flax", "optax", "torch", "numpy")
 
@@ -81,7 +82,7 @@ def draw(axes: Any, title: str, curves: Sequence[Curve], bounds: Sequence[Curve]
 def svg(title: str, curves: Sequence[Curve], bounds: Sequence[Curve] = (), is_log: bool = False) -> str:
     """Return a picture for a page."""
     shown = [
-        page.Curve(
+        html_page.Curve(
             curve.label.strip("_"),
             np.arange(len(curve.values)),
             curve.values,
@@ -92,13 +93,13 @@ def svg(title: str, curves: Sequence[Curve], bounds: Sequence[Curve] = (), is_lo
         )
         for curve in [*curves, *bounds]
     ]
-    return page.chart(title, shown, is_log=is_log)
+    return html_page.chart(title, shown, is_log=is_log)
 
 
 def of_rows(rows: Iterable[Row], label: str) -> str:
     """Return rows of a comparison as a table."""
     head = ["quantity", "", "difference", "tolerance", "where", "package"]
-    return page.table(head, [[row.quantity, *_numbers(row), row.where, row.package] for row in rows], label)
+    return html_page.table(head, [[row.quantity, *_numbers(row), row.where, row.package] for row in rows], label)
 
 
 def _numbers(row: Row) -> tuple[str, str, str]:
@@ -176,7 +177,7 @@ def drift_table(drifted: dict[str, Drift]) -> str:
         weights = [number(drift.weights[name]) for name in ("jaxlm", "torchlm")]
         for row, values in zip(bfloat16_rows(task, drift), (means, weights), strict=True):
             lines.append([task, row.quantity, *values, f"{row.difference:.2f}", "pass" if row.passes else "FAIL"])
-    return page.table(["task", "", "jaxlm", "torchlm", "ratio", ""], lines, "drift in bfloat16")
+    return html_page.table(["task", "", "jaxlm", "torchlm", "ratio", ""], lines, "drift in bfloat16")
 
 
 def tensors(rows: Iterable[Row]) -> str:
@@ -191,7 +192,7 @@ def tensors(rows: Iterable[Row]) -> str:
             note = "*" if row.quantity.endswith("(key biases)") else ""
             found.setdefault(row.where, {})[kind] = number(row.difference) + note + mark
     columns = list(kinds.values())
-    return page.table(
+    return html_page.table(
         ["tensor", *columns], [[name, *(x.get(c, "") for c in columns)] for name, x in found.items()], "each tensor"
     )
 
@@ -215,7 +216,7 @@ def faults(path: Path) -> str:
     head = ["fault", "what is wrong", "caught in jaxlm by", "caught in torchlm by"]
     return (
         f"<h2>Planted faults</h2><p>Realistic mistakes of ports, planted one at a time: the checks caught {totals}.</p>"
-        + page.folded("All faults, and what caught each", page.table(head, body, "planted faults"))
+        + html_page.folded("All faults, and what caught each", html_page.table(head, body, "planted faults"))
     )
 
 
@@ -255,7 +256,7 @@ def both_packages(
         *([f"<p><b>{html.escape(note)}</b></p>"] if note else []),
         "<p>Two implementations of one trainer, from the same weights, on the same batches: every number that one "
         "computes is compared with the other's, and with what the original recorded.</p>",
-        page.totals(totals.items()),
+        html_page.totals(totals.items()),
         f"<h2>{n_updates} updates</h2><p>For each task the losses of both on top of each other, and "
         "how far they are apart. In float64 only the mathematics is left: what is seen in float32 is rounding.</p>",
         f'<div class="figures">{"".join(figures)}</div>',
@@ -281,7 +282,7 @@ def both_packages(
     ]
     if fault_table:
         parts.append(faults(fault_table))
-    return page.page("jaxlm and torchlm, number for number", [*parts, versions()])
+    return html_page.page("jaxlm and torchlm, number for number", [*parts, versions()])
 
 
 def _bfloat16(drifted: dict[str, Drift]) -> list[str]:
@@ -333,7 +334,7 @@ def page_of_two(name_a: str, name_b: str, a: Arrays, b: Arrays, rows: list[Row])
         of_rows(rows, "all"),
         "</details>",
     ]
-    return page.page(f"{name_a} and {name_b}", [*parts, versions()])
+    return html_page.page(f"{name_a} and {name_b}", [*parts, versions()])
 
 
 def main(argv: list[str]) -> int:

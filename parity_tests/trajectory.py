@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxlm.config import Config
-from jaxlm.names import Arrays
+from jaxlm.params.names import Arrays
 from parity_tests.packages import Package, Precision, Rate
 from parity_tests.plan import CYCLE_AMPLITUDE, Batch, Plan
 from parity_tests.tolerances import Bound, Tolerances

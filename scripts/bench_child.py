@@ -17,8 +17,8 @@ from bench_peers import Mapped, Peer
 from bench_systems import Data, Jaxlm, Reply, Torchlm, TorchProducts
 
 from jaxlm import config as configs
-from jaxlm import hugepages
 from jaxlm.config import Config
+from jaxlm.runtime import huge_pages
 
 
 def memory() -> Reply:
@@ -50,7 +50,7 @@ SYSTEMS: dict[str, Callable[[Config, dict[str, Any]], Any]] = {
 def main() -> None:
     spec = json.loads(sys.argv[1])
     if spec["system"] not in ("torchlm", "original"):
-        hugepages.ask()  # as jaxlm does by itself, and a careful user of another system would
+        huge_pages.ask()  # as jaxlm does by itself, and a careful user of another system would
     # What libraries print goes to stderr; the answers have the pipe for themselves.
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

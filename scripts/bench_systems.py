@@ -45,8 +45,9 @@ class Jaxlm:
     def __init__(self, config: Config, spec: dict[str, Any]):
         import jax
 
-        from jaxlm import backend, loop, parallel
+        from jaxlm import loop, parallel
         from jaxlm.data import loader
+        from jaxlm.runtime import backend
         from jaxlm.tasks import TASKS
 
         backend.configure(config)
@@ -97,7 +98,7 @@ class Jaxlm:
         import jax
         from flax import nnx
 
-        from jaxlm import decode
+        from jaxlm.inference import decode
 
         if not hasattr(self, "decoder"):
             model: Any = self.task.build_model(nnx.Rngs(self.config.train.seed))
@@ -251,7 +252,7 @@ def products(config: Config) -> Iterator[tuple[tuple[int, ...], tuple[int, ...],
 
     Their flops are those of flops.flops_per_update.
     """
-    from jaxlm import flops
+    from jaxlm.cost import flops
 
     model, B = config.model, config.train.batch_size * config.train.accumulate
     T, D, H, L = model.seq_len, model.d_model, model.n_heads, model.n_layers

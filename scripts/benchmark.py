@@ -65,11 +65,11 @@ from bench_works import (
 from rich.console import Console
 
 from jaxlm import config as configs
-from jaxlm import environment, flops
-from jaxlm.data import embedded
-from jaxlm.data import tokenizer as tokenizers
+from jaxlm.cost import flops
+from jaxlm.data import embedded, tokenization
 from jaxlm.data.loader import GROUP
 from jaxlm.errors import UserError, reported
+from jaxlm.training import environment
 
 ROOT = Path(__file__).parents[1]
 WARMUP = 2  # updates between the first and those that are measured
@@ -339,7 +339,7 @@ def tokenizing(options: Options) -> Found:
     """Measure how long it takes to make a text ready, from the start of a process, and with datasets.map."""
     _, data = read_data(configs.build(options.settings(SMALL)))
     path, tokenizer = options.folder / "text.txt", options.folder / "tokenizer.json"
-    tokenizers.save(data.tokenizer, tokenizer)
+    tokenization.save(data.tokenizer, tokenizer)
     write_corpus(path, 10**6 if options.quick else 10**8)
     ratios = []
     for i in range(options.fewer(3, 1)):
@@ -383,7 +383,7 @@ def host(options: Options) -> Found:
 def growth(options: Options) -> Found:
     """Measure a small model on a small and a large corpus, over many updates."""
     _, data = read_data(configs.build(options.settings(SMALL)))
-    tokenizers.save(data.tokenizer, options.folder / "tokenizer.json")
+    tokenization.save(data.tokenizer, options.folder / "tokenizer.json")
     sizes = {"1 MB": 10**6, "4 MB": 4 * 10**6} if options.quick else {"1 MB": 10**6, "1 GB": 10**9}
     n, rounds = options.fewer(200, 20), options.fewer(20, 4)
     with contextlib.ExitStack() as stack:

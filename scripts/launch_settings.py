@@ -12,8 +12,8 @@ import msgspec
 from msgspec import Meta
 
 from jaxlm import config as configs
-from jaxlm import utf8
 from jaxlm.errors import UserError, nearest, reported
+from jaxlm.io import utf8
 
 ROOT = Path(__file__).resolve().parent.parent
 FILE = ROOT / "scripts" / "launch.toml"

@@ -185,7 +185,9 @@ def help_of(program: str) -> str:
 
 
 def test_the_pages_have_commands() -> None:
-    assert {"README.md", "jaxlm/USING.md", "jaxlm/CHECKPOINTS.md"} <= {command.page for command in COMMANDS}
+    assert {"README.md", "jaxlm/inference/USING.md", "jaxlm/training/CHECKPOINTS.md"} <= {
+        command.page for command in COMMANDS
+    }
     assert len(COMMANDS) > 80
     for where in filter(None, ELSEWHERE.values()):
         assert (ROOT / where).is_file()

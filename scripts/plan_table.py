@@ -1,4 +1,4 @@
-"""Makes the tables of jaxlm/PLAN.md: compiles each step that they have, and keeps what it has found in a folder.
+"""Makes the tables of jaxlm/cost/PLAN.md: compiles each step that they have, and keeps what it has found in a folder.
 
     JAX_OPTIMIZATION_LEVEL=O1 python scripts/plan_table.py plans/     # an hour; goes on where it was stopped
 
@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm import config as configs
-from jaxlm import plan, roofline
+from jaxlm import plan
+from jaxlm.cost import roofline
 from jaxlm.errors import UserError
 
 CONFIGS = Path(__file__).parent.parent / "configs"

@@ -27,9 +27,9 @@ from bench_systems import read_data
 from ngram import NGram
 
 from jaxlm import config as configs
-from jaxlm import folder as folders
 from jaxlm.data import prepare
 from jaxlm.errors import UserError, reported
+from jaxlm.reporting import run_reader as folders
 
 SEEDS = range(5)
 SIZE = (

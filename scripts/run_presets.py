@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from jaxlm import history
+from jaxlm.training import history
 
 TASKS = ("mlm", "gpt", "sst2", "cola", "pairs")
 SHOWN = {"mlm": "accuracy", "gpt": "bits_per_byte", "sst2": "accuracy", "cola": "matthews", "pairs": "accuracy"}

@@ -1,6 +1,6 @@
 """Ends, damages and misleads runs in every way that we know, and looks at what becomes of them.
 
-    python scripts/torture.py [TRIAL ...] [--seed 0] [--quick] [--markdown jaxlm/CHECKPOINTS.md]
+    python scripts/torture.py [TRIAL ...] [--seed 0] [--quick] [--markdown jaxlm/training/CHECKPOINTS.md]
 
 kills      kill -9 at random moments of one run, resumed each time: the same weights, moments and rows, bit for bit
 terms      the same with SIGTERM, of jaxlm and of torchlm in two processes
@@ -74,7 +74,8 @@ def rows(run: Path) -> list[dict]:
 
 def differences(run: Path, undisturbed: Path) -> list[str]:
     """Return what is not the same in two runs: rows, samples, and the last checkpoint."""
-    from jaxlm import checksums, convert
+    from jaxlm import convert
+    from jaxlm.io import checksums
 
     found = []
     if rows(run) != rows(undisturbed):
@@ -223,8 +224,8 @@ def write(path: Path, content: bytes) -> None:
 
 
 def damaged_bytes(folder: Path, is_quick: bool) -> Iterator[Trial]:
-    from jaxlm import formats
-    from jaxlm import start as start_of
+    from jaxlm.training import resume as start_of
+    from jaxlm.weights import formats
 
     run, whole = folder / "run", folder / "whole"
     settings = f"{TINY} --train.max-steps 50 --run.keep-checkpoints 2 --run.dir {run}"

@@ -12,7 +12,9 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from jaxlm import convert, evaluate, folder, predict, report, trained
+from jaxlm import convert, evaluate, predict, report
+from jaxlm.inference import load
+from jaxlm.reporting import run_reader
 
 
 def fill_masks(run: Path) -> None:
@@ -52,14 +54,14 @@ def look_at_attention(run: Path) -> None:
 
 
 def score(run: Path) -> None:
-    model = trained.load(run)
+    model = load.load(run)
     _, samples = evaluate.part(model, "validation", {})
     for name, x in evaluate.evaluate(model, samples)["scores"].items():
         print(f"{name} {x.value:.4f}, 95% interval {x.low:.4f} to {x.high:.4f}, baseline {x.baseline:.4f}")
 
 
 def read_metrics(run: Path) -> None:
-    told = folder.read(run)
+    told = run_reader.read(run)
     print(f"settings that are no defaults: {', '.join(told.changed_settings())}")
     for row in told.rows[-3:]:
         print(row)
@@ -68,7 +70,7 @@ def read_metrics(run: Path) -> None:
 def write_report(run: Path) -> None:
     with tempfile.TemporaryDirectory() as target:
         page = Path(target) / "report.html"
-        page.write_text(report.report([folder.read(run)]), encoding="utf-8")
+        page.write_text(report.report([run_reader.read(run)]), encoding="utf-8")
         print(f"a page of {page.stat().st_size:,} bytes")
 
 
@@ -103,7 +105,7 @@ USES: dict[str, list[Callable[[Path], None]]] = {
 
 def main() -> None:
     for run in map(Path, sys.argv[1:]):
-        for use in USES[folder.read(run).settings["task"]]:
+        for use in USES[run_reader.read(run).settings["task"]]:
             print(f"\n--- {use.__name__}: {run}", flush=True)
             use(run)
 

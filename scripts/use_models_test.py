@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxlm import used_runs
+from jaxlm.testing import tiny_runs
 
 SPEC = importlib.util.spec_from_file_location("use_models", Path(__file__).parent / "use_models.py")
 assert SPEC and SPEC.loader
@@ -27,7 +27,7 @@ def test_the_examples(
     settings = {"model.seq_len": 64, "data.path": str(data), "data.validation_fraction": 0.4, "data.test_fraction": 0.3}
     if task != "sst2":
         data.write_text(data.read_text().replace("\t", " "))
-    run = used_runs.write(tmp_path / "run", task, **{**settings, "data.cache_dir": str(tmp_path / "cache")})
+    run = tiny_runs.write(tmp_path / "run", task, **{**settings, "data.cache_dir": str(tmp_path / "cache")})
     (run / "metrics.jsonl").write_text(json.dumps({"step": 3, "split": "train", "loss": 2.5}) + "\n")
     monkeypatch.setattr(sys, "argv", ["use_models.py", str(run)])
     use_models.main()

@@ -1,6 +1,6 @@
 """Checkpoints of a run in the original's file format, written by torch.save: the last ones and the best one are kept.
 
-A file has the original's keys and names of tensors (jaxlm/names.py), and its buffers, so that the original reads it.
+A file has the original's keys, names of tensors (jaxlm/params/names.py) and buffers, so that the original reads it.
 """
 
 import contextlib
@@ -18,17 +18,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jaxlm import checksums, convert, formats, names, start, storage
+from jaxlm import convert
 from jaxlm.config import Config
 from jaxlm.errors import UserError, slow
-from jaxlm.formats import Snapshot
-from jaxlm.run import Run
+from jaxlm.io import checksums, storage
+from jaxlm.params import names
+from jaxlm.training import resume
+from jaxlm.training.run import Run
+from jaxlm.weights import formats
+from jaxlm.weights.formats import Snapshot
 from torchlm import parallel
 from torchlm.heads import BaseModel, Classifier, LanguageModel
 from torchlm.step import TrainState
 
 FORMAT = "1.2"
-PARTS = start.PARTS
+PARTS = resume.PARTS
 PAUSES_S = (0.0, 1.0, 4.0)  # before the tries to save the last state
 KEYS = (
     *("version", "task_type", "iter", "sample_iter", "base_model", "lm_head"),
@@ -128,7 +132,7 @@ class Checkpoints:
 
     def _remove_old(self, losses: Mapping[int, float]) -> None:
         steps = self.steps()
-        for old in set(steps[: -self.keep]) - {start.best(steps, losses)}:
+        for old in set(steps[: -self.keep]) - {resume.best(steps, losses)}:
             try:
                 self._path(old).unlink()
             except OSError as error:
@@ -166,7 +170,7 @@ def begin(run: Run, fresh: Callable[[], TrainState]) -> TrainState:
     numbers = {name: x.numel() for name, x in parallel.single(state.model).named_parameters()}
     sizes = {part: [n for name, n in numbers.items() if name.startswith(part)] for part in PARTS[:2]}
     moments = [*names.trained(run.config.model, numbers).values()] * 2
-    run.log.say(start.table(begun, sizes | {"optimizer": moments}))
+    run.log.say(resume.table(begun, sizes | {"optimizer": moments}))
     return state
 
 
@@ -200,7 +204,7 @@ def with_snapshot(
     trained = {name: shapes[name] for name, tensor in model.named_parameters() if tensor.requires_grad}
     if is_base:
         snapshot, shapes = convert.merged(snapshot), names.without_adapters(shapes)
-    weights = names.check(*start.fitting(snapshot.weights, shapes, parts), source)
+    weights = names.check(*resume.fitting(snapshot.weights, shapes, parts), source)
     model.load_state_dict(model.state_dict() | {name: torch.tensor(x) for name, x in weights.items()})
     if "optimizer" in parts and snapshot.moments is not None:
         first, second = snapshot.moments
@@ -225,7 +229,7 @@ def load_model(path: str | Path) -> tuple[torch.nn.Module, Config]:
 
     A run has that of its best checkpoint.
     """
-    found = start.to_use(path).path
+    found = resume.to_use(path).path
     assert found is not None, "nothing was found"
     snapshot = convert.read(found)
     model = model_for(snapshot, str(found))

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from jaxlm import config as configs
-from jaxlm import start as starts
 from jaxlm.errors import UserError
+from jaxlm.training import resume
 from torchlm import checkpoint, optim, schedule, step
 from torchlm.checkpoint import Checkpoints
 from torchlm.loss import Totals, cross_entropy
@@ -128,14 +128,14 @@ def test_the_best_and_the_last_are_kept(tmp_path: Path) -> None:
     config = config_of()
     state, checkpoints = start(config), Checkpoints(tmp_path / "checkpoints")
     losses: dict[int, float] = {}
-    assert starts.best(checkpoints.steps(), losses) is None
+    assert resume.best(checkpoints.steps(), losses) is None
     kept = []
     for i, loss in enumerate([3.0, 1.0, None, 2.0, 1.0, None, None], start=1):
         state.step = i
         losses |= {} if loss is None else {i: loss}
         checkpoints.save(state, info_of(config, i), losses)
         kept.append(
-            (starts.best(checkpoints.steps(), losses), sorted(int(path.stem) for path in checkpoints.folder.iterdir()))
+            (resume.best(checkpoints.steps(), losses), sorted(int(path.stem) for path in checkpoints.folder.iterdir()))
         )
     expected = [(1, [1]), (2, [2]), (2, [2, 3]), (2, [2, 4]), (2, [2, 5]), (2, [2, 6]), (2, [2, 7])]
     assert kept == expected

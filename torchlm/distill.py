@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jaxlm.teacher import Teacher
+from jaxlm.training.teacher import Teacher
 from torchlm.loss import Totals
 from torchlm.parallel import Mesh
 

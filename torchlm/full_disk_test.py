@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 
 import jaxlm.train
-from jaxlm import folder, history, run, summary
 from jaxlm.errors import UserError
-from jaxlm.log import RunLog
+from jaxlm.reporting import run_reader
+from jaxlm.training import history, run, summary
+from jaxlm.training.log import RunLog
 from torchlm import checkpoint, train
 
 SIZES = (
@@ -92,18 +93,18 @@ def test_the_end_lists_what_was_saved(
     assert ("Use it: " in output) == bool(saved)
     n_warnings = len(re.findall("warning: the checkpoint of step .* could not be saved", errors))
     assert n_warnings == len(blocked)
-    state = folder.read(run).state
+    state = run_reader.read(run).state
     if not is_lost:
         assert saved and "error: " not in errors and state == "finished"
     else:
         assert "error: " in errors and "the weights of step 6 are not saved; free some space, or save else" in errors
-        assert state != "finished" or folder.read(run).best_score_step() in saved
+        assert state != "finished" or run_reader.read(run).best_score_step() in saved
         # Where else to save is a command that works.
         settings = re.search(r"python -m torchlm.train (.*?)(, which goes on from step \d+)?$", errors, re.MULTILINE)
         assert settings is not None and bool(settings[2]) == bool(saved)
         again = settings[1].replace("NEW", str(tmp_path / "new")).replace("FOLDER", str(tmp_path / "other"))
         assert train.main(again.split()) == 0
-        assert folder.read(tmp_path / "new").state == "finished"
+        assert run_reader.read(tmp_path / "new").state == "finished"
 
 
 def test_the_last_save_is_tried_again(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +118,7 @@ def test_the_last_save_is_tried_again(texts: Path, tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(checkpoint, "PAUSES_S", pauses())
     assert trained(texts, tmp_path / "run", f"--run.checkpoint-dir {tmp_path / 'elsewhere'}") == 0
-    assert blocked.is_file() and folder.read(tmp_path / "run").state == "finished"
+    assert blocked.is_file() and run_reader.read(tmp_path / "run").state == "finished"
 
 
 def at_row(n: int, act: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +159,7 @@ def test_a_disk_that_is_full_from_some_row_on(
         assert status == run.UNSAVED and logged(disk / "run") == []
         assert "checkpoints" not in listing(output) and "Use it" not in output
         assert re.search(r"metrics.jsonl: \d+ entries not written \(No space left on device\)", errors)
-        assert folder.read(disk / "run").state != "finished"
+        assert run_reader.read(disk / "run").state != "finished"
 
 
 def test_a_rollback_on_a_full_disk(disk: Path, texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,7 +206,7 @@ def test_a_log_that_cannot_be_read_does_not_stop_a_resume(
 ) -> None:
     run = tmp_path / "run"
     assert trained(texts, run, "--train.decay-steps 6") == 0
-    best = folder.read(run).best_score_step()
+    best = run_reader.read(run).best_score_step()
     lines = ['{"step": 2, "split": "validation"}', '{"step": "3", "split": "train"}', "[" * 100_000]
     (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     (run / "samples.txt").unlink()
@@ -275,7 +276,7 @@ def test_a_run_whose_reader_has_gone_saves(texts: Path, tmp_path: Path) -> None:
         errors = process.stderr.read()
     assert (process.returncode, errors) == (141, "")
     assert "interrupted: saving" in (run / "log.txt").read_text()
-    assert max(steps_on_disk(run)) == folder.read(run).last_step
+    assert max(steps_on_disk(run)) == run_reader.read(run).last_step
 
 
 @pytest.mark.slow
@@ -287,5 +288,5 @@ def test_jaxlm_on_a_full_disk(disk: Path, texts: Path, monkeypatch: pytest.Monke
     output, errors = capsys.readouterr()
     assert "checkpoints" not in listing(output) and "loss (lower is better)" in output
     assert "the weights of step 4 are not saved" in errors
-    assert folder.read(disk / "run").state == folder.LOST
+    assert run_reader.read(disk / "run").state == run_reader.LOST
     assert history.rows(disk / "run" / "metrics.jsonl", pytest.fail)

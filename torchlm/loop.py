@@ -9,15 +9,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from jaxlm import chips, flops, rollback, run_dir, signals, storage, summary
 from jaxlm.config import Config
+from jaxlm.cost import chips, flops
 from jaxlm.data import loader
 from jaxlm.data.position import Position
 from jaxlm.errors import UserError, slow
-from jaxlm.meter import Meter
-from jaxlm.run import UNSAVED, Run, has_test, info, started
-from jaxlm.start import Start
-from jaxlm.teacher import Teacher
+from jaxlm.io import storage
+from jaxlm.training import rollback, run_dir, signals, summary
+from jaxlm.training.meter import Meter
+from jaxlm.training.resume import Start
+from jaxlm.training.run import UNSAVED, Run, has_test, info, started
+from jaxlm.training.teacher import Teacher
 from torchlm import checkpoint, distill, optim, parallel, schedule, step
 from torchlm.checkpoint import Checkpoints
 from torchlm.parallel import Mesh

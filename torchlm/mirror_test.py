@@ -12,8 +12,8 @@ import torch
 from flax import nnx
 
 from jaxlm import config as configs
-from jaxlm import names
 from jaxlm import tasks as jaxlm_tasks
+from jaxlm.params import names
 from torchlm import tasks as torchlm_tasks
 
 ROOT = Path(__file__).parent.parent

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from jaxlm.config import ModelConfig
-from jaxlm.names import is_trained, lora_products
+from jaxlm.params.names import is_trained, lora_products
 
 REMAT: dict[str, list[Any]] = {  # what is kept of a block for its gradients
     "dots": [torch.ops.aten.mm.default, torch.ops.aten.addmm.default],

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from jaxlm import model_test as jaxlm_test
-from jaxlm import names
 from jaxlm.config import ModelConfig
+from jaxlm.params import names
 from torchlm import heads
 from torchlm import model as models
 from torchlm.model import Transformer

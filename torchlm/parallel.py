@@ -19,10 +19,10 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from jaxlm import config as configs
-from jaxlm import rendezvous
 from jaxlm.config import Config, LogConfig
 from jaxlm.errors import CLEANUPS, UserError, slow
-from jaxlm.rendezvous import variable
+from jaxlm.runtime import rendezvous
+from jaxlm.runtime.rendezvous import variable
 
 
 @dataclass(frozen=True)

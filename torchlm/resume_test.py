@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from jaxlm.data import grammar
-from jaxlm.resume_test import interrupted_at
+from jaxlm.testing.resume_after_kill_test import interrupted_at
 from torchlm import checkpoint, train
 from torchlm.tasks import TASKS
 from torchlm.tasks.sst2 import Sst2

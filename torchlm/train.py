@@ -7,9 +7,9 @@ import os
 import sys
 import time
 
-from jaxlm import formats
-from jaxlm import start as starts
 from jaxlm.errors import UserError, interruptible, outlive_full_disks, reported
+from jaxlm.training import resume
+from jaxlm.weights import formats
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     outlive_full_disks()
     with interruptible():
         with reported(debug="--debug" in argv):
-            config, origins, start = starts.load(argv, "python -m torchlm.train", formats.CHECKPOINT_1_2)
+            config, origins, start = resume.load(argv, "python -m torchlm.train", formats.CHECKPOINT_1_2)
         if os.environ.get("RANK", "0") == "0":
             print(f"torchlm: task {config.task}; loading PyTorch", flush=True)
         with reported(config.debug):

@@ -156,14 +156,14 @@ def test_the_file_stop_ends_a_run_with_its_scores(
     texts: Path, labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_dir, losses = tmp_path / "run", []
-    monkeypatch.setattr("jaxlm.signals.FILE_CHECK_S", 0)
+    monkeypatch.setattr("jaxlm.training.signals.FILE_CHECK_S", 0)
 
     def put_stop(*args: object) -> None:
         losses.append(args)
         if len(losses) == 3:
             (run_dir / "stop").touch()
 
-    monkeypatch.setattr("jaxlm.log.RunLog.row", put_stop)
+    monkeypatch.setattr("jaxlm.training.log.RunLog.row", put_stop)
     settings = f"{TINY} {data_of('sst2', texts, labelled)} --run.dir {run_dir} --train.max-steps 100"
     assert train.main(settings.split()) == 0
     assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["4.pt"]

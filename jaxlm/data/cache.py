@@ -22,11 +22,10 @@ import xxhash
 from tokenizers import Tokenizer
 from tokenizers import __version__ as library_version
 
-from jaxlm import checksums, storage
-from jaxlm import temporary as temporaries
-from jaxlm.data import tokenizer as tokenizers
+from jaxlm.data import tokenization
 from jaxlm.data.sources import SPLITS, Article, Source
 from jaxlm.errors import UserError, note, slow, warn
+from jaxlm.io import checksums, storage, temporary
 
 FORMAT = 1  # raised when the files below change, so that older caches are not read
 FILES: dict[str, Any] = {"offsets": np.int64, "labels": np.int32, "n_bytes": np.int64}
@@ -73,10 +72,10 @@ def open_cache(
     killed builds have left is removed. `on_progress` gets the bytes of text tokenized so far. Raises UserError if the
     cache cannot be written; then, as after an interrupt, nothing of it stays.
     """
-    key = f"{FORMAT} {source.fingerprint} {tokenizers.fingerprint(tokenizer)} {library_version}"
+    key = f"{FORMAT} {source.fingerprint} {tokenization.fingerprint(tokenizer)} {library_version}"
     folder = cache_dir / "tokens" / hashlib.sha256(key.encode()).hexdigest()[:32]
-    temporaries.remove(cache_dir, temporaries.is_abandoned)
-    n_ids = tokenizers.n_ids(tokenizer)
+    temporary.remove(cache_dir, temporary.is_abandoned)
+    n_ids = tokenization.n_ids(tokenizer)
     if os.path.lexists(folder):
         try:
             return _opened(folder, n_ids)
@@ -213,18 +212,18 @@ def _check_structure(name: str, split: Split, n_ids: int) -> None:
 
 
 def _build(source: Source, tokenizer: Tokenizer, folder: Path, on_progress: Callable[[int], None]) -> None:
-    unfinished = temporaries.name_for(folder)
-    n_ids = tokenizers.n_ids(tokenizer)
+    unfinished = temporary.name_for(folder)
+    n_ids = tokenization.n_ids(tokenizer)
     try:
         shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed and had the same number
         unfinished.mkdir(parents=True)
-        with temporaries.claimed(unfinished):
+        with temporary.claimed(unfinished):
             with contextlib.ExitStack() as stack:
                 # Plain writes: a full disk under a memory map would kill the process instead of raising.
                 files = {name: stack.enter_context(open(unfinished / name, "wb")) for name in _dtypes(n_ids)}
                 _write(source.articles(), tokenizer, files, _dtypes(n_ids), on_progress)
             for name in files:
-                temporaries.fsync(unfinished / name)
+                temporary.fsync(unfinished / name)
             token = _dtypes(n_ids)["train.tokens"].name
             _write_meta(unfinished, {"dtype": token, "source": source.description}, n_ids)
         _move(unfinished, folder, n_ids)
@@ -246,7 +245,7 @@ def _write_meta(folder: Path, meta: dict[str, Any], n_ids: int) -> None:
             blocks = [xxhash.xxh3_64_hexdigest(block) for block in iter(functools.partial(file.read, BLOCK), b"")]
             sums[name], states[name] = (file.tell(), blocks), _state(file)
     meta = json.loads(json.dumps(meta | {"files": sums}))
-    temporaries.replace_text(folder / META, json.dumps(meta | {"sum": _sum_of(meta)}))
+    temporary.replace_text(folder / META, json.dumps(meta | {"sum": _sum_of(meta)}))
     (folder / CHECKED).write_text(json.dumps(states))
 
 
@@ -262,12 +261,12 @@ def _move(unfinished: Path, folder: Path, n_ids: int) -> None:
             return
         except (OSError, ValueError):
             # Not emptied in place: other processes keep what they have mapped.
-            aside = temporaries.name_for(folder.with_name(f"{folder.name}.damaged"))
+            aside = temporary.name_for(folder.with_name(f"{folder.name}.damaged"))
             with contextlib.suppress(FileNotFoundError):  # another process has just done the same
                 folder.rename(aside)
                 storage.remove(aside)
             _move(unfinished, folder, n_ids)
-    temporaries.fsync(folder.parent)
+    temporary.fsync(folder.parent)
 
 
 def _write(
@@ -282,7 +281,7 @@ def _write(
     n_bytes_done = 0
     for split in SPLITS:
         files[f"{split}.offsets"].write(np.int64(0).tobytes())
-    for chunk in tokenizers.chunks(articles, lambda article: len(article.text)):
+    for chunk in tokenization.chunks(articles, lambda article: len(article.text)):
         encodings = tokenizer.encode_batch_fast([article.text for article in chunk], add_special_tokens=False)
         for article, encoding in zip(chunk, encodings, strict=True):
             n_bytes = len(article.text.encode())

@@ -17,13 +17,12 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from jaxlm import temporary
 from jaxlm.config import DataConfig, TokenizerConfig
-from jaxlm.data import cache, sources
-from jaxlm.data import tokenizer as tokenizers
+from jaxlm.data import cache, sources, tokenization
 from jaxlm.data.cache import Split, open_cache
 from jaxlm.data.sources import SPLITS, Article, Source
 from jaxlm.errors import UserError
+from jaxlm.io import temporary
 
 KEY = "0123456789abcdef" * 2
 LINES = [f"article {i} has {i % 7} words of {'x' * (i % 5)} and é" for i in range(300)]
@@ -31,7 +30,7 @@ LINES = [f"article {i} has {i % 7} words of {'x' * (i % 5)} and é" for i in ran
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return tokenizers.train(TokenizerConfig(vocab_size=300), lambda: iter(LINES))
+    return tokenization.train(TokenizerConfig(vocab_size=300), lambda: iter(LINES))
 
 
 def word_tokenizer(n: int) -> Tokenizer:
@@ -102,11 +101,11 @@ def test_articles_with_no_tokens_and_labels_are_kept(tmp_path):
 
 def test_many_chunks_join_without_a_seam(tmp_path, monkeypatch):
     articles = [Article(SPLITS[i % 3], f"w{i} w{i + 1} " * (i % 4), -1) for i in range(500)]
-    small = tokenizers.chunks.__defaults__
-    monkeypatch.setattr(tokenizers.chunks, "__defaults__", (300,))
+    small = tokenization.chunks.__defaults__
+    monkeypatch.setattr(tokenization.chunks, "__defaults__", (300,))
     told: list[int] = []
     splits = open_cache(memory_source(articles), word_tokenizer(600), tmp_path, told.append)
-    monkeypatch.setattr(tokenizers.chunks, "__defaults__", small)
+    monkeypatch.setattr(tokenization.chunks, "__defaults__", small)
     for k, split in enumerate(SPLITS):
         assert [ids for ids, _, _ in rows(splits[split])] == [[i, i + 1] * (i % 4) for i in range(k, 500, 3)]
     assert len(told) > 50 and told == sorted(told) and told[-1] == sum(len(a.text.encode()) for a in articles)
@@ -161,7 +160,7 @@ def test_a_changed_file_tokenizer_or_setting_makes_it_anew(tmp_path, tokenizer):
         return counted.n_passes > 0
 
     assert made() and not made()
-    other = tokenizers.train(TokenizerConfig(vocab_size=300, lowercase=False), lambda: iter(LINES))
+    other = tokenization.train(TokenizerConfig(vocab_size=300, lowercase=False), lambda: iter(LINES))
     assert made(other) and not made(other)
     for settings in ({"split_seed": 1}, {"validation_fraction": 0.2}, {"format": "wikitext"}):
         assert made(**settings) and not made(**settings), settings
@@ -189,7 +188,7 @@ def test_failing_source_leaves_nothing(tmp_path, tokenizer, monkeypatch):
         yield from (Article("train", line, -1) for line in LINES)
         raise UserError("line 301 is bad")
 
-    monkeypatch.setattr(tokenizers.chunks, "__defaults__", (300,))
+    monkeypatch.setattr(tokenization.chunks, "__defaults__", (300,))
     with pytest.raises(UserError, match="line 301 is bad"):
         open_cache(Source("s", "0", articles, 1), tokenizer, tmp_path)
     assert leftovers(tmp_path) == []
@@ -223,8 +222,8 @@ def test_full_disk_is_one_line_and_leaves_nothing(tmp_path, tokenizer):
             open_cache(memory_source(articles), tokenizer, tmp_path / "disk")
         assert leftovers(tmp_path) == []
         with pytest.raises(UserError, match=r"the tokenizer cannot be written \(No space left on device\)"):
-            large = tokenizers.train(TokenizerConfig(vocab_size=8000), lambda: (f"w{i} " for i in range(10_000)))
-            tokenizers.save(large, tmp_path / "disk" / "tokenizer.json")
+            large = tokenization.train(TokenizerConfig(vocab_size=8000), lambda: (f"w{i} " for i in range(10_000)))
+            tokenization.save(large, tmp_path / "disk" / "tokenizer.json")
         assert leftovers(tmp_path) == []
         open_cache(memory_source(articles[:5]), tokenizer, tmp_path / "disk")  # and a smaller one fits
 
@@ -277,7 +276,7 @@ def test_a_killed_build_is_never_read_and_is_cleared_away_later(tmp_path):
     (left,) = (tmp_path / "tokens").iterdir()
     assert left.name.endswith(".tmp") and f".{process.pid}." in left.name
 
-    words = tokenizers.train(TokenizerConfig(vocab_size=300), lambda: iter(["some words"]))
+    words = tokenization.train(TokenizerConfig(vocab_size=300), lambda: iter(["some words"]))
     source = memory_source([Article("train", "some words", -1)])  # of the same fingerprint
     splits = open_cache(source, words, tmp_path)
     assert len(splits["train"]) == 1

@@ -11,8 +11,7 @@ from tokenizers import Tokenizer
 
 from jaxlm import config as configs
 from jaxlm.config import Config, DataConfig
-from jaxlm.data import cache, sources
-from jaxlm.data import tokenizer as tokenizers
+from jaxlm.data import cache, sources, tokenization
 from jaxlm.data.cache import Split
 from jaxlm.data.samples import Samples
 from jaxlm.data.sources import Source
@@ -73,12 +72,12 @@ def prepare(
     def on_long_word(length: int) -> None:
         long_words.append((source.place(last) if not long_words else "", length))
 
-    tokenizer = tokenizers.cached(config.tokenizer, training_texts, source.fingerprint, cache_dir, on_long_word)
+    tokenizer = tokenization.cached(config.tokenizer, training_texts, source.fingerprint, cache_dir, on_long_word)
     config = _with_vocab_size(config, tokenizer)
     specials = _specials(config, tokenizer, samples_class)
     with progress("tokenizing", source.n_bytes) as on_progress:
         splits = cache.open_cache(source, tokenizer, cache_dir, on_progress)
-    n_ids = tokenizers.n_ids(tokenizer)
+    n_ids = tokenization.n_ids(tokenizer)
     with slow("cutting the texts into samples"):
         samples = {name: samples_class(split, config, specials, n_ids) for name, split in splits.items()}
     _check_sizes(config, splits, samples)
@@ -103,7 +102,7 @@ def part(
     specials = _specials(config, tokenizer, samples_class)
     with progress("tokenizing", source.n_bytes) as on_progress:
         splits = cache.open_cache(source, tokenizer, cache.user_cache_dir(config.data.cache_dir), on_progress)
-    return source, samples_class(splits[split], config, specials, tokenizers.n_ids(tokenizer))
+    return source, samples_class(splits[split], config, specials, tokenization.n_ids(tokenizer))
 
 
 @slow("reading the data")
@@ -118,7 +117,7 @@ def _source(config: Config, samples_class: type[Any], embedded: Callable[[], Sou
 
 def _with_vocab_size(config: Config, tokenizer: Tokenizer) -> Config:
     """Return the settings with the rows of the token table: those of the tokenizer, unless there are to be more."""
-    n_tokens, asked = tokenizers.n_ids(tokenizer), config.model.vocab_size
+    n_tokens, asked = tokenization.n_ids(tokenizer), config.model.vocab_size
     if asked and asked < n_tokens:
         raise UserError(
             f"model.vocab_size={asked} is smaller than the vocabulary of the tokenizer, {n_tokens}; "
@@ -134,11 +133,11 @@ def _with_vocab_size(config: Config, tokenizer: Tokenizer) -> Config:
 
 def _specials(config: Config, tokenizer: Tokenizer, samples_class: type[Any]) -> dict[str, int]:
     """Return the ids of the special tokens by role."""
-    specials = tokenizers.special_ids(tokenizer)
+    specials = tokenization.special_ids(tokenizer)
     roles = samples_class.roles(config.model)
     for role in roles:
         if role not in specials:
-            names = " or ".join(tokenizers.NAMES[role])
+            names = " or ".join(tokenization.NAMES[role])
             setting = (
                 f"tokenizer.path={config.tokenizer.path}"
                 if config.tokenizer.path
@@ -206,7 +205,7 @@ def _long_words_note(words: list[tuple[str, int]]) -> Iterator[str]:
         others = f", and {len(words) - 1:,} more words were" if len(words) > 1 else " was"
         yield (
             f"{words[0][0] or 'the data'}: a word of {words[0][1]:,} characters{others} cut into pieces of "
-            f"{tokenizers.MOST_LETTERS:,} to train the tokenizer; if it is no text, leave it out"
+            f"{tokenization.MOST_LETTERS:,} to train the tokenizer; if it is no text, leave it out"
         )
 
 

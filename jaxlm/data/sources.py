@@ -26,9 +26,9 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
-from jaxlm import utf8
 from jaxlm.config import DataConfig
 from jaxlm.errors import UserError, nearest
+from jaxlm.io import utf8
 
 SPLITS = ("train", "validation", "test")
 STEMS = {"train": "train", "in_domain_train": "train"}  # file name before its first dot -> part

@@ -9,8 +9,8 @@ from flax import nnx
 from jax import Array
 from tokenizers import Tokenizer
 
-from jaxlm import metrics
 from jaxlm.config import Config
+from jaxlm.data import metrics
 from jaxlm.data.samples import Batch
 from jaxlm.data.sources import Source, numbered
 from jaxlm.loss import Totals

@@ -4,8 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm import metrics
-from jaxlm.data import embedded
+from jaxlm.data import embedded, metrics
 from jaxlm.data.sources import Source
 from jaxlm.tasks.sst2 import Sst2
 

@@ -6,8 +6,7 @@ from flax import nnx
 from jax import Array
 from tokenizers import Tokenizer
 
-from jaxlm import metrics
-from jaxlm.data import embedded
+from jaxlm.data import embedded, metrics
 from jaxlm.data.samples import Batch, CausalSamples
 from jaxlm.data.sources import Source
 from jaxlm.generate import continue_greedily

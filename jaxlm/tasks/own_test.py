@@ -12,18 +12,23 @@ import pytest
 from flax import nnx
 from starlette.testclient import TestClient
 
-from jaxlm import api, checkpoint, config, convert, evaluate, flops, formats, names, predict, tasks, teacher, used_runs
-from jaxlm import start as starts
+from jaxlm import checkpoint, config, convert, evaluate, predict, tasks
+from jaxlm.cost import flops
 from jaxlm.data import cache
 from jaxlm.data.samples import MaskedSamples
-from jaxlm.engine import Engine
 from jaxlm.errors import UserError
+from jaxlm.inference import http_api
+from jaxlm.inference.batching import Engine
 from jaxlm.model import Transformer
+from jaxlm.params import names
 from jaxlm.tasks.gpt import Gpt
 from jaxlm.tasks.mlm import Mlm
 from jaxlm.tasks.pairs import Pairs
 from jaxlm.tasks.readme_test import block
 from jaxlm.tasks.sst2 import Sst2
+from jaxlm.testing import tiny_runs
+from jaxlm.training import resume, teacher
+from jaxlm.weights import formats
 
 GUIDE = types.ModuleType("rating")
 exec(block("python", "jaxlm/tasks/rating.py"), GUIDE.__dict__)
@@ -129,7 +134,7 @@ TASKS: dict[str, Any] = {
     "sequence": Sequence,
 }
 OF_TASK = {"rating": 5, "plain": 5, "numpy": 5, "stars": 3, "level": 5, "bags": 5}  # numbers of labels
-CAUSAL = used_runs.OF_TASK["gpt"]
+CAUSAL = tiny_runs.OF_TASK["gpt"]
 
 
 @pytest.fixture(autouse=True)
@@ -140,7 +145,7 @@ def _added(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def write(folder: Path, task: str, **settings: Any) -> Path:
     kind = {"data.n_labels": OF_TASK[task]} if task in OF_TASK else CAUSAL if task in ("verse", "dialogue") else {}
-    return used_runs.write(folder / task, task, **(kind | settings))
+    return tiny_runs.write(folder / task, task, **(kind | settings))
 
 
 @pytest.mark.parametrize(
@@ -216,15 +221,15 @@ def test_a_head_has_the_outputs_that_its_model_has(tmp_path: Path) -> None:
 
 def test_a_run_starts_from_its_base(tmp_path: Path) -> None:
     settings = {"task": "stars", "init_from": str(write(tmp_path, "verse"))}
-    start = starts.find(settings, formats.RUN)
+    start = resume.find(settings, formats.RUN)
     assert start.parts == ("base",)
     assert ("model.pooling", "last", str(start.path)) in start.layers("stars")  # since it is causal
-    assert starts.find(settings | {"task": "gpt"}, formats.RUN).parts == ("base", "head")
+    assert resume.find(settings | {"task": "gpt"}, formats.RUN).parts == ("base", "head")
 
 
 @pytest.mark.parametrize(("task", "can"), [("stars", True), ("words", True), ("verse", False), ("rating", False)])
 def test_it_is_distilled_if_it_has_totals_of_logits(task: str, can: bool, tmp_path: Path) -> None:
-    start = starts.to_use(write(tmp_path, task))
+    start = resume.to_use(write(tmp_path, task))
     if can:
         teacher.check(start.config(), start, is_start=False)
     else:
@@ -238,7 +243,7 @@ def test_it_is_served(task: str, tmp_path: Path) -> None:
     predictor = predict.load(write(tmp_path, task))
     engine = Engine(predictor)
     try:
-        with TestClient(api.make(engine, api.Limits()), base_url="http://localhost") as client:
+        with TestClient(http_api.make(engine, http_api.Limits()), base_url="http://localhost") as client:
             (expected,) = predictor(["the cat"])
             assert client.post("/predict", json={"text": "the cat"}).json() == pytest.approx(expected)
             page = client.get("/").text
@@ -255,7 +260,7 @@ def test_it_is_served(task: str, tmp_path: Path) -> None:
 def test_it_is_evaluated_with_its_worst_errors(task: str, tmp_path: Path) -> None:
     trained = predict.load(write(tmp_path, task)).trained
     labels = np.arange(30) % 3
-    ids = [trained.tokenizer.encode(text).ids for text in used_runs.TEXTS] * 15
+    ids = [trained.tokenizer.encode(text).ids for text in tiny_runs.TEXTS] * 15
     offsets = np.cumsum([0, *map(len, ids)])
     n_bytes = np.array([1] * 30)
     split = cache.Split(np.concatenate(ids).astype(np.uint16), offsets, n_bytes, labels)

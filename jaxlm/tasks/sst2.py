@@ -9,8 +9,7 @@ from flax import nnx
 from jax import Array
 from tokenizers import Tokenizer
 
-from jaxlm import metrics
-from jaxlm.data import embedded
+from jaxlm.data import embedded, metrics
 from jaxlm.data.samples import Batch, ClassifiedSamples
 from jaxlm.data.sources import Source
 from jaxlm.heads import Classifier

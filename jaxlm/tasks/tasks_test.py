@@ -17,9 +17,9 @@ import sklearn.metrics as sklearn
 from jaxlm import config as configs
 from jaxlm import loop, parallel
 from jaxlm.data import prepare
-from jaxlm.log import RunLog
-from jaxlm.run import Run
 from jaxlm.tasks import TASKS
+from jaxlm.training.log import RunLog
+from jaxlm.training.run import Run
 
 WORDS = "cold dark green house lamp moon river stone summer water".split()
 

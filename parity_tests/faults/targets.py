@@ -8,11 +8,11 @@ from jaxlm import distill as jax_distill
 from jaxlm import heads as jax_heads
 from jaxlm import loss as jax_loss
 from jaxlm import model as jax_model
-from jaxlm import names, tune
 from jaxlm import optim as jax_optim
 from jaxlm import schedule as jax_schedule
 from jaxlm import step as jax_step
 from jaxlm.data.samples import PairSamples
+from jaxlm.params import frozen, names
 from jaxlm.tasks.gpt import Gpt as JaxGpt
 from parity_tests.faults.planting import Pair
 from torchlm import distill as torch_distill
@@ -67,6 +67,6 @@ n_batches = Pair(jax_schedule.n_batches, torch_schedule.n_batches)
 cycled = Pair(jax_schedule.cycled, torch_schedule.cycled)
 rewarmup = Pair(jax_schedule.rewarmup, torch_schedule.rewarmup)
 
-trained = tune.trained
+trained = frozen.trained
 to_jax = names.to_jax
 pairs = Pair(PairSamples.batch, PairSamples.batch)  # both packages have it

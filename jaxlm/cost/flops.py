@@ -1,0 +1,62 @@
+"""How much an update has to compute: the products of matrices that the model is made of, and nothing else.
+
+Model flops as in PaLM (arXiv 2204.02311, appendix B), but with a model's own width and logits only where it makes them:
+what is computed again to save memory counts nothing, and attention counts whole, also where it is causal.
+"""
+
+from jaxlm.config import Config
+from jaxlm.params import names
+
+
+def forward_flops(config: Config, seq_len: int = 0) -> int:
+    """Return the flops of one sample's logits; those of an addition and a multiplication are two.
+
+    `seq_len` is the length of the sample; 0: model.seq_len.
+    """
+    layers, pairs, adapters, output = _products(config, seq_len)
+    return config.model.n_layers * (layers + pairs + adapters) + output
+
+
+def n_logits(config: Config, seq_len: int = 0) -> tuple[int, int]:
+    """Return how many positions of a sample have logits, and how many outputs each of them has."""
+    model, data = config.model, config.data
+    seq_len = seq_len or model.seq_len
+    kind = names.model_kind(config.task)
+    if kind == "classifier":
+        classes = model.vocab_size if model.head_outputs == "vocabulary" else data.n_classes
+        own = names.shapes(config) if names.own_task(config.task) else {}
+        return 1, own.get("head.linear.bias", (classes,))[0]
+    return seq_len if kind == "causal" else max(1, int(data.mask_fraction * seq_len)), model.vocab_size
+
+
+def flops_per_sample(config: Config, seq_len: int = 0) -> int:
+    """Return the model flops of a sample's part in an update: the gradients of a product are two more products.
+
+    A frozen weight has no gradient, and below the lowest parameter that is trained there is none at all.
+    """
+    model = config.model
+    layers, pairs, adapters, output = _products(config, seq_len)
+    n, kind = model.frozen_layers, names.model_kind(config.task)
+    is_embedding_frozen = model.frozen_embedding or model.lora_rank > 0
+    is_trained_below = n < model.n_layers or not is_embedding_frozen or model.final_norm or kind == "masked"
+    frozen = layers + pairs + adapters if is_embedding_frozen else 2 * layers + 3 * pairs
+    upper = (2 if model.lora_rank else 3) * layers + 3 * (pairs + adapters)
+    is_output_trained = not (model.tied_embedding and is_embedding_frozen and kind != "classifier")
+    passes = 1 + is_trained_below + is_output_trained
+    return n * frozen + (model.n_layers - n) * upper + passes * output
+
+
+def flops_per_update(config: Config) -> int:
+    """Return the model flops of an update over all devices; with train.cycle_steps, of one with train.accumulate."""
+    return flops_per_sample(config) * config.train.batch_size * config.train.accumulate
+
+
+def _products(config: Config, seq_len: int) -> tuple[int, int, int, int]:
+    """Return the flops of a sample in a block's linear layers, between positions, in adapters, and in the output."""
+    T, D = seq_len or config.model.seq_len, config.model.d_model
+    positions, outputs = n_logits(config, T)
+    # Query, key, value and output, then d -> 4d -> d; scores of all pairs of positions, and the sums they weight.
+    layers, pairs = 2 * T * (4 * D * D + 8 * D * D), 2 * (2 * T * T * D)
+    ends = sum(5 * D if name in ("fc1", "fc2") else 2 * D for name in names.lora_products(config.model))
+    dense = D * D if config.model.head_dense != "none" and names.model_kind(config.task) != "causal" else 0
+    return layers, pairs, 2 * T * config.model.lora_rank * ends, 2 * positions * (dense + D * outputs)

@@ -1,0 +1,91 @@
+"""A trained model as the commands have it that use one: weights without those of the optimizer, settings, tokenizer."""
+
+import dataclasses
+import shlex
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from jaxlm import checkpoint
+from jaxlm import config as configs
+from jaxlm.config import Config, TokenizerConfig
+from jaxlm.cost import flops
+from jaxlm.data import tokenization
+from jaxlm.errors import UserError, slow
+from jaxlm.io import storage
+from jaxlm.params import names
+from jaxlm.runtime import backend
+from jaxlm.tasks import TASKS, Task
+from jaxlm.training import resume
+from jaxlm.training.resume import Start
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A model, and what it needs to be used. `model` is what `task.build_model` makes."""
+
+    start: Start  # the checkpoint, and what it tells of itself
+    config: Config
+    task: Task  # None, without an output layer
+    tokenizer: Tokenizer
+    model: Any
+
+    def has_probabilities(self) -> bool:
+        """Return whether the softmax of the logits is of the labels, which it is not with fewer outputs than labels."""
+        is_classifier = names.model_kind(self.config.task) == "classifier"
+        is_short = is_classifier and flops.n_logits(self.config)[1] < self.config.data.n_classes
+        return self.task.has_probabilities and not is_short
+
+    def __str__(self) -> str:
+        return f"{self.start.path} (task {self.config.task}, step {self.start.info['step']:,})"
+
+
+@slow("loading the model")
+def load(source: str | Path, tokenizer: str = "", precision: str = "", needs_output: bool = True) -> Trained:
+    """Return the model of a run (its best checkpoint) or of one checkpoint, in any form that jaxlm.convert reads.
+
+    `tokenizer` is a path as in tokenizer.path; "": that of the run. `precision` is as in train.precision; "": that of
+    the run. Raises UserError, also for a model without an output layer if that is needed.
+    """
+    found = resume.to_use(source)
+    config = found.config()
+    if config.task == names.BASE and needs_output:
+        raise UserError(no_output(found))
+    if precision:
+        config = configs.replace(config, "train.precision", precision)
+    read = _tokenizer(found, config, tokenizer)
+    backend.configure(config)
+    model = checkpoint.model_of(found, config)
+    task: Any = None if config.task == names.BASE else TASKS[config.task](config, found.classes())
+    return Trained(found, config, task, read, model)
+
+
+def no_output(found: Start) -> str:
+    """Return what can be done with a model without an output layer."""
+    name = shlex.quote(str(found.path))
+    return (
+        f"{found.path}: it has no output layer; train one with python -m jaxlm.train --task TASK --init-from {name}, "
+        f"see its attention with python -m jaxlm.serve --checkpoint {name}, or convert it with jaxlm.convert"
+    )
+
+
+def _tokenizer(found: Start, config: Config, named: str) -> Tokenizer:
+    assert found.path is not None, "nothing was found"
+    own = (found.run or found.path.parent.parent) / "tokenizer.json"
+    if not named and found.is_public():
+        named = config.tokenizer.path
+    elif not named and not storage.is_remote(own) and own.is_file():
+        named = str(own)
+    if not named:
+        raise UserError(f"{found.path}: there is no tokenizer.json of its run; give it with --tokenizer.path")
+    # What has no tokenizer.json of its own may have a vocab.txt, where case is a setting.
+    read = tokenization.read(TokenizerConfig(path=named, lowercase=config.tokenizer.lowercase))
+    wanted = found.info["tokenizer"]
+    if wanted and wanted != tokenization.fingerprint(read):
+        raise UserError(f"{found.path}: its tokenizer is another than {named}; give its own with --tokenizer.path")
+    if (n := tokenization.n_ids(read)) > config.model.vocab_size:
+        raise UserError(
+            f"tokenizer.path={named}: it has {n} tokens, but the model {config.model.vocab_size}; give that of its run"
+        )
+    return read

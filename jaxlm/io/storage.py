@@ -1,0 +1,150 @@
+"""Where checkpoints lie: a local folder, or one in gs:// by `etils.epath`, whose paths are much like those of pathlib.
+
+The rest of the package uses what both have, and the functions here for what they have not.
+"""
+
+import contextlib
+import logging
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jaxlm.errors import UserError
+from jaxlm.io import utf8
+
+LATEST = "latest"  # names the newest run in a folder
+
+
+def path(text: str | Path) -> Path:
+    """Return a path, local or in gs://. Raises UserError for any other kind, and for what cannot be reached."""
+    if not is_remote(text):
+        return Path(text)
+    if not str(text).startswith("gs://"):
+        raise UserError(f"{text}: neither a local folder nor gs://, and Orbax stores arrays in no other; give one")
+    if found := re.search(r"[][*?#%\n\r]", str(text)):
+        raise UserError(f"{text}: a name in gs:// cannot have {found[0]!r}, a pattern or part of a URL; give another")
+    try:
+        import fsspec
+        import gcsfs  # noqa: F401
+        from etils import epath
+    except ImportError as error:
+        raise UserError(f"{text}: needs gcsfs, which is not installed: pip install 'jaxlm[gcs]'") from error
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs what it raises, too
+    fsspec.config.conf["gcs"] = {"use_listings_cache": False}  # which does not see what Orbax writes
+    result: Any = epath.Path(text)
+    try:
+        list(result.glob("*"))  # also of a folder that is not there, but not of such a bucket
+    except Exception as error:  # whatever gcsfs, its libraries and the network raise
+        raise UserError(f"{text}: cannot be reached ({type(error).__name__}: {error})") from error
+    return result
+
+
+def run_path(named: str | Path) -> Path:
+    """Return the path of a run or checkpoint; where nothing has that name, the newest run that it stands for.
+
+    `runs/mlm` stands for the newest of `runs/mlm-<date>-<n>`, `latest` for the newest in `runs`. Raises UserError.
+    """
+    source = path(named)
+    if is_remote(named) or source.exists():
+        return source
+    folder = source.parent if source.parent.name else Path("runs")
+    pattern = ".*" if source.name == LATEST else rf"{re.escape(source.name)}-\d{{8}}-\d+"
+    runs = [config.parent for config in _children(folder, "config.toml") if re.fullmatch(pattern, config.parent.name)]
+    if not runs and source.name == LATEST:
+        raise UserError(f"{named}: there is no run in {folder}; name a run, or train one")
+    return max(runs, key=lambda run: (run / "config.toml").stat().st_mtime_ns, default=source)
+
+
+def _children(folder: Path, file: str) -> list[Path]:
+    """Return the paths of a file in the folders that a folder contains."""
+    try:
+        return [child / file for child in folder.iterdir() if (child / file).is_file()]
+    except OSError:
+        return []
+
+
+def is_remote(path: str | Path) -> bool:
+    """Return whether a path is that of no local file."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", str(path)) is not None
+
+
+def is_hub_name(path: Path) -> bool:
+    """Return whether a path that is not there may be a name on the Hugging Face hub: NAME or OWNER/NAME."""
+    is_file = path.suffix in (".json", ".txt", ".pt", ".safetensors")
+    return not (is_file or path.is_absolute() or len(path.parts) > 2 or (len(path.parts) == 2 and path.parent.is_dir()))
+
+
+def absolute(path: Path) -> Path:
+    """Return the absolute path; epath's own method makes a local one of gs://."""
+    return path if is_remote(path) else path.absolute()
+
+
+@contextlib.contextmanager
+def plain(path: Path) -> Iterator[Path]:
+    """Yield a path that libraries read as it is written: the absolute one, or a temporary link to it.
+
+    Orbax takes a path as a pattern and as a URL; TensorStore refuses names of its own locks. Raises UserError if there
+    can be no link.
+    """
+    path = absolute(path)
+    if is_remote(path) or _is_plain(str(path)):
+        yield path
+        return
+    folder = tempfile.gettempdir() if _is_plain(tempfile.gettempdir()) else "/tmp"
+    with contextlib.ExitStack() as stack:
+        try:
+            link = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="jaxlm-", dir=folder))) / "link"
+            link.symlink_to(path)
+        except OSError as error:
+            raise UserError(
+                f"{path}: has characters that need a link in {folder}, which cannot be made ({error.strerror}); "
+                "set TMPDIR to a folder that can be written, or give another name"
+            ) from error
+        yield link
+
+
+def _is_plain(path: str) -> bool:
+    # etils takes /gs/x for gs://x. A `..` after a link is another folder for the system than for Orbax.
+    is_safe = re.fullmatch(r"(/(?!\.+(/|$))[\w.-]+)+", path, re.ASCII) and not re.match("/(gs|s3|az|hf)/", path)
+    return is_safe is not None and not any(word in path for word in ("__lock", "orbax-checkpoint-tmp"))
+
+
+def device(path: Path) -> int:
+    """Return the number of the disk that a path is on, or will be on; 0 for one that is not local."""
+    return 0 if is_remote(path) else next(x.stat().st_dev for x in (path, *path.absolute().parents) if x.exists())
+
+
+def children(folder: Path) -> list[Path]:
+    """Return what is in a folder, nothing if it is not there. Raises UserError if it cannot be looked at."""
+    if is_remote(folder):
+        return list(folder.glob("*"))
+    try:
+        return list(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({error.strerror})") from error
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder, if it is there; of a link, not what it leads to."""
+    if is_remote(path):
+        path.rmtree(missing_ok=True)  # type: ignore[attr-defined]
+    elif path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def checkpoints(run_dir: Path, named: str = "") -> Path:
+    """Return the folder of a run's checkpoints: the one `named`, or the one in the run's config.toml, or its own."""
+    if not named:
+        try:
+            named = utf8.from_toml(utf8.read(run_dir / "config.toml"))["run"]["checkpoint_dir"]
+            named = named if isinstance(named, str) else ""
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+    return path(named) if named else run_dir / "checkpoints"

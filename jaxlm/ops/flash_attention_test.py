@@ -1,0 +1,93 @@
+"""Fused attention against the plain one. cuDNN's runs where there is a GPU; a TPU's kernel is only interpreted."""
+
+import functools
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax import Array
+
+from jaxlm import model as models
+from jaxlm.config import ModelConfig
+from jaxlm.ops import flash_attention
+
+T = 128
+LENGTHS = np.array([T, 60, 1])
+
+
+@functools.cache
+def outputs(by: str, is_causal: bool, dtype: str = "float32") -> tuple[Array, Any]:
+    """Return what a layer of attention makes of random input, and the gradients of it and of the layer."""
+    config = ModelConfig(d_model=32, n_heads=2, vocab_size=9, dropout=0.0)
+    layer = models.Attention(config, is_causal, jnp.dtype(dtype), nnx.Rngs(0))
+    x_BTD = jax.random.normal(jax.random.key(1), (3, T, 32))
+    is_pad_BT = np.arange(T)[None] >= LENGTHS[:, None]
+    weights_BTD = jax.random.normal(jax.random.key(2), x_BTD.shape)
+
+    def loss(layer: models.Attention, x_BTD: Array) -> tuple[Array, Array]:
+        out_BTD = layer(x_BTD, is_pad_BT, [None, None])
+        return jnp.sum(out_BTD * weights_BTD), out_BTD
+
+    attend = {
+        "splash": functools.partial(flash_attention.splash, interpreted=True),
+        "XLA": functools.partial(flash_attention.by_xla, implementation="xla"),
+        "cuDNN": functools.partial(flash_attention.by_xla, implementation="cudnn"),
+    }.get(by)
+    with (
+        mock.patch.object(flash_attention, "hindrance", lambda *args: "" if attend else "plain"),
+        mock.patch.object(flash_attention, "attend", attend),
+    ):
+        grads, out_BTD = jax.jit(nnx.grad(loss, argnums=(0, 1), has_aux=True))(layer, x_BTD)
+    return out_BTD, grads
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("by", ["splash", "XLA"])
+def test_fused_attention_and_its_gradients_are_those_of_the_plain_one(by: str, is_causal: bool) -> None:
+    (expected, expected_grads), (found, grads) = outputs("plain", is_causal), outputs(by, is_causal)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=5e-6)
+    scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected_grads))
+    for x, y in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=2e-6 * scale)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_attention_of_cudnn_is_off_by_no_more_than_the_plain_one_in_bfloat16(is_causal: bool) -> None:
+    if jax.default_backend() != "gpu":
+        pytest.skip("cuDNN needs a GPU")
+    expected, plain, found = (
+        jax.tree.leaves(outputs(*args))
+        for args in (("plain", is_causal), ("plain", is_causal, "bfloat16"), ("cuDNN", is_causal, "bfloat16"))
+    )
+    for x, y, z in zip(found, plain, expected, strict=True):
+        assert jnp.linalg.norm(x - z) <= 1.5 * jnp.linalg.norm(y - z) + 1e-3 * jnp.linalg.norm(z)
+
+
+def test_what_keeps_attention_from_being_fused_is_told() -> None:
+    def why(
+        platform: str = "gpu",
+        dtype: Any = jnp.bfloat16,
+        capability: str = "9.0",
+        seq_len: int = 64,
+        **settings: Any,
+    ) -> str:
+        device = SimpleNamespace(compute_capability=capability)
+        with (
+            mock.patch.object(jax, "devices", lambda: [device]),
+            mock.patch.object(flash_attention, "platform", lambda: platform),
+        ):
+            values: dict[str, Any] = {"d_model": 64, "n_heads": 4, "dropout": 0.0} | settings
+            return flash_attention.hindrance(ModelConfig(**values), dtype, seq_len)
+
+    assert why() == why(attention="fused") == why("tpu", seq_len=256) == why("tpu", seq_len=128, n_heads=16) == ""
+    assert why(attention="plain") == "it is to be plain"
+    assert "NVIDIA GPU" in why("cpu") and "NVIDIA GPU" in why(capability="7.5")
+    assert "train.precision" in why(dtype=jnp.float32)
+    assert "model.dropout=0" in why(dropout=0.1)
+    assert "heads of 256" in why(d_model=1024) and "heads of 4" in why(n_heads=16)
+    assert why("tpu", seq_len=200) == "200 positions are no multiple of 128"

@@ -1,0 +1,269 @@
+"""What the folder of a run tells: settings, state, scores and checkpoints. Reads jaxlm's and torchlm's, with neither.
+
+`find` searches for runs; jaxlm.runs and jaxlm.report show what is found.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import json
+import math
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxlm import config as configs
+from jaxlm.data import metrics
+from jaxlm.errors import UserError
+from jaxlm.io import checksums, storage, utf8
+from jaxlm.training import history, resume
+from jaxlm.weights import formats
+
+DEPTH = 3  # folders below the one that is searched
+RUNNING, FINISHED, STOPPED, INTERRUPTED, LOST = "running", "finished", "stopped", "interrupted", "weights not found"
+Row = dict[str, Any]  # of metrics.jsonl
+
+
+class Checkpoint(NamedTuple):
+    step: int
+    path: Path
+    loss: float | None  # of the validation
+    is_whole: bool  # written to its end, and not found damaged so far
+    n_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+    """A run, as it was when it was looked at."""
+
+    path: Path
+    settings: dict[str, Any]  # by dotted name; those that it does not tell are the defaults
+    rows: list[Row]
+
+    @functools.cached_property
+    def checkpoints(self) -> list[Checkpoint]:
+        """Its checkpoints by step, also those that were set aside or never finished."""
+        losses = {row["step"]: row["loss"] for row in self.rows if row["split"] == "validation"}
+        found = []
+        try:
+            paths = storage.children(storage.checkpoints(self.path))
+        except UserError:  # elsewhere, where they cannot be reached from here
+            paths = []
+        for path in paths:
+            stem = path.name.partition(".")[0]
+            is_file = path.is_file()
+            if not is_file and not checksums.is_finished(path) and not checksums.is_cut_short(path):
+                continue  # of the user's
+            if not stem.isdecimal() or (is_file and path.suffix != ".pt" and ".pt." not in path.name):
+                continue
+            is_whole = path.name == f"{stem}.pt" if is_file else path.name == stem and checksums.is_finished(path)
+            loss = losses.get(int(stem))
+            if is_whole and not is_file:  # torchlm's are read by PyTorch alone
+                with contextlib.suppress(UserError):
+                    loss = formats.validation_loss(path)
+            found.append(Checkpoint(int(stem), path, loss, is_whole, n_bytes(path)))
+        return sorted(found, key=lambda checkpoint: (checkpoint.step, checkpoint.path.name))
+
+    @functools.cached_property
+    def best(self) -> Checkpoint | None:
+        """The checkpoint with the lowest validation loss; its last, if none was scored."""
+        whole = {checkpoint.step: checkpoint for checkpoint in self.checkpoints if checkpoint.is_whole}
+        losses = {step: math.nan if found.loss is None else found.loss for step, found in whole.items()}
+        return whole[resume.best(whole, losses) or max(whole)] if whole else None
+
+    @functools.cached_property
+    def baseline(self) -> dict[str, Any]:
+        """What its baseline.json records; {} for a run made before there was one, and for one that cannot be read."""
+        try:
+            found = json.loads((self.path / history.BASELINE).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def baselines(self, split: str) -> Row:
+        """Return the scores of the best guess that looks at no input, {} if they are not recorded."""
+        found = self.baseline.get(split)
+        found = found if isinstance(found, dict) else {}
+        return {k: x for k, x in found.items() if isinstance(x, int | float) and abs(x) < 1e300}  # finite, as a float
+
+    @functools.cached_property
+    def owner(self) -> str:
+        """The process that works in it, "" if there is none."""
+        try:
+            with open(self.path / resume.LOCK, encoding="utf-8") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # let go of as the file is closed
+                except BlockingIOError:
+                    return file.read().strip() or "another process"
+        except OSError:
+            pass
+        return ""
+
+    @property
+    def task(self) -> str:
+        return str(self.settings["task"])
+
+    @property
+    def last_step(self) -> int:
+        """Updates made, as far as they are logged or saved."""
+        return max([row["step"] for row in self.rows] + [x.step for x in self.checkpoints if x.is_whole], default=0)
+
+    @property
+    def state(self) -> str:
+        if self.owner:
+            return RUNNING
+        has_all = self.last_step >= self.settings["train.max_steps"]
+        if not has_all and not self.scores("test"):
+            return INTERRUPTED
+        # The best alone is left of a run that was cleaned; a run whose last save failed has an older one.
+        kept = {checkpoint.step for checkpoint in self.checkpoints if checkpoint.is_whole}
+        if not kept & {self.last_step, self.best_score_step()}:
+            return INTERRUPTED if kept else LOST
+        return FINISHED if has_all else STOPPED
+
+    @property
+    def changed_s(self) -> float:
+        """When something was last written, in seconds since 1970."""
+        names = ("metrics.jsonl", "log.txt", "samples.txt", "config.toml")
+        return max((self.path / name).stat().st_mtime for name in names if (self.path / name).exists())
+
+    def n_bytes(self) -> int:
+        """Return the size of all its files, and of its checkpoints elsewhere."""
+        elsewhere = [x.n_bytes for x in self.checkpoints if self.path not in x.path.parents]
+        return n_bytes(self.path) + sum(elsewhere)
+
+    def speed(self) -> float:
+        """Return the median of the tokens per second, 0 if none is known."""
+        return statistics.median([row["tokens_per_s"] for row in self.rows if row.get("tokens_per_s")] or [0.0])
+
+    def changed_settings(self) -> dict[str, Any]:
+        """Return the settings that are not the defaults."""
+        defaults = configs.flat(configs.Config()) | {"run.checkpoint_dir": ""}
+        return {name: x for name, x in self.settings.items() if x != defaults.get(name)}
+
+    def tested_step(self) -> int | None:
+        """Return the update whose checkpoint the test part was scored with."""
+        return next((row["step"] for row in reversed(self.rows) if row["split"] == "test"), None)
+
+    def scores(self, split: str, step: int | None = None) -> Row:
+        """Return the scores of a split after an update, by default the best one; {} if there are none."""
+        rows = self._scored(split)
+        chosen = resume.best(rows, {i: row["loss"] for i, row in rows.items()}) if step is None else step
+        return {name: x for name, x in rows.get(chosen, {}).items() if name not in history.KEYS}  # type: ignore[arg-type]
+
+    def best_score_step(self) -> int | None:
+        """Return the update with the lowest validation loss."""
+        losses = {step: row["loss"] for step, row in self._scored("validation").items()}
+        return resume.best(losses, losses)
+
+    def _scored(self, split: str) -> dict[int, Row]:
+        """Return the rows of a split that have a loss, by step; the losses of checkpoints are their own."""
+        rows = {row["step"]: row for row in self.rows if row["split"] == split}
+        if split == "validation":
+            own = {x.step: {"loss": x.loss} for x in self.checkpoints if x.is_whole and x.loss is not None}
+            rows = {step: rows.get(step, {}) | own.get(step, {}) for step in {**rows, **own}}
+        return {step: row for step, row in rows.items() if row.get("loss") is not None}
+
+
+def read(path: Path) -> Folder:
+    """Return what a run folder tells. Raises UserError if it is none."""
+    if not path.is_dir():
+        raise UserError(f"{path}: there is no such run")
+    try:
+        content = utf8.from_toml(utf8.read(path / "config.toml"))
+        defaults = configs.flat(configs.Config())
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: is not the folder of a run: it has no config.toml") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path / 'config.toml'}: cannot be read: {formats.reason(error)}; correct it") from error
+    nested = {
+        f"{section}.{key}": x for section, part in content.items() if isinstance(part, dict) for key, x in part.items()
+    }
+    settings = defaults | nested | {k: x for k, x in content.items() if not isinstance(x, dict)}
+    for name, default in defaults.items():
+        kinds = (int, float) if isinstance(default, float) else type(default)
+        if not isinstance(settings[name], kinds) or isinstance(settings[name], bool) != isinstance(default, bool):
+            rule = f"has to be of the type of its default, {default!r}; correct it"
+            raise UserError(f"{path / 'config.toml'}: {name}={settings[name]!r}: {rule}")
+    return Folder(path, settings, history.rows(path / "metrics.jsonl"))
+
+
+def differences(runs: Sequence[Folder]) -> dict[str, list[Any]]:
+    """Return the settings that are not the same in all runs, with the value in each; None: it does not have it."""
+    names = dict.fromkeys(name for run in runs for name in run.settings)
+    found = {name: [run.settings.get(name) for run in runs] for name in names}
+    return {name: values for name, values in found.items() if any(value != values[0] for value in values)}
+
+
+def results(runs: Sequence[Folder]) -> dict[str, list[str]]:
+    """Return how far runs have got, by name of a figure, for a person."""
+    found = {
+        "state": [run.state for run in runs],
+        "updates": [f"{run.last_step:,} of {run.settings['train.max_steps']:,}" for run in runs],
+        "tokens/s, median": [f"{speed:,.0f}" if (speed := run.speed()) else "-" for run in runs],
+        "best step": ["-" if run.best_score_step() is None else f"{run.best_score_step():,}" for run in runs],
+    }
+    for split in ("validation", "test"):
+        of_runs = [run.scores(split) for run in runs]
+        for name in dict.fromkeys(name for scores in of_runs for name in scores):
+            found[f"{split} {name}"] = [metrics.number(name, scores.get(name)) for scores in of_runs]
+            if any(baselines := [run.baselines(split) for run in runs]):
+                found[f"{split} {name}, baseline"] = [metrics.number(name, scores.get(name)) for scores in baselines]
+    return found
+
+
+def find(folders: Sequence[Path]) -> list[Folder]:
+    """Return the runs in some folders, the last changed first; one that cannot be read is passed over with a warning.
+
+    Raises UserError if a folder is not there.
+    """
+    found = []
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"{folder}: there is no such folder")
+        for path in _runs_in(folder, DEPTH):
+            try:
+                found.append(read(path))
+            except UserError as error:
+                history.warn_once(f"{error}; passed over")
+    return sorted(found, key=lambda run: -run.changed_s)
+
+
+def _runs_in(folder: Path, depth: int) -> Iterator[Path]:
+    if (folder / "config.toml").is_file():
+        yield folder
+    elif depth:
+        for path in sorted(folder.iterdir()):
+            if path.is_dir() and not path.is_symlink():
+                yield from _runs_in(path, depth - 1)
+
+
+def n_bytes(path: Path) -> int:
+    """Return the size of a file, or of all files in a folder."""
+    try:
+        if path.is_file():
+            return int(path.stat().st_size) if not storage.is_remote(path) else int(path.stat().length)  # type: ignore[attr-defined]
+        return sum(n_bytes(child) for child in path.iterdir())
+    except OSError:  # of a run at work, which replaces files
+        return 0
+
+
+def size(n: float) -> str:
+    """Return a number of bytes for a person."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if n < 1000:
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1000
+    return f"{n:.1f} TB"
+
+
+def ago(then_s: float) -> str:
+    """Return how long ago something was, for a person."""
+    seconds = max(time.time() - then_s, 0)
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"

@@ -1,0 +1,60 @@
+"""What tells a running training to save or to stop: signals, and files in its folder."""
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from jaxlm.errors import signals
+from jaxlm.training.log import RunLog
+
+FILE_CHECK_S = 1.0  # between looks for the files `stop` and `save_checkpoint`
+
+
+class FileWatch:
+    """Looks for files that a person puts into the run folder to tell a run something."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.looked_s: dict[str, float] = {}
+        self.stuck: set[str] = set()  # files that cannot be removed
+
+    def take(self, name: str) -> bool:
+        """Return whether the file is there, and remove it; looks at most once a second."""
+        now = time.monotonic()
+        if now - self.looked_s.get(name, 0.0) < FILE_CHECK_S:
+            return False
+        self.looked_s[name] = now
+        path = self.folder / name
+        if name in self.stuck or not os.path.lexists(path):
+            return False
+        try:
+            path.unlink(missing_ok=True)
+        except OSError:  # a folder, or a disk that can only be read: it counts once
+            self.stuck.add(name)
+        return True
+
+
+@contextlib.contextmanager
+def interrupts(run_log: RunLog) -> Iterator[Callable[[], int]]:
+    """Turn the first SIGINT or SIGTERM into an exit status, which the yielded function returns; 0 before.
+
+    The second one ends the process at once. A reader of the output that has gone counts as a signal, SIGPIPE.
+    """
+    status = 0
+
+    def tell(number: int) -> None:
+        nonlocal status
+        if status:
+            run_log.console.show_cursor()  # which a progress bar hides
+            print("interrupted again: ended at once", file=sys.stderr, flush=True)
+            os._exit(128 + number)
+        status = 128 + number
+        run_log.say("interrupted: saving a checkpoint after this update; once more ends at once")
+
+    run_log.console.reader_gone = lambda: None if status else tell(signal.SIGPIPE)
+    with signals(tell):
+        yield lambda: status

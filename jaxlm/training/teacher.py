@@ -1,0 +1,84 @@
+"""The teacher of a run that distils a model into a smaller one: which it is, whether it fits, its weights.
+
+Knows no framework; distill.py has the loss.
+"""
+
+import dataclasses
+import hashlib
+from typing import TYPE_CHECKING
+
+from jaxlm import config as configs
+from jaxlm import convert
+from jaxlm.config import Config
+from jaxlm.errors import UserError
+from jaxlm.params import names
+from jaxlm.params.names import Arrays
+
+if TYPE_CHECKING:
+    from jaxlm.training.resume import Start
+
+# What teacher and student must share: the samples, and outputs that can be compared.
+SHARED = (
+    *("task", "model.seq_len", "model.vocab_size", "model.pad_id", "model.pooling", "model.head_outputs"),
+    "data.n_labels",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """A trained model by its settings and weights, under torchlm's names."""
+
+    config: Config
+    weights: Arrays
+    fingerprint: str  # of the weights
+
+    def every_layer(self, n_layers: int) -> Arrays:
+        """Return the weights of a student with so many of the layers, evenly spaced from the first on."""
+        step, found = self.config.model.n_layers // n_layers, {}
+        for name, x in self.weights.items():
+            if name.startswith("base.blocks."):
+                base, blocks, i, rest = name.split(".", 3)
+                if int(i) % step:
+                    continue
+                name = f"{base}.{blocks}.{int(i) // step}.{rest}"
+            found[name] = x
+        return found
+
+
+def check(config: Config, start: "Start", is_start: bool) -> None:
+    """Raise UserError if a teacher does not fit the settings; `is_start`: the student begins with its layers."""
+    named, own = f"distill.teacher={config.distill.teacher}", start.config()
+    if own.task == names.BASE:
+        raise UserError(f"{named}: it has no output layer to learn from; train one with --init-from, and give that run")
+    task = names.own_task(config.task)
+    if not hasattr(task, "totals") if task else names.model_kind(config.task) == "causal":
+        raise UserError(f"{named}: task={config.task} has no distillation; use mlm, sst2, cola or a task made of one")
+    shared = (*SHARED, "model.d_model") if config.distill.cosine_weight else SHARED
+    for name in shared:
+        wanted, found = (configs.get(x, name) for x in (own, config))
+        if wanted != found and not (name == "data.n_labels" and not found):  # it is that of the teacher
+            why = ", since distill.cosine_weight compares hidden states" if name == "model.d_model" else ""
+            raise UserError(f"{name}={found}, but that of {named} is {wanted}, and has to be the same{why}")
+    n, n_layers = own.model.n_layers, config.model.n_layers
+    if is_start and n % n_layers:
+        fits = [str(k) for k in range(1, n + 1) if n % k == 0]
+        raise UserError(
+            f"model.n_layers={n_layers}: the student begins with every k-th of the {n} layers of {named}; "
+            f"use one of {', '.join(fits)}, or another start by --init-from"
+        )
+
+
+def load(start: "Start", wanted: str = "") -> Teacher:
+    """Return the teacher that was found. Raises UserError if its weights are not those `wanted`, a fingerprint."""
+    assert start.path is not None, "it was found"
+    snapshot = convert.merged(convert.read(start.path))  # adapters are in the weights
+    digest = hashlib.sha256()
+    for name, x in sorted(snapshot.weights.items()):
+        digest.update(f"{name} {x.shape} {x.dtype}".encode())
+        digest.update(x.tobytes())
+    if wanted and wanted != digest.hexdigest():
+        raise UserError(
+            f"{start.path}: its weights are not those of the teacher that the run began with; "
+            "give that one with --distill.teacher, or start a new run with --init-from"
+        )
+    return Teacher(snapshot.config, snapshot.weights, digest.hexdigest())

@@ -1,0 +1,515 @@
+"""The four forms in which a training state lies in files, each with what reads and what writes it.
+
+    jaxlm run          folder with checkpoints/STEP by Orbax, and config.toml
+    checkpoint 1.2     file of torch.save, by torchlm or the original
+    state dict         file of torch.save, torchlm's weights and nothing else
+    safetensors        weights under torchlm's names; moments, where there are any, as optimizer.first_moment.NAME and
+                       optimizer.second_moment.NAME, with optimizer.step; all else as JSON in the metadata `jaxlm`
+
+Between two forms, arrays are NumPy's under torchlm's names (names.py). There are two counts: `step`, that of the run,
+drives the rate; `n_updates`, that of the moments, is what AdamW corrects their bias by.
+torch, jax and safetensors are imported where they are needed. Models of transformers, which public.py reads and writes,
+are weights and settings without a training state.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import math
+import pickle
+import reprlib
+import warnings
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxlm import config as configs
+from jaxlm.config import Config
+from jaxlm.errors import UserError, outside
+from jaxlm.io import checksums, storage, utf8
+from jaxlm.params import frozen, names
+from jaxlm.params.names import Arrays, Shapes
+
+RUN, CHECKPOINT_1_2, STATE_DICT, SAFETENSORS = "jaxlm run", "checkpoint 1.2", "state dict", "safetensors"
+TRANSFORMERS = "transformers "  # and the kind of model: the forms of public.py begin with it
+RUN_FORMAT = 2  # of the checkpoints in a jaxlm run
+FIRST, SECOND, N_UPDATES = "optimizer.first_moment.", "optimizer.second_moment.", "optimizer.step"
+_NEEDED: dict[str, Any] = {
+    **{"step": int, "task": str, "rate": int | float, "config": dict, "tokenizer": str | None},
+}
+_OPTIONAL: dict[str, Any] = {
+    **{"sample_iter": int, "val_loss": int | float | None, "skipped": list | tuple | None, "data": str | None},
+    **{"rewarmed": list | tuple | None, "teacher": str | None, "original_config": dict},
+    "classes": list | tuple | None,
+}
+Moments = tuple[Arrays, Arrays]  # first and second
+
+
+class Stored(NamedTuple):
+    """A file or folder as it is."""
+
+    form: str
+    path: Path
+    tree: Any  # all in it, under its own names: dicts and lists of arrays or tensors, and other values
+    weights: Arrays  # under torchlm's names; whether they fit a model is not checked
+    info: dict[str, Any]  # what it tells of itself, with the keys of `info` in jaxlm's checkpoints; {} for bare weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """A training state of no framework; arrays are float32, and in model order."""
+
+    config: Config
+    info: dict[
+        str, Any
+    ]  # step, task, rate, tokenizer, sample_iter, val_loss; original_config where it comes from there
+    weights: Arrays
+    moments: Moments | None  # None: zero, as before the first update
+    n_updates: int
+
+
+def moments(stored: Stored, shapes: Shapes, first_block: int = 0) -> tuple[Moments | None, int]:
+    """Return the moments of AdamW, not checked, and how many updates they are of; None if there are none.
+
+    Raises UserError for what is no optimizer of AdamW.
+    `shapes` are those of what is trained, with blocks from the first of these on.
+    """
+    try:
+        if stored.form == RUN:
+            part = stored.tree["optimizer"]
+            first, second = (names.to_torch(part[f"{order}_moment"], first_block) for order in ("first", "second"))
+            return (first, second), int(part["count"])
+        if stored.form == CHECKPOINT_1_2:
+            return _moments_of_1_2(stored.tree["optimizer"], shapes, stored.path)
+        if N_UPDATES not in stored.tree:
+            return None, 0
+        moments = _with_prefix(stored.tree, FIRST), _with_prefix(stored.tree, SECOND)
+        return moments, int(stored.tree[N_UPDATES].item())
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"{stored.path}: its optimizer is not that of AdamW: {type(error).__name__}: {reason(error)}; save it again"
+        ) from error
+
+
+def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the name and the array of each array or tensor in a tree of dicts and lists."""
+    if isinstance(tree, np.ndarray | np.generic):
+        yield path, np.asarray(tree)
+    elif hasattr(tree, "detach"):  # a tensor, told without torch
+        yield path, _array(tree, path)
+    elif isinstance(tree, Mapping | list):
+        for name, value in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
+            yield from leaves(value, f"{path}/{name}" if path else str(name))
+
+
+def reason(error: BaseException) -> str:
+    """Return the first line of what an error says."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def need_torch(path: Path) -> None:
+    """Raise UserError if PyTorch, without which `path` cannot be read or written, is not installed."""
+    try:
+        import torch  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"{path}: needs PyTorch, which is not installed: pip install 'jaxlm[torch]'") from error
+
+
+def load_run(path: Path) -> Stored:
+    """Return what is in a jaxlm run's last checkpoint, or in the folder of one checkpoint."""
+    folder = _step_folder(path)
+    check_run(folder)
+    info = info_of_run(folder)
+    import jax
+    import orbax.checkpoint as ocp
+
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what it does, and what it raises, too
+    try:
+        tree: dict[str, Any] = {}
+        places = {part: folder / part for part in ("base", "head", "optimizer")}
+        if not names.is_whole(info["config"]):
+            places["frozen"] = folder.parent / checksums.FROZEN / "base"
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            for part, place in places.items():
+                if not place.exists():  # nothing of the base is trained, or there is no head
+                    continue
+                with storage.plain(place) as item:
+                    stored = checkpointer.metadata(item).item_metadata.tree
+                    # As NumPy's arrays, whatever devices they were saved from.
+                    kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored)
+                    tree[part] = checkpointer.restore(item, args=ocp.args.PyTreeRestore(restore_args=kinds))
+        tree["base"] = frozen.joined(tree.pop("frozen", {}), tree.get("base", {}))
+        weights = names.to_torch({part: tree[part] for part in ("base", "head") if part in tree})
+    except Exception as error:  # Orbax raises whatever its parts do
+        if outside(error):
+            raise
+        raise UserError(f"{folder}: cannot be read as a checkpoint of jaxlm: {reason(error)}") from error
+    return Stored(RUN, folder, tree, weights, info)
+
+
+def info_of_run(folder: Path) -> dict[str, Any]:
+    """Return what the folder of a checkpoint tells of itself. Raises UserError if it cannot be read."""
+    try:
+        info = checksums.read_json(folder / "info" / "metadata")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"{folder}: cannot be read as a checkpoint of jaxlm: {reason(error)}; use another of its run"
+        ) from error
+    if "format" not in info:
+        raise UserError(f"{folder}: damaged: info/metadata does not tell its format; use another of its run")
+    if info.get("format") != RUN_FORMAT:
+        raise UserError(
+            f"{folder}: checkpoint of format {info.get('format')}, but only {RUN_FORMAT} can be read; "
+            f"use the jaxlm that wrote it{f', {version}' if (version := info.get('version')) else ''}"
+        )
+    return checked_info(info, folder)
+
+
+def checked_info(info: Any, path: Path) -> dict[str, Any]:
+    """Return what a file or folder tells of itself. Raises UserError unless the needed is there, and of its type."""
+    if not isinstance(info, dict):
+        raise UserError(f"{path}: its metadata is no object; it was not written by jaxlm, give another file")
+    if missing := [name for name in _NEEDED if name not in info]:
+        raise UserError(f"{path}: it does not tell its {', '.join(missing)}; convert the run that it is from again")
+    for name, kinds in {**_NEEDED, **_OPTIONAL}.items():
+        value = info.get(name)
+        if name in info and (not isinstance(value, kinds) or isinstance(value, bool)):
+            raise UserError(
+                f"{path}: its {name}={reprlib.repr(value)} is of a wrong type; convert the run that it is from again"
+            )
+    if info["step"] < 0 or info.get("sample_iter", 0) < 0:
+        raise UserError(f"{path}: its step or sample_iter is below 0; convert the run that it is from again")
+    return info
+
+
+def validation_loss(path: Path) -> float | None:
+    """Return the validation loss that a checkpoint of jaxlm or torchlm tells, None if none. Reads no weights.
+
+    Raises UserError if it cannot be read.
+    """
+    if path.is_dir():
+        loss = info_of_run(path).get("val_loss")
+    else:
+        need_torch(path)
+        import torch
+
+        try:
+            with storage.plain(path) as place:
+                loss = torch.load(place, map_location="cpu", weights_only=True, mmap=True)["val_loss"]
+        except Exception as error:  # a damaged file can fail anywhere
+            if outside(error):
+                raise
+            raise UserError(f"{path}: cannot be read as a file of torch.save: {reason(error)}") from error
+    return float(loss) if isinstance(loss, int | float) and math.isfinite(loss) else None
+
+
+def check_run(folder: Path, parts: Iterable[str] | None = None) -> None:
+    """Raise UserError unless a checkpoint of jaxlm, or its `parts`, is as it was written and can be opened."""
+    parts = None if parts is None else tuple(parts)
+    checksums.check(folder, parts)
+    check_opens(folder, parts)
+
+
+def check_opens(folder: Path, parts: Iterable[str] | None = None) -> None:
+    """Raise UserError unless every array in a checkpoint of jaxlm, or in its `parts`, can be read."""
+    info = info_of_run(folder)
+    is_whole = names.is_whole(info.get("config") or {})
+    places = {part: folder / part for part in ("base", "head", "optimizer") if parts is None or part in parts}
+    if info.get("task") == names.BASE:
+        places.pop("head", None)
+    if "base" in places and not is_whole:
+        places[checksums.FROZEN] = folder.parent / checksums.FROZEN / "base"
+        if not places["base"].exists():  # nothing of the base is trained
+            del places["base"]
+    for part, place in places.items():
+        try:
+            _read_arrays(place)
+        except Exception as error:  # TensorStore raises whatever its parts do
+            if outside(error) or storage.is_remote(folder) and not isinstance(error, ValueError):
+                raise  # memory or the network fails, which tells nothing of the checkpoint
+            why = reason(error).partition(" [")[0]  # without TensorStore's source lines
+            raise UserError(f"{folder}: damaged: {part} cannot be opened ({why})") from error
+
+
+def _read_arrays(folder: Path) -> None:
+    """Read the arrays of one part, as Orbax stores them; raises any error. Imports no framework."""
+    import tensorstore
+
+    leaves = checksums.read_json(folder / "_METADATA")["tree_metadata"].values()
+    if not (folder / "manifest.ocdbt").is_file():
+        raise ValueError("manifest.ocdbt is missing")
+    with storage.plain(folder) as place:
+        base = {"driver": "file", "path": f"{place}/"}
+        if storage.is_remote(place):
+            bucket, _, path = str(place).removeprefix("gs://").partition("/")
+            base = {"driver": "gcs", "bucket": bucket, "path": f"{path}/"}
+        store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
+        keys = store.list().result()
+        for leaf in leaves:
+            name = ".".join(str(key["key"]) for key in leaf["key_metadata"])
+            is_array = leaf["value_metadata"]["value_type"] in ("jax.Array", "np.ndarray", "scalar")
+            if is_array and f"{name}/.zarray".encode() not in keys:
+                raise ValueError(f"{name} is missing")
+        for key in keys:
+            store.read(key).result()
+
+
+def _step_folder(path: Path) -> Path:
+    """Return the folder of one checkpoint: `path`, or the last one in it."""
+    if (path / "info").is_dir():
+        return path
+    for folder in (storage.checkpoints(path), path):
+        if found := [child for _, child in checksums.finished_in(folder) if child.is_dir()]:
+            return found[-1]
+    both = (*storage.children(path), *storage.children(storage.checkpoints(path)))
+    files = sorted(file for file in both if file.suffix == ".pt")
+    mend = f"; give a file of it, such as {files[0]}" if files else "; give a run, a checkpoint or a model"
+    raise UserError(f"{path}: a folder without a checkpoint of jaxlm{mend}")
+
+
+def _write_run(path: Path, snapshot: Snapshot) -> None:
+    import jax
+
+    from jaxlm import optim, schedule
+    from jaxlm.checkpoint import Checkpoints
+    from jaxlm.step import TrainState
+
+    trained = names.trained(snapshot.config.model, snapshot.weights)
+    zeros = {name: np.zeros_like(array) for name, array in trained.items()}
+    params, first, second = (names.to_jax(x) for x in (snapshot.weights, *(snapshot.moments or (zeros, zeros))))
+    step: Any = np.int32(snapshot.info["step"])  # Orbax takes NumPy's arrays as well as JAX's
+    train = snapshot.config.train
+    optimizer = optim.adamw(train, schedule.learning_rate(train), snapshot.config.model.n_layers)
+    opt_state = jax.eval_shape(optimizer.init, first)
+    opt_state = optim.with_moments(opt_state, first, second, np.int32(snapshot.n_updates))
+    path.mkdir()
+    info = {"format": RUN_FORMAT, **snapshot.info, "config": configs.flat(snapshot.config)}
+    losses = {} if info["val_loss"] is None else {info["step"]: info["val_loss"]}
+
+    failures: list[str] = []
+    with Checkpoints(path / "checkpoints", warn=failures.append) as checkpoints:
+        checkpoints.save(TrainState(step, params, opt_state), info, losses)
+    if failures:
+        raise OSError(failures[0])
+    (path / "config.toml").write_text(configs.dump(snapshot.config), encoding="utf-8")
+
+
+def load_torch(path: Path) -> Stored:
+    """Return what is in a file of torch.save: a checkpoint 1.2 or a state dict."""
+    need_torch(path)
+    import torch
+
+    damaged = None
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()  # torch.load does not look
+        # As a stream, for PyTorch takes any file that is called .safetensors for one. Warnings: of others' pickles.
+        with warnings.catch_warnings(action="ignore"), path.open("rb") as file:
+            tree = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path}: refused: its pickle is damaged, or has more than tensors and plain values, which could run code; "
+            "where you trust it, save what its model.state_dict() returns, and give that file"
+        ) from error
+    except Exception as error:  # a damaged file can fail anywhere
+        if outside(error):
+            raise
+        raise UserError(
+            f"{path}: cannot be read as a file of torch.save: {reason(error).partition('. ')[0]}; copy it again, or "
+            "save what model.state_dict() returns"
+        ) from error
+    if damaged:
+        raise UserError(
+            f"{path}: damaged: its part {damaged.partition('/')[2]} is not as it was written; copy it again"
+        )
+    if _is_state_dict(tree):
+        weights = {name: _array(tensor, f"{path}: {name}") for name, tensor in names.unwrapped(tree, str(path)).items()}
+        return Stored(STATE_DICT, path, tree, weights, {})
+    if not isinstance(tree, dict) or "version" not in tree:
+        if inner := next(_state_dicts(tree), ""):
+            raise UserError(
+                f"{path}: no checkpoint 1.2, but a {type(tree).__name__} that has a state dict in it; save that alone: "
+                f"torch.save(torch.load(FILE, weights_only=True){inner}, NEW)"
+            )
+        kind = f"a value of type {type(tree).__name__}"
+        if isinstance(tree, dict):
+            others = (name for name, value in tree.items() if not _is_state_dict({name: value}))
+            kind = next((f"{name!r} of type {type(tree[name]).__name__}" for name in others), "nothing")
+        raise UserError(
+            f"{path}: neither a checkpoint 1.2 nor a state dict: it has {kind}; save what model.state_dict() returns"
+        )
+
+    from torchlm import checkpoint
+
+    tree = checkpoint.read(path)
+    try:
+        weights = {name: _array(tensor, f"{path}: {name}") for name, tensor in checkpoint.weights(tree).items()}
+        return Stored(CHECKPOINT_1_2, path, tree, weights, checked_info(_info_of_1_2(tree, weights), path))
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise UserError(
+            f"{path}: not as a checkpoint 1.2 is: {type(error).__name__}: {reason(error)}; save it again"
+        ) from error
+
+
+def _is_state_dict(value: Any) -> bool:
+    import torch
+
+    is_dict = isinstance(value, dict) and bool(value)
+    return is_dict and all(isinstance(name, str) and isinstance(x, torch.Tensor) for name, x in value.items())
+
+
+def _state_dicts(tree: Any, place: str = "") -> Iterator[str]:
+    """Yield how each state dict within dicts and lists is got, such as "['model']"."""
+    if _is_state_dict(tree):
+        yield place
+    elif isinstance(tree, dict | list | tuple) and len(place) < 200:  # a list may have itself in it
+        for name, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from _state_dicts(value, f"{place}[{name!r}]")
+
+
+def _info_of_1_2(tree: dict[str, Any], weights: Arrays) -> dict[str, Any]:
+    config, task = tree["config"], tree["task_type"]
+    info = {
+        "format": tree["version"],
+        "step": int(tree["iter"]),
+        "task": task,
+        "rate": float(tree["lr"]),
+        "sample_iter": int(tree["sample_iter"]),
+        "val_loss": float(tree["val_loss"]) if math.isfinite(tree["val_loss"]) else None,
+    }
+    if "torchlm" in config:
+        return info | {"config": config["torchlm"]["settings"], **config["torchlm"]["info"]}
+    settings = {
+        f"{section}.{ours}": config[section][theirs]
+        for section, words in names.ORIGINAL_SETTINGS.items()
+        for theirs, ours in words.items()
+    }
+    # The rest of what jaxlm has as settings is seen in the optimizer and the weights.
+    group = tree["optimizer"]["param_groups"][0]
+    settings |= {"train.beta1": group["betas"][0], "train.beta2": group["betas"][1], "train.epsilon": group["eps"]}
+    settings |= {"task": task, "model.vocab_size": len(weights["base.embedding.token.weight"])}
+    if names.model_kind(task) == "classifier" and "head.linear.bias" in weights:
+        n_outputs = len(weights["head.linear.bias"])
+        is_slip = n_outputs == settings["model.vocab_size"]
+        settings |= (
+            {"model.head_outputs": "vocabulary", "data.n_labels": 2} if is_slip else {"data.n_labels": n_outputs}
+        )
+    return info | {"tokenizer": None, "config": settings, "original_config": config}
+
+
+def _moments_of_1_2(optimizer: dict[str, Any], shapes: Shapes, path: Path) -> tuple[Moments | None, int]:
+    """Return the moments in the state dict of torch.optim.AdamW, which numbers tensors group by group."""
+    state, groups = optimizer["state"], names.decay_groups(shapes)
+    if not state:
+        return None, 0
+    numbers = [group["params"] for group in optimizer["param_groups"]]
+    sizes, wanted = [len(group) for group in numbers], [len(group) for group in groups]
+    # With layer_decay, a group of ours is several.
+    if sizes != wanted and (len(sizes) <= len(wanted) or sum(sizes) != sum(wanted)):
+        raise UserError(f"{path}: its optimizer has groups of {sizes} tensors, but the model {wanted}, decayed first")
+    entries = {name: state.get(i, {}) for name, i in zip(sum(groups, []), sum(numbers, []), strict=True)}
+    keys = ["exp_avg", "exp_avg_sq", "step"]
+    for name, entry in entries.items():
+        if sorted(entry) != keys:
+            raise UserError(f"{path}: its optimizer has {sorted(entry)} for {name}, but AdamW has {keys}")
+    counts = {int(entry["step"]) for entry in entries.values()}
+    if len(counts) > 1:
+        raise UserError(f"{path}: its optimizer has counted {sorted(counts)} updates; only one count can be kept")
+    first, second = (
+        {name: _array(entry[key], f"{path}: {key} of {name}") for name, entry in entries.items()} for key in keys[:2]
+    )
+    return (first, second), counts.pop()
+
+
+def _write_1_2(path: Path, snapshot: Snapshot) -> None:
+    from torchlm import checkpoint, optim, step
+
+    config, info = snapshot.config, snapshot.info
+    model = checkpoint.model_for(snapshot, str(path))
+    state = step.init_state(model, optim.adamw(config.train, model))
+    state = checkpoint.with_snapshot(state, snapshot, str(path))
+    loss = math.inf if info["val_loss"] is None else info["val_loss"]
+    content = checkpoint.content(state, {**info, "config": configs.flat(config)}, loss)
+    content["config"] = info.get("original_config", content["config"])
+    checkpoint.write(path, content)
+
+
+def _write_state_dict(path: Path, snapshot: Snapshot) -> None:
+    import torch
+
+    torch.save(_tensors(snapshot.weights), path)
+
+
+def load_safetensors(path: Path) -> Stored:
+    """Return what is in a file of safetensors; without the metadata `jaxlm`, it is one of bare weights."""
+    import ml_dtypes  # noqa: F401  # by which NumPy has bfloat16
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with storage.plain(path) as place, safe_open(place, framework="np") as file:
+            tree = {name: file.get_tensor(name) for name in file.keys()}
+            metadata = file.metadata() or {}
+        info = checked_info(utf8.from_json(metadata["jaxlm"]), path) if "jaxlm" in metadata else {}
+    except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
+        with contextlib.suppress(OSError), path.open("rb") as start:
+            if why := utf8.stand_in(start.read(utf8.START)):
+                raise UserError(f"{path}: is {why}") from error
+        if isinstance(error, AttributeError):  # of NumPy, which lacks a type
+            mend = "save it as float32, as with tensor.float() in PyTorch"
+            raise UserError(f"{path}: has numbers of type {error.name}, which cannot be read; {mend}") from error
+        raise UserError(f"{path}: cannot be read as safetensors: {reason(error)}; copy it again") from error
+    weights = {name: array for name, array in tree.items() if not name.startswith("optimizer.")}
+    return Stored(SAFETENSORS, path, tree, weights if info else names.unwrapped(weights, str(path)), info)
+
+
+def _write_safetensors(path: Path, snapshot: Snapshot) -> None:
+    from safetensors.numpy import save
+
+    tensors = dict(snapshot.weights)
+    if snapshot.moments is not None:
+        for prefix, arrays in zip((FIRST, SECOND), snapshot.moments, strict=True):
+            tensors |= {prefix + name: array for name, array in arrays.items()}
+        tensors[N_UPDATES] = np.array(snapshot.n_updates)
+    info = {"format": 1, **snapshot.info, "config": configs.flat(snapshot.config)}
+    path.write_bytes(save(tensors, {"jaxlm": json.dumps(info, sort_keys=True)}))
+
+
+WRITERS: dict[str, Callable[[Path, Snapshot], None]] = {
+    RUN: _write_run,
+    CHECKPOINT_1_2: _write_1_2,
+    STATE_DICT: _write_state_dict,
+    SAFETENSORS: _write_safetensors,
+}
+
+
+def _array(tensor: Any, source: str) -> np.ndarray:
+    """Return a tensor as an array. Raises UserError, which begins with `source`, if NumPy has none of its kind."""
+    import torch
+
+    try:
+        tensor = tensor.detach().contiguous()
+        if tensor.dtype == torch.bfloat16:  # which NumPy has only from JAX's types
+            import ml_dtypes
+
+            return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return tensor.numpy()
+    except (RuntimeError, TypeError) as error:
+        kind = f"{tensor.dtype}, {tensor.layout} on {tensor.device}".replace("torch.", "")
+        raise UserError(
+            f"{source}: a tensor of {kind} cannot be read; save it as float32, as with tensor.to_dense().float()"
+        ) from error
+
+
+def _tensors(arrays: Arrays) -> dict[str, Any]:
+    import torch
+
+    return {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
+
+
+def _with_prefix(tree: Mapping[str, np.ndarray], prefix: str) -> Arrays:
+    return {name.removeprefix(prefix): array for name, array in tree.items() if name.startswith(prefix)}
