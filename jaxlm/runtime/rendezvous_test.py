@@ -215,7 +215,7 @@ def test_a_malformed_address_is_refused(address: str, why: str) -> None:
 
 @pytest.mark.parametrize(("n", "process"), [(4, 4), (2, 7), (0, 0)])
 def test_processes_are_numbered_from_0(n: int, process: int) -> None:
-    with pytest.raises(UserError, match=f"process {process} of {n}: the processes are numbered from 0"):
+    with pytest.raises(UserError, match=f"process {process} of {n}: they are numbered from 0"):
         rendezvous.meet("host:1", n, process, TIMEOUT_S)
 
 
