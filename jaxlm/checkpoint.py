@@ -24,12 +24,13 @@ from flax import nnx
 
 from jaxlm import config as configs
 from jaxlm import convert, optim
-from jaxlm.config import Config
+from jaxlm.config import BASE, Config
 from jaxlm.errors import UserError, slow
 from jaxlm.io import checksums, storage
 from jaxlm.params import frozen, names
 from jaxlm.runtime import processes
 from jaxlm.step import TrainState
+from jaxlm.tasks import parameters
 from jaxlm.training import resume
 from jaxlm.training.run import Run
 from jaxlm.weights import formats
@@ -254,7 +255,10 @@ def begin(run: Run, fresh: Callable[[], TrainState], shardings: TrainState) -> T
     if begun.is_student:
         assert run.teacher is not None, "it is the start"
         weights = run.teacher.every_layer(run.config.model.n_layers)
-        tree, places = names.to_jax(names.check(weights, names.shapes(run.config), str(begun.path))), shardings.params
+        tree, places = (
+            names.to_jax(names.check(weights, parameters.shapes(run.config), str(begun.path))),
+            shardings.params,
+        )
         state = with_parts(state, jax.device_put(tree, places), step)
     elif begun.form == formats.RUN and names.is_whole(begun.settings()) and names.is_whole(configs.flat(run.config)):
         state = restore(begun.path, state, begun.parts, step, is_checked=True)
@@ -336,14 +340,14 @@ def model_of(found: resume.Start, config: Config) -> nnx.Module:
     from jaxlm.tasks import TASKS
 
     assert found.path is not None, "nothing was found"
-    if config.task not in TASKS and config.task != names.BASE:
+    if config.task not in TASKS and config.task != BASE:
         raise UserError(
             f"{found.path}: task={config.task} is unknown here; there are {', '.join(TASKS)}; "
             "add its file and its line in TASKS (jaxlm/tasks/README.md)"
         )
 
     def build() -> nnx.Module:
-        if config.task == names.BASE:
+        if config.task == BASE:
             return BaseModel(config.model, jnp.float32, nnx.Rngs(0))
         return TASKS[config.task](config).build_model(nnx.Rngs(0))
 
@@ -381,7 +385,7 @@ def _restored(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
 
 def _parts_of_file(path: Path, config: Config, parts: Sequence[str], is_base: bool = False) -> dict[str, Any]:
     """Return the given parts of a checkpoint of any form, but with all weights, in NumPy's arrays."""
-    snapshot, shapes = convert.read(path), names.shapes(config)
+    snapshot, shapes = convert.read(path), parameters.shapes(config)
     if is_base:  # for another run, which has adapters of its own
         snapshot, shapes = convert.merged(snapshot), names.without_adapters(shapes)
     weights = names.check(*resume.fitting(snapshot.weights, shapes, parts), str(path))

@@ -204,6 +204,7 @@ TRANSIENT = (
 )
 BARE = {"profile": "5"}  # values of flags that are given without one
 AXES = ("data", "fsdp", "tensor")  # of the mesh of devices
+BASE = "base"  # in place of the task of a model without an output layer, and the kind of that model
 LORA_PRODUCTS = ("query", "key", "value", "output", "fc1", "fc2")
 COMMAND_LINE = "command line"
 HELP = ("-h", "--help")
@@ -393,7 +394,7 @@ def _preset(task: Any) -> list[Layer]:
     tasks = [p.stem for p in sorted(presets_dir().glob("*.toml")) if ("task", p.stem, str(p)) in _file(p)]
     if task not in tasks:
         is_own = str(task).isidentifier() and (Path(__file__).parent / "tasks" / f"{task}.py").is_file()
-        if is_own or task == "base":  # names.BASE, for settings of a model without an output layer
+        if is_own or task == BASE:
             return []
         match = difflib.get_close_matches(str(task), tasks, n=1)
         hint = f"; did you mean {match[0]}?" if match else ""

@@ -25,6 +25,7 @@ from jaxlm.errors import UserError, nearest, reported, slow
 from jaxlm.io import storage, utf8
 from jaxlm.params import names
 from jaxlm.params.names import Arrays
+from jaxlm.tasks import parameters
 from jaxlm.weights import formats, huggingface
 from jaxlm.weights.formats import CHECKPOINT_1_2, RUN, SAFETENSORS, STATE_DICT, Snapshot, Stored
 
@@ -271,7 +272,7 @@ def _snapshot(stored: Stored, config: Config | None) -> Snapshot:
         info = {"step": 0, "task": config.task, "rate": 0.0, "tokenizer": None}
         if not config.model.vocab_size and TABLE in stored.weights:  # settings from before the tokenizer was known
             config = configs.replace(config, "model.vocab_size", len(stored.weights[TABLE]))
-    shapes = names.shapes(config)
+    shapes = parameters.shapes(config)
     weights = _checked(stored.weights, shapes, str(path) if stored.info else f"{path}, with the settings of --config")
     shapes = names.trained(config.model, shapes)
     moments, n_updates = formats.moments(stored, shapes, config.model.frozen_layers)

@@ -26,6 +26,7 @@ from jaxlm import tasks as jax_tasks
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.config import Config
 from jaxlm.params import names
+from jaxlm.tasks import parameters
 from jaxlm.weights.formats import CHECKPOINT_1_2, RUN, SAFETENSORS, STATE_DICT, Snapshot
 from torchlm import checkpoint as torch_checkpoint
 from torchlm import loop as torch_loop
@@ -57,7 +58,7 @@ def snapshot_of(config: Config) -> Snapshot:
     random = np.random.default_rng(0)
 
     def arrays() -> dict[str, np.ndarray]:
-        shapes = names.shapes(config)
+        shapes = parameters.shapes(config)
         return {
             name: random.integers(0, 2**32, shape, np.uint32, endpoint=False).view(np.float32)
             for name, shape in shapes.items()

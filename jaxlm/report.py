@@ -17,10 +17,10 @@ from jaxlm.convert import Parser
 from jaxlm.data import metrics
 from jaxlm.errors import UserError, reported
 from jaxlm.io import storage, utf8
-from jaxlm.params.names import KINDS
 from jaxlm.reporting import html_page, run_reader
 from jaxlm.reporting.html_page import COLOURS, DASHES, Curve
 from jaxlm.reporting.run_reader import Folder
+from jaxlm.tasks.parameters import BUILT_IN
 from jaxlm.training import environment, history
 
 MOST_STEPS = 8  # evaluations whose samples are shown
@@ -186,7 +186,7 @@ def _loss(runs: Sequence[Folder], names: Sequence[str]) -> list[str]:
 
 def _unit(runs: Sequence[Folder]) -> str:
     """Return the unit of a cross-entropy; "" for the task of a user, whose loss can be anything."""
-    return ", nats" if runs[0].task in KINDS else ""
+    return ", nats" if runs[0].task in BUILT_IN else ""
 
 
 def _scores(runs: Sequence[Folder], names: Sequence[str]) -> list[str]:

@@ -25,6 +25,7 @@ from jaxlm.errors import UserError
 from jaxlm.io import utf8
 from jaxlm.params import names
 from jaxlm.params.names import Arrays
+from jaxlm.tasks import parameters
 from parity_tests.plan import Batch, Plan, Resume
 from parity_tests.trajectory import First, Saved, Trajectory
 from torchlm import checkpoint as checkpoints
@@ -79,7 +80,7 @@ class Case:
     def weights(self, kind: str) -> Arrays:
         """Return the arrays `kind`/NAME under torchlm's names."""
         arrays = {name.removeprefix(f"{kind}/"): x for name, x in self.arrays.items() if name.startswith(f"{kind}/")}
-        return names.from_original(arrays, self.recorded.task)
+        return names.from_original(arrays, parameters.prefixes(self.recorded.task))
 
     def batch(self, i: int) -> Batch:
         """Return batch i as the tasks have it: labels -1 do not count, and mlm has logits at its `positions` only."""
@@ -216,13 +217,13 @@ def _read_arrays(path: Path) -> Arrays:
 def _read_checkpoint(folder: Path, recorded: Recorded, config: Config) -> Saved:
     path = folder / "checkpoint.pt"
     checkpoint = checkpoints.read(path)
-    shapes = names.shapes(config)
+    shapes = parameters.shapes(config)
     try:
         weights = names.check(checkpoints.weights(checkpoint), shapes, str(path))
-        parameters = [name for group in names.decay_groups(shapes) for name in group]
-        states = [checkpoint["optimizer"]["state"][i] for i in range(len(parameters))]
+        tensors = [name for group in names.decay_groups(shapes) for name in group]
+        states = [checkpoint["optimizer"]["state"][i] for i in range(len(tensors))]
         moments = [
-            names.check({name: state[key] for name, state in zip(parameters, states, strict=True)}, shapes, str(path))
+            names.check({name: state[key] for name, state in zip(tensors, states, strict=True)}, shapes, str(path))
             for key in ("exp_avg", "exp_avg_sq")
         ]
         return Saved(
@@ -238,7 +239,7 @@ def _read_checkpoint(folder: Path, recorded: Recorded, config: Config) -> Saved:
 
 
 def _check_arrays(case: Case, source: str) -> None:
-    recorded, shapes = case.recorded, names.shapes(case.config)
+    recorded, shapes = case.recorded, parameters.shapes(case.config)
     n_batches = len(case.arrays["x"]) if "x" in case.arrays else 0
     samples = (n_batches, recorded.batch_size)
     is_classifier = recorded.task in ("sst2", "cola")

@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from jaxlm.params import names
-from jaxlm.tasks import TASKS
+from jaxlm.tasks import TASKS, parameters
 from parity_tests import case as cases
 from parity_tests import drift, inputs, original, references, replay, trajectory
 from parity_tests.tolerances import FLOAT32
@@ -156,7 +155,7 @@ def _checks() -> dict[str, Callable[[], list[Row]]]:
         add(f"float64: {task}", drift.float64, task)
         add(f"dropout: {task}", drift.dropout, task)
         add(f"bfloat16: {task}", bfloat16, task)
-        if names.model_kind(task) != "causal":
+        if parameters.model_kind(task) != "causal":
             add(f"distillation: {task}", inputs.distilled, task)
             add(f"distillation in float32: {task}", inputs.distilled, task, 10, "float32")
         for length in (1024, 4096) if task != "pairs" else ():  # which the original has not

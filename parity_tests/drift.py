@@ -13,7 +13,7 @@ import torch
 from jaxlm import config as configs
 from jaxlm.config import Config
 from jaxlm.model import keeps
-from jaxlm.params import names
+from jaxlm.tasks import parameters
 from parity_tests import trajectory
 from parity_tests.packages import PACKAGES, Jaxlm, Precision, Torchlm
 from parity_tests.plan import Plan, random_plan
@@ -138,7 +138,7 @@ def dropout_statistics() -> list[Row]:
     """
     rate, n = 0.3, 4000
     config = config_of("gpt", **{"model.positions": "learned", "model.pad_id": -1, "model.dropout": rate})
-    weights = {name: np.zeros(shape, np.float32) for name, shape in names.shapes(config).items()}
+    weights = {name: np.zeros(shape, np.float32) for name, shape in parameters.shapes(config).items()}
     weights["base.embedding.position"] += 4
     for block in range(config.model.n_layers):
         weights[f"base.blocks.{block}.attention.output.bias"] += 1

@@ -9,6 +9,7 @@ import torch
 from jaxlm import config as configs
 from jaxlm.config import Config
 from jaxlm.params import names
+from jaxlm.tasks import parameters
 from jaxlm.training.teacher import Teacher
 from parity_tests import original, rounding, trajectory
 from parity_tests.drift import config_of
@@ -44,7 +45,7 @@ def of_original(config: Config, weights: names.Arrays, batch: Batch) -> First:
     reference = original.Original(
         {"task": task, "heads": model.n_heads, "seq_len": model.seq_len, **sizes}  # the settings that a model has
     )
-    state = {name: torch.from_numpy(x) for name, x in names.to_original(weights, task).items()}
+    state = {name: torch.from_numpy(x) for name, x in names.to_original(weights, parameters.prefixes(task)).items()}
     reference.load_state_dict(state, strict=False)  # buffers are not among the weights
     reference = reference.double()
     tokens, labels = (torch.from_numpy(np.int64(batch[key])) for key in ("tokens", "labels"))
@@ -52,7 +53,9 @@ def of_original(config: Config, weights: names.Arrays, batch: Batch) -> First:
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=-1)
     loss.backward()
     gradients = {name: x.grad.numpy() for name, x in reference.named_parameters() if x.grad is not None}
-    return First(logits.detach().numpy(), float(loss.detach()), names.from_original(gradients, task))
+    return First(
+        logits.detach().numpy(), float(loss.detach()), names.from_original(gradients, parameters.prefixes(task))
+    )
 
 
 def edges(task: str, precision: Precision = "float64") -> list[Row]:
@@ -64,7 +67,7 @@ def edges(task: str, precision: Precision = "float64") -> list[Row]:
     tokens[1] = [1, V - 1] * (T // 2) + [1] * (T % 2)
     tokens[2, -1] = 1  # pads, then one token; row 3 has only pads
     batch: Batch = {"tokens": tokens, "labels": np.array([0, 1, 1, 0], np.int32)}
-    if names.model_kind(task) != "classifier":
+    if parameters.model_kind(task) != "classifier":
         labels = np.full((4, T), -1, np.int32)
         labels[0, 0], labels[1], labels[2, -1] = V - 1, [0, V - 1] * (T // 2) + [0] * (T % 2), 0
         batch["labels"] = labels

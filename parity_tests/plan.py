@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxlm.config import Config, TrainConfig
-from jaxlm.params import names
 from jaxlm.params.names import Arrays
+from jaxlm.tasks import parameters
 from jaxlm.training.teacher import Teacher
 
 Batch = dict[str, np.ndarray]
@@ -43,7 +43,7 @@ def random_weights(config: Config, seed: int) -> Arrays:
     """Return start weights of no special value: norms are not 1, biases not 0, and no two parts alike."""
     random = np.random.default_rng(seed)
     weights = {}
-    for name, shape in names.shapes(config).items():
+    for name, shape in parameters.shapes(config).items():
         spread = 0.3 if name.startswith("base.embedding") else shape[-1] ** -0.5 if len(shape) > 1 else 0.1
         weights[name] = (random.normal(size=shape) * spread).astype(np.float32)
         if "norm" in name and name.endswith("weight"):
@@ -63,7 +63,7 @@ def random_batch(config: Config, random: np.random.Generator, batch_size: int, p
     is_pad = np.arange(T) >= lengths[:, None]
     if model.pad_id >= 0:
         tokens[is_pad] = model.pad_id
-    if names.model_kind(config.task) == "causal":
+    if parameters.model_kind(config.task) == "causal":
         labels = np.where(np.roll(is_pad, -1, axis=1), -1, np.roll(tokens, -1, axis=1)).astype(np.int32)
         if config.task == "pairs":  # the first are of the prompt
             labels[np.arange(T) < random.integers(0, lengths)[:, None]] = -1

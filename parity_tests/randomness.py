@@ -10,6 +10,7 @@ from flax import nnx
 from jaxlm.config import Config
 from jaxlm.params import names
 from jaxlm.params.names import Arrays
+from jaxlm.tasks import parameters
 from parity_tests.drift import config_of
 from parity_tests.packages import PACKAGES, Jaxlm, Package
 from parity_tests.plan import random_plan
@@ -43,7 +44,7 @@ def _rows(name: str, package: type[Package], config: Config) -> list[Row]:
 
 
 def _start(package: type[Package], config: Config) -> Arrays:
-    zeros = {name: np.zeros(shape, np.float32) for name, shape in names.shapes(config).items()}
+    zeros = {name: np.zeros(shape, np.float32) for name, shape in parameters.shapes(config).items()}
     task: Any = package(config, zeros, "float32").task
     if package is Jaxlm:
         return names.to_torch(jax.device_get(nnx.to_pure_dict(nnx.state(task.build_model(nnx.Rngs(3))))))

@@ -18,7 +18,9 @@ from jaxlm.config import Config
 from jaxlm.data.cache import Split
 from jaxlm.data.samples import PairSamples
 from jaxlm.params import names
-from jaxlm.params.names import Arrays, model_kind
+from jaxlm.params.names import Arrays
+from jaxlm.tasks import parameters
+from jaxlm.tasks.parameters import model_kind
 from parity_tests import trajectory
 from parity_tests.drift import config_of
 from parity_tests.original import position_table
@@ -309,7 +311,7 @@ def adamw(n_updates: int = 30) -> list[Row]:
     """
     changes = {"train.max_steps": n_updates, "train.warmup_steps": 5, "train.decay_steps": 20, "train.accumulate": 1}
     config = config_of("mlm", **changes, **{"train.weight_decay": 0.3, "train.learning_rate": 0.02})
-    random, shapes = np.random.default_rng(10), names.shapes(config)
+    random, shapes = np.random.default_rng(10), parameters.shapes(config)
     start = {name: np.asarray(x, np.float64) for name, x in random_weights(config, 10).items()}
     gradients = [
         {name: scale * random.normal(size=shape) for name, shape in shapes.items()}

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from jaxlm import convert
-from jaxlm.config import Config
+from jaxlm.config import BASE, Config
 from jaxlm.errors import UserError, slow
 from jaxlm.io import checksums, storage
 from jaxlm.params import names
+from jaxlm.tasks import parameters
 from jaxlm.training import resume
 from jaxlm.training.run import Run
 from jaxlm.weights import formats
@@ -163,7 +164,7 @@ def begin(run: Run, fresh: Callable[[], TrainState]) -> TrainState:
     if begun.is_student:
         assert run.teacher is not None, "it is the start"
         weights = run.teacher.every_layer(run.config.model.n_layers)
-        found = names.check(weights, names.shapes(run.config), str(begun.path))
+        found = names.check(weights, parameters.shapes(run.config), str(begun.path))
         parallel.single(state.model).load_state_dict({name: torch.tensor(x) for name, x in found.items()})
     else:
         state = restore(begun.path, state, begun.parts, begun.position().step, begun.kind == "base")
@@ -244,11 +245,11 @@ def model_for(snapshot: Snapshot, source: str) -> torch.nn.Module:
     """
     from torchlm.tasks import TASKS
 
-    config, kind, rngs = snapshot.config, names.model_kind(snapshot.config.task), torch.Generator()
+    config, kind, rngs = snapshot.config, parameters.model_kind(snapshot.config.task), torch.Generator()
     if config.task in TASKS:
         return TASKS[config.task](config).build_model(rngs)
     model: torch.nn.Module
-    if kind == names.BASE:
+    if kind == BASE:
         model = BaseModel(config.model, torch.float32, rngs)
     elif kind == "classifier":
         n_outputs = len(snapshot.weights.get("head.linear.bias", (0,)))
@@ -269,7 +270,7 @@ def content(state: TrainState, info: dict[str, Any], validation_loss: float) -> 
     own = {name: info[name] for name in OWN if name in info}
     parts: dict[str, dict[str, Tensor]] = {"base": {}, "head": {}}
     for name, tensor in model.state_dict().items():
-        (original,) = names.to_original({name: tensor}, info["task"])
+        (original,) = names.to_original({name: tensor}, parameters.prefixes(info["task"]))
         parts[name.partition(".")[0]][original.partition(".")[2]] = tensor
     return {
         "version": FORMAT,
@@ -318,13 +319,13 @@ def read(path: Path) -> dict[str, Any]:
 def weights(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
     """Return the weights of a checkpoint under torchlm's names."""
     task = checkpoint["task_type"]
-    parts = zip(names.prefixes(task), (checkpoint["base_model"], checkpoint["lm_head"]), strict=True)
+    parts = zip(parameters.prefixes(task), (checkpoint["base_model"], checkpoint["lm_head"]), strict=True)
     state = {
         f"{prefix}.{name}": tensor
         for prefix, part in parts
         for name, tensor in names.unwrapped(part, "weights").items()
     }
-    return names.from_original(state, task)
+    return names.from_original(state, parameters.prefixes(task))
 
 
 def _buffers(model: Any) -> dict[str, Tensor]:

@@ -168,7 +168,7 @@ def test_parameters_are_the_same_up_to_the_naming_rules(task: str, options: dict
     config = configs.build({"task": task, **{f"model.{name}": x for name, x in sizes.items()}, **options})
     model = torchlm_tasks.TASKS[task](config).build_model(torch.Generator())
     parameters = {name: tuple(x.shape) for name, x in model.named_parameters()}
-    assert list(parameters.items()) == list(names.shapes(config).items())
+    assert list(parameters.items()) == list(parameters.shapes(config).items())
     assert list(model.state_dict()) == list(parameters)
 
     build = jaxlm_tasks.TASKS[task](config).build_model

@@ -6,6 +6,7 @@ what is computed again to save memory counts nothing, and attention counts whole
 
 from jaxlm.config import Config
 from jaxlm.params import names
+from jaxlm.tasks import parameters
 
 
 def forward_flops(config: Config, seq_len: int = 0) -> int:
@@ -21,10 +22,10 @@ def n_logits(config: Config, seq_len: int = 0) -> tuple[int, int]:
     """Return how many positions of a sample have logits, and how many outputs each of them has."""
     model, data = config.model, config.data
     seq_len = seq_len or model.seq_len
-    kind = names.model_kind(config.task)
+    kind = parameters.model_kind(config.task)
     if kind == "classifier":
         classes = model.vocab_size if model.head_outputs == "vocabulary" else data.n_classes
-        own = names.shapes(config) if names.own_task(config.task) else {}
+        own = {} if config.task in parameters.BUILT_IN else parameters.shapes(config)
         return 1, own.get("head.linear.bias", (classes,))[0]
     return seq_len if kind == "causal" else max(1, int(data.mask_fraction * seq_len)), model.vocab_size
 
@@ -36,7 +37,7 @@ def flops_per_sample(config: Config, seq_len: int = 0) -> int:
     """
     model = config.model
     layers, pairs, adapters, output = _products(config, seq_len)
-    n, kind = model.frozen_layers, names.model_kind(config.task)
+    n, kind = model.frozen_layers, parameters.model_kind(config.task)
     is_embedding_frozen = model.frozen_embedding or model.lora_rank > 0
     is_trained_below = n < model.n_layers or not is_embedding_frozen or model.final_norm or kind == "masked"
     frozen = layers + pairs + adapters if is_embedding_frozen else 2 * layers + 3 * pairs
@@ -58,5 +59,5 @@ def _products(config: Config, seq_len: int) -> tuple[int, int, int, int]:
     # Query, key, value and output, then d -> 4d -> d; scores of all pairs of positions, and the sums they weight.
     layers, pairs = 2 * T * (4 * D * D + 8 * D * D), 2 * (2 * T * T * D)
     ends = sum(5 * D if name in ("fc1", "fc2") else 2 * D for name in names.lora_products(config.model))
-    dense = D * D if config.model.head_dense != "none" and names.model_kind(config.task) != "causal" else 0
+    dense = D * D if config.model.head_dense != "none" and parameters.model_kind(config.task) != "causal" else 0
     return layers, pairs, 2 * T * config.model.lora_rank * ends, 2 * positions * (dense + D * outputs)

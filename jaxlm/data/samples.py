@@ -4,7 +4,7 @@ A samples object knows its length and makes any batch of samples: `batch(indices
 model's input by name, each with a leading axis of samples. A label of -1 is ignored by the loss. Nothing depends on
 which samples share a batch, so that order, batch size and number of processes are free. `lengths(indices)` are the
 positions of samples that are no padding, and `cut(batch, length)` a batch without what lies beyond. `model_kind` is the
-kind of model that they are for, as names.model_kind returns it.
+kind of model that they are for, as tasks.parameters.model_kind returns it.
 """
 
 from typing import Any

@@ -9,14 +9,13 @@ from tokenizers import Tokenizer
 
 from jaxlm import checkpoint
 from jaxlm import config as configs
-from jaxlm.config import Config, TokenizerConfig
+from jaxlm.config import BASE, Config, TokenizerConfig
 from jaxlm.cost import flops
 from jaxlm.data import tokenization
 from jaxlm.errors import UserError, slow
 from jaxlm.io import storage
-from jaxlm.params import names
 from jaxlm.runtime import backend
-from jaxlm.tasks import TASKS, Task
+from jaxlm.tasks import TASKS, Task, parameters
 from jaxlm.training import resume
 from jaxlm.training.resume import Start
 
@@ -33,7 +32,7 @@ class Trained:
 
     def has_probabilities(self) -> bool:
         """Return whether the softmax of the logits is of the labels, which it is not with fewer outputs than labels."""
-        is_classifier = names.model_kind(self.config.task) == "classifier"
+        is_classifier = parameters.model_kind(self.config.task) == "classifier"
         is_short = is_classifier and flops.n_logits(self.config)[1] < self.config.data.n_classes
         return self.task.has_probabilities and not is_short
 
@@ -50,14 +49,14 @@ def load(source: str | Path, tokenizer: str = "", precision: str = "", needs_out
     """
     found = resume.to_use(source)
     config = found.config()
-    if config.task == names.BASE and needs_output:
+    if config.task == BASE and needs_output:
         raise UserError(no_output(found))
     if precision:
         config = configs.replace(config, "train.precision", precision)
     read = _tokenizer(found, config, tokenizer)
     backend.configure(config)
     model = checkpoint.model_of(found, config)
-    task: Any = None if config.task == names.BASE else TASKS[config.task](config, found.classes())
+    task: Any = None if config.task == BASE else TASKS[config.task](config, found.classes())
     return Trained(found, config, task, read, model)
 
 

@@ -25,6 +25,7 @@ from jaxlm.data import grammar
 from jaxlm.errors import UserError
 from jaxlm.io import checksums
 from jaxlm.params import frozen, names
+from jaxlm.tasks import parameters
 from jaxlm.weights.formats import CHECKPOINT_1_2, Snapshot
 from parity_tests.plan import random_batch, random_weights
 
@@ -135,7 +136,7 @@ def test_adapters_change_nothing_at_first_and_are_merged_on_export(tmp_path: Pat
     zero = {name: 0 * x if name.endswith("lora_b") else x for name, x in weights.items()}
     assert np.abs(wanted - logits_of(LORA, zero, tokens)).max() > 0.1
     snapshot = convert.merged(Snapshot(LORA, {**INFO, "step": 3, "val_loss": None}, weights, None, 0))
-    assert list(snapshot.weights) == list(names.shapes(plain))
+    assert list(snapshot.weights) == list(parameters.shapes(plain))
     np.testing.assert_allclose(logits_of(plain, snapshot.weights, tokens), wanted, rtol=0, atol=3e-5)
     convert.write(tmp_path / "merged.pt", snapshot, CHECKPOINT_1_2)
     model, config = torchlm.checkpoint.load_model(tmp_path / "merged.pt")

@@ -8,22 +8,18 @@ Arrays are NumPy; where only names change, tensors will do. Nothing here is roun
 equal bit for bit. Moments of an optimizer, one array a parameter, go the same ways.
 """
 
-import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from jaxlm.config import LORA_PRODUCTS, Config, ModelConfig
+from jaxlm.config import BASE, LORA_PRODUCTS, Config, ModelConfig
 from jaxlm.errors import UserError
 
 Arrays = dict[str, np.ndarray]
 Shapes = dict[str, tuple[int, ...]]
-
-# What the tasks of this package train. Tasks of a user say it in their file, which imports JAX: see `model_kind`.
-KINDS = {"mlm": "masked", "gpt": "causal", "pairs": "causal", "sst2": "classifier", "cola": "classifier"}
-BASE = "base"  # in place of the task of a model without an output layer, and its kind
+Prefixes = tuple[str, str]
 
 # Settings by their names in the original's files, which have all of these.
 ORIGINAL_SETTINGS = {
@@ -41,8 +37,6 @@ ORIGINAL_SETTINGS = {
 
 # The original's words for modules that torchlm calls otherwise.
 _WORDS = {"blocks": "encoder_blocks", "attention": "self_multihead", "layernorm": "normlayer"}
-_HEADS = {"mlm": "mask_lm", "gpt": "gen_lm", "pairs": "gen_lm", "sst2": "classifier_model", "cola": "classifier_model"}
-_BASES = {"mlm": "bert", "gpt": "gpt", "pairs": "gpt", "sst2": "bert", "cola": "bert"}
 _BUFFERS = ("embedding.position.pe", "self_multihead.bias")  # in the original's state dict, but no parameters
 FREEZING = ("model.frozen_embedding", "model.frozen_layers", "model.lora_rank")  # 0 in all: all is trained
 # Modules that PyTorch puts around a model or within it, and attributes by which others hold one.
@@ -53,54 +47,12 @@ _TRANSPOSED = ("kernel", *_LORA)
 _MOST_TOLD = 6  # differences in one error message
 
 
-def shapes(config: Config) -> Shapes:
-    """Return torchlm's name and shape of every parameter, in model order.
+def shapes(config: Config, kind: str) -> Shapes:
+    """Return torchlm's name and shape of every parameter of a model of heads.py, in model order.
 
-    The order is PyTorch's, where a module's own parameters come before those of its parts.
+    `kind` is "masked", "causal", "classifier" or BASE. The order is PyTorch's, where a module's own parameters come
+    before those of its parts.
     """
-    known = _known_shapes(config)
-    if (task := own_task(config.task)) is None:
-        return known
-    built = _built_shapes(task, config)
-    return {name: built[name] for name in (*(x for x in known if x in built), *(x for x in built if x not in known))}
-
-
-def model_kind(task: str) -> str:
-    """Return "masked" or "causal" for a language model with outputs for the vocabulary, BASE, else "classifier"."""
-    own = own_task(task)
-    return BASE if task == BASE else KINDS.get(task, "classifier") if own is None else own.samples.model_kind
-
-
-def own_task(task: str) -> Any:
-    """Return the class of a task that a user has added; None for those of this package, and unknown ones."""
-    if task in KINDS or task == BASE:
-        return None
-    from jaxlm.tasks import TASKS  # imports JAX, which settings of this package's tasks are looked at without
-
-    return TASKS.get(task)
-
-
-@functools.cache
-def _built_shapes(task: Any, config: Config) -> Shapes:
-    """Return the names and shapes of the parameters of the model that a user's task builds."""
-    from flax import nnx
-
-    model = nnx.eval_shape(lambda: task(config).build_model(nnx.Rngs(0)))
-    result: Shapes = {}
-    for path, x in _leaves(nnx.to_pure_dict(nnx.state(model, nnx.Param))):
-        shape = x.shape[1:] if _is_stacked(path) else x.shape
-        for name in (torch_names := _torch_names(path, x.shape)):
-            if _jax_path(name)[0] != path or any(key.isdecimal() for key in path):
-                raise UserError(
-                    f"task={config.task}: its parameter {'/'.join(path)} would be {name} in other forms, which does "
-                    "not lead back to it; call the module otherwise, and use attributes in place of a list"
-                )
-        result |= dict.fromkeys(torch_names, shape[::-1] if path[-1] in _TRANSPOSED else shape)
-    return result
-
-
-def _known_shapes(config: Config) -> Shapes:
-    """Return the shapes of the model that heads.py has for the kind of the task, with the settings' outputs."""
     model, D, adapted = config.model, config.model.d_model, lora_products(config.model)
     F, V = 4 * D, config.model.vocab_size
 
@@ -126,19 +78,36 @@ def _known_shapes(config: Config) -> Shapes:
         result |= linear(f"{block}.feed_forward.fc1", D, F) | linear(f"{block}.feed_forward.fc2", F, D)
     if model.final_norm:
         result |= layernorm("base.final_norm")
-    of_kind = model_kind(config.task)
-    if of_kind == BASE:
+    if kind == BASE:
         return result
-    dense = linear("head.dense", D, D) if model.head_dense != "none" and of_kind != "causal" else {}
-    if of_kind == "classifier":
+    dense = linear("head.dense", D, D) if model.head_dense != "none" and kind != "causal" else {}
+    if kind == "classifier":
         n_outputs = V if model.head_outputs == "vocabulary" else config.data.n_classes
         return result | dense | linear("head.linear", D, n_outputs)
     if model.tied_embedding:
         result["head.bias"] = (V,)
     result |= dense
-    if of_kind == "masked":
+    if kind == "masked":
         result |= layernorm("head.layernorm")
     return result if model.tied_embedding else result | linear("head.linear", D, V)
+
+
+def shapes_of_tree(tree: Mapping[str, Any]) -> Shapes:
+    """Return torchlm's names and shapes of a tree of jaxlm's arrays, or of their shapes.
+
+    Raises UserError for a name that would not lead back to its array.
+    """
+    result: Shapes = {}
+    for path, x in _leaves(tree):
+        shape = x.shape[1:] if _is_stacked(path) else x.shape
+        for name in (torch_names := _torch_names(path, x.shape)):
+            if _jax_path(name)[0] != path or any(key.isdecimal() for key in path):
+                raise UserError(
+                    f"its parameter {'/'.join(path)} would be {name} in other forms, which does not lead back to it; "
+                    "call the module otherwise, and use attributes in place of a list"
+                )
+        result |= dict.fromkeys(torch_names, shape[::-1] if path[-1] in _TRANSPOSED else shape)
+    return result
 
 
 def lora_products(model: ModelConfig) -> list[str]:
@@ -276,22 +245,20 @@ def to_jax(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
     return tree
 
 
-def prefixes(task: str) -> tuple[str, str]:
-    """Return what the original's names of the base model and of the head begin with."""
-    return _BASES.get(task, "base"), _HEADS.get(task, "head")
+def to_original(state: Mapping[str, Any], prefixes: Prefixes) -> dict[str, Any]:
+    """Return torchlm's state dict under the original's names, without its two kinds of buffers.
+
+    `prefixes` are what the original's names of the base model and of the head begin with.
+    """
+    return {_original_name(name, prefixes): array for name, array in state.items()}
 
 
-def to_original(state: Mapping[str, Any], task: str) -> dict[str, Any]:
-    """Return torchlm's state dict under the original's names, without its two kinds of buffers."""
-    return {_original_name(name, task): array for name, array in state.items()}
-
-
-def from_original(state: Mapping[str, Any], task: str) -> dict[str, Any]:
+def from_original(state: Mapping[str, Any], prefixes: Prefixes) -> dict[str, Any]:
     """Return a state dict of the original under torchlm's names; what is no parameter is left out.
 
     A name that the original has not stays as it is, for `check` to name it.
     """
-    return {_torch_name(name, task): array for name, array in state.items() if not name.endswith(_BUFFERS)}
+    return {_torch_name(name, prefixes): array for name, array in state.items() if not name.endswith(_BUFFERS)}
 
 
 def _leaves(tree: Mapping[Any, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[list[str], Any]]:
@@ -327,27 +294,27 @@ def _weight(path: Sequence[str]) -> str:
     return "embedding" if path[-2] == "token" else "scale" if "norm" in path[-2] else "kernel"
 
 
-def _words(task: str, is_head: bool) -> dict[str, str]:
+def _words(prefixes: Prefixes, is_head: bool) -> dict[str, str]:
     """Return the original's words by torchlm's, for one part of a name."""
     if is_head:
-        return _WORDS if task == "mlm" else _WORDS | {"linear": "classifier"}
+        return _WORDS if prefixes[1] == "mask_lm" else _WORDS | {"linear": "classifier"}
     return _WORDS | {"output": "output_linear"}
 
 
-def _original_name(name: str, task: str) -> str:
+def _original_name(name: str, prefixes: Prefixes) -> str:
     part, *path = name.split(".")
-    words = _words(task, part == "head")
+    words = _words(prefixes, part == "head")
     if path == ["embedding", "position"]:  # `position.pe` is the original's table, which is fixed
         path.append("weight")
-    return ".".join([prefixes(task)[part == "head"], *(words.get(word, word) for word in path)])
+    return ".".join([prefixes[part == "head"], *(words.get(word, word) for word in path)])
 
 
-def _torch_name(name: str, task: str) -> str:
+def _torch_name(name: str, prefixes: Prefixes) -> str:
     part, *path = name.split(".")
-    if part not in prefixes(task):
+    if part not in prefixes:
         return name
-    is_head = part == prefixes(task)[1]
-    words = {theirs: ours for ours, theirs in _words(task, is_head).items()}
+    is_head = part == prefixes[1]
+    words = {theirs: ours for ours, theirs in _words(prefixes, is_head).items()}
     if path == ["embedding", "position", "weight"]:
         path.pop()
     return ".".join(["head" if is_head else "base", *(words.get(word, word) for word in path)])

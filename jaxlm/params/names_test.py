@@ -14,7 +14,7 @@ from jaxlm import optim
 from jaxlm.config import Config
 from jaxlm.errors import UserError
 from jaxlm.params import names
-from jaxlm.tasks import TASKS
+from jaxlm.tasks import TASKS, parameters
 
 CASES = Path(__file__).parents[2] / "parity_tests" / "cases"
 OPTIONS = [
@@ -49,9 +49,9 @@ def assert_same_tree(a: dict, b: dict) -> None:
 def test_names_and_shapes_are_those_of_the_model_and_every_way_back_is_equal(task: str, options: dict) -> None:
     config = config_of(task, **options)
     tree = tree_of(config)
-    state = names.check(names.to_torch(tree), names.shapes(config), "tree")
+    state = names.check(names.to_torch(tree), parameters.shapes(config), "tree")
     assert_same_tree(names.to_jax(state), tree)
-    back = names.from_original(names.to_original(state, task), task)
+    back = names.from_original(names.to_original(state, task), parameters.prefixes(task))
     assert list(back) == list(state)
     assert all(back[name] is array for name, array in state.items())
     assert all(array.flags.c_contiguous for array in state.values())
@@ -79,9 +79,9 @@ def test_names_of_the_recorded_original(task: str) -> None:
     sizes = json.loads((CASES / task / "case.json").read_text())
     sizes = {f"model.{name}": sizes[name] for name in ("vocab_size", "d_model", "n_layers", "seq_len")}
     config = config_of(task, **sizes, **{"model.head_outputs": "vocabulary"})
-    state = names.from_original(arrays, task)
-    assert list(names.check(state, names.shapes(config), task)) == list(state)  # in model order, too
-    back = names.to_original(state, task)
+    state = names.from_original(arrays, parameters.prefixes(task))
+    assert list(names.check(state, parameters.shapes(config), task)) == list(state)  # in model order, too
+    back = names.to_original(state, parameters.prefixes(task))
     # Left out: the position table, and the future masks of gpt.
     assert {name.rpartition(".")[2] for name in arrays.keys() - back.keys()} <= {"pe", "bias"}
     assert len(arrays) - len(back) == 1 + (config.model.n_layers if task == "gpt" else 0)
@@ -94,7 +94,7 @@ def test_missing_extra_and_misshaped_tensors_are_named_with_their_shapes() -> No
     state["head.extra.weight"] = state.pop("head.layernorm.weight")[:7]
     state["base.blocks.1.feed_forward.fc1.weight"] = state["base.blocks.1.feed_forward.fc1.weight"].T
     with pytest.raises(UserError) as error:
-        names.check(state, names.shapes(config), "weights.pt")
+        names.check(state, parameters.shapes(config), "weights.pt")
     assert str(error.value) == (
         "weights.pt: weights of another model: head.layernorm.weight [12] is missing; head.extra.weight [7] is not in "
         "the model; base.blocks.1.feed_forward.fc1.weight has the shape [12, 48], but the model needs [48, 12]"
@@ -104,7 +104,9 @@ def test_missing_extra_and_misshaped_tensors_are_named_with_their_shapes() -> No
 def test_a_model_of_another_size_is_told_in_a_line_of_bearable_length() -> None:
     config = config_of("mlm")
     with pytest.raises(UserError, match="; and 30 more$"):
-        names.check(names.to_torch(tree_of(config)), names.shapes(configs.replace(config, "model.d_model", 15)), "x")
+        names.check(
+            names.to_torch(tree_of(config)), parameters.shapes(configs.replace(config, "model.d_model", 15)), "x"
+        )
 
 
 def test_unknown_names_of_an_original_file_stay_for_the_check_to_tell() -> None:
@@ -118,6 +120,6 @@ def test_decay_groups_are_those_of_the_optimizer(options: dict) -> None:
     tree = tree_of(config)
     mask = jax.tree.map(lambda x, is_decayed: np.full(x.shape, is_decayed), tree, optim.is_decayed(tree))
     decayed = {name for name, array in names.to_torch(mask).items() if array.all()}
-    groups = names.decay_groups(names.shapes(config))
+    groups = names.decay_groups(parameters.shapes(config))
     assert set(groups[0]) == decayed
-    assert groups[0] + groups[1] == sorted(names.shapes(config), key=lambda name: name not in decayed)
+    assert groups[0] + groups[1] == sorted(parameters.shapes(config), key=lambda name: name not in decayed)

@@ -58,9 +58,7 @@ def meet(address: str, n_processes: int, process: int, timeout_s: float, setting
     """
     host, port = parse(address, setting)
     if not 0 <= process < n_processes:
-        raise UserError(
-            f"process {process} of {n_processes}: they are numbered from 0; see jaxlm/runtime/SHARDING.md"
-        )
+        raise UserError(f"process {process} of {n_processes}: they are numbered from 0; see jaxlm/runtime/SHARDING.md")
     reasons: list[str] = []
     asked = (address, host, port, process, n_processes, timeout_s, setting, reasons)
     if process:

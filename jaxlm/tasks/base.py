@@ -1,19 +1,22 @@
 """What a task is: a model, its samples, a loss and scores, and what to show a person."""
 
 import abc
+import functools
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import jax.numpy as jnp
-from flax import nnx
-from jax import Array
 from tokenizers import Tokenizer
 
 from jaxlm.config import Config
 from jaxlm.data import metrics
 from jaxlm.data.samples import Batch
 from jaxlm.data.sources import Source, numbered
-from jaxlm.loss import Totals
+
+if TYPE_CHECKING:  # JAX is imported where a model is built: torchlm has these tasks, too
+    from flax import nnx
+    from jax import Array
+
+    from jaxlm.loss import Totals
 
 
 class Task(abc.ABC):
@@ -23,27 +26,34 @@ class Task(abc.ABC):
     settings: ClassVar[tuple[str, ...]] = ()  # settings that only such tasks use; elsewhere they warn
     baseline_name: ClassVar[str]  # what `baseline` guesses
     lower_is_better: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "bits_per_byte")  # of the scores
+    original_prefixes: ClassVar[tuple[str, str]] = ("base", "head")  # of the names in the original's files
     has_probabilities: ClassVar[bool] = False  # the softmax of the logits is of the labels: jaxlm.predict gives it
 
     def __init__(self, config: Config, classes: Sequence[str] = ()):
         self.config = config
         self.classes = tuple(classes) or numbered(config.data.n_classes)  # their names by number, of a classifier
-        self.dtype = jnp.bfloat16 if config.train.precision == "bfloat16" else jnp.float32
+
+    @functools.cached_property
+    def dtype(self) -> Any:
+        """The type of what the model computes."""
+        import jax.numpy as jnp
+
+        return jnp.bfloat16 if self.config.train.precision == "bfloat16" else jnp.float32
 
     @abc.abstractmethod
     def embedded(self) -> Source:
         """Return the articles to use where the settings name no source."""
 
     @abc.abstractmethod
-    def build_model(self, rngs: nnx.Rngs) -> nnx.Module:
+    def build_model(self, rngs: "nnx.Rngs") -> "nnx.Module":
         """Return a model with start values; all its variables are nnx.Param."""
 
     @abc.abstractmethod
-    def loss(self, model: Any, batch: dict[str, Array], key: Array | None) -> Totals:
+    def loss(self, model: Any, batch: dict[str, "Array"], key: "Array | None") -> "Totals":
         """Return sums over the batch: `loss`, `count`, and what `scores` needs. With a key, dropout is on."""
 
     @abc.abstractmethod
-    def predict(self, model: Any, batch: dict[str, Array]) -> Array:
+    def predict(self, model: Any, batch: dict[str, "Array"]) -> "Array":
         """Return what `show` needs of the model, compiled."""
 
     @abc.abstractmethod

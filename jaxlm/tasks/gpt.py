@@ -1,18 +1,20 @@
 """Causal language modelling: guess the next word (GPT-2)."""
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from flax import nnx
-from jax import Array
 from tokenizers import Tokenizer
 
 from jaxlm.data import embedded, metrics
 from jaxlm.data.samples import Batch, CausalSamples
 from jaxlm.data.sources import Source
-from jaxlm.generate import continue_greedily
-from jaxlm.heads import LanguageModel
-from jaxlm.loss import Totals
 from jaxlm.tasks.base import Task
+
+if TYPE_CHECKING:
+    from flax import nnx
+    from jax import Array
+
+    from jaxlm.heads import LanguageModel
+    from jaxlm.loss import Totals
 
 N_SHOWN = 24  # tokens of a shown continuation
 
@@ -21,18 +23,23 @@ class Gpt(Task):
     samples: ClassVar[type[Any]] = CausalSamples
     settings: ClassVar[tuple[str, ...]] = ("data.text_column",)
     baseline_name = "guessing by word frequency"
+    original_prefixes = ("gpt", "gen_lm")
     has_probabilities = True
 
     def embedded(self) -> Source:
         return embedded.python_reference(self.config.data)
 
-    def build_model(self, rngs: nnx.Rngs) -> LanguageModel:
+    def build_model(self, rngs: "nnx.Rngs") -> "LanguageModel":
+        from jaxlm.heads import LanguageModel
+
         return LanguageModel(self.config.model, is_causal=True, dtype=self.dtype, rngs=rngs)
 
-    def loss(self, model: LanguageModel, batch: dict[str, Array], key: Array | None) -> Totals:
+    def loss(self, model: "LanguageModel", batch: dict[str, "Array"], key: "Array | None") -> "Totals":
         return model.loss(batch["tokens"], batch["labels"], key)
 
-    def predict(self, model: LanguageModel, batch: dict[str, Array]) -> Array:
+    def predict(self, model: "LanguageModel", batch: dict[str, "Array"]) -> "Array":
+        from jaxlm.generate import continue_greedily
+
         n_prompt, n_new = self._shown()
         return continue_greedily(model, batch["tokens"][:, :n_prompt], n_new)
 
@@ -43,7 +50,7 @@ class Gpt(Task):
     def baseline(self, samples: Any) -> metrics.Scores:
         return self.scores({**metrics.unigram(samples.counted_tokens()), **samples.constants})
 
-    def show(self, batch: Batch, predictions: Array, tokenizer: Tokenizer) -> str:
+    def show(self, batch: Batch, predictions: Any, tokenizer: Tokenizer) -> str:
         """Return each prompt with the model's continuation and the original one."""
         texts = []
         n_prompt, n_new = self._shown()

@@ -1,40 +1,48 @@
 """Masked language modelling: guess the hidden words from both sides (BERT, arXiv 1810.04805)."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from flax import nnx
-from jax import Array
 from tokenizers import Tokenizer
 
 from jaxlm.data import embedded, metrics
 from jaxlm.data.samples import Batch, MaskedSamples
 from jaxlm.data.sources import Source
-from jaxlm.heads import LanguageModel
-from jaxlm.loss import Totals, cross_entropy
 from jaxlm.tasks.base import Task
+
+if TYPE_CHECKING:
+    from flax import nnx
+    from jax import Array
+
+    from jaxlm.heads import LanguageModel
+    from jaxlm.loss import Totals
 
 
 class Mlm(Task):
     samples = MaskedSamples
     settings = ("data.text_column", "data.mask_fraction", "data.n_maskings", "model.head_dense")
     baseline_name = "guessing by word frequency"
+    original_prefixes = ("bert", "mask_lm")
     has_probabilities = True
 
     def embedded(self) -> Source:
         return embedded.python_reference(self.config.data)
 
-    def build_model(self, rngs: nnx.Rngs) -> LanguageModel:
+    def build_model(self, rngs: "nnx.Rngs") -> "LanguageModel":
+        from jaxlm.heads import LanguageModel
+
         return LanguageModel(self.config.model, is_causal=False, dtype=self.dtype, rngs=rngs)
 
-    def loss(self, model: LanguageModel, batch: dict[str, Array], key: Array | None) -> Totals:
+    def loss(self, model: "LanguageModel", batch: dict[str, "Array"], key: "Array | None") -> "Totals":
         # Logits only where something is masked: the same loss for a seventh of the work.
         return model.loss(batch["tokens"], batch["labels"], key, batch["positions"])
 
-    def totals(self, logits_BMV: Array, labels_BM: Array) -> Totals:
+    def totals(self, logits_BMV: "Array", labels_BM: "Array") -> "Totals":
         """Return what `loss` does, of logits."""
+        from jaxlm.loss import cross_entropy
+
         return cross_entropy(logits_BMV, labels_BM)
 
-    def predict(self, model: LanguageModel, batch: dict[str, Array]) -> Array:
+    def predict(self, model: "LanguageModel", batch: dict[str, "Array"]) -> "Array":
         return model(batch["tokens"], None, batch["positions"]).argmax(axis=-1)
 
     def scores(self, totals: Any) -> metrics.Scores:
@@ -47,7 +55,7 @@ class Mlm(Task):
     def baseline(self, samples: Any) -> metrics.Scores:
         return self.scores(metrics.unigram(samples.counted_tokens()))
 
-    def show(self, batch: Batch, predictions: Array, tokenizer: Tokenizer) -> str:
+    def show(self, batch: Batch, predictions: Any, tokenizer: Tokenizer) -> str:
         """Return each text as the model sees it, with the [original] words, and with the predicted, wrong ones *so*."""
         texts = []
         for tokens, positions, labels, guesses in zip(

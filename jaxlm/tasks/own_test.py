@@ -20,7 +20,7 @@ from jaxlm.errors import UserError
 from jaxlm.inference import http_api
 from jaxlm.inference.batching import Engine
 from jaxlm.model import Transformer
-from jaxlm.params import names
+from jaxlm.tasks import parameters
 from jaxlm.tasks.gpt import Gpt
 from jaxlm.tasks.mlm import Mlm
 from jaxlm.tasks.pairs import Pairs
@@ -215,7 +215,7 @@ def checkpoint_leaves(path: Path) -> list[tuple[str, Any]]:
 def test_a_head_has_the_outputs_that_its_model_has(tmp_path: Path) -> None:
     for task, n_outputs in (("rating", 1), ("level", 1), ("stars", 3)):
         found = convert.config_of(convert.load(write(tmp_path, task)).info["config"], tmp_path)
-        assert names.shapes(found)["head.linear.weight"] == (n_outputs, found.model.d_model)
+        assert parameters.shapes(found)["head.linear.weight"] == (n_outputs, found.model.d_model)
         assert flops.n_logits(found) == (1, n_outputs)
 
 
@@ -284,15 +284,14 @@ def test_what_cannot_be_done_is_said_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"task=listed: its parameter base/blocks/0/\w+ .*attributes in place of a list"
     ):
-        names.shapes(own)
+        parameters.shapes(own)
     assert MaskedSamples.model_kind == "masked"
     with pytest.raises(UserError, match=r"task=sequence is a Bag, .* jaxlm.evaluate and jaxlm.convert take any model"):
         predict.load(write(tmp_path, "sequence"))
 
 
 def test_what_is_known_without_jax_is_what_the_tasks_say() -> None:
-    ours = {name: task.samples.model_kind for name, task in tasks.TASKS.items() if name not in TASKS}
-    assert ours == names.KINDS
+    assert {*parameters.BUILT_IN} == {*tasks.TASKS} - {*TASKS}
 
 
 def test_a_task_needs_no_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,17 +1,19 @@
 """Prompts with their answers: a gpt that is tuned to answer, by the loss of the answers alone."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jax import Array
 from tokenizers import Tokenizer
 
 from jaxlm.data import embedded, metrics
 from jaxlm.data.samples import Batch, PairSamples
 from jaxlm.data.sources import Source
-from jaxlm.generate import continue_greedily
-from jaxlm.heads import LanguageModel
 from jaxlm.tasks.gpt import Gpt
+
+if TYPE_CHECKING:
+    from jax import Array
+
+    from jaxlm.heads import LanguageModel
 
 MOST_SHOWN = 48  # tokens of a shown answer
 
@@ -23,8 +25,10 @@ class Pairs(Gpt):
     def embedded(self) -> Source:
         return embedded.pairs()
 
-    def predict(self, model: LanguageModel, batch: dict[str, Array]) -> Array:
+    def predict(self, model: "LanguageModel", batch: dict[str, "Array"]) -> "Array":
         """Return an answer to each prompt; the true one behind it is what a causal model does not see."""
+        from jaxlm.generate import continue_greedily
+
         n_new = min(MOST_SHOWN, self.config.model.seq_len // 2)
         tokens_BT = batch["tokens"][:, : self.config.model.seq_len - n_new]
         n_prompt_B = (batch["labels"] >= 0).argmax(axis=1) + 1
@@ -37,7 +41,7 @@ class Pairs(Gpt):
             "perplexity": metrics.perplexity(totals),
         }
 
-    def show(self, batch: Batch, predictions: Array, tokenizer: Tokenizer) -> str:
+    def show(self, batch: Batch, predictions: Any, tokenizer: Tokenizer) -> str:
         """Return each prompt with the model's answer and the true one."""
         texts = []
         for tokens, labels, guesses in zip(batch["tokens"], batch["labels"], predictions, strict=True):

@@ -1,20 +1,21 @@
 """Sentence classification, by default whether a review is positive (SST-2, arXiv 1804.07461)."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jax import Array
 from tokenizers import Tokenizer
 
 from jaxlm.data import embedded, metrics
 from jaxlm.data.samples import Batch, ClassifiedSamples
 from jaxlm.data.sources import Source
-from jaxlm.heads import Classifier
-from jaxlm.loss import Totals, cross_entropy
 from jaxlm.tasks.base import Task
+
+if TYPE_CHECKING:
+    from flax import nnx
+    from jax import Array
+
+    from jaxlm.heads import Classifier
+    from jaxlm.loss import Totals
 
 
 class Sst2(Task):
@@ -24,19 +25,27 @@ class Sst2(Task):
         *("model.head_outputs", "model.pooling", "model.head_dense"),
     )
     baseline_name = "always the most frequent class"
+    original_prefixes = ("bert", "classifier_model")
     has_probabilities = True
 
     def embedded(self) -> Source:
         return embedded.sentences("sst2")
 
-    def build_model(self, rngs: nnx.Rngs) -> Classifier:
+    def build_model(self, rngs: "nnx.Rngs") -> "Classifier":
+        from jaxlm.heads import Classifier
+
         return Classifier(self.config.model, self.config.data.n_classes, self.dtype, rngs)
 
-    def loss(self, model: Classifier, batch: dict[str, Array], key: Array | None) -> Totals:
+    def loss(self, model: "Classifier", batch: dict[str, "Array"], key: "Array | None") -> "Totals":
         return self.totals(model(batch["tokens"], key, batch.get("last")), batch["labels"])
 
-    def totals(self, logits_BC: Array, labels_B: Array) -> Totals:
+    def totals(self, logits_BC: "Array", labels_B: "Array") -> "Totals":
         """Return what `loss` does, of logits."""
+        import jax
+        import jax.numpy as jnp
+
+        from jaxlm.loss import cross_entropy
+
         C = self.config.data.n_classes
         # The original's head has an output for each token of the vocabulary: those are no class.
         predictions_B = jnp.minimum(logits_BC.argmax(axis=-1), C)
@@ -45,7 +54,7 @@ class Sst2(Task):
         columns_BC = jax.nn.one_hot(predictions_B, C + 1, dtype=jnp.int32)
         return {**cross_entropy(logits_BC, labels_B), "confusion": rows_BC.T @ columns_BC}
 
-    def predict(self, model: Classifier, batch: dict[str, Array]) -> Array:
+    def predict(self, model: "Classifier", batch: dict[str, "Array"]) -> "Array":
         return model(batch["tokens"], None, batch.get("last")).argmax(axis=-1)
 
     def scores(self, totals: Any) -> metrics.Scores:
@@ -58,7 +67,7 @@ class Sst2(Task):
     def baseline(self, samples: Any) -> metrics.Scores:
         return self.scores(metrics.majority(np.asarray(samples.split.labels), self.config.data.n_classes))
 
-    def show(self, batch: Batch, predictions: Array, tokenizer: Tokenizer) -> str:
+    def show(self, batch: Batch, predictions: Any, tokenizer: Tokenizer) -> str:
         """Return each sentence with its label and the predicted one, wrong ones marked."""
         lines = []
         for tokens, label, guess in zip(batch["tokens"], batch["labels"], predictions, strict=True):

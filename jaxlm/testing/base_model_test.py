@@ -17,11 +17,11 @@ from starlette.testclient import TestClient
 
 from jaxlm import checkpoint, convert, evaluate, predict
 from jaxlm import config as configs
+from jaxlm.config import BASE
 from jaxlm.data import tokenization
 from jaxlm.errors import UserError
 from jaxlm.inference import http_api
 from jaxlm.inference.batching import Engine
-from jaxlm.params import names
 from jaxlm.training import resume
 from jaxlm.weights.formats import CHECKPOINT_1_2, RUN, SAFETENSORS
 from jaxlm.weights.huggingface_test import C, D, T, tokenizer_of
@@ -95,7 +95,7 @@ KINDS = (
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_is_read_whatever_its_folder_is_like(kind: str, make: Make) -> None:
     start = resume.to_use(make(kind))
-    assert start.info["task"] == names.BASE and start.path
+    assert start.info["task"] == BASE and start.path
     snapshot = convert.read(start.path)
     assert snapshot.weights and all(name.startswith("base.") for name in snapshot.weights)
 

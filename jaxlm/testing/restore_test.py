@@ -29,6 +29,7 @@ from jaxlm import config as configs
 from jaxlm.data import grammar, tokenization
 from jaxlm.params import names
 from jaxlm.params.names import Arrays
+from jaxlm.tasks import parameters
 from jaxlm.weights.formats import CHECKPOINT_1_2, RUN, SAFETENSORS, Snapshot
 
 PAGE = (Path(__file__).parents[1] / "training" / "CHECKPOINTS.md").read_text(encoding="utf-8")
@@ -159,7 +160,7 @@ def changed(snapshot: Snapshot, changes: dict[str, Any]) -> Snapshot:
     for name, value in changes.items():
         config = configs.replace(config, name, value)
     random = np.random.default_rng(0)
-    shapes = names.shapes(config)
+    shapes = parameters.shapes(config)
     arrays = [{name: random.random(shape, np.float32) for name, shape in shapes.items()} for _ in range(3)]
     info = snapshot.info | {"task": config.task}
     return Snapshot(config, info, arrays[0], (arrays[1], arrays[2]), snapshot.n_updates)

@@ -12,6 +12,7 @@ from jaxlm import config as configs
 from jaxlm.config import Config, TokenizerConfig
 from jaxlm.data import tokenization
 from jaxlm.params import names
+from jaxlm.tasks import parameters
 from jaxlm.training import resume
 from jaxlm.weights import formats
 
@@ -57,5 +58,5 @@ def write(
 def weights(config: Config, seed: int) -> names.Arrays:
     """Return random weights, large enough for answers that differ."""
     random = np.random.default_rng(seed)
-    shapes = names.shapes(config)
+    shapes = parameters.shapes(config)
     return {name: (random.normal(size=shape) * shape[-1] ** -0.5).astype(np.float32) for name, shape in shapes.items()}

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from jaxlm import config as configs
 from jaxlm import convert
-from jaxlm.config import Config, Layer, TrainConfig
+from jaxlm.config import BASE, Config, Layer, TrainConfig
 from jaxlm.data.position import Position
 from jaxlm.data.sources import listed, numbered
 from jaxlm.errors import UserError, slow
 from jaxlm.io import checksums, storage
-from jaxlm.params.names import BASE, Arrays, Shapes, model_kind
+from jaxlm.params.names import Arrays, Shapes
+from jaxlm.tasks.parameters import model_kind
 from jaxlm.training import teacher
 from jaxlm.weights import formats, huggingface
 

@@ -13,7 +13,7 @@ from jaxlm import config as configs
 from jaxlm.data import tokenization
 from jaxlm.data.position import Position
 from jaxlm.errors import UserError
-from jaxlm.params import names
+from jaxlm.tasks import parameters
 from jaxlm.testing import tiny_runs
 from jaxlm.training import resume
 from jaxlm.training.resume import PARTS, Start
@@ -33,7 +33,7 @@ def snapshot_of(step: int, **settings: Any) -> Snapshot:
     random = np.random.default_rng(step)
 
     def arrays() -> dict[str, np.ndarray]:
-        return {name: random.normal(size=shape).astype(np.float32) for name, shape in names.shapes(config).items()}
+        return {name: random.normal(size=shape).astype(np.float32) for name, shape in parameters.shapes(config).items()}
 
     info = {"step": step, "task": config.task, "rate": RATE, "sample_iter": 4 * step, "val_loss": None}
     info |= {"tokenizer": tokenization.fingerprint(TOKENIZER), "data": "a hash", "rewarmed": None, "skipped": [[8, 12]]}

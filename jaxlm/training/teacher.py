@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from jaxlm import config as configs
 from jaxlm import convert
-from jaxlm.config import Config
+from jaxlm.config import BASE, Config
 from jaxlm.errors import UserError
-from jaxlm.params import names
 from jaxlm.params.names import Arrays
+from jaxlm.tasks import TASKS
 
 if TYPE_CHECKING:
     from jaxlm.training.resume import Start
@@ -48,10 +48,9 @@ class Teacher:
 def check(config: Config, start: "Start", is_start: bool) -> None:
     """Raise UserError if a teacher does not fit the settings; `is_start`: the student begins with its layers."""
     named, own = f"distill.teacher={config.distill.teacher}", start.config()
-    if own.task == names.BASE:
+    if own.task == BASE:
         raise UserError(f"{named}: it has no output layer to learn from; train one with --init-from, and give that run")
-    task = names.own_task(config.task)
-    if not hasattr(task, "totals") if task else names.model_kind(config.task) == "causal":
+    if not hasattr(TASKS[config.task], "totals"):
         raise UserError(f"{named}: task={config.task} has no distillation; use mlm, sst2, cola or a task made of one")
     shared = (*SHARED, "model.d_model") if config.distill.cosine_weight else SHARED
     for name in shared:

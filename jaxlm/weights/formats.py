@@ -28,11 +28,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxlm import config as configs
-from jaxlm.config import Config
+from jaxlm.config import BASE, Config
 from jaxlm.errors import UserError, outside
 from jaxlm.io import checksums, storage, utf8
 from jaxlm.params import frozen, names
 from jaxlm.params.names import Arrays, Shapes
+from jaxlm.tasks import parameters
 
 RUN, CHECKPOINT_1_2, STATE_DICT, SAFETENSORS = "jaxlm run", "checkpoint 1.2", "state dict", "safetensors"
 TRANSFORMERS = "transformers "  # and the kind of model: the forms of public.py begin with it
@@ -219,7 +220,7 @@ def check_opens(folder: Path, parts: Iterable[str] | None = None) -> None:
     info = info_of_run(folder)
     is_whole = names.is_whole(info.get("config") or {})
     places = {part: folder / part for part in ("base", "head", "optimizer") if parts is None or part in parts}
-    if info.get("task") == names.BASE:
+    if info.get("task") == BASE:
         places.pop("head", None)
     if "base" in places and not is_whole:
         places[checksums.FROZEN] = folder.parent / checksums.FROZEN / "base"
@@ -393,7 +394,7 @@ def _info_of_1_2(tree: dict[str, Any], weights: Arrays) -> dict[str, Any]:
     group = tree["optimizer"]["param_groups"][0]
     settings |= {"train.beta1": group["betas"][0], "train.beta2": group["betas"][1], "train.epsilon": group["eps"]}
     settings |= {"task": task, "model.vocab_size": len(weights["base.embedding.token.weight"])}
-    if names.model_kind(task) == "classifier" and "head.linear.bias" in weights:
+    if parameters.model_kind(task) == "classifier" and "head.linear.bias" in weights:
         n_outputs = len(weights["head.linear.bias"])
         is_slip = n_outputs == settings["model.vocab_size"]
         settings |= (

@@ -15,13 +15,14 @@ import numpy as np
 from tokenizers import Tokenizer, processors
 
 from jaxlm import config as configs
-from jaxlm.config import Config, TokenizerConfig
+from jaxlm.config import BASE, Config, TokenizerConfig
 from jaxlm.data import tokenization
 from jaxlm.data.sources import numbered
 from jaxlm.errors import UserError
 from jaxlm.io import storage, utf8
 from jaxlm.params import names
 from jaxlm.params.names import Arrays, Shapes
+from jaxlm.tasks import parameters
 from jaxlm.weights import formats
 from jaxlm.weights.formats import Snapshot, Stored
 
@@ -143,7 +144,7 @@ BERT = Family(
             },
         ),
         "sst2": ("BertForSequenceClassification", {"head.dense": "bert.pooler.dense", "head.linear": "classifier"}),
-        names.BASE: ("BertModel", {}),
+        BASE: ("BertModel", {}),
     },
     copies={
         "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
@@ -184,7 +185,7 @@ DISTILBERT = Family(
             {"head": "vocab_projector", "head.dense": "vocab_transform", "head.layernorm": "vocab_layer_norm"},
         ),
         "sst2": ("DistilBertForSequenceClassification", {"head.dense": "pre_classifier", "head.linear": "classifier"}),
-        names.BASE: ("DistilBertModel", {}),
+        BASE: ("DistilBertModel", {}),
     },
     copies={"vocab_projector.weight": "distilbert.embeddings.word_embeddings.weight"},
     fixed={"sinusoidal_pos_embds": False},
@@ -204,7 +205,7 @@ ROBERTA = Family(
             "RobertaForSequenceClassification",
             {"head.dense": "classifier.dense", "head.linear": "classifier.out_proj"},
         ),
-        names.BASE: ("RobertaModel", {}),
+        BASE: ("RobertaModel", {}),
     },
     copies={
         "lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight",
@@ -308,7 +309,7 @@ def load(path: Path) -> Stored:
     stored = formats.load_safetensors(path / WEIGHTS)
     tensors = _tensors(family, stored.weights, path / WEIGHTS)
     task = next(task for task in family.heads if _has_head(family, task, tensors))
-    if task == names.BASE:  # what is not of it are output layers that are of no use here
+    if task == BASE:  # what is not of it are output layers that are of no use here
         tensors = {name: x for name, x in tensors.items() if name.startswith(family.prefix())}
     settings["task"] = task
     class_names: tuple[str, ...] = ()
@@ -472,7 +473,7 @@ def _places(family: Family, config: Config) -> dict[str, list[str]]:
     """Return the name of each tensor there, and of those here that are in it, one behind the other."""
     modules = family.modules | family.heads[_task(config)][1]
     places: dict[str, list[str]] = {}
-    for ours in names.shapes(config):
+    for ours in parameters.shapes(config):
         module, _, kind = (f"{ours}.weight" if ours == POSITION else ours).rpartition(".")
         number = re.search(r"(?<=\.)\d+(?=\.)", module)
         module = re.sub(r"(?<=\.)\d+(?=\.)", "#", module)
@@ -484,7 +485,7 @@ def _places(family: Family, config: Config) -> dict[str, list[str]]:
 
 def _shapes(family: Family, config: Config) -> Shapes:
     """Return the shape of each tensor there; of the positions, those that are here."""
-    shapes, result = names.shapes(config), {}
+    shapes, result = parameters.shapes(config), {}
     for theirs, ours in _places(family, config).items():
         shape = (sum(shapes[name][0] for name in ours), *shapes[ours[0]][1:])
         result[theirs] = shape[::-1] if re.search(family.transposed, theirs) else shape
@@ -493,7 +494,7 @@ def _shapes(family: Family, config: Config) -> Shapes:
 
 def _task(config: Config) -> str:
     """Return the task that a family has the head by."""
-    return {"causal": "gpt", "masked": "mlm", names.BASE: names.BASE}.get(names.model_kind(config.task), CLASSES)
+    return {"causal": "gpt", "masked": "mlm", BASE: BASE}.get(parameters.model_kind(config.task), CLASSES)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -514,7 +515,7 @@ def check(config: Config, family: Family) -> None:
     """Raise UserError, which names the settings, unless a family has models with these."""
     task = _task(config)
     if task not in family.heads:
-        tasks = [name for name in family.heads if name != names.BASE]
+        tasks = [name for name in family.heads if name != BASE]
         raise UserError(
             f"--as {family.type}: task={config.task}, but a model of {family.type} has {' and '.join(tasks)} only"
         )
@@ -571,7 +572,7 @@ def write(path: Path, snapshot: Snapshot, family: Family, tokenizer: Tokenizer |
         article = tokenization.special_ids(tokenizer).get("article") if tokenizer else None
         values |= {"bos_token_id": article, "eos_token_id": article}
 
-    if _task(config) == names.BASE:
+    if _task(config) == BASE:
         tensors = {name.removeprefix(family.prefix()): x for name, x in tensors.items()}
 
     from safetensors.numpy import save
