@@ -17,26 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from flax import nnx
 
-from jaxlm import config as configs
-from jaxlm import convert, optim
-from jaxlm.config import BASE, Config
-from jaxlm.errors import UserError, slow
+from jaxlm import optim
+from jaxlm.data import metrics
+from jaxlm.errors import UserError, reason
 from jaxlm.io import checksums, storage
-from jaxlm.params import frozen, names
+from jaxlm.params import frozen, layout, names
 from jaxlm.runtime import processes
 from jaxlm.step import TrainState
-from jaxlm.tasks import parameters
-from jaxlm.training import resume
-from jaxlm.training.run import Run
-from jaxlm.weights import formats
 
-FORMAT = formats.RUN_FORMAT
-PARTS = resume.PARTS
+FORMAT = layout.RUN_FORMAT
+PARTS = layout.PARTS
 PAUSES_S = (0.0, 1.0, 4.0)  # before the tries to save the last state
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what it does, and what it raises, too
 
@@ -121,7 +114,7 @@ class Checkpoints:
         problem = ""
         if processes.is_first():
             try:
-                formats.check_run(path)
+                layout.check_run(path)
             except UserError as error:
                 problem = str(error)
         if problem := processes.from_first(problem):
@@ -204,7 +197,7 @@ class Checkpoints:
         try:
             self.checkpointer.wait_until_finished()
             if processes.is_first():
-                formats.check_opens(self.folder / str(step))
+                layout.check_opens(self.folder / str(step))
                 checksums.write(self.folder / str(step), self.needs_frozen)
                 self.own.add(step)
                 self.record(step)
@@ -214,14 +207,14 @@ class Checkpoints:
             return
         if processes.is_first():
             steps = self._found()
-            for old in set(steps[: -self.keep]) - {resume.best(steps, losses)}:
+            for old in set(steps[: -self.keep]) - {metrics.best(steps, losses)}:
                 try:
                     checksums.remove(self.folder / str(old))
                 except Exception as error:  # of a disk or a network that fails
-                    self.warn(f"the checkpoint of step {old} could not be removed ({formats.reason(error)})")
+                    self.warn(f"the checkpoint of step {old} could not be removed ({reason(error)})")
 
     def _failed(self, step: int, error: Exception) -> None:
-        failed = step, formats.reason(error)
+        failed = step, reason(error)
         is_new, self.failed = failed != self.failed, failed
         if jax.process_count() > 1:  # the others wait for this part of it
             self.failure = UserError(
@@ -233,42 +226,6 @@ class Checkpoints:
             remove_unfinished(self.folder)
         if is_new:
             self.warn(f"the checkpoint of step {step} could not be saved ({failed[1]}); the run goes on")
-
-
-@slow("making or restoring the weights")
-def begin(run: Run, fresh: Callable[[], TrainState], shardings: TrainState) -> TrainState:
-    """Return the state that a run starts with, and print where each part of it is from.
-
-    `fresh` makes the start values, placed by `shardings`; it is called only if something starts afresh.
-    """
-    begun = run.start
-    if begun.path is None:
-        return fresh()
-    state: Any = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        jax.eval_shape(fresh),
-        shardings,
-    )
-    if begun.parts != PARTS:
-        state = fresh()
-    step = begun.position().step
-    if begun.is_student:
-        assert run.teacher is not None, "it is the start"
-        weights = run.teacher.every_layer(run.config.model.n_layers)
-        tree, places = (
-            names.to_jax(names.check(weights, parameters.shapes(run.config), str(begun.path))),
-            shardings.params,
-        )
-        state = with_parts(state, jax.device_put(tree, places), step)
-    elif begun.form == formats.RUN and names.is_whole(begun.settings()) and names.is_whole(configs.flat(run.config)):
-        state = restore(begun.path, state, begun.parts, step, is_checked=True)
-    else:
-        parts = _parts_of_file(begun.path, run.config, begun.parts, begun.kind == "base")
-        state = jax.device_put(with_parts(state, parts, step), shardings)
-    trees = {"optimizer": parts_of(state)["optimizer"], **state.params}
-    sizes = {name: [x.size for x in jax.tree.leaves(tree)] for name, tree in trees.items()}
-    run.log.say(resume.table(begun, sizes))
-    return state
 
 
 def parts_of(state: TrainState) -> dict[str, Any]:
@@ -286,7 +243,7 @@ def frozen_of(state: TrainState) -> dict[str, Any]:
 def remove_unfinished(folder: Path) -> None:
     """Remove what a save that never came to its end has left."""
     for path in storage.children(folder):
-        if resume.DAMAGED not in path.name and checksums.is_cut_short(path):
+        if checksums.DAMAGED not in path.name and checksums.is_cut_short(path):
             storage.remove(path)
 
 
@@ -304,8 +261,8 @@ def restore(
     for, is damaged.
     """
     if not is_checked:
-        formats.check_run(path, (*parts, "info"))
-    found = _restored(path, {name: tree for name, tree in parts_of(like).items() if name in parts})
+        layout.check_run(path, (*parts, "info"))
+    found = restored(path, {name: tree for name, tree in parts_of(like).items() if name in parts})
     if step is None:
         step = int(checksums.read_json(path / "info" / "metadata")["step"])
     state = with_parts(like, found, step)
@@ -324,45 +281,7 @@ def with_parts(state: TrainState, parts: Mapping[str, Any], step: int) -> TrainS
     return TrainState(counts[0], params, optim.at_step(opt_state, counts[1]))
 
 
-def load_model(path: str | Path) -> tuple[nnx.Module, Config]:
-    """Return the model of a checkpoint, of any form that jaxlm.convert reads, and its settings.
-
-    A run has that of its best checkpoint. Nothing of jaxlm's optimizer is read. A model without an output layer returns
-    hidden states.
-    """
-    found = resume.to_use(path)
-    return model_of(found, found.config()), found.config()
-
-
-def model_of(found: resume.Start, config: Config) -> nnx.Module:
-    """Return the model of a checkpoint that was found; `config` has its settings, but for train.precision, say."""
-    from jaxlm.heads import BaseModel
-    from jaxlm.tasks import TASKS
-
-    assert found.path is not None, "nothing was found"
-    if config.task not in TASKS and config.task != BASE:
-        raise UserError(
-            f"{found.path}: task={config.task} is unknown here; there are {', '.join(TASKS)}; "
-            "add its file and its line in TASKS (jaxlm/tasks/README.md)"
-        )
-
-    def build() -> nnx.Module:
-        if config.task == BASE:
-            return BaseModel(config.model, jnp.float32, nnx.Rngs(0))
-        return TASKS[config.task](config).build_model(nnx.Rngs(0))
-
-    model = nnx.eval_shape(build)
-    graphdef, variables = nnx.split(model, nnx.Param)
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), nnx.to_pure_dict(variables))
-    if found.form == formats.RUN and names.is_whole(found.settings()):
-        params = _restored(found.path, like)
-    else:
-        params = jax.device_put(_parts_of_file(found.path, config, tuple(like)), device)
-    return nnx.merge(graphdef, params)
-
-
-def _restored(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
+def restored(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
     """Return parts of a checkpoint of jaxlm, with the shapes, types and placement of those `wanted`, by name.
 
     Raises UserError if a part has other shapes or types.
@@ -380,24 +299,6 @@ def _restored(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
             found[name] = checkpointer.restore(place / name, args=ocp.args.PyTreeRestore(item=tree, restore_args=kinds))
             if is_cut:
                 found[name] = _with_positions(found[name], operator.itemgetter(slice(n_rows)))
-    return found
-
-
-def _parts_of_file(path: Path, config: Config, parts: Sequence[str], is_base: bool = False) -> dict[str, Any]:
-    """Return the given parts of a checkpoint of any form, but with all weights, in NumPy's arrays."""
-    snapshot, shapes = convert.read(path), parameters.shapes(config)
-    if is_base:  # for another run, which has adapters of its own
-        snapshot, shapes = convert.merged(snapshot), names.without_adapters(shapes)
-    weights = names.check(*resume.fitting(snapshot.weights, shapes, parts), str(path))
-    found = names.to_jax(weights)
-    if "optimizer" in parts:
-        trained = names.trained(config.model, weights)
-        first, second = snapshot.moments or [{name: np.zeros_like(x) for name, x in trained.items()}] * 2
-        found["optimizer"] = {
-            "first_moment": names.to_jax(first),
-            "second_moment": names.to_jax(second),
-            "count": np.int32(snapshot.n_updates),
-        }
     return found
 
 

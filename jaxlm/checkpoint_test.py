@@ -18,8 +18,8 @@ import pytest
 from jaxlm import optim, step
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.config import TrainConfig
+from jaxlm.data import metrics
 from jaxlm.errors import UserError
-from jaxlm.training import resume
 
 INFO = {
     "format": 2,
@@ -49,7 +49,7 @@ def assert_bitwise_equal(got: step.TrainState, want: step.TrainState) -> None:
 
 def best_step(checkpoints: Checkpoints, losses: dict[int, float]) -> int | None:
     checkpoints.wait()
-    return resume.best(checkpoints.steps(), losses)
+    return metrics.best(checkpoints.steps(), losses)
 
 
 def steps_on_disk(folder: Path) -> list[int]:

@@ -12,7 +12,7 @@ import os
 import shutil
 import sys
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -593,3 +593,11 @@ def _print_help(config: Config, prog: str) -> None:
     with contextlib.redirect_stdout(terminal.raw(sys.stdout)):  # the help has colours
         tyro.cli(Config, args=["--help"], default=config, prog=prog, description=description, config=options)
     sys.exit(0)
+
+
+FREEZING = ("model.frozen_embedding", "model.frozen_layers", "model.lora_rank")  # 0 in all: all is trained
+
+
+def is_whole(settings: Mapping[str, Any]) -> bool:
+    """Return whether all is trained, by settings with dotted names."""
+    return not any(settings.get(name) for name in FREEZING)

@@ -4,32 +4,23 @@ formats.py says what the forms are. `read` and `write` are for programs.
 """
 
 import argparse
-import contextlib
-import math
 import os
-import shutil
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
 
-import msgspec
 import numpy as np
 from tokenizers import Tokenizer
 
+from jaxlm import cli
 from jaxlm import config as configs
-from jaxlm import terminal
 from jaxlm.config import Config, TokenizerConfig
 from jaxlm.data import tokenization
-from jaxlm.errors import UserError, nearest, reported, slow
-from jaxlm.io import storage, utf8
-from jaxlm.params import names
-from jaxlm.params.names import Arrays
-from jaxlm.tasks import parameters
-from jaxlm.weights import formats, huggingface
-from jaxlm.weights.formats import CHECKPOINT_1_2, RUN, SAFETENSORS, STATE_DICT, Snapshot, Stored
-
-TABLE = "base.embedding.token.weight"
+from jaxlm.errors import UserError, reported
+from jaxlm.io import storage
+from jaxlm.params import snapshot
+from jaxlm.params.snapshot import Snapshot
+from jaxlm.weights import formats, huggingface, snapshots
+from jaxlm.weights.formats import CHECKPOINT_1_2, RUN, SAFETENSORS, STATE_DICT, Stored
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,88 +29,11 @@ def main(argv: list[str] | None = None) -> int:
     with reported(debug=False):
         args = _parse(sys.argv[1:] if argv is None else argv)
         if args.inspect:
-            inspect(load(huggingface.find(args.inspect)))
+            inspect(snapshots.load(huggingface.find(args.inspect)))
         else:
             config = configs.load(["--config", args.config])[0] if args.config else None
             _convert(huggingface.find(args.source), Path(args.target), config, args.state_dict, args.family)
     return 0
-
-
-def read(path: Path, config: Config | None = None) -> Snapshot:
-    """Return the training state in a file or folder; `config` is that of a file of bare weights.
-
-    Raises UserError if it cannot be read, or if its tensors are not those of the model that its settings tell.
-    """
-    return _snapshot(load(path), config)
-
-
-@slow("writing the model")
-def write(path: Path, snapshot: Snapshot, form: str, tokenizer: Tokenizer | None = None) -> None:
-    """Write a training state in a form of formats.py. Raises UserError if `path` exists or cannot be written.
-
-    With the form of a model of transformers, its weights alone; `tokenizer` is that of a folder.
-
-    Under its name there is never half of one.
-    """
-    if os.path.lexists(path):
-        raise UserError(f"{path}: is there already; give a new name, or remove it")
-    if not path.absolute().parent.is_dir():
-        raise UserError(f"{path}: the folder {path.absolute().parent} does not exist; make it first")
-    if form in (CHECKPOINT_1_2, STATE_DICT):
-        formats.need_torch(path)
-    n_bytes = sum(array.nbytes for array in snapshot.weights.values()) * (1 if snapshot.moments is None else 3)
-    n_free = shutil.disk_usage(path.absolute().parent).free
-    if n_free < n_bytes:
-        raise UserError(f"{path}: needs {n_bytes / 1e6:,.1f} MB, but {n_free / 1e6:,.1f} MB are free; free some space")
-    temporary = path.with_name(f".jaxlm.{os.getpid()}.tmp")
-    try:
-        if form.startswith(formats.TRANSFORMERS):
-            huggingface.write(
-                temporary, snapshot, huggingface.FAMILIES[form.removeprefix(formats.TRANSFORMERS)], tokenizer
-            )
-        else:
-            formats.WRITERS[form](temporary, snapshot)
-        if form == RUN and tokenizer is not None:
-            tokenization.save(tokenizer, temporary / "tokenizer.json")
-        temporary.rename(path)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"{path}: cannot be written: {formats.reason(error)}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            if temporary.is_dir():
-                shutil.rmtree(temporary)
-            else:
-                temporary.unlink()
-
-
-def merged(snapshot: Snapshot) -> Snapshot:
-    """Return a training state whose adapters, if there are any, are part of the weights. These have no moments."""
-    config = snapshot.config
-    if not config.model.lora_rank:
-        return snapshot
-    weights = names.merged(config.model, snapshot.weights)
-    return Snapshot(configs.replace(config, "model.lora_rank", 0), snapshot.info, weights, None, 0)
-
-
-@slow("reading the model")
-def load(path: Path) -> Stored:
-    """Return what is in a file or folder, its form told by its content. Raises UserError if it is of none."""
-    if path.is_dir():
-        return huggingface.load(path) if huggingface.is_model(path) else formats.load_run(path)
-    try:
-        with open(path, "rb") as file:
-            start = file.read(utf8.START)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    if start[4:9] == b"\0\0\0\0{":  # behind the length of the header, whose first byte is any
-        return formats.load_safetensors(path)
-    if start.startswith((b"PK", b"\x80")):  # a zip archive, or the bare pickle of old
-        return formats.load_torch(path)
-    if why := utf8.stand_in(start):
-        raise UserError(f"{path}: is {why}")
-    raise UserError(
-        f"{path}: neither a file of torch.save nor safetensors, nor the folder of a jaxlm run; give one of these"
-    )
 
 
 def inspect(stored: Stored) -> None:
@@ -150,21 +64,8 @@ def inspect(stored: Stored) -> None:
     console.print(table)
 
 
-class Parser(argparse.ArgumentParser):
-    """Of the commands on runs and their files: what is wrong with a command line is told as any other bad input."""
-
-    color = False  # Python 3.14 has colours, which a safe stream would show as escapes
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (--help shows how to call it)")
-
-    def format_help(self) -> str:
-        """Return the help, in lines that fit the terminal."""
-        return terminal.wrapped(super().format_help(), shutil.get_terminal_size().columns)
-
-
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(
+    parser = cli.Parser(
         prog="python -m jaxlm.convert",
         usage="%(prog)s SOURCE TARGET [--config FILE] [--state-dict | --as FAMILY]\n       %(prog)s --inspect FILE",
         description=(
@@ -225,12 +126,12 @@ def _convert(source: Path, target: Path, config: Config | None, as_state_dict: b
                 f"{target}: --as {family} makes a folder; give it a name that ends in neither .pt nor .safetensors"
             )
         form = formats.TRANSFORMERS + family
-    stored = load(source)
-    snapshot = merged(_snapshot(stored, config))
+    stored = snapshots.load(source)
+    snapshot = snapshot.merged(snapshots._snapshot(stored, config))
     tokenizer = _tokenizer(source, snapshot) if family or form == RUN else None
-    write(target, snapshot, form, tokenizer)
+    snapshots.write(target, snapshot, form, tokenizer)
     n_parameters = sum(array.size for array in snapshot.weights.values())
-    if config_of(stored.info.get("config", {}), source).model.lora_rank:
+    if snapshots.config_of(stored.info.get("config", {}), source).model.lora_rank:
         kept = f"step {snapshot.info['step']}, adapters merged into the weights, no optimizer moments"
     elif form == STATE_DICT:
         kept = "nothing but weights"
@@ -253,74 +154,6 @@ def _tokenizer(source: Path, snapshot: Snapshot) -> Tokenizer | None:
             if wanted in (None, tokenization.fingerprint(tokenizer)):
                 return tokenizer
     return None
-
-
-def _snapshot(stored: Stored, config: Config | None) -> Snapshot:
-    """Return the training state in what was loaded, checked against the model of its settings."""
-    path, info = stored.path, stored.info
-    if info and config:
-        raise UserError(f"--config: {path} has settings of its own; leave --config away")
-    if not info and not config:
-        raise UserError(f"{path}: bare weights without settings; give those of their run with --config FILE")
-    if config is None:
-        config = config_of(info["config"], path)
-        if info["task"] != config.task:
-            raise UserError(
-                f"{path}: it is of task {info['task']}, but its settings are of task {config.task}; save it again"
-            )
-    else:
-        info = {"step": 0, "task": config.task, "rate": 0.0, "tokenizer": None}
-        if not config.model.vocab_size and TABLE in stored.weights:  # settings from before the tokenizer was known
-            config = configs.replace(config, "model.vocab_size", len(stored.weights[TABLE]))
-    shapes = parameters.shapes(config)
-    weights = _checked(stored.weights, shapes, str(path) if stored.info else f"{path}, with the settings of --config")
-    shapes = names.trained(config.model, shapes)
-    moments, n_updates = formats.moments(stored, shapes, config.model.frozen_layers)
-    if moments is not None:
-        first = _checked(moments[0], shapes, f"{path}: first moments of the optimizer")
-        moments = first, _checked(moments[1], shapes, f"{path}: second moments of the optimizer")
-    train = config.train
-    info = {"sample_iter": info["step"] * train.batch_size * train.accumulate, "val_loss": None} | info
-    info = {name: value for name, value in info.items() if name not in ("config", "format")}
-    return Snapshot(config, info, weights, moments if n_updates else None, n_updates)
-
-
-def config_of(settings: Mapping[str, Any], path: Path) -> Config:
-    """Return stored settings, {dotted name: value}, as Config; those that did not exist then have their defaults."""
-    nested: dict[str, Any] = {}
-    for name, value in settings.items():
-        if name not in configs.SETTINGS:
-            raise UserError(
-                f"{path}: its setting {name} is unknown here{nearest(name, configs.SETTINGS)}; "
-                "use the jaxlm that wrote it, or a newer one"
-            )
-        section, _, key = name.rpartition(".")
-        (nested.setdefault(section, {}) if section else nested)[key] = value
-    try:
-        config = msgspec.convert(nested, Config)
-    except msgspec.ValidationError as error:
-        raise UserError(f"{path}: in its settings: {error}; convert the run that it is from again") from error
-    if not_finite := [name for name, x in settings.items() if isinstance(x, float) and not math.isfinite(x)]:
-        raise UserError(
-            f"{path}: its setting {not_finite[0]} is no finite number; convert the run that it is from again"
-        )
-    try:
-        configs.check_model(config)
-    except UserError as error:
-        raise UserError(f"{path}: in its settings: {error}") from error
-    return config
-
-
-def _checked(arrays: Mapping[str, np.ndarray], shapes: names.Shapes, source: str) -> Arrays:
-    """Return the arrays in model order. Raises UserError if they are not those of the model, or not float32."""
-    arrays = {name: names.exact(x) for name, x in names.check(arrays, shapes, source).items()}
-    for name, array in arrays.items():
-        if array.dtype != np.float32:
-            raise UserError(
-                f"{source}: {name} is {array.dtype}, but can be read as float32, float16 or bfloat16 only; "
-                "save it again as float32, as with tensor.float() in PyTorch"
-            )
-    return arrays
 
 
 if __name__ == "__main__":

@@ -26,8 +26,10 @@ from jaxlm import tasks as jax_tasks
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.config import Config
 from jaxlm.params import names
+from jaxlm.params.snapshot import Snapshot
 from jaxlm.tasks import parameters
-from jaxlm.weights.formats import CHECKPOINT_1_2, RUN, SAFETENSORS, STATE_DICT, Snapshot
+from jaxlm.weights import snapshots
+from jaxlm.weights.formats import CHECKPOINT_1_2, RUN, SAFETENSORS, STATE_DICT
 from torchlm import checkpoint as torch_checkpoint
 from torchlm import loop as torch_loop
 from torchlm import parallel as torch_parallel
@@ -90,11 +92,11 @@ def test_every_form_gives_back_every_bit(model: str, tmp_path: Path) -> None:
     # Each form is read into the next one: all of them have the same.
     for i, form in enumerate((RUN, CHECKPOINT_1_2, SAFETENSORS, RUN)):
         path = tmp_path / f"{i}{SUFFIXES[form]}"
-        convert.write(path, last, form)
-        last = convert.read(path)
+        snapshots.write(path, last, form)
+        last = snapshots.read(path)
         assert_same(last, snapshot)
-    convert.write(tmp_path / "weights.pt", last, STATE_DICT)
-    bare = convert.read(tmp_path / "weights.pt", snapshot.config)
+    snapshots.write(tmp_path / "weights.pt", last, STATE_DICT)
+    bare = snapshots.read(tmp_path / "weights.pt", snapshot.config)
     assert_same_bits(bare.weights, snapshot.weights)
     assert (bare.moments, bare.n_updates, bare.info["step"]) == (None, 0, 0)
 
@@ -103,8 +105,8 @@ def test_every_form_gives_back_every_bit(model: str, tmp_path: Path) -> None:
 def test_a_state_without_moments_stays_one(form: str, tmp_path: Path) -> None:
     snapshot = snapshot_of(config_of("gpt"))
     snapshot = Snapshot(snapshot.config, {**snapshot.info, "val_loss": None}, snapshot.weights, None, 0)
-    convert.write(tmp_path / f"x{SUFFIXES[form]}", snapshot, form)
-    back = convert.read(tmp_path / f"x{SUFFIXES[form]}")
+    snapshots.write(tmp_path / f"x{SUFFIXES[form]}", snapshot, form)
+    back = snapshots.read(tmp_path / f"x{SUFFIXES[form]}")
     assert (back.info, back.moments, back.n_updates) == (snapshot.info, None, 0)
     assert_same_bits(back.weights, snapshot.weights)
 
@@ -128,7 +130,7 @@ def test_a_recorded_checkpoint_of_the_original_converts_to_jaxlm_and_back(case: 
     original = torch.load(source, weights_only=True)
     assert same(original, torch.load(back, weights_only=True))
 
-    config = convert.read(run).config
+    config = snapshots.read(run).config
     settings = json.loads((CASES / case / "case.json").read_text())
     state = restored(run, config)
     assert int(state.step) == original["iter"] == int(state.opt_state[0].count) == int(state.opt_state[2].count)
@@ -244,7 +246,7 @@ def test_a_run_of_jaxlm_goes_on_in_torchlm(tmp_path: Path) -> None:
     written = torch_checkpoint.read(tmp_path / "3.pt")
     assert (written["iter"], written["sample_iter"], written["lr"], written["val_loss"]) == (3, 6, info["rate"], 2.5)
     torch_state, torch_compiled = torch_fresh(config)
-    torch_state = torch_checkpoint.restore(tmp_path / "3.pt", torch_state)
+    torch_state = loop.restored(tmp_path / "3.pt", torch_state)
     assert torch_state.optimizer.param_groups[1]["lr"] == info["rate"]
     results = jax_updates(state, compiled, batches[3:]), torch_updates(torch_state, torch_compiled, batches[3:])
     assert_same_update(config, *results)
@@ -274,8 +276,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("files")
     snapshot = snapshot_of(config_of("mlm"))
     for name, form in (("run", RUN), ("all.pt", CHECKPOINT_1_2), ("weights.pt", STATE_DICT)):
-        convert.write(folder / name, snapshot, form)
-    convert.write(folder / "all.safetensors", snapshot, SAFETENSORS)
+        snapshots.write(folder / name, snapshot, form)
+    snapshots.write(folder / "all.safetensors", snapshot, SAFETENSORS)
     for task in ("mlm", "gpt"):
         (folder / f"{task}.toml").write_text(configs.dump(config_of(task)))
 
@@ -315,7 +317,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "empty").mkdir()
     (folder / "torchlm" / "checkpoints").mkdir(parents=True)
     (folder / "torchlm" / "checkpoints" / "9.pt").write_bytes(b"")
-    convert.write(folder / "broken", snapshot, RUN)
+    snapshots.write(folder / "broken", snapshot, RUN)
     data = max((folder / "broken" / "checkpoints" / "7" / "base").rglob("*"), key=lambda path: path.stat().st_size)
     data.write_bytes(data.read_bytes()[:100])
     return folder
@@ -404,10 +406,10 @@ def test_the_last_checkpoint_of_a_run_is_taken_unless_another_is_named(tmp_path:
     snapshot = snapshot_of(config_of("gpt"))
     for n in (9, 10):
         other = Snapshot(snapshot.config, {**snapshot.info, "step": n}, snapshot.weights, None, 0)
-        convert.write(tmp_path / str(n), other, RUN)
+        snapshots.write(tmp_path / str(n), other, RUN)
     run = tmp_path / "10" / "checkpoints"
     (tmp_path / "9" / "checkpoints" / "9").rename(run / "9")
-    taken = [convert.read(path).info["step"] for path in (tmp_path / "10", run, run / "9")]
+    taken = [snapshots.read(path).info["step"] for path in (tmp_path / "10", run, run / "9")]
     assert taken == [10, 10, 9]
 
 
@@ -437,7 +439,7 @@ def test_bare_safetensors_need_settings_and_then_are_a_start(folder: Path, tmp_p
     # Settings from before the tokenizer was known.
     (tmp_path / "c.toml").write_text((folder / "mlm.toml").read_text().replace("vocab_size = 11\n", "vocab_size = 0\n"))
     convert.main([str(tmp_path / "bare.safetensors"), str(tmp_path / "run"), "--config", str(tmp_path / "c.toml")])
-    snapshot = convert.read(tmp_path / "run")
+    snapshot = snapshots.read(tmp_path / "run")
     assert (snapshot.config.model.vocab_size, snapshot.info["step"], snapshot.moments) == (11, 0, None)
     assert_same_bits(snapshot.weights, weights)
 
@@ -462,7 +464,7 @@ def test_inspect_tells_names_shapes_types_norms_and_counts(
         for _ in range(3)
     ]
     path = tmp_path / f"x{Path(name).suffix}"
-    convert.write(path, Snapshot(snapshot.config, snapshot.info, arrays[0], (arrays[1], arrays[2]), 5), form)
+    snapshots.write(path, Snapshot(snapshot.config, snapshot.info, arrays[0], (arrays[1], arrays[2]), 5), form)
     assert convert.main(["--inspect", str(path)]) == 0
     out = capsys.readouterr().out
     assert out.isascii()
@@ -529,5 +531,5 @@ def test_safetensors_are_told_whatever_the_length_of_their_header(tmp_path: Path
     for n in (*range(0, 256, 8), int.from_bytes(b"PK", "little") - 88):
         save_file({"w": np.zeros(1)}, path, {"padding": "x" * n})  # 88 bytes are around it
         starts.add(path.read_bytes()[:2])
-        assert convert.load(path).form == SAFETENSORS
+        assert snapshots.load(path).form == SAFETENSORS
     assert {b"PK", b"\x80\0"} < starts

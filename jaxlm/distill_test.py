@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from jaxlm import config as configs
-from jaxlm import convert, distill, parallel, train
+from jaxlm import distill, parallel, train
 from jaxlm.errors import UserError
 from jaxlm.tasks import TASKS
 from jaxlm.testing import tiny_runs
 from jaxlm.training import resume, teacher
 from jaxlm.training.teacher import Teacher
+from jaxlm.weights import snapshots
 from jaxlm.weights.formats import RUN
 from torchlm import train as torch_train
 
@@ -114,7 +115,7 @@ def test_a_run_with_a_teacher_goes_on_bit_for_bit(program: Any, taught: Path, tm
     half = str(tmp_path / "half")
     assert program([*args, "--train.decay-steps", "4", "--train.max-steps", "2", "--run.dir", half]) == 0
     assert program(["--resume", half, "--train.max-steps", "4"]) == 0
-    whole, again = (convert.read(resume.to_use(tmp_path / name).path) for name in ("whole", "half"))
+    whole, again = (snapshots.read(resume.to_use(tmp_path / name).path) for name in ("whole", "half"))
     for name, x in whole.weights.items():
         np.testing.assert_array_equal(x, again.weights[name])
     assert {name.split(".")[2] for name in whole.weights if "blocks" in name} == {"0", "1"}

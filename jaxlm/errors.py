@@ -224,3 +224,8 @@ def interruptible() -> Iterator[None]:
 
     with signals(end_soon, end):
         yield
+
+
+def reason(error: BaseException) -> str:
+    """Return the first line of what an error says."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

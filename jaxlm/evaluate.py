@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxlm import config as configs
+from jaxlm.cli import Parser
 from jaxlm.config import DataConfig
-from jaxlm.convert import Parser
 from jaxlm.data.metrics import number
 from jaxlm.data.sources import numbered
 from jaxlm.errors import UserError, reported, slow

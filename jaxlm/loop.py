@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxlm import checkpoint, distill, optim, parallel, schedule, step
+from jaxlm import config as configs
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.config import Config
 from jaxlm.cost import chips, flops
@@ -19,14 +20,16 @@ from jaxlm.data.position import Position
 from jaxlm.errors import UserError, slow
 from jaxlm.io import storage
 from jaxlm.ops import flash_attention
+from jaxlm.params import layout, names
 from jaxlm.runtime import backend, processes, profile
 from jaxlm.step import TrainState
-from jaxlm.tasks import TASKS, Task
-from jaxlm.training import rollback, run_dir, signals, summary
+from jaxlm.tasks import TASKS, Task, parameters
+from jaxlm.training import resume, rollback, run_dir, signals, summary
 from jaxlm.training.meter import Meter
 from jaxlm.training.resume import Start
 from jaxlm.training.run import UNSAVED, Run, has_test, identity, info, started
 from jaxlm.training.teacher import Teacher
+from jaxlm.weights import formats, snapshots
 
 
 class Compiled(NamedTuple):
@@ -59,7 +62,7 @@ def run(config: Config, origins: dict[str, str], start: Start, started_s: float)
             fresh, compiled = build(this.config, this.task, mesh, this.rewarmed, this.teacher)
             if mesh.size > mesh.shape["data"]:
                 this.log.say(parallel.table(mesh, jax.eval_shape(fresh).params, compiled.model))
-            state = checkpoint.begin(this, fresh, compiled.shardings)
+            state = begin(this, fresh, compiled.shardings)
             # From here on a signal does not end the process, and the run folder stays.
             status = parallel.any_process(mesh, stack.enter_context(signals.interrupts(this.log)))
         stack.enter_context(this)
@@ -124,6 +127,41 @@ def build(
         teacher=distill.model_of(teacher, task, mesh) if teacher else None,
     )
     return jax.jit(fresh, out_shardings=shardings), compiled
+
+
+@slow("making or restoring the weights")
+def begin(run: Run, fresh: Callable[[], TrainState], shardings: TrainState) -> TrainState:
+    """Return the state that a run starts with, and print where each part of it is from.
+
+    `fresh` makes the start values, placed by `shardings`; it is called only if something starts afresh.
+    """
+    begun = run.start
+    if begun.path is None:
+        return fresh()
+    state: Any = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        jax.eval_shape(fresh),
+        shardings,
+    )
+    if begun.parts != layout.PARTS:
+        state = fresh()
+    step = begun.position().step
+    if begun.is_student:
+        assert run.teacher is not None, "it is the start"
+        weights = run.teacher.every_layer(run.config.model.n_layers)
+        tree = names.to_jax(names.check(weights, parameters.shapes(run.config), str(begun.path)))
+        state = checkpoint.with_parts(state, jax.device_put(tree, shardings.params), step)
+    elif (
+        begun.form == formats.RUN and configs.is_whole(begun.settings()) and configs.is_whole(configs.flat(run.config))
+    ):
+        state = checkpoint.restore(begun.path, state, begun.parts, step, is_checked=True)
+    else:
+        parts = snapshots.parts_of_file(begun.path, run.config, begun.parts, begun.kind == "base")
+        state = jax.device_put(checkpoint.with_parts(state, parts, step), shardings)
+    trees = {"optimizer": checkpoint.parts_of(state)["optimizer"], **state.params}
+    sizes = {name: [x.size for x in jax.tree.leaves(tree)] for name, tree in trees.items()}
+    run.log.say(resume.table(begun, sizes))
+    return state
 
 
 def fit(

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm import checkpoint, train
+from jaxlm import train
 from jaxlm.data import grammar
+from jaxlm.inference import load
 from jaxlm.tasks import TASKS
 from jaxlm.tasks.sst2 import Sst2
 
@@ -70,7 +71,7 @@ def test_stop_names_the_step_and_keeps_the_last_good_checkpoint(run: Any, capsys
     assert f"is nan at step {bad}, and was finite at step {bad - 1}" in error
     (saved,) = {int(path.name) for path in (folder / "checkpoints").iterdir()} - {0}
     assert saved == (bad - 1) // 3 * 3
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(jax.device_get(checkpoint.load_model(folder)[0])))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(jax.device_get(load.load_model(folder)[0])))
 
 
 def test_skip_leaves_out_the_update_and_counts_it(run: Any, capsys: pytest.CaptureFixture[str]) -> None:

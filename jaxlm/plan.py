@@ -20,8 +20,8 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxlm import config as configs
+from jaxlm.cli import Parser
 from jaxlm.config import Config
-from jaxlm.convert import Parser
 from jaxlm.cost import roofline
 from jaxlm.cost.roofline import LOCAL, Plan, Step
 from jaxlm.errors import UserError, nearest, outside, reported

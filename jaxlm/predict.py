@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxlm.convert import Parser
+from jaxlm.cli import Parser
 from jaxlm.data.samples import IGNORED, marks
 from jaxlm.data.sources import PROMPT_END
 from jaxlm.errors import UserError, reported

@@ -15,12 +15,13 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm import checkpoint, predict
+from jaxlm import predict
 from jaxlm.config import TokenizerConfig
 from jaxlm.data import sources, tokenization
 from jaxlm.data.cache import Split
 from jaxlm.data.samples import ClassifiedSamples
 from jaxlm.errors import UserError
+from jaxlm.inference import load
 from jaxlm.testing import tiny_runs
 
 Told = tuple[int, str, str]  # exit status, stdout, stderr
@@ -52,7 +53,7 @@ def test_masks_are_filled_by_the_whole_model(runs: Path, predictors: dict[str, A
     fill = predictors["mlm"]
     texts = ["the [MASK] sat on the <mask>, and [MASK]", "[MASK]", "a dog and a [MASK]"]
     (first, second, third) = fill(texts, top_k=4)
-    model, _ = checkpoint.load_model(runs / "mlm")
+    model, _ = load.load_model(runs / "mlm")
     ids = fill.encode(texts[0])
     tokens = [fill.tokenizer.id_to_token(i) for i in ids]
     assert tokens == ["[CLS]", "the", "[MASK]", "sat", "on", "the", "[MASK]", ",", "and", "[MASK]", "[SEP]"]
@@ -88,7 +89,7 @@ def test_a_byte_level_mask_has_the_space_before_its_word(tmp_path: Path) -> None
 def test_classes_are_those_of_the_whole_model(task: str, runs: Path, predictors: dict[str, Any]) -> None:
     classify = predictors[task]
     texts = [" ".join(["the cat sat on a dog and saw a mat".split()[i], *["cat"] * i]) for i in range(10)]
-    model, config = checkpoint.load_model(runs / task)
+    model, config = load.load_model(runs / task)
     ids = [classify.encode(text) for text in texts]
     expected = jax.nn.softmax(model(np.array([row + [0] * (16 - len(row)) for row in ids])))
     n = config.data.n_classes

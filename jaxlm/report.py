@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm.convert import Parser
+from jaxlm.cli import Parser
 from jaxlm.data import metrics
 from jaxlm.errors import UserError, reported
 from jaxlm.io import storage, utf8

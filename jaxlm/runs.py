@@ -12,15 +12,15 @@ from typing import Any
 
 from rich.table import Table
 
-from jaxlm import convert
+from jaxlm.cli import Parser
 from jaxlm.config import TokenizerConfig
-from jaxlm.convert import Parser
 from jaxlm.data import metrics, tokenization
 from jaxlm.errors import UserError, nearest, reported
 from jaxlm.io import checksums, storage
+from jaxlm.params import layout
 from jaxlm.reporting import run_reader
 from jaxlm.training.log import Console
-from jaxlm.weights import formats
+from jaxlm.weights import formats, snapshots
 
 COMMANDS = ("list", "show", "compare", "verify", "clean")
 
@@ -179,13 +179,13 @@ def verify(paths: Sequence[Path]) -> int:
 def examined(path: Path) -> dict[str, Any]:
     """Return what a checkpoint tells of itself. Raises UserError if it is not as it was written, or cannot be used."""
     if path.is_dir():
-        formats.check_run(path)
-        info = formats.info_of_run(path)
+        layout.check_run(path)
+        info = layout.info_of_run(path)
     else:
-        info = convert.load(path).info
+        info = snapshots.load(path).info
     if missing := [key for key in ("step", "task", "rate", "config", "tokenizer") if key not in info]:
         raise UserError(f"{path}: it does not tell its {', '.join(missing)}")
-    convert.config_of(info["config"], path)
+    snapshots.config_of(info["config"], path)
     own = path.parent.parent / "tokenizer.json"  # a run that was converted has none
     if info["tokenizer"] and path.parent.name == "checkpoints" and own.is_file():
         if tokenization.fingerprint(tokenization.read(TokenizerConfig(path=str(own)))) != info["tokenizer"]:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 
 from jaxlm import predict
-from jaxlm.convert import Parser
+from jaxlm.cli import Parser
 from jaxlm.errors import ENDINGS, UserError, reported
 from jaxlm.runtime import huge_pages
 

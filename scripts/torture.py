@@ -37,6 +37,8 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from jaxlm.weights import snapshots
+
 ROOT = Path(__file__).parent.parent
 Trial = tuple[str, str, list[str]]  # a name, what was tried, and what was wrong
 REFUSED = "refused by name, nothing removed"
@@ -74,7 +76,6 @@ def rows(run: Path) -> list[dict]:
 
 def differences(run: Path, undisturbed: Path) -> list[str]:
     """Return what is not the same in two runs: rows, samples, and the last checkpoint."""
-    from jaxlm import convert
     from jaxlm.io import checksums
 
     found = []
@@ -82,7 +83,7 @@ def differences(run: Path, undisturbed: Path) -> list[str]:
         found.append("metrics.jsonl")
     if (run / "samples.txt").read_bytes() != (undisturbed / "samples.txt").read_bytes():
         found.append("samples.txt")
-    one, other = (convert.read(checksums.finished_in(x / "checkpoints")[-1][1]) for x in (run, undisturbed))
+    one, other = (snapshots.read(checksums.finished_in(x / "checkpoints")[-1][1]) for x in (run, undisturbed))
     for snapshot in (one, other):
         snapshot.info.pop("val_loss")  # which a checkpoint lacks where a signal has ended its evaluation
     parts = {"weights": (one.weights, other.weights)}

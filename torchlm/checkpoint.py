@@ -18,22 +18,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jaxlm import convert
 from jaxlm.config import BASE, Config
-from jaxlm.errors import UserError, slow
+from jaxlm.data import metrics
+from jaxlm.errors import UserError, reason
 from jaxlm.io import checksums, storage
-from jaxlm.params import names
+from jaxlm.params import layout, names
+from jaxlm.params.snapshot import Snapshot, fitting, merged
 from jaxlm.tasks import parameters
-from jaxlm.training import resume
-from jaxlm.training.run import Run
-from jaxlm.weights import formats
-from jaxlm.weights.formats import Snapshot
 from torchlm import parallel
 from torchlm.heads import BaseModel, Classifier, LanguageModel
 from torchlm.step import TrainState
 
 FORMAT = "1.2"
-PARTS = resume.PARTS
+PARTS = layout.PARTS
 PAUSES_S = (0.0, 1.0, 4.0)  # before the tries to save the last state
 KEYS = (
     *("version", "task_type", "iter", "sample_iter", "base_model", "lm_head"),
@@ -88,13 +85,13 @@ class Checkpoints:
                 if n_free < n_bytes:  # torch.save tells less
                     raise OSError(f"it needs {n_bytes / 1e6:,.1f} MB, and {n_free / 1e6:,.1f} MB are free")
                 # Infinite means none: whoever reads the file compares it with losses.
-                write(self._path(state.step), content(state, info, losses.get(state.step, math.inf)))
+                write(self.path(state.step), content(state, info, losses.get(state.step, math.inf)))
                 self.own.add(state.step)
                 self.record(state.step)
                 self.n_saved, self.failed = self.n_saved + 1, None
                 self._remove_old(losses)
             except (OSError, RuntimeError, zipfile.BadZipFile) as error:
-                failed = state.step, formats.reason(error)
+                failed = state.step, reason(error)
                 is_new, self.failed = failed != self.failed, failed
                 if is_new:
                     self.warn(f"the checkpoint of step {failed[0]} could not be saved ({failed[1]}); the run goes on")
@@ -115,10 +112,6 @@ class Checkpoints:
         except UserError:  # a disk that fails
             return []
 
-    def restore(self, step: int, like: TrainState) -> TrainState:
-        """Return the state saved at `step`: `like`, changed in place."""
-        return restore(self._path(step), like)
-
     def wait(self) -> None:
         """Nothing is left to wait for, since `save` does."""
 
@@ -133,11 +126,11 @@ class Checkpoints:
 
     def _remove_old(self, losses: Mapping[int, float]) -> None:
         steps = self.steps()
-        for old in set(steps[: -self.keep]) - {resume.best(steps, losses)}:
+        for old in set(steps[: -self.keep]) - {metrics.best(steps, losses)}:
             try:
-                self._path(old).unlink()
+                self.path(old).unlink()
             except OSError as error:
-                self.warn(f"the checkpoint of step {old} could not be removed ({formats.reason(error)})")
+                self.warn(f"the checkpoint of step {old} could not be removed ({reason(error)})")
 
     def _check_folder(self, step: int) -> None:
         """Raise OSError if a save would go to another disk than earlier ones, or replace what is not of this run."""
@@ -145,50 +138,12 @@ class Checkpoints:
         if device != self.device and self.own and not self.steps():
             raise OSError(f"{self.folder} is on another disk now, without the earlier checkpoints; mount it again")
         self.device = device
-        if os.path.lexists(self._path(step)):
-            raise OSError(f"{self._path(step)} is there, and is not of this run; move it away")
+        if os.path.lexists(self.path(step)):
+            raise OSError(f"{self.path(step)} is there, and is not of this run; move it away")
 
-    def _path(self, step: int) -> Path:
+    def path(self, step: int) -> Path:
+        """Return the file of a step."""
         return self.folder / f"{step}.pt"
-
-
-@slow("making or restoring the weights")
-def begin(run: Run, fresh: Callable[[], TrainState]) -> TrainState:
-    """Return the state that a run starts with, and print where each part of it is from.
-
-    `fresh` makes the start values.
-    """
-    begun, state = run.start, fresh()
-    if begun.path is None:
-        return state
-    if begun.is_student:
-        assert run.teacher is not None, "it is the start"
-        weights = run.teacher.every_layer(run.config.model.n_layers)
-        found = names.check(weights, parameters.shapes(run.config), str(begun.path))
-        parallel.single(state.model).load_state_dict({name: torch.tensor(x) for name, x in found.items()})
-    else:
-        state = restore(begun.path, state, begun.parts, begun.position().step, begun.kind == "base")
-    numbers = {name: x.numel() for name, x in parallel.single(state.model).named_parameters()}
-    sizes = {part: [n for name, n in numbers.items() if name.startswith(part)] for part in PARTS[:2]}
-    moments = [*names.trained(run.config.model, numbers).values()] * 2
-    run.log.say(resume.table(begun, sizes | {"optimizer": moments}))
-    return state
-
-
-def restore(
-    path: Path,
-    like: TrainState,
-    parts: Sequence[str] = PARTS,
-    step: int | None = None,
-    is_base: bool = False,
-) -> TrainState:
-    """Return `like`, changed in place to have the given parts of a checkpoint of any form.
-
-    The update number is that of the checkpoint, or `step`. The adapters of what is a base for another run are merged
-    into it. Raises UserError if it is damaged or of another model.
-    """
-    snapshot = convert.read(path)
-    return with_snapshot(like, snapshot, str(path), parts, step, is_base)
 
 
 def with_snapshot(
@@ -204,8 +159,8 @@ def with_snapshot(
     shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
     trained = {name: shapes[name] for name, tensor in model.named_parameters() if tensor.requires_grad}
     if is_base:
-        snapshot, shapes = convert.merged(snapshot), names.without_adapters(shapes)
-    weights = names.check(*resume.fitting(snapshot.weights, shapes, parts), source)
+        snapshot, shapes = merged(snapshot), names.without_adapters(shapes)
+    weights = names.check(*fitting(snapshot.weights, shapes, parts), source)
     model.load_state_dict(model.state_dict() | {name: torch.tensor(x) for name, x in weights.items()})
     if "optimizer" in parts and snapshot.moments is not None:
         first, second = snapshot.moments
@@ -223,19 +178,6 @@ def with_snapshot(
             group["lr"] = snapshot.info["rate"]
     like.step = snapshot.info["step"] if step is None else step
     return like
-
-
-def load_model(path: str | Path) -> tuple[torch.nn.Module, Config]:
-    """Return the model of a checkpoint, of any form that jaxlm.convert reads, and its settings.
-
-    A run has that of its best checkpoint.
-    """
-    found = resume.to_use(path).path
-    assert found is not None, "nothing was found"
-    snapshot = convert.read(found)
-    model = model_for(snapshot, str(found))
-    model.load_state_dict({name: torch.tensor(x) for name, x in snapshot.weights.items()})
-    return model.eval(), snapshot.config
 
 
 def model_for(snapshot: Snapshot, source: str) -> torch.nn.Module:

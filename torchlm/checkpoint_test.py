@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from jaxlm import config as configs
+from jaxlm.data import metrics
 from jaxlm.errors import UserError
-from jaxlm.training import resume
-from torchlm import checkpoint, optim, schedule, step
+from torchlm import checkpoint, loop, optim, schedule, step
 from torchlm.checkpoint import Checkpoints
 from torchlm.loss import Totals, cross_entropy
 from torchlm.tasks import TASKS
@@ -65,7 +65,7 @@ def flat(value: Any, path: tuple = ()) -> dict[tuple, Any]:
 @pytest.mark.parametrize("name", ["mlm", "gpt", "sst2", "cola"])
 def test_a_recorded_file_is_read_and_written_again_alike(name: str, tmp_path: Path) -> None:
     config, path = recorded_config(name), CASES / name / "checkpoint.pt"
-    state = checkpoint.restore(path, start(config))
+    state = loop.restored(path, start(config))
     arrays = np.load(CASES / name / "arrays.npz")
     prefix = "gpt" if name == "gpt" else "bert"
     np.testing.assert_array_equal(
@@ -128,14 +128,14 @@ def test_the_best_and_the_last_are_kept(tmp_path: Path) -> None:
     config = config_of()
     state, checkpoints = start(config), Checkpoints(tmp_path / "checkpoints")
     losses: dict[int, float] = {}
-    assert resume.best(checkpoints.steps(), losses) is None
+    assert metrics.best(checkpoints.steps(), losses) is None
     kept = []
     for i, loss in enumerate([3.0, 1.0, None, 2.0, 1.0, None, None], start=1):
         state.step = i
         losses |= {} if loss is None else {i: loss}
         checkpoints.save(state, info_of(config, i), losses)
         kept.append(
-            (resume.best(checkpoints.steps(), losses), sorted(int(path.stem) for path in checkpoints.folder.iterdir()))
+            (metrics.best(checkpoints.steps(), losses), sorted(int(path.stem) for path in checkpoints.folder.iterdir()))
         )
     expected = [(1, [1]), (2, [2]), (2, [2, 3]), (2, [2, 4]), (2, [2, 5]), (2, [2, 6]), (2, [2, 7])]
     assert kept == expected
@@ -164,7 +164,7 @@ def test_files_that_are_no_checkpoint_are_told(tmp_path: Path, monkeypatch: pyte
 
     def told() -> str:
         with pytest.raises(UserError) as error:
-            checkpoint.restore(path, start(config))
+            loop.restored(path, start(config))
         assert str(error.value).startswith(f"{path}: ")
         return str(error.value)
 

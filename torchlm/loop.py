@@ -2,7 +2,8 @@
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,12 +16,15 @@ from jaxlm.data import loader
 from jaxlm.data.position import Position
 from jaxlm.errors import UserError, slow
 from jaxlm.io import storage
-from jaxlm.training import rollback, run_dir, signals, summary
+from jaxlm.params import names
+from jaxlm.tasks import parameters
+from jaxlm.training import resume, rollback, run_dir, signals, summary
 from jaxlm.training.meter import Meter
 from jaxlm.training.resume import Start
 from jaxlm.training.run import UNSAVED, Run, has_test, info, started
 from jaxlm.training.teacher import Teacher
-from torchlm import checkpoint, distill, optim, parallel, schedule, step
+from jaxlm.weights import snapshots
+from torchlm import distill, optim, parallel, schedule, step
 from torchlm.checkpoint import Checkpoints
 from torchlm.parallel import Mesh
 from torchlm.step import TrainState
@@ -53,7 +57,7 @@ def run(config: Config, origins: dict[str, str], start: Start, started_s: float)
             if not mesh.rank:
                 parallel.wait(mesh)
             fresh, compiled = build(this.config, this.task, mesh, this.rewarmed, this.teacher)
-            state = checkpoint.begin(this, fresh)
+            state = begin(this, fresh)
             # From here on a signal does not end the process, and the run folder stays.
             status = stack.enter_context(signals.interrupts(this.log))
         status = parallel.any_process(mesh, status)
@@ -109,6 +113,32 @@ def build(
         teacher=distill.model_of(teacher, task, mesh) if teacher else None,
     )
     return fresh, compiled
+
+
+@slow("making or restoring the weights")
+def begin(run: Run, fresh: Callable[[], TrainState]) -> TrainState:
+    """Return the state that a run starts with, and print where each part of it is from.
+
+    `fresh` makes the start values.
+    """
+    begun, state = run.start, fresh()
+    if begun.path is None:
+        return state
+    if begun.is_student:
+        assert run.teacher is not None, "it is the start"
+        weights = run.teacher.every_layer(run.config.model.n_layers)
+        found = names.check(weights, parameters.shapes(run.config), str(begun.path))
+        parallel.single(state.model).load_state_dict({name: torch.tensor(x) for name, x in found.items()})
+    else:
+        snapshot, is_base = snapshots.read(begun.path), begun.kind == "base"
+        state = checkpoint.with_snapshot(
+            state, snapshot, str(begun.path), begun.parts, begun.position().step, is_base
+        )
+    numbers = {name: x.numel() for name, x in parallel.single(state.model).named_parameters()}
+    sizes = {part: [n for name, n in numbers.items() if name.startswith(part)] for part in layout.PARTS[:2]}
+    moments = [*names.trained(run.config.model, numbers).values()] * 2
+    run.log.say(resume.table(begun, sizes | {"optimizer": moments}))
+    return state
 
 
 def fit(
@@ -225,3 +255,8 @@ def _read(metrics: dict[str, Any]) -> dict[str, Any]:
 def _add(sums: dict[str, Any], totals: Any) -> None:
     for name, value in _read(totals).items():
         sums[name] = sums.get(name, 0.0) + np.asarray(value, np.float64)
+
+
+def restored(path: Path, like: TrainState) -> TrainState:
+    """Return `like`, changed in place to be the state in a checkpoint. Raises UserError if it is damaged."""
+    return checkpoint.with_snapshot(like, snapshots.read(path), str(path))

@@ -5,7 +5,7 @@ prediction, the last for predictions that are no class.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -74,3 +74,10 @@ def majority(labels: np.ndarray, n_labels: int) -> dict:
     confusion = np.zeros((n_labels, n_labels + 1))
     confusion[:, counts.argmax()] = counts
     return {**unigram(counts), "confusion": confusion}
+
+
+def best(steps: Iterable[int], losses: Mapping[int, float]) -> int | None:
+    """Return the step with the lowest of the validation losses, None if none of the steps has one."""
+    # Compared with NaN, nothing is better or worse.
+    found = {step: losses[step] for step in steps if not math.isnan(losses.get(step, math.nan))}
+    return min(found, key=found.__getitem__) if found else None

@@ -5,9 +5,11 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+from flax import nnx
 from tokenizers import Tokenizer
 
-from jaxlm import checkpoint
 from jaxlm import config as configs
 from jaxlm.config import BASE, Config, TokenizerConfig
 from jaxlm.cost import flops
@@ -18,6 +20,7 @@ from jaxlm.runtime import backend
 from jaxlm.tasks import TASKS, Task, parameters
 from jaxlm.training import resume
 from jaxlm.training.resume import Start
+from jaxlm.weights import formats, snapshots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +58,7 @@ def load(source: str | Path, tokenizer: str = "", precision: str = "", needs_out
         config = configs.replace(config, "train.precision", precision)
     read = _tokenizer(found, config, tokenizer)
     backend.configure(config)
-    model = checkpoint.model_of(found, config)
+    model = model_of(found, config)
     task: Any = None if config.task == BASE else TASKS[config.task](config, found.classes())
     return Trained(found, config, task, read, model)
 
@@ -88,3 +91,38 @@ def _tokenizer(found: Start, config: Config, named: str) -> Tokenizer:
             f"tokenizer.path={named}: it has {n} tokens, but the model {config.model.vocab_size}; give that of its run"
         )
     return read
+
+
+def load_model(path: str | Path) -> tuple[nnx.Module, Config]:
+    """Return the model of a checkpoint, of any form that jaxlm.convert reads, and its settings.
+
+    A run has that of its best checkpoint. Nothing of jaxlm's optimizer is read. A model without an output layer returns
+    hidden states.
+    """
+    found = resume.to_use(path)
+    return model_of(found, found.config()), found.config()
+
+
+def model_of(found: resume.Start, config: Config) -> nnx.Module:
+    """Return the model of a checkpoint that was found; `config` has its settings, but for train.precision, say."""
+    assert found.path is not None, "nothing was found"
+    if config.task not in TASKS and config.task != BASE:
+        raise UserError(
+            f"{found.path}: task={config.task} is unknown here; there are {', '.join(TASKS)}; "
+            "add its file and its line in TASKS (jaxlm/tasks/README.md)"
+        )
+
+    def build() -> nnx.Module:
+        if config.task == BASE:
+            return BaseModel(config.model, jnp.float32, nnx.Rngs(0))
+        return TASKS[config.task](config).build_model(nnx.Rngs(0))
+
+    model = nnx.eval_shape(build)
+    graphdef, variables = nnx.split(model, nnx.Param)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), nnx.to_pure_dict(variables))
+    if found.form == formats.RUN and configs.is_whole(found.settings()):
+        params = checkpoint.restored(found.path, like)
+    else:
+        params = jax.device_put(snapshots.parts_of_file(found.path, config, tuple(like)), device)
+    return nnx.merge(graphdef, params)

@@ -145,3 +145,6 @@ def _files(folder: Path) -> Iterator[Path]:
 def _sum(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+DAMAGED = ".damaged"  # behind the name of a checkpoint or log that was set aside

@@ -16,7 +16,7 @@ from jaxlm.io import storage
 from jaxlm.testing import fake_gcs
 from jaxlm.testing.resume_after_kill_test import TINY, content, interrupted_at, run, texts, undisturbed  # noqa: F401
 from jaxlm.training import resume
-from jaxlm.weights import formats
+from jaxlm.weights import formats, snapshots
 
 
 @pytest.mark.slow
@@ -102,4 +102,4 @@ def test_a_run_killed_with_checkpoints_in_gs_goes_on_alike(
         tuned = f"--task sst2 --init-from gs://bucket/some/where/15 --tokenizer.path {tmp_path}/run/tokenizer.json"
         assert launch(f"{tuned} --train.max-steps 2 --run.dir tuned", tmp_path).wait() == 0
         assert convert.main(shlex.split(f"gs://bucket/some/where {tmp_path}/run.safetensors")) == 0
-        assert convert.read(tmp_path / "run.safetensors").n_updates == 15
+        assert snapshots.read(tmp_path / "run.safetensors").n_updates == 15

@@ -23,10 +23,13 @@ from jaxlm.checkpoint import Checkpoints
 from jaxlm.cost import compile_ahead, flops
 from jaxlm.data import grammar
 from jaxlm.errors import UserError
+from jaxlm.inference import load
 from jaxlm.io import checksums
-from jaxlm.params import frozen, names
+from jaxlm.params import frozen, names, snapshot
+from jaxlm.params.snapshot import Snapshot
 from jaxlm.tasks import parameters
-from jaxlm.weights.formats import CHECKPOINT_1_2, Snapshot
+from jaxlm.weights import snapshots
+from jaxlm.weights.formats import CHECKPOINT_1_2
 from parity_tests.plan import random_batch, random_weights
 
 SIZES = {"vocab_size": 17, "d_model": 12, "n_layers": 3, "n_heads": 3, "seq_len": 6, "dropout": 0.0}
@@ -135,10 +138,10 @@ def test_adapters_change_nothing_at_first_and_are_merged_on_export(tmp_path: Pat
     wanted = logits_of(LORA, weights, tokens)
     zero = {name: 0 * x if name.endswith("lora_b") else x for name, x in weights.items()}
     assert np.abs(wanted - logits_of(LORA, zero, tokens)).max() > 0.1
-    snapshot = convert.merged(Snapshot(LORA, {**INFO, "step": 3, "val_loss": None}, weights, None, 0))
+    snapshot = snapshot.merged(Snapshot(LORA, {**INFO, "step": 3, "val_loss": None}, weights, None, 0))
     assert list(snapshot.weights) == list(parameters.shapes(plain))
     np.testing.assert_allclose(logits_of(plain, snapshot.weights, tokens), wanted, rtol=0, atol=3e-5)
-    convert.write(tmp_path / "merged.pt", snapshot, CHECKPOINT_1_2)
+    snapshots.write(tmp_path / "merged.pt", snapshot, CHECKPOINT_1_2)
     model, config = torchlm.checkpoint.load_model(tmp_path / "merged.pt")
     assert config.model.lora_rank == 0
     with torch.no_grad():
@@ -172,7 +175,7 @@ def test_what_is_frozen_is_stored_once_and_is_part_of_every_checkpoint(tmp_path:
     assert times == {path: path.stat().st_mtime_ns for path in sorted(folder.glob("frozen/**/*"))}
     jax.tree.map(np.testing.assert_array_equal, restored, one)
     for i, state in enumerate((one, two), start=1):
-        stored = convert.read(folder / str(i))
+        stored = snapshots.read(folder / str(i))
         for name, x in names.to_torch(jax.device_get(state.params)).items():
             np.testing.assert_array_equal(stored.weights[name], x)
         assert stored.moments is not None
@@ -190,7 +193,7 @@ def test_what_is_frozen_is_stored_once_and_is_part_of_every_checkpoint(tmp_path:
     checksums.check(folder / "1", ["head"])
     shutil.rmtree(folder / checksums.FROZEN)
     with pytest.raises(UserError, match="is missing"):
-        convert.read(folder / "2")
+        snapshots.read(folder / "2")
 
 
 @pytest.mark.slow
@@ -214,19 +217,19 @@ def test_a_part_is_trained_resumed_exported_and_trained_further(
     train(f"{data} --train.max-steps 4 --run.dir whole")
     train(f"{data} --train.max-steps 2 --run.dir parts")
     train("--resume parts --train.max-steps 4")
-    one, two = (convert.read(Path(run)) for run in ("whole", "parts"))
+    one, two = (snapshots.read(Path(run)) for run in ("whole", "parts"))
     assert one.moments is not None and two.moments is not None
     for a, b in zip((one.weights, *one.moments), (two.weights, *two.moments), strict=True):
         assert a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
-    base = convert.read(Path("base")).weights
+    base = snapshots.read(Path("base")).weights
     kept = [name for name in base if name in one.weights and np.array_equal(base[name], one.weights[name])]
     assert {"base.embedding.token.weight", "base.blocks.0.feed_forward.fc2.weight"} <= set(kept)
 
     assert convert.main(["whole", "whole.pt"]) == 0
     tokens = np.arange(1, 17, dtype=np.int32)[None]
-    model, _ = checkpoint.load_model("whole/checkpoints/4")
+    model, _ = load.load_model("whole/checkpoints/4")
     other, _ = torchlm.checkpoint.load_model("whole.pt")
     with torch.no_grad():
         np.testing.assert_allclose(other(torch.tensor(tokens).long()).numpy(), model(tokens), rtol=1e-4, atol=1e-5)
     train("--task mlm --data.path texts.txt --model.seq-len 16 --init-from whole --train.max-steps 2 --run.dir further")
-    assert not any("lora" in name for name in convert.read(Path("further")).weights)
+    assert not any("lora" in name for name in snapshots.read(Path("further")).weights)

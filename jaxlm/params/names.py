@@ -38,7 +38,6 @@ ORIGINAL_SETTINGS = {
 # The original's words for modules that torchlm calls otherwise.
 _WORDS = {"blocks": "encoder_blocks", "attention": "self_multihead", "layernorm": "normlayer"}
 _BUFFERS = ("embedding.position.pe", "self_multihead.bias")  # in the original's state dict, but no parameters
-FREEZING = ("model.frozen_embedding", "model.frozen_layers", "model.lora_rank")  # 0 in all: all is trained
 # Modules that PyTorch puts around a model or within it, and attributes by which others hold one.
 _WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _OUTER = re.compile(r"(?!head\.)(.+?\.)??(base|((bert|distilbert|roberta)\.)?embeddings|(transformer\.)?wte)\.")
@@ -139,11 +138,6 @@ def is_trained(model: ModelConfig, name: str) -> bool:
 def trained(model: ModelConfig, state: Mapping[str, Any]) -> dict[str, Any]:
     """Return what of a state dict, or of anything by torchlm's names, is trained: what an optimizer has moments of."""
     return {name: x for name, x in state.items() if is_trained(model, name)}
-
-
-def is_whole(settings: Mapping[str, Any]) -> bool:
-    """Return whether all is trained, by settings with dotted names."""
-    return not any(settings.get(name) for name in FREEZING)
 
 
 def without_adapters(arrays: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,8 +13,8 @@ import numpy as np
 from rich.text import Text
 
 from jaxlm import config as configs
+from jaxlm.cli import Parser
 from jaxlm.config import Config
-from jaxlm.convert import Parser
 from jaxlm.errors import UserError, reported
 from jaxlm.terminal import shown
 from jaxlm.training.log import Console

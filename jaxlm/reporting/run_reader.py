@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxlm import config as configs
+from jaxlm import errors
 from jaxlm.data import metrics
 from jaxlm.errors import UserError
 from jaxlm.io import checksums, storage, utf8
@@ -72,7 +73,7 @@ class Folder:
         """The checkpoint with the lowest validation loss; its last, if none was scored."""
         whole = {checkpoint.step: checkpoint for checkpoint in self.checkpoints if checkpoint.is_whole}
         losses = {step: math.nan if found.loss is None else found.loss for step, found in whole.items()}
-        return whole[resume.best(whole, losses) or max(whole)] if whole else None
+        return whole[metrics.best(whole, losses) or max(whole)] if whole else None
 
     @functools.cached_property
     def baseline(self) -> dict[str, Any]:
@@ -151,13 +152,13 @@ class Folder:
     def scores(self, split: str, step: int | None = None) -> Row:
         """Return the scores of a split after an update, by default the best one; {} if there are none."""
         rows = self._scored(split)
-        chosen = resume.best(rows, {i: row["loss"] for i, row in rows.items()}) if step is None else step
+        chosen = metrics.best(rows, {i: row["loss"] for i, row in rows.items()}) if step is None else step
         return {name: x for name, x in rows.get(chosen, {}).items() if name not in history.KEYS}  # type: ignore[arg-type]
 
     def best_score_step(self) -> int | None:
         """Return the update with the lowest validation loss."""
         losses = {step: row["loss"] for step, row in self._scored("validation").items()}
-        return resume.best(losses, losses)
+        return metrics.best(losses, losses)
 
     def _scored(self, split: str) -> dict[int, Row]:
         """Return the rows of a split that have a loss, by step; the losses of checkpoints are their own."""
@@ -178,7 +179,7 @@ def read(path: Path) -> Folder:
     except FileNotFoundError as error:
         raise UserError(f"{path}: is not the folder of a run: it has no config.toml") from error
     except (OSError, ValueError) as error:
-        raise UserError(f"{path / 'config.toml'}: cannot be read: {formats.reason(error)}; correct it") from error
+        raise UserError(f"{path / 'config.toml'}: cannot be read: {errors.reason(error)}; correct it") from error
     nested = {
         f"{section}.{key}": x for section, part in content.items() if isinstance(part, dict) for key, x in part.items()
     }

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from jaxlm import checkpoint, runs
+from jaxlm import runs
+from jaxlm.inference import load
 from jaxlm.io import checksums
 from jaxlm.reporting import run_reader
 from jaxlm.testing import tiny_runs
@@ -127,7 +128,7 @@ def test_clean_keeps_the_best(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert status == 0 and "removed 3 checkpoints" in output and f"{unfinished}: " in output
     assert steps(run) == ["20"] and steps(tmp_path / "other") == ["20", "30"]
     assert told(capsys, "clean", tmp_path)[:2] == (0, "there is nothing to remove\n")
-    checkpoint.load_model(run)
+    load.load_model(run)
 
 
 def test_clean_leaves_alone_what_is_damaged_or_at_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 
 from jaxlm import config as configs
-from jaxlm import convert
 from jaxlm.data import grammar
 from jaxlm.errors import UserError
 from jaxlm.io import checksums
 from jaxlm.runtime import processes
+from jaxlm.weights import snapshots
 
 SIZES = "--model.d-model 16 --model.n-layers 2 --model.n-heads 2 --model.seq-len 32 --train.batch-size 8"
 STEPS = "--train.max-steps 12 --train.eval-interval 4 --train.log-interval 1 --train.warmup-steps 2"
@@ -80,7 +80,7 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def weights(run: Path, step: int = 12) -> dict[str, np.ndarray]:
-    snapshot = convert.read(run / "checkpoints" / str(step))
+    snapshot = snapshots.read(run / "checkpoints" / str(step))
     assert snapshot.moments is not None
     parts = {"weights": snapshot.weights, "first": snapshot.moments[0], "second": snapshot.moments[1]}
     return {f"{part}/{name}": x for part, tree in parts.items() for name, x in tree.items()}

@@ -12,12 +12,12 @@ import pytest
 from flax import nnx
 from starlette.testclient import TestClient
 
-from jaxlm import checkpoint, config, convert, evaluate, predict, tasks
+from jaxlm import config, evaluate, predict, tasks
 from jaxlm.cost import flops
 from jaxlm.data import cache
 from jaxlm.data.samples import MaskedSamples
 from jaxlm.errors import UserError
-from jaxlm.inference import http_api
+from jaxlm.inference import http_api, load
 from jaxlm.inference.batching import Engine
 from jaxlm.model import Transformer
 from jaxlm.tasks import parameters
@@ -28,7 +28,7 @@ from jaxlm.tasks.readme_test import block
 from jaxlm.tasks.sst2 import Sst2
 from jaxlm.testing import tiny_runs
 from jaxlm.training import resume, teacher
-from jaxlm.weights import formats
+from jaxlm.weights import formats, snapshots
 
 GUIDE = types.ModuleType("rating")
 exec(block("python", "jaxlm/tasks/rating.py"), GUIDE.__dict__)
@@ -191,16 +191,16 @@ def test_it_is_converted_and_back_bit_for_bit(task: str, form: str, tmp_path: Pa
     if form != formats.SAFETENSORS:
         pytest.importorskip("torch")
     run = write(tmp_path, task, **({"model.head_dense": "bert"} if task == "level" else {}))
-    snapshot = convert.read(run)
+    snapshot = snapshots.read(run)
     file = tmp_path / ("file.safetensors" if form == formats.SAFETENSORS else "file.pt")
     if task == "bags" and form == formats.CHECKPOINT_1_2:
         with pytest.raises(UserError, match=r"task=bags is none of heads.py.*safetensors"):
-            convert.write(file, snapshot, form)
+            snapshots.write(file, snapshot, form)
         return
-    convert.write(file, snapshot, form)
+    snapshots.write(file, snapshot, form)
     settings = snapshot.config if form == formats.STATE_DICT else None
-    convert.write(tmp_path / "back", convert.read(file, settings), formats.RUN)
-    again = convert.read(tmp_path / "back")
+    snapshots.write(tmp_path / "back", snapshots.read(file, settings), formats.RUN)
+    again = snapshots.read(tmp_path / "back")
     assert list(again.weights) == list(snapshot.weights)
     assert all(np.array_equal(again.weights[name], x) for name, x in snapshot.weights.items())
     first, second = ({n: x.shape for n, x in checkpoint_leaves(path)} for path in (run, tmp_path / "back"))
@@ -208,13 +208,13 @@ def test_it_is_converted_and_back_bit_for_bit(task: str, form: str, tmp_path: Pa
 
 
 def checkpoint_leaves(path: Path) -> list[tuple[str, Any]]:
-    model, _ = checkpoint.load_model(path)
-    return list(formats.leaves(nnx.to_pure_dict(nnx.state(model, nnx.Param)) and convert.load(path).tree))
+    model, _ = load.load_model(path)
+    return list(formats.leaves(nnx.to_pure_dict(nnx.state(model, nnx.Param)) and snapshots.load(path).tree))
 
 
 def test_a_head_has_the_outputs_that_its_model_has(tmp_path: Path) -> None:
     for task, n_outputs in (("rating", 1), ("level", 1), ("stars", 3)):
-        found = convert.config_of(convert.load(write(tmp_path, task)).info["config"], tmp_path)
+        found = snapshots.config_of(snapshots.load(write(tmp_path, task)).info["config"], tmp_path)
         assert parameters.shapes(found)["head.linear.weight"] == (n_outputs, found.model.d_model)
         assert flops.n_logits(found) == (1, n_outputs)
 

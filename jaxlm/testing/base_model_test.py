@@ -15,14 +15,15 @@ import transformers
 from safetensors.numpy import load_file, save_file
 from starlette.testclient import TestClient
 
-from jaxlm import checkpoint, convert, evaluate, predict
 from jaxlm import config as configs
+from jaxlm import convert, evaluate, predict
 from jaxlm.config import BASE
 from jaxlm.data import tokenization
 from jaxlm.errors import UserError
-from jaxlm.inference import http_api
+from jaxlm.inference import http_api, load
 from jaxlm.inference.batching import Engine
 from jaxlm.training import resume
+from jaxlm.weights import snapshots
 from jaxlm.weights.formats import CHECKPOINT_1_2, RUN, SAFETENSORS
 from jaxlm.weights.huggingface_test import C, D, T, tokenizer_of
 
@@ -96,7 +97,7 @@ KINDS = (
 def test_it_is_read_whatever_its_folder_is_like(kind: str, make: Make) -> None:
     start = resume.to_use(make(kind))
     assert start.info["task"] == BASE and start.path
-    snapshot = convert.read(start.path)
+    snapshot = snapshots.read(start.path)
     assert snapshot.weights and all(name.startswith("base.") for name in snapshot.weights)
 
 
@@ -112,7 +113,7 @@ def test_hidden_states_are_those_of_transformers(kind: str, make: Make, tmp_path
     tokens = np.random.default_rng(0).integers(5, theirs.config.vocab_size, (2, T))
     with torch.no_grad():
         expected = theirs(input_ids=torch.from_numpy(tokens)).last_hidden_state.numpy()
-    model, _ = checkpoint.load_model(folder)
+    model, _ = load.load_model(folder)
     twin, _ = torch_checkpoint.load_model(folder)
     with torch.no_grad():
         found = {"jaxlm": np.asarray(model(tokens)), "torchlm": twin(torch.from_numpy(tokens)).numpy()}
@@ -122,17 +123,17 @@ def test_hidden_states_are_those_of_transformers(kind: str, make: Make, tmp_path
 
 @pytest.mark.parametrize("family", ["bert", "distilbert", "roberta"])
 def test_it_is_converted_and_back_bit_for_bit(family: str, make: Make, tmp_path: Path) -> None:
-    first, source = convert.read(make(family)), ""
+    first, source = snapshots.read(make(family)), ""
     for form, name in ((RUN, "run"), (SAFETENSORS, "x.safetensors"), (CHECKPOINT_1_2, "x.pt"), (RUN, "r")):
-        convert.write(tmp_path / name, convert.read(tmp_path / source) if source else first, form)
+        snapshots.write(tmp_path / name, snapshots.read(tmp_path / source) if source else first, form)
         source = name
-    config = convert.read(tmp_path / "r").config
+    config = snapshots.read(tmp_path / "r").config
     assert configs.dump(config) == configs.dump(first.config)
     assert convert.main([str(tmp_path / "r"), str(tmp_path / "w.pt"), "--state-dict"]) == 0
     options = ["--config", str(tmp_path / "run" / "config.toml")]
     assert convert.main([str(tmp_path / "w.pt"), str(tmp_path / "bare"), *options]) == 0
     assert convert.main([str(tmp_path / "bare"), str(tmp_path / "theirs"), "--as", family]) == 0
-    last = convert.read(tmp_path / "theirs")
+    last = snapshots.read(tmp_path / "theirs")
     assert all(np.array_equal(last.weights[name], x) for name, x in first.weights.items())
     kept, before = (load_file(folder / "model.safetensors") for folder in (tmp_path / "theirs", make(family)))
     assert set(kept) == {name for name in before if not name.startswith("pooler.")}  # as AutoModel names them

@@ -16,7 +16,7 @@ from jaxlm.data import sources
 from jaxlm.inference import load
 from jaxlm.testing import tiny_runs
 from jaxlm.training import resume
-from jaxlm.weights import formats
+from jaxlm.weights import formats, snapshots
 
 CLASSES = ("negative", "neutral", "positive")
 # Settings of BERT, with which a model can be written for transformers.
@@ -80,7 +80,7 @@ def test_names_that_do_not_fit_the_model_are_refused(names: list[Any], run: Path
     else:
         with pytest.raises(resume.UserError, match="id2label=.*3 different names"):
             resume.to_use(tmp_path / "public")
-    snapshot = convert.read(run)
+    snapshot = snapshots.read(run)
     info = snapshot.info | {"classes": names}
     formats.WRITERS[formats.SAFETENSORS](
         tmp_path / "a.safetensors", snapshot.__class__(**vars(snapshot) | {"info": info})

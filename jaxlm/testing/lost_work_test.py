@@ -20,9 +20,10 @@ from jaxlm.errors import UserError
 from jaxlm.io import checksums, storage
 from jaxlm.reporting import run_reader
 from jaxlm.testing import tiny_runs
-from jaxlm.training import resume, run_dir
+from jaxlm.training import history, resume, run_dir
+from jaxlm.training.history import SAVED
 from jaxlm.training.log import RunLog
-from jaxlm.training.resume import LOCK, SAVED, Start
+from jaxlm.training.resume import LOCK, Start
 from jaxlm.weights import formats
 
 ROW = json.dumps({"step": 6, "split": "validation", "loss": 1.5}) + "\n"
@@ -351,5 +352,5 @@ def test_each_whole_checkpoint_is_recorded(tmp_path: Path) -> None:
             checkpoints.save(state_at(step), INFO | {"step": step}, {})
     assert seen == [3, 7]
     run_dir.record_saved(tmp_path, 7)
-    assert resume.last_saved(tmp_path) == 7
+    assert history.last_saved(tmp_path) == 7
     run_dir.record_saved(tmp_path / "gone", 9)  # the run folder: training goes on

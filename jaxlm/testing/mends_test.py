@@ -20,9 +20,10 @@ from jaxlm.config import TokenizerConfig
 from jaxlm.data import tokenization
 from jaxlm.errors import UserError
 from jaxlm.io import checksums, utf8
+from jaxlm.params import layout
 from jaxlm.testing import tiny_runs
 from jaxlm.training import resume
-from jaxlm.weights import formats
+from jaxlm.weights import snapshots
 from jaxlm.weights.formats import CHECKPOINT_1_2, RUN, SAFETENSORS, STATE_DICT
 
 STAND_INS = {
@@ -76,11 +77,11 @@ def test_what_stands_in_for_a_file_is_named(kind: str, name: str, model: Path, r
     file = (tmp_path if is_alone else model) / name
     before = None if is_alone else file.read_bytes()
     file.write_bytes(content)
-    message = refusal(lambda: convert.load(file if is_alone else model))
+    message = refusal(lambda: snapshots.load(file if is_alone else model))
     assert name in message and re.search(mend, message)
     if before is not None:
         file.write_bytes(before)  # as the mend says
-        assert convert.load(model).weights
+        assert snapshots.load(model).weights
 
 
 @pytest.mark.parametrize("name", ["texts.txt", "vocab.txt", "run.toml"])
@@ -128,7 +129,7 @@ HEADERS = {
 def test_an_odd_header_is_refused(name: str, tmp_path: Path) -> None:
     file = tmp_path / "x.safetensors"
     file.write_bytes(HEADERS[name])
-    message = refusal(lambda: convert.load(file))
+    message = refusal(lambda: snapshots.load(file))
     assert message.startswith(f"{file}: cannot be read as safetensors: ") and message.endswith("; copy it again")
 
 
@@ -169,14 +170,14 @@ def test_what_a_checkpoint_tells_of_itself_is_checked(
     path = rewritten(run, tmp_path, form, change)
     if path is None:
         return
-    message = refusal(lambda: convert.read(path))
+    message = refusal(lambda: snapshots.read(path))
     assert str(path) in message and re.search(expected.replace("its metadata is no object", ".* object"), message)
     assert refusal(lambda: predict.load(path)) and refusal(lambda: use(resume.to_use(path)))
 
 
 def use(start: Any) -> None:
     start.config()
-    convert.read(start.path)
+    snapshots.read(start.path)
 
 
 def setting(info: dict[str, Any], name: str, value: Any) -> dict[str, Any]:
@@ -193,14 +194,14 @@ def rewritten(run: Path, folder: Path, form: str, change: Callable[[Any], Any]) 
         return path
     if form == SAFETENSORS:
         path = folder / "x.safetensors"
-        convert.write(path, convert.read(run), form)
+        snapshots.write(path, snapshots.read(run), form)
         tensors = load_file(path)
         (length,) = struct.unpack("<Q", path.read_bytes()[:8])
         info = json.loads(json.loads(path.read_bytes()[8 : 8 + length])["__metadata__"]["jaxlm"])
         save_file(tensors, path, {"jaxlm": json.dumps(change(info))})
         return path
     path = folder / "x.pt"
-    convert.write(path, convert.read(run), form)
+    snapshots.write(path, snapshots.read(run), form)
     tree = torch.load(path, weights_only=True)
     before = {"step": 3, "task": "sst2", "rate": 0.1, "val_loss": None, "tokenizer": None, "config": None}
     after = change({**before, "config": tree["config"]["torchlm"]["settings"]})
@@ -236,11 +237,11 @@ WRAPPED: dict[str, Callable[[str], str]] = {
 @pytest.mark.parametrize("wrapper", WRAPPED)
 @pytest.mark.parametrize("form", [STATE_DICT, SAFETENSORS, "public"])
 def test_names_that_a_wrapper_changed_are_read(wrapper: str, form: str, run: Path, model: Path, tmp_path: Path) -> None:
-    snapshot, rename = convert.read(run), WRAPPED[wrapper]
+    snapshot, rename = snapshots.read(run), WRAPPED[wrapper]
     if form == "public":
-        file, before = model / "model.safetensors", convert.read(model)
+        file, before = model / "model.safetensors", snapshots.read(model)
         save_file({rename(name): x for name, x in load_file(file).items()}, file)
-        after = convert.read(model)
+        after = snapshots.read(model)
         assert all(np.array_equal(after.weights[name], x) for name, x in before.weights.items())
         return
     tensors = {rename(name): x for name, x in snapshot.weights.items()}
@@ -249,12 +250,12 @@ def test_names_that_a_wrapper_changed_are_read(wrapper: str, form: str, run: Pat
         torch.save({name: torch.from_numpy(x) for name, x in tensors.items()}, path)
     else:
         save_file(tensors, path)
-    after = convert.read(path, snapshot.config)
+    after = snapshots.read(path, snapshot.config)
     assert all(np.array_equal(after.weights[name], x) for name, x in snapshot.weights.items())
 
 
 def test_names_of_several_models_are_refused(run: Path, tmp_path: Path) -> None:
-    weights, file = convert.read(run).weights, tmp_path / "x.safetensors"
+    weights, file = snapshots.read(run).weights, tmp_path / "x.safetensors"
     first, *others = weights
     for change, expected in (
         (
@@ -264,14 +265,14 @@ def test_names_of_several_models_are_refused(run: Path, tmp_path: Path) -> None:
         ({f"module.{first}": weights[first], **weights}, f"has {first} twice, once as "),
     ):
         save_file(change, file)
-        message = refusal(lambda: convert.load(file))
+        message = refusal(lambda: snapshots.load(file))
         assert expected in message and message.endswith("save the state dict of one model")
 
 
 @pytest.mark.parametrize("form", [STATE_DICT, SAFETENSORS])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_halves_are_read_as_the_same_numbers(form: str, dtype: str, run: Path, tmp_path: Path) -> None:
-    snapshot = convert.read(run)
+    snapshot = snapshots.read(run)
     halves = {name: torch.from_numpy(x).to(getattr(torch, dtype)) for name, x in snapshot.weights.items()}
     path = tmp_path / ("x.pt" if form == STATE_DICT else "x.safetensors")
     if form == STATE_DICT:
@@ -280,7 +281,7 @@ def test_halves_are_read_as_the_same_numbers(form: str, dtype: str, run: Path, t
         from safetensors.torch import save_file as save_tensors
 
         save_tensors(halves, path)
-    after = convert.read(path, snapshot.config)
+    after = snapshots.read(path, snapshot.config)
     assert all(np.array_equal(after.weights[name], x.float().numpy()) for name, x in halves.items())
 
 
@@ -305,7 +306,7 @@ def test_tensors_that_are_not_read_are_named(form: str, dtype: str, tmp_path: Pa
         from safetensors.torch import save_file as save_tensors
 
         save_tensors({"a": tensor}, path)
-    message = refusal(lambda: convert.load(path))
+    message = refusal(lambda: snapshots.load(path))
     assert dtype.partition("_")[0] in message and "save it as float32" in message
 
 
@@ -319,24 +320,24 @@ def test_tensors_that_are_not_read_are_named(form: str, dtype: str, tmp_path: Pa
 )
 def test_a_damaged_value_of_a_checkpoint_is_one_line(change: dict[str, Any], run: Path, tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
-    convert.write(path, convert.read(run), CHECKPOINT_1_2)
+    snapshots.write(path, snapshots.read(run), CHECKPOINT_1_2)
     torch.save(torch.load(path, weights_only=True) | change, path)
-    assert refusal(lambda: convert.read(path)).endswith("; save it again")
+    assert refusal(lambda: snapshots.read(path)).endswith("; save it again")
 
 
 @pytest.mark.parametrize("value", [torch.ones(3), 3, None, {}, {1: torch.ones(2)}, {"a": torch.ones(2), "epoch": 3}])
 def test_what_is_no_state_dict_is_named(value: Any, tmp_path: Path) -> None:
     torch.save(value, tmp_path / "x.pt")
-    message = refusal(lambda: convert.load(tmp_path / "x.pt"))
+    message = refusal(lambda: snapshots.load(tmp_path / "x.pt"))
     assert re.search(r"it has (nothing|.* of type \w+); save what model.state_dict\(\) returns$", message)
 
 
 def test_a_file_is_read_by_its_content_whatever_its_name(run: Path, tmp_path: Path) -> None:
-    snapshot = convert.read(run)
+    snapshot = snapshots.read(run)
     for form, name in ((STATE_DICT, "x.safetensors"), (SAFETENSORS, "x.pt")):
-        convert.write(tmp_path / "made", snapshot, form)
+        snapshots.write(tmp_path / "made", snapshot, form)
         (tmp_path / "made").rename(tmp_path / name)
-        assert convert.load(tmp_path / name).weights.keys() == snapshot.weights.keys()
+        assert snapshots.load(tmp_path / name).weights.keys() == snapshot.weights.keys()
 
 
 # Mends that are code or commands: they are run
@@ -346,10 +347,12 @@ def test_a_file_is_read_by_its_content_whatever_its_name(run: Path, tmp_path: Pa
 def test_the_mend_for_other_files_of_weights_works(
     kind: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = convert.read(model).weights
+    before = snapshots.read(model).weights
     if kind == "none":
         (model / "model.safetensors").unlink()
-        assert refusal(lambda: convert.load(model)).endswith("there is no model.safetensors; copy or download it, too")
+        assert refusal(lambda: snapshots.load(model)).endswith(
+            "there is no model.safetensors; copy or download it, too"
+        )
         return
     theirs = transformers.BertForSequenceClassification.from_pretrained(model)
     (model / "model.safetensors").unlink()
@@ -363,12 +366,12 @@ def test_the_mend_for_other_files_of_weights_works(
             (model / "pytorch_model.bin").rename(model / "pytorch_model-00001-of-00001.bin")
             index = {"metadata": {}, "weight_map": dict.fromkeys(state, "pytorch_model-00001-of-00001.bin")}
             (model / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    message = refusal(lambda: convert.load(model))
+    message = refusal(lambda: snapshots.load(model))
     monkeypatch.chdir(tmp_path)
     (code,) = re.findall(r"transformers\..*?\)\.save_pretrained\(.*?\)", message)
     exec(code, {"transformers": transformers})
     shutil.copy(model / "tokenizer.json", tmp_path / "NEW")
-    after = convert.read(tmp_path / "NEW").weights
+    after = snapshots.read(tmp_path / "NEW").weights
     assert all(np.array_equal(after[name], x) for name, x in before.items())
 
 
@@ -385,33 +388,33 @@ def test_the_mend_for_other_files_of_weights_works(
 def test_the_mend_for_a_state_dict_within_others_works(
     around: Callable[[Any], Any], run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    snapshot = convert.read(run)
+    snapshot = snapshots.read(run)
     weights = {name: torch.from_numpy(x) for name, x in snapshot.weights.items()}
     monkeypatch.chdir(tmp_path)
     torch.save(around(weights), "FILE")
-    message = refusal(lambda: convert.load(Path("FILE")))
+    message = refusal(lambda: snapshots.load(Path("FILE")))
     exec(message.partition("alone: ")[2].replace("FILE", "'FILE'").replace("NEW", "'NEW.pt'"), {"torch": torch})
-    assert convert.read(Path("NEW.pt"), snapshot.config).weights.keys() == weights.keys()
+    assert snapshots.read(Path("NEW.pt"), snapshot.config).weights.keys() == weights.keys()
 
 
 def test_the_mend_for_bare_weights_works(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    convert.write(Path("w.pt"), convert.read(run), STATE_DICT)
+    snapshots.write(Path("w.pt"), snapshots.read(run), STATE_DICT)
     message = refusal(lambda: resume.to_use("w.pt"))
     command = re.search(r"python -m jaxlm\.convert (.*) makes a run", message)
     assert command
     args = command[1].replace("FILE", str(run / "config.toml")).split()
     assert convert.main(args) == 0
     assert resume.to_use("NEW").info["task"] == "sst2"
-    other = configs.replace(convert.read(run).config, "model.d_model", 24)
+    other = configs.replace(snapshots.read(run).config, "model.d_model", 24)
     assert "with the settings of --config: weights of another model: " in refusal(
-        lambda: convert.read(Path("w.pt"), other)
+        lambda: snapshots.read(Path("w.pt"), other)
     )
 
 
 def test_a_file_of_a_newer_kind_says_so(run: Path, tmp_path: Path) -> None:
     path = rewritten(run, tmp_path, RUN, lambda info: {**info, "format": 99, "version": "9.1"})
     assert path
-    assert refusal(lambda: formats.info_of_run(path)).endswith(
+    assert refusal(lambda: layout.info_of_run(path)).endswith(
         "but only 2 can be read; use the jaxlm that wrote it, 9.1"
     )

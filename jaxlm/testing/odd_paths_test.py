@@ -8,16 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from jaxlm import config, convert, report, runs
+from jaxlm import config, report, runs
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.checkpoint_test import INFO, assert_bitwise_equal, state_at
 from jaxlm.data import grammar
 from jaxlm.errors import UserError
 from jaxlm.inference import load
 from jaxlm.io import checksums, storage
+from jaxlm.params import layout
 from jaxlm.testing import tiny_runs
 from jaxlm.training import resume
-from jaxlm.weights import formats
+from jaxlm.weights import formats, snapshots
 
 NO_UTF_8 = os.fsdecode(b"\xff")
 NAMES = (
@@ -54,7 +55,7 @@ def test_checkpoints_in_a_folder_of_any_name_can_be_read(name: str, tmp_path: Pa
         assert checkpoints.steps() == [7]
     assert not failures
     assert {path.name for path in folder.iterdir()} == {"7"}
-    formats.check_run(folder / "7")
+    layout.check_run(folder / "7")
 
 
 def test_no_link_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,10 +82,10 @@ def test_a_run_of_any_name_is_used(name: str, tmp_path: Path) -> None:
         ("t[1].pt", formats.CHECKPOINT_1_2),
         ("m" * 255, formats.SAFETENSORS),
     ):
-        convert.write(run / target, convert.read(run), form)
-        assert convert.read(run / target).info["step"] == 6
+        snapshots.write(run / target, snapshots.read(run), form)
+        assert snapshots.read(run / target).info["step"] == 6
     moved = (run / "checkpoints" / "6").rename(run / "6 (copy) [1]")
-    assert convert.read(moved).info["step"] == 6
+    assert snapshots.read(moved).info["step"] == 6
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxlm import convert, predict, runs
+from jaxlm import predict, runs
+from jaxlm.weights import snapshots
 
 ARCHIVE = Path(__file__).parents[2] / "parity_tests" / "old_runs.tar.xz"
 # SHA-256 of weights and moments, as that commit read them.
@@ -39,7 +40,7 @@ def old(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", DIGESTS)
 def test_every_bit_is_read(name: str, old: Path) -> None:
-    snapshot, digest = convert.read(old / name), hashlib.sha256()
+    snapshot, digest = snapshots.read(old / name), hashlib.sha256()
     for tree in (snapshot.weights, *(snapshot.moments or ())):
         for tensor in sorted(tree):
             digest.update(tensor.encode() + tree[tensor].tobytes())

@@ -24,13 +24,15 @@ import jaxlm.loop
 import jaxlm.train
 import torchlm.loop
 import torchlm.train
-from jaxlm import checkpoint, convert, optim, parallel
+from jaxlm import checkpoint, optim, parallel
 from jaxlm import config as configs
 from jaxlm.data import grammar, tokenization
 from jaxlm.params import names
 from jaxlm.params.names import Arrays
+from jaxlm.params.snapshot import Snapshot
 from jaxlm.tasks import parameters
-from jaxlm.weights.formats import CHECKPOINT_1_2, RUN, SAFETENSORS, Snapshot
+from jaxlm.weights import snapshots
+from jaxlm.weights.formats import CHECKPOINT_1_2, RUN, SAFETENSORS
 
 PAGE = (Path(__file__).parents[1] / "training" / "CHECKPOINTS.md").read_text(encoding="utf-8")
 ORIGINAL = Path(__file__).parents[2] / "parity_tests" / "cases" / "mlm" / "checkpoint.pt"
@@ -115,20 +117,20 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         settings = f"{TINY} --tokenizer.vocab-size 300 {data_of('mlm', folder)} --run.dir {folder / 'torchlm'}"
         assert torchlm.train.main(shlex.split(settings)) == 0
-        trained = convert.read(folder / "torchlm" / "checkpoints" / f"{STEP}.pt")
-        convert.write(folder / "jaxlm", trained, RUN)
+        trained = snapshots.read(folder / "torchlm" / "checkpoints" / f"{STEP}.pt")
+        snapshots.write(folder / "jaxlm", trained, RUN)
         for place in (folder, folder / "jaxlm"):  # a file takes that beside it
             shutil.copy(folder / "torchlm" / "tokenizer.json", place)
-        convert.write(folder / "run.safetensors", trained, SAFETENSORS)
+        snapshots.write(folder / "run.safetensors", trained, SAFETENSORS)
         save_file(trained.weights, folder / "bare.safetensors")
         double = {name: x.astype(np.float64) for name, x in trained.weights.items()}
-        convert.write(folder / "float64.safetensors", dataclasses.replace(trained, weights=double), SAFETENSORS)
+        snapshots.write(folder / "float64.safetensors", dataclasses.replace(trained, weights=double), SAFETENSORS)
         for name, changes in (
             ("learned", {"model.positions": "learned"}),
             ("fixed", {"model.positions": "fixed"}),
             ("sst2", {"task": "sst2"}),
         ):
-            convert.write(folder / f"{name}.pt", changed(trained, changes), CHECKPOINT_1_2)
+            snapshots.write(folder / f"{name}.pt", changed(trained, changes), CHECKPOINT_1_2)
         text = (folder / "jaxlm" / "tokenizer.json").read_text()
         (folder / "other.json").write_text(text.replace('"lowercase":true', '"lowercase":false'))
         # The original's files have a vocabulary of 97.
@@ -231,7 +233,7 @@ def test_each_row_of_the_table(
     assert result != 2, output.err
     run, state = result
     source = Path(next(argv[i + 1] for i, word in enumerate(argv) if word in ("--resume", "--init-from")))
-    snapshot = convert.read(source / "checkpoints" / f"{STEP}.pt" if source.name == "torchlm" else source)
+    snapshot = snapshots.read(source / "checkpoints" / f"{STEP}.pt" if source.name == "torchlm" else source)
     assert snapshot.moments is not None
     shown = dict(re.findall(r"│ (base|head|optimizer|counters) .*│ (\w+)[^│]*│$", output.out, re.MULTILINE))
     assert list(shown.values()) == [outcome.partition(",")[0] for outcome in row.outcomes]
@@ -274,7 +276,7 @@ def test_the_rows_of_other_meshes(begun: Any, sources: dict[str, Path], tmp_path
     assert done.returncode == 0, done.stderr
     assert "device  4 x cpu" in done.stdout
     _, state = begun("jaxlm", argv_of(to_one, "jaxlm", sources | {"JAXLM": tmp_path / "four"}, tmp_path / "one"))
-    snapshot = convert.read(sources["JAXLM"])
+    snapshot = snapshots.read(sources["JAXLM"])
     assert same(state.weights, snapshot.weights)
     assert all(same(x, y) for x, y in zip(state.moments, snapshot.moments, strict=True))
     assert (state.n_updates, state.step, state.sample) == (STEP, STEP, snapshot.info["sample_iter"])
@@ -296,13 +298,13 @@ def test_the_notebook_of_the_page(sources: dict[str, Path], monkeypatch: pytest.
 
 def test_a_base_is_restored_without_the_files_of_other_parts(sources: dict[str, Path], tmp_path: Path) -> None:
     path = shutil.copytree(sources["JAXLM"], tmp_path / "run") / "checkpoints" / str(STEP)
-    config = convert.read(path).config
+    config = snapshots.read(path).config
     fresh, compiled = jaxlm.loop.build(config, jaxlm.loop.TASKS["mlm"](config), parallel.make_mesh(config))
     for part in ("head", "optimizer"):
         shutil.rmtree(path / part)
     state = checkpoint.restore(path, fresh(), ["base"], step=0)
     weights = names.to_torch(jax.device_get(state.params))
-    stored = convert.read(sources["TORCHLM"] / "checkpoints" / f"{STEP}.pt").weights
+    stored = snapshots.read(sources["TORCHLM"] / "checkpoints" / f"{STEP}.pt").weights
     assert all(np.array_equal(x, stored[name]) for name, x in weights.items() if name.startswith("base"))
     with pytest.raises(configs.UserError, match="damaged: head/.* is missing"):
         checkpoint.restore(path, fresh(), ["base", "head"])
@@ -321,7 +323,7 @@ def test_a_damaged_newest_checkpoint_is_set_aside(
         newer.write_bytes(older.read_bytes()[:-1000])
     row = Row("", "--resume auto", [])
     _, state = begun(program, argv_of(row, program, sources, run))
-    assert (state.step, same(state.weights, convert.read(older).weights)) == (STEP, True)
+    assert (state.step, same(state.weights, snapshots.read(older).weights)) == (STEP, True)
     assert {path.name for path in older.parent.iterdir()} == {older.name, f"{newer.name}.damaged"}
     errors = capsys.readouterr().err
     what = "cannot be read" if program == "torchlm" else "optimizer/_METADATA is missing"

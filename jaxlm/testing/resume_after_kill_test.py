@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from jaxlm import convert, train
+from jaxlm import train
 from jaxlm.data import grammar
 from jaxlm.training import signals
+from jaxlm.weights import snapshots
 
 # Two epochs and a half; updates 5, 10 and 15 are evaluated, at four batches each.
 TINY = (
@@ -40,7 +41,7 @@ def run(texts: Path, folder: Path, settings: str = "") -> int:
 def content(folder: Path) -> dict[str, Any]:
     """Return all of a run that is to be the same: rows but for their speed, samples, and the last checkpoint."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    snapshot = convert.read(folder)
+    snapshot = snapshots.read(folder)
     assert snapshot.moments is not None
     del snapshot.info["val_loss"]  # which a checkpoint lacks where a signal has ended its evaluation
     return {

@@ -12,6 +12,7 @@ from jaxlm import config as configs
 from jaxlm.config import Config, TokenizerConfig
 from jaxlm.data import tokenization
 from jaxlm.params import names
+from jaxlm.params.snapshot import Snapshot
 from jaxlm.tasks import parameters
 from jaxlm.training import resume
 from jaxlm.weights import formats
@@ -47,7 +48,7 @@ def write(
     for step, loss in (losses or {3: None}).items():
         info = {"step": step, "task": task, "rate": 0.1, "sample_iter": 4 * step, "val_loss": loss, "skipped": []}
         info |= {"classes": classes} if classes else {}  # checkpoints of earlier versions have no names
-        snapshot = formats.Snapshot(config, info | {"tokenizer": fingerprint}, weights(config, step), None, step)
+        snapshot = Snapshot(config, info | {"tokenizer": fingerprint}, weights(config, step), None, step)
         formats.WRITERS[formats.RUN](folder / "made", snapshot)
         (folder / "made" / "checkpoints" / str(step)).rename(folder / "checkpoints" / str(step))
         shutil.rmtree(folder / "made")

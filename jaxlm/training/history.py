@@ -19,7 +19,8 @@ from typing import Any, TypeVar
 from jaxlm.data import metrics
 from jaxlm.errors import UserError
 from jaxlm.io import checksums
-from jaxlm.training.resume import DAMAGED, Start
+from jaxlm.io.checksums import DAMAGED
+from jaxlm.training.resume import Start
 from jaxlm.weights import formats
 
 FILES = ("metrics.jsonl", "samples.txt")
@@ -186,3 +187,24 @@ def _replace(path: Path, content: bytes, problems: list[str], warn: Warn) -> Non
     finally:
         for problem in problems:
             warn(problem)
+
+
+SAVED = "saved.json"  # in a run folder: {"step": that of its last whole checkpoint, 0 before the first}
+
+
+def last_saved(run_dir: Path) -> int:
+    """Return the step of the last whole checkpoint that a run has recorded, 0 if there was none.
+
+    A run of an earlier version has no record: its last score of the validation split counts, which is saved just after.
+    """
+    try:
+        step = checksums.read_json(run_dir / SAVED)["step"]
+        if type(step) is int:
+            return step
+    except (OSError, ValueError, KeyError):
+        pass
+    from jaxlm.training import history  # which imports this module
+
+    return max(
+        (row["step"] for row in history.rows(run_dir / "metrics.jsonl") if row["split"] == "validation"), default=0
+    )

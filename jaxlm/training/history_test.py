@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from jaxlm import checkpoint, report, runs
+from jaxlm import report, runs
 from jaxlm.errors import UserError
+from jaxlm.inference import load
 from jaxlm.reporting import run_reader as folders
 from jaxlm.testing import tiny_runs
 from jaxlm.training import environment, history, resume
@@ -241,7 +242,7 @@ def test_losses_of_checkpoints_are_their_own(scored: Path) -> None:
     assert {x.step: x.loss for x in run.checkpoints} == LOSSES and run.best_score_step() == 6
     assert run.scores("validation") == {"loss": 1.0}
     assert resume.to_use(scored).path == scored / "checkpoints" / "6"
-    assert checkpoint.load_model(scored)[1].task == "gpt"
+    assert load.load_model(scored)[1].task == "gpt"
 
 
 def test_commands_read_a_run_with_bad_logs(scored: Path, capsys: pytest.CaptureFixture[str]) -> None:

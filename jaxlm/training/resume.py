@@ -4,33 +4,29 @@ CHECKPOINTS.md has the table of what is restored when.
 """
 
 import dataclasses
-import math
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from jaxlm import config as configs
-from jaxlm import convert
 from jaxlm.config import BASE, Config, Layer, TrainConfig
+from jaxlm.data import metrics
 from jaxlm.data.position import Position
 from jaxlm.data.sources import listed, numbered
 from jaxlm.errors import UserError, slow
 from jaxlm.io import checksums, storage
-from jaxlm.params.names import Arrays, Shapes
+from jaxlm.params import layout
 from jaxlm.tasks.parameters import model_kind
-from jaxlm.training import teacher
-from jaxlm.weights import formats, huggingface
+from jaxlm.training import history, teacher
+from jaxlm.weights import formats, huggingface, snapshots
 
 if TYPE_CHECKING:  # settings are read before anything that takes long to import
     from rich.table import Table
 
     from jaxlm.data.prepare import Data
 
-PARTS = ("base", "head", "optimizer")
 LOCK = ".lock"  # in a run folder, locked for as long as a process works in it
-SAVED = "saved.json"  # in a run folder: {"step": that of its last whole checkpoint, 0 before the first}
-DAMAGED = ".damaged"  # behind the name of a checkpoint or log that was set aside
 # What the tensors of a base model depend on; a run that starts from one has it from there.
 BASE_SETTINGS = (
     *("model.d_model", "model.n_layers", "model.n_heads", "model.vocab_size", "model.positions"),
@@ -80,7 +76,7 @@ class Start:
 
     def config(self) -> Config:
         """Return them as Config."""
-        return convert.config_of(self.info["config"], self.path or Path())
+        return snapshots.config_of(self.info["config"], self.path or Path())
 
     def classes(self) -> tuple[str, ...]:
         """Return the names of the classes by number, which are the numbers where the checkpoint has no names."""
@@ -268,7 +264,7 @@ def to_use(named: str | Path) -> Start:
         for i, candidate in enumerate(paths):
             loss = formats.validation_loss(candidate)
             losses |= {} if loss is None else {i: loss}
-        path = paths[best(range(len(paths)), losses) or 0]
+        path = paths[metrics.best(range(len(paths)), losses) or 0]
     form, info = _read(path, parts)
     return Start("base", path, form, info, parts[:2], _run_of(path, source))
 
@@ -280,54 +276,19 @@ def _teacher(named: str) -> Start:
         raise UserError(f"distill.teacher={named}: {str(error).removeprefix(f'{named}: ')}") from error
 
 
-def best(steps: Iterable[int], losses: Mapping[int, float]) -> int | None:
-    """Return the step with the lowest of the validation losses, None if none of the steps has one."""
-    # Compared with NaN, nothing is better or worse.
-    found = {step: losses[step] for step in steps if not math.isnan(losses.get(step, math.nan))}
-    return min(found, key=found.__getitem__) if found else None
-
-
-def fitting(weights: Arrays, shapes: Shapes, parts: Sequence[str]) -> tuple[Arrays, Shapes]:
-    """Return the weights and the shapes of some parts; of learned positions, only as many as the model has."""
-    weights = {name: x for name, x in weights.items() if name.partition(".")[0] in parts}
-    shapes = {name: shape for name, shape in shapes.items() if name.partition(".")[0] in parts}
-    table = "base.embedding.position"
-    if table in weights and table in shapes and len(weights[table]) > shapes[table][0]:
-        weights[table] = weights[table][: shapes[table][0]]
-    return weights, shapes
-
-
 def table(start: Start, sizes: Mapping[str, Sequence[int]]) -> "Table":
     """Return what of a run is from where; `sizes` has the parameters of each tensor, by part."""
     from rich.table import Table
 
     title = f"started from {start.path}"
     result = Table("part", "tensors", "parameters", "", title=title, title_style="", title_justify="left")
-    for part in PARTS:
+    for part in layout.PARTS:
         what = "restored" if part in start.parts else "afresh"
         result.add_row(part, str(len(sizes[part])), f"{sum(sizes[part]):,}", what)
     position = start.position()
     counters = f"restored: {position.step:,} updates, {position.sample:,} samples"
     result.add_row("counters", "", "", counters if start.kind == "resume" else "afresh")
     return result
-
-
-def last_saved(run_dir: Path) -> int:
-    """Return the step of the last whole checkpoint that a run has recorded, 0 if there was none.
-
-    A run of an earlier version has no record: its last score of the validation split counts, which is saved just after.
-    """
-    try:
-        step = checksums.read_json(run_dir / SAVED)["step"]
-        if type(step) is int:
-            return step
-    except (OSError, ValueError, KeyError):
-        pass
-    from jaxlm.training import history  # which imports this module
-
-    return max(
-        (row["step"] for row in history.rows(run_dir / "metrics.jsonl") if row["split"] == "validation"), default=0
-    )
 
 
 def _resume_auto(run_dir: Path, given: Mapping[str, Any], form: str) -> Start:
@@ -357,8 +318,8 @@ def _resume_auto(run_dir: Path, given: Mapping[str, Any], form: str) -> Start:
                 f"run.checkpoint_dir={folder}: these checkpoints are of the run {owner}; go on with it by --run.dir "
                 f"{owner}, or start from it in a new folder with --resume {owner}"
             )
-        return Start("resume", path, stored_form, info, PARTS, run_dir, str(run_dir), damaged=damaged)
-    if step := last_saved(run_dir):
+        return Start("resume", path, stored_form, info, layout.PARTS, run_dir, str(run_dir), damaged=damaged)
+    if step := history.last_saved(run_dir):
         reason = reason or f"there is none, and one of step {step} was saved"
     if reason:
         places = [str(folder) for folder in folders]
@@ -381,7 +342,7 @@ def _resume(source: Path, given: Mapping[str, Any], form: str) -> Start:
     run = _run_of(path, source)
     if given.get("task", info["task"]) != info["task"] or given.get("train.switch_training"):
         return Start("base", path, stored_form, info, _parts_of_base(given, stored_form, info), run, damaged=damaged)
-    parts = PARTS[:2] if given.get("train.reset_optimizer") else PARTS
+    parts = layout.PARTS[:2] if given.get("train.reset_optimizer") else layout.PARTS
     start = Start("resume", path, stored_form, info, parts, run, damaged=damaged)
     new_dir = given.get("run.dir", "")
     if run is None or stored_form != form or (new_dir and Path(new_dir).absolute() != run.absolute()):
@@ -403,7 +364,7 @@ def _parts_of_base(given: Mapping[str, Any], form: str, info: Mapping[str, Any])
     task = given.get("task", Config().task)
     is_own = form.startswith(formats.TRANSFORMERS) and task == info["task"]
     goes_on = is_own or (model_kind(task) == model_kind(info["task"]) == "causal")
-    return PARTS[:2] if goes_on and not given.get("train.switch_training") else PARTS[:1]
+    return layout.PARTS[:2] if goes_on and not given.get("train.switch_training") else layout.PARTS[:1]
 
 
 def _run_of(path: Path, source: Path) -> Path | None:
@@ -458,15 +419,15 @@ def _candidates(source: Path) -> Iterator[Path]:
 
 def _read(path: Path, parts: Iterable[str] | None) -> tuple[str, dict[str, Any]]:
     if path.is_file() or huggingface.is_model(path):
-        stored = convert.load(path)
+        stored = snapshots.load(path)
         if not stored.info:
             raise UserError(
                 f"{path}: bare weights without settings; python -m jaxlm.convert {shlex.quote(str(path))} NEW "
                 "--config FILE makes a run of them, with the config.toml of theirs"
             )
         return stored.form, stored.info
-    formats.check_run(path, parts)
-    return formats.RUN, formats.info_of_run(path)
+    layout.check_run(path, parts)
+    return formats.RUN, layout.info_of_run(path)
 
 
 def _schedule(train: TrainConfig) -> list[Any]:

@@ -13,12 +13,14 @@ from jaxlm import config as configs
 from jaxlm.data import tokenization
 from jaxlm.data.position import Position
 from jaxlm.errors import UserError
+from jaxlm.params.layout import PARTS
+from jaxlm.params.snapshot import Snapshot
 from jaxlm.tasks import parameters
 from jaxlm.testing import tiny_runs
 from jaxlm.training import resume
-from jaxlm.training.resume import PARTS, Start
+from jaxlm.training.resume import Start
 from jaxlm.weights import formats
-from jaxlm.weights.formats import CHECKPOINT_1_2, RUN, SAFETENSORS, Snapshot
+from jaxlm.weights.formats import CHECKPOINT_1_2, RUN, SAFETENSORS
 
 STEPS = (3, 6, 9)
 SIZES = {"vocab_size": 11, "d_model": 12, "n_heads": 3, "seq_len": 5, "n_layers": 2, "positions": "rotary"}

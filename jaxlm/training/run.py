@@ -19,8 +19,9 @@ from jaxlm.data.position import Position
 from jaxlm.errors import CLEANUPS, UserError, slow
 from jaxlm.io import storage, temporary
 from jaxlm.training import environment, history, log, run_dir, teacher
+from jaxlm.training.history import SAVED
 from jaxlm.training.log import RunLog
-from jaxlm.training.resume import LOCK, SAVED, Start
+from jaxlm.training.resume import LOCK, Start
 from jaxlm.training.teacher import Teacher
 
 N_CLASSES = 30  # that are shown at the start

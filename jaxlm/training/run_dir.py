@@ -14,12 +14,13 @@ from typing import TextIO
 from jaxlm import config as configs
 from jaxlm.config import Config
 from jaxlm.data import prepare
-from jaxlm.errors import UserError
+from jaxlm.errors import UserError, reason
 from jaxlm.io import checksums, storage, temporary
-from jaxlm.training import environment, history, resume
+from jaxlm.io.checksums import DAMAGED
+from jaxlm.training import environment, history
+from jaxlm.training.history import SAVED
 from jaxlm.training.log import RunLog
-from jaxlm.training.resume import DAMAGED, LOCK, SAVED, Start
-from jaxlm.weights import formats
+from jaxlm.training.resume import LOCK, Start
 
 # All that a run without a checkpoint writes into its folder; what else is there is the user's.
 OWN = (
@@ -125,7 +126,7 @@ def set_aside(start: Start, folder: Path, run_dir: Path, run_log: RunLog) -> Non
 
     Of the latter, a save of this run that was killed is left out: it is later than the last that was recorded.
     """
-    saved = resume.last_saved(run_dir) if (run_dir / SAVED).is_file() else sys.maxsize
+    saved = history.last_saved(run_dir) if (run_dir / SAVED).is_file() else sys.maxsize
     lost = [x for x in storage.children(folder) if x.name.isdecimal() and int(x.name) <= saved]
     lost_why = f"{checksums.FILE} is missing"
     for path, what in (*start.damaged, *((x, lost_why) for x in lost if checksums.is_cut_short(x))):
@@ -136,7 +137,7 @@ def set_aside(start: Start, folder: Path, run_dir: Path, run_log: RunLog) -> Non
                 path.rename(aside)
             except Exception as error:  # of a disk or a network that fails
                 raise UserError(
-                    f"{path}: damaged: {what}, and cannot be set aside ({formats.reason(error)}); move or remove it"
+                    f"{path}: damaged: {what}, and cannot be set aside ({reason(error)}); move or remove it"
                 ) from error
             what += f"; it is set aside as {aside.name}"
         run_log.warn(f"{path}: damaged: {what}")

@@ -12,7 +12,7 @@ from rich.table import Table
 from jaxlm.data import metrics
 from jaxlm.data.samples import Batch
 from jaxlm.errors import UserError
-from jaxlm.training import meter, resume, run_dir
+from jaxlm.training import meter, run_dir
 from jaxlm.training.run import Run
 
 N_SHOWN = 4  # validation samples of the debug dump
@@ -42,7 +42,7 @@ def shown_samples(run: Run, multiple: int) -> Batch:
 
 def best_step(run: Run, last: int, saved: Iterable[int]) -> int | None:
     """Return the step with the lowest validation loss among those saved and the last one; None if none has one."""
-    return resume.best({*saved, last}, run.losses())
+    return metrics.best({*saved, last}, run.losses())
 
 
 def best_state(run: Run, last: int, saved: list[int], state: T, restore: Callable[[int, T], T]) -> T:
@@ -84,7 +84,7 @@ def sum_up(
         f"{n_parameters:,} parameters{share}, on {run.data.source.description}"
     )
     folder = run.config.run.checkpoint_dir or run.dir / "checkpoints"
-    best, lowest = best_step(run, last, saved), resume.best(run.validation, run.losses())
+    best, lowest = best_step(run, last, saved), metrics.best(run.validation, run.losses())
     if lowest is None:
         run.log.say("There are no scores: the run ended before its first evaluation.")
     else:

@@ -8,11 +8,12 @@ import hashlib
 from typing import TYPE_CHECKING
 
 from jaxlm import config as configs
-from jaxlm import convert
 from jaxlm.config import BASE, Config
 from jaxlm.errors import UserError
+from jaxlm.params import snapshot
 from jaxlm.params.names import Arrays
 from jaxlm.tasks import TASKS
+from jaxlm.weights import snapshots
 
 if TYPE_CHECKING:
     from jaxlm.training.resume import Start
@@ -70,7 +71,7 @@ def check(config: Config, start: "Start", is_start: bool) -> None:
 def load(start: "Start", wanted: str = "") -> Teacher:
     """Return the teacher that was found. Raises UserError if its weights are not those `wanted`, a fingerprint."""
     assert start.path is not None, "it was found"
-    snapshot = convert.merged(convert.read(start.path))  # adapters are in the weights
+    snapshot = snapshot.merged(snapshots.read(start.path))  # adapters are in the weights
     digest = hashlib.sha256()
     for name, x in sorted(snapshot.weights.items()):
         digest.update(f"{name} {x.shape} {x.dtype}".encode())

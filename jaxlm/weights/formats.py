@@ -13,41 +13,29 @@ are weights and settings without a training state.
 """
 
 import contextlib
-import dataclasses
 import json
 import logging
 import math
 import pickle
-import reprlib
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxlm import config as configs
-from jaxlm.config import BASE, Config
-from jaxlm.errors import UserError, outside
+from jaxlm.errors import UserError, outside, reason
 from jaxlm.io import checksums, storage, utf8
-from jaxlm.params import frozen, names
+from jaxlm.params import frozen, layout, names
 from jaxlm.params.names import Arrays, Shapes
+from jaxlm.params.snapshot import Moments, Snapshot
 from jaxlm.tasks import parameters
 
 RUN, CHECKPOINT_1_2, STATE_DICT, SAFETENSORS = "jaxlm run", "checkpoint 1.2", "state dict", "safetensors"
 TRANSFORMERS = "transformers "  # and the kind of model: the forms of public.py begin with it
-RUN_FORMAT = 2  # of the checkpoints in a jaxlm run
 FIRST, SECOND, N_UPDATES = "optimizer.first_moment.", "optimizer.second_moment.", "optimizer.step"
-_NEEDED: dict[str, Any] = {
-    **{"step": int, "task": str, "rate": int | float, "config": dict, "tokenizer": str | None},
-}
-_OPTIONAL: dict[str, Any] = {
-    **{"sample_iter": int, "val_loss": int | float | None, "skipped": list | tuple | None, "data": str | None},
-    **{"rewarmed": list | tuple | None, "teacher": str | None, "original_config": dict},
-    "classes": list | tuple | None,
-}
-Moments = tuple[Arrays, Arrays]  # first and second
 
 
 class Stored(NamedTuple):
@@ -58,19 +46,6 @@ class Stored(NamedTuple):
     tree: Any  # all in it, under its own names: dicts and lists of arrays or tensors, and other values
     weights: Arrays  # under torchlm's names; whether they fit a model is not checked
     info: dict[str, Any]  # what it tells of itself, with the keys of `info` in jaxlm's checkpoints; {} for bare weights
-
-
-@dataclasses.dataclass(frozen=True)
-class Snapshot:
-    """A training state of no framework; arrays are float32, and in model order."""
-
-    config: Config
-    info: dict[
-        str, Any
-    ]  # step, task, rate, tokenizer, sample_iter, val_loss; original_config where it comes from there
-    weights: Arrays
-    moments: Moments | None  # None: zero, as before the first update
-    n_updates: int
 
 
 def moments(stored: Stored, shapes: Shapes, first_block: int = 0) -> tuple[Moments | None, int]:
@@ -107,11 +82,6 @@ def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, np.ndarray]]:
             yield from leaves(value, f"{path}/{name}" if path else str(name))
 
 
-def reason(error: BaseException) -> str:
-    """Return the first line of what an error says."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def need_torch(path: Path) -> None:
     """Raise UserError if PyTorch, without which `path` cannot be read or written, is not installed."""
     try:
@@ -123,8 +93,8 @@ def need_torch(path: Path) -> None:
 def load_run(path: Path) -> Stored:
     """Return what is in a jaxlm run's last checkpoint, or in the folder of one checkpoint."""
     folder = _step_folder(path)
-    check_run(folder)
-    info = info_of_run(folder)
+    layout.check_run(folder)
+    info = layout.info_of_run(folder)
     import jax
     import orbax.checkpoint as ocp
 
@@ -132,7 +102,7 @@ def load_run(path: Path) -> Stored:
     try:
         tree: dict[str, Any] = {}
         places = {part: folder / part for part in ("base", "head", "optimizer")}
-        if not names.is_whole(info["config"]):
+        if not configs.is_whole(info["config"]):
             places["frozen"] = folder.parent / checksums.FROZEN / "base"
         with ocp.PyTreeCheckpointer() as checkpointer:
             for part, place in places.items():
@@ -152,48 +122,13 @@ def load_run(path: Path) -> Stored:
     return Stored(RUN, folder, tree, weights, info)
 
 
-def info_of_run(folder: Path) -> dict[str, Any]:
-    """Return what the folder of a checkpoint tells of itself. Raises UserError if it cannot be read."""
-    try:
-        info = checksums.read_json(folder / "info" / "metadata")
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"{folder}: cannot be read as a checkpoint of jaxlm: {reason(error)}; use another of its run"
-        ) from error
-    if "format" not in info:
-        raise UserError(f"{folder}: damaged: info/metadata does not tell its format; use another of its run")
-    if info.get("format") != RUN_FORMAT:
-        raise UserError(
-            f"{folder}: checkpoint of format {info.get('format')}, but only {RUN_FORMAT} can be read; "
-            f"use the jaxlm that wrote it{f', {version}' if (version := info.get('version')) else ''}"
-        )
-    return checked_info(info, folder)
-
-
-def checked_info(info: Any, path: Path) -> dict[str, Any]:
-    """Return what a file or folder tells of itself. Raises UserError unless the needed is there, and of its type."""
-    if not isinstance(info, dict):
-        raise UserError(f"{path}: its metadata is no object; it was not written by jaxlm, give another file")
-    if missing := [name for name in _NEEDED if name not in info]:
-        raise UserError(f"{path}: it does not tell its {', '.join(missing)}; convert the run that it is from again")
-    for name, kinds in {**_NEEDED, **_OPTIONAL}.items():
-        value = info.get(name)
-        if name in info and (not isinstance(value, kinds) or isinstance(value, bool)):
-            raise UserError(
-                f"{path}: its {name}={reprlib.repr(value)} is of a wrong type; convert the run that it is from again"
-            )
-    if info["step"] < 0 or info.get("sample_iter", 0) < 0:
-        raise UserError(f"{path}: its step or sample_iter is below 0; convert the run that it is from again")
-    return info
-
-
 def validation_loss(path: Path) -> float | None:
     """Return the validation loss that a checkpoint of jaxlm or torchlm tells, None if none. Reads no weights.
 
     Raises UserError if it cannot be read.
     """
     if path.is_dir():
-        loss = info_of_run(path).get("val_loss")
+        loss = layout.info_of_run(path).get("val_loss")
     else:
         need_torch(path)
         import torch
@@ -206,57 +141,6 @@ def validation_loss(path: Path) -> float | None:
                 raise
             raise UserError(f"{path}: cannot be read as a file of torch.save: {reason(error)}") from error
     return float(loss) if isinstance(loss, int | float) and math.isfinite(loss) else None
-
-
-def check_run(folder: Path, parts: Iterable[str] | None = None) -> None:
-    """Raise UserError unless a checkpoint of jaxlm, or its `parts`, is as it was written and can be opened."""
-    parts = None if parts is None else tuple(parts)
-    checksums.check(folder, parts)
-    check_opens(folder, parts)
-
-
-def check_opens(folder: Path, parts: Iterable[str] | None = None) -> None:
-    """Raise UserError unless every array in a checkpoint of jaxlm, or in its `parts`, can be read."""
-    info = info_of_run(folder)
-    is_whole = names.is_whole(info.get("config") or {})
-    places = {part: folder / part for part in ("base", "head", "optimizer") if parts is None or part in parts}
-    if info.get("task") == BASE:
-        places.pop("head", None)
-    if "base" in places and not is_whole:
-        places[checksums.FROZEN] = folder.parent / checksums.FROZEN / "base"
-        if not places["base"].exists():  # nothing of the base is trained
-            del places["base"]
-    for part, place in places.items():
-        try:
-            _read_arrays(place)
-        except Exception as error:  # TensorStore raises whatever its parts do
-            if outside(error) or storage.is_remote(folder) and not isinstance(error, ValueError):
-                raise  # memory or the network fails, which tells nothing of the checkpoint
-            why = reason(error).partition(" [")[0]  # without TensorStore's source lines
-            raise UserError(f"{folder}: damaged: {part} cannot be opened ({why})") from error
-
-
-def _read_arrays(folder: Path) -> None:
-    """Read the arrays of one part, as Orbax stores them; raises any error. Imports no framework."""
-    import tensorstore
-
-    leaves = checksums.read_json(folder / "_METADATA")["tree_metadata"].values()
-    if not (folder / "manifest.ocdbt").is_file():
-        raise ValueError("manifest.ocdbt is missing")
-    with storage.plain(folder) as place:
-        base = {"driver": "file", "path": f"{place}/"}
-        if storage.is_remote(place):
-            bucket, _, path = str(place).removeprefix("gs://").partition("/")
-            base = {"driver": "gcs", "bucket": bucket, "path": f"{path}/"}
-        store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
-        keys = store.list().result()
-        for leaf in leaves:
-            name = ".".join(str(key["key"]) for key in leaf["key_metadata"])
-            is_array = leaf["value_metadata"]["value_type"] in ("jax.Array", "np.ndarray", "scalar")
-            if is_array and f"{name}/.zarray".encode() not in keys:
-                raise ValueError(f"{name} is missing")
-        for key in keys:
-            store.read(key).result()
 
 
 def _step_folder(path: Path) -> Path:
@@ -288,7 +172,7 @@ def _write_run(path: Path, snapshot: Snapshot) -> None:
     opt_state = jax.eval_shape(optimizer.init, first)
     opt_state = optim.with_moments(opt_state, first, second, np.int32(snapshot.n_updates))
     path.mkdir()
-    info = {"format": RUN_FORMAT, **snapshot.info, "config": configs.flat(snapshot.config)}
+    info = {"format": layout.RUN_FORMAT, **snapshot.info, "config": configs.flat(snapshot.config)}
     losses = {} if info["val_loss"] is None else {info["step"]: info["val_loss"]}
 
     failures: list[str] = []
@@ -350,7 +234,7 @@ def load_torch(path: Path) -> Stored:
     tree = checkpoint.read(path)
     try:
         weights = {name: _array(tensor, f"{path}: {name}") for name, tensor in checkpoint.weights(tree).items()}
-        return Stored(CHECKPOINT_1_2, path, tree, weights, checked_info(_info_of_1_2(tree, weights), path))
+        return Stored(CHECKPOINT_1_2, path, tree, weights, layout.checked_info(_info_of_1_2(tree, weights), path))
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise UserError(
             f"{path}: not as a checkpoint 1.2 is: {type(error).__name__}: {reason(error)}; save it again"
@@ -455,7 +339,7 @@ def load_safetensors(path: Path) -> Stored:
         with storage.plain(path) as place, safe_open(place, framework="np") as file:
             tree = {name: file.get_tensor(name) for name in file.keys()}
             metadata = file.metadata() or {}
-        info = checked_info(utf8.from_json(metadata["jaxlm"]), path) if "jaxlm" in metadata else {}
+        info = layout.checked_info(utf8.from_json(metadata["jaxlm"]), path) if "jaxlm" in metadata else {}
     except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
         with contextlib.suppress(OSError), path.open("rb") as start:
             if why := utf8.stand_in(start.read(utf8.START)):

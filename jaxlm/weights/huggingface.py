@@ -18,13 +18,14 @@ from jaxlm import config as configs
 from jaxlm.config import BASE, Config, TokenizerConfig
 from jaxlm.data import tokenization
 from jaxlm.data.sources import numbered
-from jaxlm.errors import UserError
+from jaxlm.errors import UserError, reason
 from jaxlm.io import storage, utf8
 from jaxlm.params import names
 from jaxlm.params.names import Arrays, Shapes
+from jaxlm.params.snapshot import Snapshot
 from jaxlm.tasks import parameters
 from jaxlm.weights import formats
-from jaxlm.weights.formats import Snapshot, Stored
+from jaxlm.weights.formats import Stored
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 PICKLE = "pytorch_model.bin"
@@ -283,7 +284,7 @@ def find(source: str | Path) -> Path:
             str(source), allow_patterns=wanted, etag_timeout=3, local_files_only=bool(failure)
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        why = failure or formats.reason(error)
+        why = failure or reason(error)
         raise UserError(
             f"{source}: there is no such run or checkpoint, and no model on the hub that can be reached ({why})"
         ) from error
@@ -501,7 +502,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = utf8.from_json(utf8.read(path))
     except (OSError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) else formats.reason(error)
+        why = error.strerror if isinstance(error, OSError) else reason(error)
         raise UserError(f"{path}: cannot be read ({why}); copy or download it again") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: is no object of JSON; copy or download it again")

@@ -17,8 +17,9 @@ from jaxlm import convert, predict
 from jaxlm.config import TokenizerConfig
 from jaxlm.data import tokenization
 from jaxlm.errors import UserError
+from jaxlm.inference import load
 from jaxlm.training import resume
-from jaxlm.weights import huggingface
+from jaxlm.weights import huggingface, snapshots
 from jaxlm.weights.formats import RUN
 
 TEXTS = ["the cat sat on the mat and the dog sat on the log", "a dog and a cat, both of them old: what they saw"]
@@ -105,9 +106,7 @@ def of_real(logits: np.ndarray, is_real: np.ndarray) -> np.ndarray:
 def ours(source: Path, tokens: np.ndarray, is_real: np.ndarray) -> np.ndarray:
     import jax
 
-    from jaxlm import checkpoint
-
-    model, _ = checkpoint.load_model(source)
+    model, _ = load.load_model(source)
     return of_real(np.asarray(jax.jit(lambda model, x: model(x))(model, tokens)), is_real)
 
 
@@ -125,10 +124,9 @@ def written(source: Path, folder: Path, *args: str) -> Path:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_are_those_of_transformers(kind: str, make: Make) -> None:
-    from torchlm import checkpoint
 
     folder, theirs = make(kind)
-    twin, config = checkpoint.load_model(folder)
+    twin, config = load.load_model(folder)
     tokens, is_real = inputs(config.model.pad_id, config.model.vocab_size)
     want = logits_of(theirs, tokens, is_real)
     assert want.std() > 0.1
@@ -158,12 +156,12 @@ def test_what_is_written_back_is_loaded_by_transformers_and_here(kind: str, make
     folder, theirs = make(kind)
     run = written(folder, tmp_path / "run")
     back = written(run, tmp_path / "back", "--as", kind.partition(" ")[0])
-    auto = {"mlm": "MaskedLM", "gpt": "CausalLM", "sst2": "SequenceClassification"}[convert.load(run).info["task"]]
+    auto = {"mlm": "MaskedLM", "gpt": "CausalLM", "sst2": "SequenceClassification"}[snapshots.load(run).info["task"]]
     again = getattr(transformers, f"AutoModelFor{auto}").from_pretrained(back)
     assert type(again) is type(theirs)
     tokens, is_real = inputs(getattr(theirs.config, "pad_token_id", 0) or 0, theirs.config.vocab_size)
     assert apart(logits_of(again.eval(), tokens, is_real), logits_of(theirs, tokens, is_real)) < LOGITS
-    weights = [convert.read(path).weights for path in (folder, run, back)]
+    weights = [snapshots.read(path).weights for path in (folder, run, back)]
     for name, array in weights[0].items():
         np.testing.assert_array_equal(array, weights[1][name])
         np.testing.assert_array_equal(array, weights[2][name])
@@ -232,7 +230,7 @@ def as_bare_gpt2(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize(("kind", "change"), [("bert", as_of_old), ("gpt2", as_bare_gpt2)])
 def test_files_as_they_are_on_the_hub_are_read_as_well(kind: str, change: Any, make: Make, tmp_path: Path) -> None:
     folder, _ = make(kind)
-    want, got = convert.read(folder), convert.read(rewritten(folder, tmp_path / "other", change))
+    want, got = snapshots.read(folder), snapshots.read(rewritten(folder, tmp_path / "other", change))
     for name, array in want.weights.items():
         np.testing.assert_array_equal(array, got.weights[name])
 
@@ -244,12 +242,12 @@ def test_halves_are_read_without_a_change(dtype: Any, make: Make, tmp_path: Path
     folder, _ = make("distilbert")
     kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
     halves = rewritten(folder, tmp_path / "half", lambda tensors: {name: x.astype(kind) for name, x in tensors.items()})
-    got = convert.read(halves).weights
-    for name, array in convert.read(folder).weights.items():
+    got = snapshots.read(halves).weights
+    for name, array in snapshots.read(folder).weights.items():
         np.testing.assert_array_equal(array.astype(kind).astype(np.float32), got[name])
-    tensors = {name: x.astype(np.float64) for name, x in convert.load(folder).tree.items()}
+    tensors = {name: x.astype(np.float64) for name, x in snapshots.load(folder).tree.items()}
     with pytest.raises(UserError, match="is float64, but can be read as float32, .*; save it again as float32"):
-        convert.read(rewritten(folder, tmp_path / "double", lambda _: tensors))
+        snapshots.read(rewritten(folder, tmp_path / "double", lambda _: tensors))
 
 
 def test_a_vocab_txt_says_whether_it_has_case(make: Make, tmp_path: Path) -> None:
@@ -257,9 +255,9 @@ def test_a_vocab_txt_says_whether_it_has_case(make: Make, tmp_path: Path) -> Non
     vocab = tokenization.read(TokenizerConfig(path=str(folder))).get_vocab()
     (folder / "tokenizer.json").unlink()
     (folder / "vocab.txt").write_text("".join(f"{word}\n" for word in sorted(vocab, key=vocab.__getitem__)))
-    told = [convert.load(folder).info["config"]["tokenizer.lowercase"]]
+    told = [snapshots.load(folder).info["config"]["tokenizer.lowercase"]]
     (folder / "tokenizer_config.json").write_text('{"do_lower_case": false}')
-    told.append(convert.load(folder).info["config"]["tokenizer.lowercase"])
+    told.append(snapshots.load(folder).info["config"]["tokenizer.lowercase"])
     assert told == [True, False]
 
 
@@ -384,7 +382,7 @@ def test_settings_that_are_not_had_here_are_refused_by_name(name: str, make: Mak
     values = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(values | change))
     with pytest.raises(UserError) as caught:
-        convert.read(folder)
+        snapshots.read(folder)
     told = str(caught.value)
     assert message in told and told.startswith(str(folder)) and "\n" not in told
 
@@ -392,7 +390,7 @@ def test_settings_that_are_not_had_here_are_refused_by_name(name: str, make: Mak
 @pytest.mark.parametrize("kind", ["bert", "distilbert", "roberta", "gpt2"])
 def test_what_a_config_does_not_tell_is_as_in_transformers(kind: str, make: Make, tmp_path: Path) -> None:
     folder = shutil.copytree(make(kind)[0], tmp_path / "model")
-    full = convert.load(folder).info["config"]
+    full = snapshots.load(folder).info["config"]
     values = json.loads((folder / "config.json").read_text())
     default = type(make(kind)[1].config)().to_dict()
     sizes = [
@@ -401,7 +399,7 @@ def test_what_a_config_does_not_tell_is_as_in_transformers(kind: str, make: Make
     told = {key: x for key, x in values.items() if key in sizes or x != default.get(key) or key == "model_type"}
     assert len(told) < len(values) - 5
     (folder / "config.json").write_text(json.dumps(told))
-    assert convert.load(folder).info["config"] == full
+    assert snapshots.load(folder).info["config"] == full
 
 
 @pytest.mark.parametrize("kind", ["bert", "distilbert", "roberta", "gpt2"])
@@ -409,17 +407,17 @@ def test_keys_that_change_nothing_are_passed_over_and_unknown_ones_are_refused(
     kind: str, make: Make, tmp_path: Path
 ) -> None:
     folder = shutil.copytree(make(kind)[0], tmp_path / "model")
-    full = convert.load(folder).info["config"]
+    full = snapshots.load(folder).info["config"]
     values = json.loads((folder / "config.json").read_text())
     written = make(kind)[1].config.to_dict()  # with every key that the library has
     of_old = {"gradient_checkpointing": False, "finetuning_task": "sst2", "torch_dtype": "float32", "n_ctx": 24}
     of_old |= {"task_specific_params": {}, "_name_or_path": "x", "top_k": 50, "output_past": True, "pooler_type": "x"}
     (folder / "config.json").write_text(json.dumps(of_old | written | values))
-    assert convert.load(folder).info["config"] == full
+    assert snapshots.load(folder).info["config"] == full
     for key, value in {"alibi": True, "rope_theta": 1e4, "embedding_size": 128, "auto_map": {}}.items():
         (folder / "config.json").write_text(json.dumps(values | {key: value}))
         with pytest.raises(UserError, match=f"config.json: {key}=.*: is not known here for model_type={kind}; remove"):
-            convert.load(folder)
+            snapshots.load(folder)
 
 
 def test_another_step_around_a_text_is_refused(make: Make, tmp_path: Path) -> None:
@@ -430,10 +428,10 @@ def test_another_step_around_a_text_is_refused(make: Make, tmp_path: Path) -> No
         tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=ends)
         tokenizer.save(str(folder / "tokenizer.json"))
         if single == "[CLS] $A [SEP]":
-            convert.load(folder)
+            snapshots.load(folder)
             continue
         with pytest.raises(UserError, match=r"its post_processor makes .* of the text a: can be read with \[CLS\] a"):
-            convert.load(folder)
+            snapshots.load(folder)
 
 
 def test_files_that_are_missing_or_damaged_are_told(make: Make, tmp_path: Path) -> None:
@@ -463,7 +461,7 @@ def test_tensors_that_do_not_fit_are_told(make: Make, tmp_path: Path) -> None:
         return tensors | {"cls.predictions.decoder.weight": tensors["bert.embeddings.word_embeddings.weight"] + 1}
 
     with pytest.raises(UserError, match="decoder.weight is another than bert.embeddings.word_embeddings.weight, but"):
-        convert.load(rewritten(folder, tmp_path / "untied", untied))
+        snapshots.load(rewritten(folder, tmp_path / "untied", untied))
 
 
 # The hub

@@ -1,0 +1,21 @@
+"""The parser of command lines."""
+
+import argparse
+import shutil
+from typing import NoReturn
+
+from jaxlm import terminal
+from jaxlm.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """Of the commands on runs and their files: what is wrong with a command line is told as any other bad input."""
+
+    color = False  # Python 3.14 has colours, which a safe stream would show as escapes
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help shows how to call it)")
+
+    def format_help(self) -> str:
+        """Return the help, in lines that fit the terminal."""
+        return terminal.wrapped(super().format_help(), shutil.get_terminal_size().columns)
