@@ -17,7 +17,6 @@ from jaxlm.config import Config, TokenizerConfig
 from jaxlm.data import tokenization
 from jaxlm.errors import UserError, reported
 from jaxlm.io import storage
-from jaxlm.params import snapshot
 from jaxlm.params.snapshot import Snapshot
 from jaxlm.weights import formats, huggingface, snapshots
 from jaxlm.weights.formats import CHECKPOINT_1_2, RUN, SAFETENSORS, STATE_DICT, Stored
@@ -127,7 +126,7 @@ def _convert(source: Path, target: Path, config: Config | None, as_state_dict: b
             )
         form = formats.TRANSFORMERS + family
     stored = snapshots.load(source)
-    snapshot = snapshot.merged(snapshots._snapshot(stored, config))
+    snapshot = snapshots.checked(stored, config).merged()
     tokenizer = _tokenizer(source, snapshot) if family or form == RUN else None
     snapshots.write(target, snapshot, form, tokenizer)
     n_parameters = sum(array.size for array in snapshot.weights.values())

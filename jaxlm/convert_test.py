@@ -246,7 +246,7 @@ def test_a_run_of_jaxlm_goes_on_in_torchlm(tmp_path: Path) -> None:
     written = torch_checkpoint.read(tmp_path / "3.pt")
     assert (written["iter"], written["sample_iter"], written["lr"], written["val_loss"]) == (3, 6, info["rate"], 2.5)
     torch_state, torch_compiled = torch_fresh(config)
-    torch_state = loop.restored(tmp_path / "3.pt", torch_state)
+    torch_state = torch_loop.restored(tmp_path / "3.pt", torch_state)
     assert torch_state.optimizer.param_groups[1]["lr"] == info["rate"]
     results = jax_updates(state, compiled, batches[3:]), torch_updates(torch_state, torch_compiled, batches[3:])
     assert_same_update(config, *results)

@@ -14,20 +14,19 @@ from jaxlm import checkpoint, distill, optim, parallel, schedule, step
 from jaxlm import config as configs
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.config import Config
-from jaxlm.cost import chips, flops
 from jaxlm.data import loader
 from jaxlm.data.position import Position
 from jaxlm.errors import UserError, slow
 from jaxlm.io import storage
 from jaxlm.ops import flash_attention
 from jaxlm.params import layout, names
-from jaxlm.runtime import backend, processes, profile
+from jaxlm.runtime import backend, chips, processes, profile
 from jaxlm.step import TrainState
-from jaxlm.tasks import TASKS, Task, parameters
+from jaxlm.tasks import TASKS, Task, flops, parameters
 from jaxlm.training import resume, rollback, run_dir, signals, summary
 from jaxlm.training.meter import Meter
 from jaxlm.training.resume import Start
-from jaxlm.training.run import UNSAVED, Run, has_test, identity, info, started
+from jaxlm.training.run import UNSAVED, Run, has_test, identity, identity_at_start, info, started
 from jaxlm.training.teacher import Teacher
 from jaxlm.weights import formats, snapshots
 
@@ -48,7 +47,7 @@ def run(config: Config, origins: dict[str, str], start: Start, started_s: float)
     """Train as the settings say; return the exit status. Raises UserError, and then leaves no run folder."""
     backend.configure(config)
     with contextlib.ExitStack() as stack:
-        config = stack.enter_context(processes.joined(config, start))
+        config = stack.enter_context(processes.joined(config, identity_at_start(config, start)))
         mesh = parallel.make_mesh(config)
         builds_caches = processes.is_first_here()
         if not builds_caches:

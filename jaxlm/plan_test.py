@@ -16,9 +16,9 @@ import pytest
 from jaxlm import config as configs
 from jaxlm import parallel, plan
 from jaxlm.cost import compile_ahead, hlo, roofline
-from jaxlm.cost.chips import chip
 from jaxlm.cost.roofline import Sent, Step
 from jaxlm.parallel_test import MESHES, OnMesh, run_with_8_devices, settings
+from jaxlm.runtime.chips import chip
 from jaxlm.tasks import TASKS
 
 has_libtpu = importlib.util.find_spec("libtpu") is not None

@@ -88,8 +88,6 @@ def rewarmup(schedule: optax.Schedule, first_step: int, n_steps: int, stored_rat
 
 
 if __name__ == "__main__":
-    import sys
+    import runpy  # the command is above what the training step imports
 
-    from jaxlm.reporting import plot_schedule
-
-    sys.exit(plot_schedule.main())
+    runpy.run_module("jaxlm.reporting.plot_schedule", run_name="__main__")

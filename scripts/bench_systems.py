@@ -252,7 +252,7 @@ def products(config: Config) -> Iterator[tuple[tuple[int, ...], tuple[int, ...],
 
     Their flops are those of flops.flops_per_update.
     """
-    from jaxlm.cost import flops
+    from jaxlm.tasks import flops
 
     model, B = config.model, config.train.batch_size * config.train.accumulate
     T, D, H, L = model.seq_len, model.d_model, model.n_heads, model.n_layers

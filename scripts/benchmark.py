@@ -65,10 +65,10 @@ from bench_works import (
 from rich.console import Console
 
 from jaxlm import config as configs
-from jaxlm.cost import flops
 from jaxlm.data import embedded, tokenization
 from jaxlm.data.loader import GROUP
 from jaxlm.errors import UserError, reported
+from jaxlm.tasks import flops
 from jaxlm.training import environment
 
 ROOT = Path(__file__).parents[1]

@@ -16,7 +16,7 @@ import pytest
 from launch_settings import ROOT
 
 from jaxlm import config as configs
-from jaxlm.cost import flops
+from jaxlm.tasks import flops
 
 
 def row(system: str, precision: str, rounds: list[float], compiled: bool = False, **others: Any) -> bench_tables.Row:

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jaxlm.config import BASE, Config
+from jaxlm.config import BASE
 from jaxlm.data import metrics
 from jaxlm.errors import UserError, reason
 from jaxlm.io import checksums, storage
 from jaxlm.params import layout, names
-from jaxlm.params.snapshot import Snapshot, fitting, merged
+from jaxlm.params.snapshot import Snapshot, fitting
 from jaxlm.tasks import parameters
 from torchlm import parallel
 from torchlm.heads import BaseModel, Classifier, LanguageModel
@@ -159,7 +159,7 @@ def with_snapshot(
     shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
     trained = {name: shapes[name] for name, tensor in model.named_parameters() if tensor.requires_grad}
     if is_base:
-        snapshot, shapes = merged(snapshot), names.without_adapters(shapes)
+        snapshot, shapes = snapshot.merged(), names.without_adapters(shapes)
     weights = names.check(*fitting(snapshot.weights, shapes, parts), source)
     model.load_state_dict(model.state_dict() | {name: torch.tensor(x) for name, x in weights.items()})
     if "optimizer" in parts and snapshot.moments is not None:

@@ -5,8 +5,6 @@ from pathlib import Path
 import torch
 
 from jaxlm.config import Config
-from jaxlm.errors import UserError
-from jaxlm.io import storage
 from jaxlm.training import resume
 from jaxlm.weights import snapshots
 from torchlm.checkpoint import model_for

@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,20 +11,20 @@ import torch
 from torch import nn
 
 from jaxlm.config import Config
-from jaxlm.cost import chips, flops
 from jaxlm.data import loader
 from jaxlm.data.position import Position
 from jaxlm.errors import UserError, slow
 from jaxlm.io import storage
-from jaxlm.params import names
-from jaxlm.tasks import parameters
+from jaxlm.params import layout, names
+from jaxlm.runtime import chips
+from jaxlm.tasks import flops, parameters
 from jaxlm.training import resume, rollback, run_dir, signals, summary
 from jaxlm.training.meter import Meter
 from jaxlm.training.resume import Start
 from jaxlm.training.run import UNSAVED, Run, has_test, info, started
 from jaxlm.training.teacher import Teacher
 from jaxlm.weights import snapshots
-from torchlm import distill, optim, parallel, schedule, step
+from torchlm import checkpoint, distill, optim, parallel, schedule, step
 from torchlm.checkpoint import Checkpoints
 from torchlm.parallel import Mesh
 from torchlm.step import TrainState
@@ -131,9 +131,7 @@ def begin(run: Run, fresh: Callable[[], TrainState]) -> TrainState:
         parallel.single(state.model).load_state_dict({name: torch.tensor(x) for name, x in found.items()})
     else:
         snapshot, is_base = snapshots.read(begun.path), begun.kind == "base"
-        state = checkpoint.with_snapshot(
-            state, snapshot, str(begun.path), begun.parts, begun.position().step, is_base
-        )
+        state = checkpoint.with_snapshot(state, snapshot, str(begun.path), begun.parts, begun.position().step, is_base)
     numbers = {name: x.numel() for name, x in parallel.single(state.model).named_parameters()}
     sizes = {part: [n for name, n in numbers.items() if name.startswith(part)] for part in layout.PARTS[:2]}
     moments = [*names.trained(run.config.model, numbers).values()] * 2
@@ -195,7 +193,7 @@ def roll_back(
     """Return the state of the last checkpoint, and its place in data that go on without the samples of update `bad`."""
     folder = parallel.from_first(checkpoints.folder)  # which every process reads
     step = rollback.step_to_return_to(run, Checkpoints(folder).steps(), position, bad)
-    return Checkpoints(folder).restore(step, state), rollback.without(run, position, step, bad)
+    return restored(Checkpoints(folder).path(step), state), rollback.without(run, position, step, bad)
 
 
 @slow("scoring the samples of a split")
@@ -232,12 +230,12 @@ def evaluate_and_show(run: Run, compiled: Compiled, state: TrainState, i: int, s
 def finish(run: Run, compiled: Compiled, state: TrainState, checkpoints: Checkpoints, status: Callable[[], int]) -> int:
     """Score the test part with the best checkpoint, for the only time, print the summary, return the exit status."""
     last, saved = state.step, parallel.from_first(checkpoints.steps())
-    parameters = list(state.model.parameters())
-    sizes = sum(x.numel() for x in parameters), sum(x.numel() for x in parameters if x.requires_grad)
+    tensors = list(state.model.parameters())
+    sizes = sum(x.numel() for x in tensors), sum(x.numel() for x in tensors if x.requires_grad)
     totals = None
     if run.validation and has_test(run) and not status():
         if not compiled.mesh.rank:
-            state = summary.best_state(run, last, saved, state, checkpoints.restore)
+            state = summary.best_state(run, last, saved, state, lambda i, like: restored(checkpoints.path(i), like))
         parallel.copy_from_first(compiled.mesh, state.model)
         totals = evaluate(run, compiled, state.model, "test", status)
     is_saved = summary.sum_up(run, last, saved, sizes, totals, checkpoints.summary(), bool(status()))

@@ -27,12 +27,12 @@ from jaxlm import config as configs
 from jaxlm import loop, optim, parallel
 from jaxlm.config import Config
 from jaxlm.cost import hlo, roofline
-from jaxlm.cost.chips import GIB, Chip, chip
 from jaxlm.cost.roofline import LOCAL, Sent, Step
 from jaxlm.data.cache import Split
 from jaxlm.errors import UserError, outside
 from jaxlm.params import frozen
 from jaxlm.runtime import backend
+from jaxlm.runtime.chips import GIB, Chip, chip
 from jaxlm.tasks import TASKS, Task
 
 ROLES = ("pad", "mask", "start", "end", "article")  # special tokens that a sample may need

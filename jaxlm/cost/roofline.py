@@ -11,10 +11,10 @@ import re
 from dataclasses import dataclass
 
 from jaxlm.config import Config
-from jaxlm.cost import flops
-from jaxlm.cost.chips import Chip, chip
 from jaxlm.data.position import Position
 from jaxlm.errors import UserError
+from jaxlm.runtime.chips import Chip, chip
+from jaxlm.tasks import flops
 
 LOCAL = "local"  # the topology that is the devices of this machine
 PASSES = 6  # products of bfloat16 that a TPU makes one of float32 of, at the precision that the settings ask for

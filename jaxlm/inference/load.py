@@ -10,14 +10,15 @@ import jax.numpy as jnp
 from flax import nnx
 from tokenizers import Tokenizer
 
+from jaxlm import checkpoint
 from jaxlm import config as configs
 from jaxlm.config import BASE, Config, TokenizerConfig
-from jaxlm.cost import flops
 from jaxlm.data import tokenization
 from jaxlm.errors import UserError, slow
+from jaxlm.heads import BaseModel
 from jaxlm.io import storage
 from jaxlm.runtime import backend
-from jaxlm.tasks import TASKS, Task, parameters
+from jaxlm.tasks import TASKS, Task, flops, parameters
 from jaxlm.training import resume
 from jaxlm.training.resume import Start
 from jaxlm.weights import formats, snapshots
@@ -103,7 +104,7 @@ def load_model(path: str | Path) -> tuple[nnx.Module, Config]:
     return model_of(found, found.config()), found.config()
 
 
-def model_of(found: resume.Start, config: Config) -> nnx.Module:
+def model_of(found: Start, config: Config) -> nnx.Module:
     """Return the model of a checkpoint that was found; `config` has its settings, but for train.precision, say."""
     assert found.path is not None, "nothing was found"
     if config.task not in TASKS and config.task != BASE:

@@ -20,14 +20,14 @@ import torchlm.tasks
 from jaxlm import checkpoint, convert, loop, optim, parallel
 from jaxlm import config as configs
 from jaxlm.checkpoint import Checkpoints
-from jaxlm.cost import compile_ahead, flops
+from jaxlm.cost import compile_ahead
 from jaxlm.data import grammar
 from jaxlm.errors import UserError
 from jaxlm.inference import load
 from jaxlm.io import checksums
-from jaxlm.params import frozen, names, snapshot
+from jaxlm.params import frozen, names
 from jaxlm.params.snapshot import Snapshot
-from jaxlm.tasks import parameters
+from jaxlm.tasks import flops, parameters
 from jaxlm.weights import snapshots
 from jaxlm.weights.formats import CHECKPOINT_1_2
 from parity_tests.plan import random_batch, random_weights
@@ -138,7 +138,7 @@ def test_adapters_change_nothing_at_first_and_are_merged_on_export(tmp_path: Pat
     wanted = logits_of(LORA, weights, tokens)
     zero = {name: 0 * x if name.endswith("lora_b") else x for name, x in weights.items()}
     assert np.abs(wanted - logits_of(LORA, zero, tokens)).max() > 0.1
-    snapshot = snapshot.merged(Snapshot(LORA, {**INFO, "step": 3, "val_loss": None}, weights, None, 0))
+    snapshot = Snapshot(LORA, {**INFO, "step": 3, "val_loss": None}, weights, None, 0).merged()
     assert list(snapshot.weights) == list(parameters.shapes(plain))
     np.testing.assert_allclose(logits_of(plain, snapshot.weights, tokens), wanted, rtol=0, atol=3e-5)
     snapshots.write(tmp_path / "merged.pt", snapshot, CHECKPOINT_1_2)

@@ -17,12 +17,18 @@ class Snapshot:
     """A training state of no framework; arrays are float32, and in model order."""
 
     config: Config
-    info: dict[
-        str, Any
-    ]  # step, task, rate, tokenizer, sample_iter, val_loss; original_config where it comes from there
+    # step, task, rate, tokenizer, sample_iter, val_loss; original_config where it comes from there
+    info: dict[str, Any]
     weights: Arrays
     moments: Moments | None  # None: zero, as before the first update
     n_updates: int
+
+    def merged(self) -> "Snapshot":
+        """Return the state with its adapters, if there are any, in the weights. These have no moments."""
+        if not self.config.model.lora_rank:
+            return self
+        weights = names.merged(self.config.model, self.weights)
+        return Snapshot(configs.replace(self.config, "model.lora_rank", 0), self.info, weights, None, 0)
 
 
 def fitting(weights: Arrays, shapes: Shapes, parts: Sequence[str]) -> tuple[Arrays, Shapes]:
@@ -33,12 +39,3 @@ def fitting(weights: Arrays, shapes: Shapes, parts: Sequence[str]) -> tuple[Arra
     if table in weights and table in shapes and len(weights[table]) > shapes[table][0]:
         weights[table] = weights[table][: shapes[table][0]]
     return weights, shapes
-
-
-def merged(snapshot: Snapshot) -> Snapshot:
-    """Return a training state whose adapters, if there are any, are part of the weights. These have no moments."""
-    config = snapshot.config
-    if not config.model.lora_rank:
-        return snapshot
-    weights = names.merged(config.model, snapshot.weights)
-    return Snapshot(configs.replace(config, "model.lora_rank", 0), snapshot.info, weights, None, 0)

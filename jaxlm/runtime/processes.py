@@ -12,7 +12,6 @@ import io
 import itertools
 import json
 import os
-import platform
 import re
 import socket
 import sys
@@ -34,19 +33,16 @@ from jaxlm.errors import CLEANUPS, UserError, reported, slow
 from jaxlm.io import storage
 from jaxlm.runtime import rendezvous
 from jaxlm.runtime.rendezvous import variable
-from jaxlm.training.resume import Start
 
 FOREVER_MS = 7 * 24 * 3600 * 1000  # who waits longer for another is ended by what ends the other
 PULSE_S, SILENT_S = 1.0, 30.0  # between the signs of life of a process, and how long one may be without
 GRACE_S = 5.0  # for others to hear of the end
-# Each process may have these otherwise: what lies there is compared instead.
-OWN_SETTINGS = ("data.cache_dir", "data.path", "data.validation_path", "data.test_path", "tokenizer.path")
 _calls = itertools.count()  # all processes make the same calls in the same order
 
 
 @contextlib.contextmanager
-def joined(config: Config, start: Start) -> Iterator[Config]:
-    """Join the other processes of the run, if there are any, and part at the end.
+def joined(config: Config, identity: Mapping[str, Any]) -> Iterator[Config]:
+    """Join the other processes of the run, if there are any, and part at the end; `identity` is as in check_same.
 
     The first has the run folder; the others get settings with a folder that vanishes, and print nothing. If one fails,
     all end, with its exit status, after the first has told why. Raises UserError if they cannot find each other.
@@ -72,7 +68,7 @@ def joined(config: Config, start: Start) -> Iterator[Config]:
         stack.callback(CLEANUPS.remove, watch.interrupted)
         try:
             with reported(config.debug):
-                check_same(_identity(config, start))
+                check_same(identity)
                 yield config if is_first() else own
             watch.stop()
         except SystemExit as ending:  # a UserError
@@ -335,12 +331,3 @@ def _place(config: Config) -> dict[str, Any] | None:
 def _explicit(address: str, n_processes: int, process: int) -> dict[str, Any]:
     place: dict[str, Any] = {"coordinator_address": address, "num_processes": n_processes, "process_id": process}
     return place | {"cluster_detection_method": "deactivate"}
-
-
-def _identity(config: Config, start: Start) -> dict[str, Any]:
-    """Return what has to be the same in every process before there are any data."""
-    names = ("jaxlm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers", "datasets")
-    versions = {f"the version of {name}": importlib.metadata.version(name) for name in names}
-    settings = {name: value for name, value in configs.flat(config).items() if name not in OWN_SETTINGS}
-    begun = {"what it starts from": start.kind, "the step of its checkpoint": start.info.get("step")}
-    return {**settings, **begun, **versions, "the version of Python": platform.python_version()}

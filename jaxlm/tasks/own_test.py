@@ -13,14 +13,13 @@ from flax import nnx
 from starlette.testclient import TestClient
 
 from jaxlm import config, evaluate, predict, tasks
-from jaxlm.cost import flops
 from jaxlm.data import cache
 from jaxlm.data.samples import MaskedSamples
 from jaxlm.errors import UserError
 from jaxlm.inference import http_api, load
 from jaxlm.inference.batching import Engine
 from jaxlm.model import Transformer
-from jaxlm.tasks import parameters
+from jaxlm.tasks import flops, parameters
 from jaxlm.tasks.gpt import Gpt
 from jaxlm.tasks.mlm import Mlm
 from jaxlm.tasks.pairs import Pairs

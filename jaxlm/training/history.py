@@ -20,7 +20,6 @@ from jaxlm.data import metrics
 from jaxlm.errors import UserError
 from jaxlm.io import checksums
 from jaxlm.io.checksums import DAMAGED
-from jaxlm.training.resume import Start
 from jaxlm.weights import formats
 
 FILES = ("metrics.jsonl", "samples.txt")
@@ -39,16 +38,15 @@ def warn_once(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr)
 
 
-def restore(start: Start, run_dir: Path, warn: Warn = warn_once) -> dict[int, metrics.Scores]:
-    """Write what was logged up to the checkpoint of `start` to a run folder; return the validation scores, by step.
+def restore(
+    run_dir: Path, step: int, source: Path, checkpoints: Path, warn: Warn = warn_once
+) -> dict[int, metrics.Scores]:
+    """Write what the run `source` has logged up to a step to a run folder; return the validation scores, by step.
 
     Raises UserError if it cannot be written.
     """
-    if start.kind != "resume" or start.path is None or start.run is None:
-        return {}
-    step = start.info["step"]
-    validation = restore_to(run_dir, step, start.run, warn)
-    for at, path in checksums.finished_in(start.path.parent):
+    validation = restore_to(run_dir, step, source, warn)
+    for at, path in checksums.finished_in(checkpoints):
         with contextlib.suppress(UserError):  # its loss is of use, no more
             if at <= step and (loss := formats.validation_loss(path)) is not None:
                 validation[at] = {"loss": loss} | validation.get(at, {}) | {"loss": loss}

@@ -15,7 +15,6 @@ from jaxlm.inference import load
 from jaxlm.reporting import run_reader as folders
 from jaxlm.testing import tiny_runs
 from jaxlm.training import environment, history, resume
-from jaxlm.training.resume import Start
 
 
 def row(step: int, split: str = "train", loss: float | None = None) -> dict[str, Any]:
@@ -42,12 +41,8 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def resumed(folder: Path, step: int) -> Start:
-    return Start("resume", folder / "checkpoints" / str(step), info={"step": step}, run=folder)
-
-
 def test_what_came_after_the_checkpoint_is_dropped(folder: Path) -> None:
-    scores = history.restore(resumed(folder, 5), folder)
+    scores = history.restore(folder, 5, folder, folder / "checkpoints")
     assert rows(folder) == ROWS[:6]
     assert scores == {3: {"loss": 0.75}}
     assert (folder / "samples.txt").read_text() == "--- step 3 ---\nwhat 3 made\n--- no step 9 ---\n\n"
@@ -55,7 +50,7 @@ def test_what_came_after_the_checkpoint_is_dropped(folder: Path) -> None:
 
 
 def test_the_test_score_of_a_run_that_had_ended_is_dropped(folder: Path) -> None:
-    assert history.restore(resumed(folder, 7), folder) == {3: {"loss": 0.75}, 6: {"loss": 1.5}}
+    assert history.restore(folder, 7, folder, folder / "checkpoints") == {3: {"loss": 0.75}, 6: {"loss": 1.5}}
     assert rows(folder) == [x for x in ROWS if x["split"] != "test"]
     assert (folder / "samples.txt").read_text().count("what") == 2
 
@@ -64,7 +59,7 @@ def test_the_test_score_of_a_run_that_had_ended_is_dropped(folder: Path) -> None
 def test_a_line_cut_short_is_none(n_bytes: int, folder: Path) -> None:
     path = folder / "metrics.jsonl"
     path.write_bytes(path.read_bytes()[:-n_bytes])
-    history.restore(resumed(folder, 7), folder)
+    history.restore(folder, 7, folder, folder / "checkpoints")
     kept = [x for x in ROWS if x["split"] != "test"]
     assert rows(folder) == (kept if n_bytes == 1 else kept[:-1])  # of one byte less, only the end of the line is gone
 
@@ -74,7 +69,7 @@ def test_half_a_letter_is_read_over(folder: Path) -> None:
         file.write("--- step 7 ---\nü".encode()[:-1])
     with open(folder / "metrics.jsonl", "ab") as file:
         file.write('{"step": 8, "split": "ü'.encode()[:-1])
-    history.restore(resumed(folder, 6), folder)
+    history.restore(folder, 6, folder, folder / "checkpoints")
     assert rows(folder) == [x for x in ROWS[:8]]
     assert (folder / "samples.txt").read_text().endswith("what 6 made\n--- no step 9 ---\n\n")
 
@@ -82,7 +77,7 @@ def test_half_a_letter_is_read_over(folder: Path) -> None:
 def test_a_new_folder_gets_the_history_and_the_old_one_keeps_all(folder: Path, tmp_path: Path) -> None:
     before = (folder / "metrics.jsonl").read_text(), (folder / "samples.txt").read_text()
     (tmp_path / "new").mkdir()
-    assert history.restore(resumed(folder, 4), tmp_path / "new") == {3: {"loss": 0.75}}
+    assert history.restore(tmp_path / "new", 4, folder, folder / "checkpoints") == {3: {"loss": 0.75}}
     assert rows(tmp_path / "new") == ROWS[:5]
     assert ((folder / "metrics.jsonl").read_text(), (folder / "samples.txt").read_text()) == before
 
@@ -90,14 +85,7 @@ def test_a_new_folder_gets_the_history_and_the_old_one_keeps_all(folder: Path, t
 def test_a_loss_that_was_no_number_is_none_again(folder: Path) -> None:
     path = folder / "metrics.jsonl"
     path.write_text('{"step": 3, "split": "validation", "loss": null}\n')
-    assert math.isnan(history.restore(resumed(folder, 3), folder)[3]["loss"])
-
-
-def test_there_is_no_history_of_a_base_or_of_a_file(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "new").mkdir()
-    for start in (Start(), Start("base", folder / "checkpoints" / "5"), Start("resume", folder / "5.pt")):
-        assert history.restore(start, tmp_path / "new") == {}
-    assert list((tmp_path / "new").iterdir()) == []
+    assert math.isnan(history.restore(folder, 3, folder, folder / "checkpoints")[3]["loss"])
 
 
 BAD_LINES = {
@@ -235,8 +223,7 @@ def scored(tmp_path: Path) -> Path:
 
 
 def test_losses_of_checkpoints_are_their_own(scored: Path) -> None:
-    start = Start("resume", scored / "checkpoints" / "9", info={"step": 9}, run=scored)
-    validation = history.restore(start, scored, lambda text: None)
+    validation = history.restore(scored, 9, scored, scored / "checkpoints", lambda text: None)
     assert {step: scores["loss"] for step, scores in validation.items()} == LOSSES
     run = folders.read(scored)
     assert {x.step: x.loss for x in run.checkpoints} == LOSSES and run.best_score_step() == 6

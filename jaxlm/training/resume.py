@@ -211,7 +211,7 @@ def load(argv: list[str], prog: str, form: str) -> tuple[Config, dict[str, str],
     start.changes(config)
     if config.distill.teacher:
         found = dataclasses.replace(start, is_student=False) if start.is_student else _teacher(config.distill.teacher)
-        teacher.check(config, found, start.is_student)
+        teacher.check(config, found.config(), start.is_student)
         start = dataclasses.replace(start, teacher=found)
     return config, origins, start
 

@@ -5,6 +5,7 @@ import functools
 import importlib.metadata
 import json
 import math
+import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,8 @@ from jaxlm.training.resume import LOCK, Start
 from jaxlm.training.teacher import Teacher
 
 N_CLASSES = 30  # that are shown at the start
+# Each process may have these otherwise: what lies there is compared instead.
+OWN_SETTINGS = ("data.cache_dir", "data.path", "data.validation_path", "data.test_path", "tokenizer.path")
 UNSAVED = 1  # exit status of a run whose last state could not be saved
 
 
@@ -53,7 +56,8 @@ class Run:
         if self.start.teacher is None:
             return None
         is_same = self.start.kind == "resume"
-        return teacher.load(self.start.teacher, self.start.info.get("teacher", "") if is_same else "")
+        assert self.start.teacher.path is not None, "it was found"
+        return teacher.load(self.start.teacher.path, self.start.info.get("teacher", "") if is_same else "")
 
     @functools.cached_property
     @slow("scoring the baselines")
@@ -142,7 +146,10 @@ def started(
         run_dir.write_settings(folder, config, data)
         loggers = log.open_loggers(config, run_log, folder, configs.flat(config), start.position().step)
         run_log.open(folder, loggers)
-        validation = history.restore(start, folder, run_log.warn)
+        validation: dict[int, metrics.Scores] = {}
+        if start.kind == "resume" and start.path and start.run:
+            step = start.position().step
+            validation = history.restore(folder, step, start.run, start.path.parent, run_log.warn)
         used = task_class.settings
         unused = {name for task in tasks.values() for name in task.settings if name not in used}
         rewarmed = start.rewarmed(config.train)
@@ -246,3 +253,12 @@ def identity(run: Run) -> dict[str, Any]:
 def has_test(run: Run) -> bool:
     """Return whether there is a test part, with labels."""
     return len(run.data.samples["test"]) > 0 and not run.data.source.test_refusal
+
+
+def identity_at_start(config: Config, start: Start) -> dict[str, Any]:
+    """Return what has to be the same in all processes of a run before there are any data."""
+    names = ("jaxlm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers", "datasets")
+    versions = {f"the version of {name}": importlib.metadata.version(name) for name in names}
+    settings = {name: value for name, value in configs.flat(config).items() if name not in OWN_SETTINGS}
+    begun = {"what it starts from": start.kind, "the step of its checkpoint": start.info.get("step")}
+    return {**settings, **begun, **versions, "the version of Python": platform.python_version()}

@@ -5,18 +5,14 @@ Knows no framework; distill.py has the loss.
 
 import dataclasses
 import hashlib
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from jaxlm import config as configs
 from jaxlm.config import BASE, Config
 from jaxlm.errors import UserError
-from jaxlm.params import snapshot
 from jaxlm.params.names import Arrays
 from jaxlm.tasks import TASKS
 from jaxlm.weights import snapshots
-
-if TYPE_CHECKING:
-    from jaxlm.training.resume import Start
 
 # What teacher and student must share: the samples, and outputs that can be compared.
 SHARED = (
@@ -46,9 +42,9 @@ class Teacher:
         return found
 
 
-def check(config: Config, start: "Start", is_start: bool) -> None:
-    """Raise UserError if a teacher does not fit the settings; `is_start`: the student begins with its layers."""
-    named, own = f"distill.teacher={config.distill.teacher}", start.config()
+def check(config: Config, own: Config, is_start: bool) -> None:
+    """Raise UserError if a teacher with the settings `own` does not fit; `is_start`: the student has its layers."""
+    named = f"distill.teacher={config.distill.teacher}"
     if own.task == BASE:
         raise UserError(f"{named}: it has no output layer to learn from; train one with --init-from, and give that run")
     if not hasattr(TASKS[config.task], "totals"):
@@ -68,17 +64,16 @@ def check(config: Config, start: "Start", is_start: bool) -> None:
         )
 
 
-def load(start: "Start", wanted: str = "") -> Teacher:
+def load(path: Path, wanted: str = "") -> Teacher:
     """Return the teacher that was found. Raises UserError if its weights are not those `wanted`, a fingerprint."""
-    assert start.path is not None, "it was found"
-    snapshot = snapshot.merged(snapshots.read(start.path))  # adapters are in the weights
+    snapshot = snapshots.read(path).merged()  # adapters are in the weights
     digest = hashlib.sha256()
     for name, x in sorted(snapshot.weights.items()):
         digest.update(f"{name} {x.shape} {x.dtype}".encode())
         digest.update(x.tobytes())
     if wanted and wanted != digest.hexdigest():
         raise UserError(
-            f"{start.path}: its weights are not those of the teacher that the run began with; "
+            f"{path}: its weights are not those of the teacher that the run began with; "
             "give that one with --distill.teacher, or start a new run with --init-from"
         )
     return Teacher(snapshot.config, snapshot.weights, digest.hexdigest())

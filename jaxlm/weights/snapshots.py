@@ -19,9 +19,9 @@ from jaxlm.errors import UserError, nearest, reason, slow
 from jaxlm.io import utf8
 from jaxlm.params import names
 from jaxlm.params.names import Arrays
-from jaxlm.params.snapshot import Snapshot
+from jaxlm.params.snapshot import Snapshot, fitting
 from jaxlm.tasks import parameters
-from jaxlm.weights import formats, huggingface, snapshots
+from jaxlm.weights import formats, huggingface
 from jaxlm.weights.formats import CHECKPOINT_1_2, RUN, STATE_DICT, Stored
 
 TABLE = "base.embedding.token.weight"
@@ -32,7 +32,7 @@ def read(path: Path, config: Config | None = None) -> Snapshot:
 
     Raises UserError if it cannot be read, or if its tensors are not those of the model that its settings tell.
     """
-    return _snapshot(load(path), config)
+    return checked(load(path), config)
 
 
 @slow("writing the model")
@@ -95,7 +95,7 @@ def load(path: Path) -> Stored:
     )
 
 
-def _snapshot(stored: Stored, config: Config | None) -> Snapshot:
+def checked(stored: Stored, config: Config | None) -> Snapshot:
     """Return the training state in what was loaded, checked against the model of its settings."""
     path, info = stored.path, stored.info
     if info and config:
@@ -113,12 +113,12 @@ def _snapshot(stored: Stored, config: Config | None) -> Snapshot:
         if not config.model.vocab_size and TABLE in stored.weights:  # settings from before the tokenizer was known
             config = configs.replace(config, "model.vocab_size", len(stored.weights[TABLE]))
     shapes = parameters.shapes(config)
-    weights = _checked(stored.weights, shapes, str(path) if stored.info else f"{path}, with the settings of --config")
+    weights = _float32(stored.weights, shapes, str(path) if stored.info else f"{path}, with the settings of --config")
     shapes = names.trained(config.model, shapes)
     moments, n_updates = formats.moments(stored, shapes, config.model.frozen_layers)
     if moments is not None:
-        first = _checked(moments[0], shapes, f"{path}: first moments of the optimizer")
-        moments = first, _checked(moments[1], shapes, f"{path}: second moments of the optimizer")
+        first = _float32(moments[0], shapes, f"{path}: first moments of the optimizer")
+        moments = first, _float32(moments[1], shapes, f"{path}: second moments of the optimizer")
     train = config.train
     info = {"sample_iter": info["step"] * train.batch_size * train.accumulate, "val_loss": None} | info
     info = {name: value for name, value in info.items() if name not in ("config", "format")}
@@ -151,7 +151,7 @@ def config_of(settings: Mapping[str, Any], path: Path) -> Config:
     return config
 
 
-def _checked(arrays: Mapping[str, np.ndarray], shapes: names.Shapes, source: str) -> Arrays:
+def _float32(arrays: Mapping[str, np.ndarray], shapes: names.Shapes, source: str) -> Arrays:
     """Return the arrays in model order. Raises UserError if they are not those of the model, or not float32."""
     arrays = {name: names.exact(x) for name, x in names.check(arrays, shapes, source).items()}
     for name, array in arrays.items():
@@ -165,10 +165,10 @@ def _checked(arrays: Mapping[str, np.ndarray], shapes: names.Shapes, source: str
 
 def parts_of_file(path: Path, config: Config, parts: Sequence[str], is_base: bool = False) -> dict[str, Any]:
     """Return the given parts of a checkpoint of any form, but with all weights, in NumPy's arrays."""
-    snapshot, shapes = snapshots.read(path), parameters.shapes(config)
+    snapshot, shapes = read(path), parameters.shapes(config)
     if is_base:  # for another run, which has adapters of its own
-        snapshot, shapes = snapshot.merged(snapshot), names.without_adapters(shapes)
-    weights = names.check(*snapshot.fitting(snapshot.weights, shapes, parts), str(path))
+        snapshot, shapes = snapshot.merged(), names.without_adapters(shapes)
+    weights = names.check(*fitting(snapshot.weights, shapes, parts), str(path))
     found = names.to_jax(weights)
     if "optimizer" in parts:
         trained = names.trained(config.model, weights)

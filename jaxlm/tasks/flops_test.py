@@ -6,10 +6,9 @@ import pytest
 
 from jaxlm import config as configs
 from jaxlm import loop, parallel
-from jaxlm.cost import flops
-from jaxlm.cost.chips import chip
 from jaxlm.data import samples
-from jaxlm.tasks import TASKS
+from jaxlm.runtime.chips import chip
+from jaxlm.tasks import TASKS, flops
 
 SIZES = {"vocab_size": 30, "d_model": 12, "n_layers": 1, "n_heads": 3, "seq_len": 20, "dropout": 0.0}
 
