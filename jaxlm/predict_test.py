@@ -22,6 +22,7 @@ from jaxlm.data.cache import Split
 from jaxlm.data.samples import ClassifiedSamples
 from jaxlm.errors import UserError
 from jaxlm.inference import load
+from jaxlm.inference.predictors import Continue
 from jaxlm.testing import tiny_runs
 
 Told = tuple[int, str, str]  # exit status, stdout, stderr
@@ -157,7 +158,7 @@ def test_how_a_continuation_ends(runs: Path, predictors: dict[str, Any]) -> None
     trained = predict.load(runs / "gpt").trained
     bias = trained.model.head.linear.bias
     bias[...] = bias[...].at[go_on.stop].set(1e4)
-    (answer,) = predict.Continue(trained)(["the cat"])
+    (answer,) = Continue(trained)(["the cat"])
     assert (answer["ending"], answer["tokens"], answer["continuation"]) == ("article", 1, "")
 
 

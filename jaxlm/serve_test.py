@@ -24,7 +24,7 @@ import pytest
 
 from jaxlm import predict, report, serve, terminal
 from jaxlm.errors import UserError
-from jaxlm.inference import load
+from jaxlm.inference import load, predictors
 from jaxlm.report_test import Page
 from jaxlm.testing import tiny_runs
 
@@ -614,7 +614,7 @@ def test_a_continuation_is_copied_and_continued(browser: Any, serving: Callable[
     tokens = [found.tokenizer.decode([i]) for i in range(len(bias[...]))]
     # A text area does not keep control characters as they are.
     bias[...] = np.where([token.isascii() and token.isprintable() and token != "" for token in tokens], 0.0, -1e9)
-    server = serving(predict.Continue(found))
+    server = serving(predictors.Continue(found))
     for clipboard in ("granted", "denied", "missing"):
         with shown(browser, server) as tab:
             setting = {"permission": {"name": "clipboard-write"}, "setting": clipboard}

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from jaxlm import predict
+from jaxlm.inference import predictors
 
 N_TEXTS = 400  # that differ
 WRONG = 0.1  # of all requests
@@ -31,32 +32,32 @@ LIMIT = 65_536  # bytes
 Asked = tuple[str, bytes, int, Any]  # path, body, expected status, expected answer
 
 
-def questions(predictor: predict.Predictor) -> list[Asked]:
+def questions(predictor: predictors.Predictor) -> list[Asked]:
     """Return right requests, with their answers by the model of this process."""
     rng = random.Random(0)
     words = "the a of function class value name is not in object returns called list with text as all".split()
     texts = [" ".join(rng.choices(words, k=rng.randint(2, 8))) for _ in range(N_TEXTS)]
-    if isinstance(predictor, predict.Continue):
+    if isinstance(predictor, predictors.Continue):
         options = [{"max_new_tokens": rng.randint(1, 24), "temperature": 0.0, "seed": i} for i in range(N_TEXTS)]
         name = "prompt"
     else:
         options, name = [{}] * N_TEXTS, "text"
-    if isinstance(predictor, predict.FillMasks):
+    if isinstance(predictor, predictors.FillMasks):
         texts = [f"{text} [MASK]{' [MASK]' * rng.randint(0, 2)}." for text in texts]
     asked = []
     for text, given in zip(texts, options, strict=True):
         (answer,) = predictor([text], **given)
         asked.append(("/predict", json.dumps({name: text, **given}).encode(), 200, answer))
-        if isinstance(predictor, predict.Continue):
+        if isinstance(predictor, predictors.Continue):
             asked.append(("/generate", *asked[-1][1:]))
         if rng.random() < 0.1:
             asked.append(("/attention", json.dumps({"text": text}).encode(), 200, predictor.attention(text, 0, 0)))
     return asked
 
 
-def wrong(predictor: predict.Predictor) -> list[Asked]:
+def wrong(predictor: predictors.Predictor) -> list[Asked]:
     """Return wrong requests, and the status that each gets."""
-    name = "prompt" if isinstance(predictor, predict.Continue) else "text"
+    name = "prompt" if isinstance(predictor, predictors.Continue) else "text"
     return [
         ("/predict", b"{", 422, None),
         ("/predict", b"", 422, None),

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from jaxlm import convert, evaluate, predict, report
-from jaxlm.inference import load
+from jaxlm.inference import load, predictors
 from jaxlm.reporting import run_reader
 
 
@@ -33,7 +33,7 @@ def continue_prompts(run: Path) -> None:
 
 def continue_as_it_is_made(run: Path) -> None:
     go_on = predict.load(run)
-    assert isinstance(go_on, predict.Continue)
+    assert isinstance(go_on, predictors.Continue)
     for piece in go_on.stream("The statement", max_new_tokens=20):
         if isinstance(piece, str):
             print(piece, end="", flush=True)

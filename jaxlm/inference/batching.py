@@ -22,7 +22,7 @@ import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from jaxlm.inference.decode import Sampling
-from jaxlm.predict import N_ROWS, Answer, Continue, FillMasks, Look, Predictor
+from jaxlm.inference.predictors import N_ROWS, Answer, Continue, FillMasks, Look, Predictor
 
 GATHER_S = 0.002  # how long a text waits for others to go with
 AT_ONCE = 2  # tokens made of each prompt before others are let in

@@ -38,8 +38,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jaxlm.errors import UserError
 from jaxlm.inference.batching import Engine, Failed
+from jaxlm.inference.predictors import ENDINGS, Answer, Classify, Continue, FillMasks, Look, Predict, Predictor, Reply
 from jaxlm.io import storage, utf8
-from jaxlm.predict import ENDINGS, Answer, Classify, Continue, FillMasks, Look, Predict, Predictor, Reply
 from jaxlm.reporting import html_page
 from jaxlm.terminal import dumps
 

@@ -16,7 +16,7 @@ from jaxlm import config, evaluate, predict, tasks
 from jaxlm.data import cache
 from jaxlm.data.samples import MaskedSamples
 from jaxlm.errors import UserError
-from jaxlm.inference import http_api, load
+from jaxlm.inference import http_api, load, predictors
 from jaxlm.inference.batching import Engine
 from jaxlm.model import Transformer
 from jaxlm.tasks import flops, parameters
@@ -263,7 +263,7 @@ def test_it_is_evaluated_with_its_worst_errors(task: str, tmp_path: Path) -> Non
     offsets = np.cumsum([0, *map(len, ids)])
     n_bytes = np.array([1] * 30)
     split = cache.Split(np.concatenate(ids).astype(np.uint16), offsets, n_bytes, labels)
-    specials = predict.Predict(trained).specials
+    specials = predictors.Predict(trained).specials
     samples = trained.task.samples(split, trained.config, specials, trained.config.model.vocab_size)
     found = evaluate.evaluate(trained, samples)
     assert all(score.low <= score.value <= score.high for score in found["scores"].values())

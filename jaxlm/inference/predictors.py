@@ -1,0 +1,403 @@
+"""What a trained model makes of texts: masks filled, texts continued, prompts answered, texts classified."""
+
+import itertools
+import json
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxlm.data.samples import IGNORED, marks
+from jaxlm.data.sources import PROMPT_END
+from jaxlm.errors import UserError
+from jaxlm.io import utf8
+
+if TYPE_CHECKING:  # the command line is looked at before anything that takes long to import
+    from jax import Array
+
+    from jaxlm.inference.load import Trained
+
+N_ROWS = 16  # texts that go through the model together, at most
+N_MASKS = 16  # masks that are guessed together, whatever texts they are of
+STREAMED = 4  # tokens made between looks at what has been made
+ENDINGS = {
+    "article": "the end of the text",
+    "length": "as many tokens as asked for",
+    "positions": "the model has no more positions",
+}
+Answer = dict[str, Any]  # what --json prints of a text
+
+
+class Predictor:
+    """A trained model that answers texts. Called with some, it returns an answer for each; see Answer in USING.md.
+
+    Raises UserError for a text that it cannot take, and for an option out of range.
+    """
+
+    wants = ""  # what it takes, for a person
+    options: dict[str, Any] = {}  # with their defaults
+    __call__: Callable[..., list[Answer]]
+
+    def __init__(self, trained: "Trained"):
+        import jax
+
+        from jaxlm.data import tokenization
+        from jaxlm.inference import attention_maps
+        from jaxlm.model import Transformer
+
+        self.has_attention = isinstance(trained.model.base, Transformer)
+        self.trained, self.tokenizer, self.model = trained, trained.tokenizer, trained.config.model
+        self.specials = tokenization.special_ids(self.tokenizer)
+        self.compiled_attention = jax.jit(attention_maps.weights)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of a text as the model is given them."""
+        raise NotImplementedError
+
+    def attention(self, text: str, layer: int, head: int) -> Answer:
+        """Return the tokens of a text, and for each how much it looks at each; `layer` and `head` count from 0."""
+        if not self.has_attention:
+            raise UserError(f"{self.trained}: its base is no Transformer of model.py, so it has no attention to show")
+        check("layer", layer, 0 <= layer < self.model.n_layers, f"0 to {self.model.n_layers - 1}")
+        check("head", head, 0 <= head < self.model.n_heads, f"0 to {self.model.n_heads - 1}")
+        ids = self.encode_any(text)
+        (weights_TT,) = self.compiled_attention(self.trained.model.base, self._padded([ids]), layer, head)
+        weights = np.asarray(weights_TT, np.float64)[: len(ids), : len(ids)].round(6).tolist()
+        tokens = [self._token(i) for i in ids]
+        return {"text": text, "layer": layer, "head": head, "tokens": tokens, "weights": weights}
+
+    def encode_any(self, text: str) -> list[int]:
+        """Return the token ids of a text that may lack what there is to answer."""
+        return self.encode(text)
+
+    def shown(self, answer: Answer) -> str:
+        """Return an answer for a person."""
+        raise NotImplementedError
+
+    def is_byte_level(self) -> bool:
+        """Return whether tokens are of bytes, the space before a word among them."""
+        from tokenizers import decoders
+
+        return isinstance(self.tokenizer.decoder, decoders.ByteLevel)
+
+    def _ids(self, text: str) -> list[int]:
+        try:
+            utf8.check(text)
+        except ValueError as error:
+            raise UserError(f"the text is {error}") from None
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def _checked(self, ids: list[int]) -> list[int]:
+        if len(ids) > self.model.seq_len:
+            raise UserError(
+                f"the text has {len(ids)} tokens, with special ones, but the model takes {self.model.seq_len} "
+                "(model.seq_len); shorten it"
+            )
+        return ids
+
+    def _batches(self, texts: Sequence[str]) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+        """Yield which texts are in a batch, their ids [B, T] and last positions [B], filled up to one of few shapes."""
+        all_ids = [self.encode(text) for text in texts]
+        for first in range(0, len(texts), N_ROWS):
+            rows = _filled_up(all_ids[first : first + N_ROWS])
+            last_B = np.array([len(ids) - 1 for ids in rows], np.int32)
+            yield slice(first, first + N_ROWS), self._padded(rows), last_B
+
+    def _padded(self, rows: Sequence[list[int]]) -> np.ndarray:
+        ids_BT = np.full((len(rows), self.model.seq_len), max(self.model.pad_id, 0), np.int32)
+        for row, ids in zip(ids_BT, rows, strict=True):
+            row[: len(ids)] = ids
+        return ids_BT
+
+    def _token(self, i: int) -> str:
+        return self.tokenizer.decode([i], skip_special_tokens=False)
+
+
+class FillMasks(Predictor):
+    """Guesses the words that [MASK] stands for."""
+
+    wants = "a text with [MASK] for each word to guess"
+    options = {"top_k": 5}
+
+    def __init__(self, trained: "Trained"):
+        import jax
+
+        super().__init__(trained)
+        self.mask = self.specials["mask"]
+        self.compiled_base = jax.jit(lambda model, ids_BT: model.base(ids_BT))
+        self.compiled_head = jax.jit(_probabilities)
+
+    def __call__(self, texts: Sequence[str], top_k: int = 5) -> list[Answer]:
+        """`top_k` is the number of guesses for each mask."""
+        check("top_k", top_k, 1 <= top_k <= self.model.vocab_size, f"1 to {self.model.vocab_size}")
+        answers = []
+        for some, ids_BT, _ in self._batches(texts):
+            x_BTD = self.compiled_base(self.trained.model, ids_BT)
+            guesses = self._guesses(x_BTD, np.argwhere(ids_BT == self.mask), top_k)
+            for text, ids_T in zip(texts[some], ids_BT, strict=False):
+                masks = list(itertools.islice(guesses, int((ids_T == self.mask).sum())))
+                filled = self._filled(text, [guesses[0]["token"] for guesses in masks])
+                answers.append({"text": text, "filled": filled, "masks": masks})
+        return answers
+
+    def encode(self, text: str) -> list[int]:
+        if len(self._parts(text)) == 1:
+            raise UserError("there is no [MASK] in the text; put one where a word is to be guessed")
+        return self.encode_any(text)
+
+    def encode_any(self, text: str) -> list[int]:
+        parts = self._parts(text)
+        ids = itertools.chain.from_iterable([*self._ids(part), self.mask] for part in parts[:-1])
+        first, last = ([self.specials[name]] if name in self.specials else [] for name in ("start", "end"))
+        return self._checked([*first, *ids, *self._ids(parts[-1]), *last])
+
+    def shown(self, answer: Answer) -> str:
+        lines = [answer["filled"]]
+        for i, guesses in enumerate(answer["masks"], start=1):
+            told = "  ".join(f"{guess['token'].strip()} {guess['probability']:.3f}" for guess in guesses)
+            lines.append(f"  [MASK]{f' {i}' if len(answer['masks']) > 1 else ''}: {told}")
+        return "\n".join(lines)
+
+    def _parts(self, text: str) -> list[str]:
+        """Return the text around its masks, by whichever name the user calls them."""
+        from jaxlm.data.tokenization import NAMES
+
+        first, *others = NAMES["mask"]
+        for name in others:
+            text = text.replace(name, first)
+        *before, last = text.split(first)
+        # A byte-level token has the space before its word in it, and a mask stands for the whole token.
+        return [part.rstrip() if self.is_byte_level() else part for part in before] + [last]
+
+    def _guesses(self, x_BTD: "Array", places_N2: np.ndarray, top_k: int) -> Iterator[list[Answer]]:
+        """Yield the likeliest tokens at each place, a row and a position."""
+        for first in range(0, len(places_N2), N_MASKS):
+            some = places_N2[first : first + N_MASKS]
+            filled_up = np.resize(some, (N_MASKS, 2)).astype(np.int32)
+            for p_V in np.asarray(self.compiled_head(self.trained.model, x_BTD, filled_up))[: len(some)]:
+                ids = np.argsort(-p_V, kind="stable")[:top_k].tolist()
+                yield [{"token": self._token(i), "id": i, "probability": float(p_V[i])} for i in ids]
+
+    def _filled(self, text: str, tokens: list[str]) -> str:
+        first, *rest = self._parts(text)
+        for token, part in zip(tokens, rest, strict=True):
+            continues_word = token.startswith("##")
+            first = (first.rstrip() if continues_word else first) + token.removeprefix("##") + part
+        return first
+
+
+class Look(Predictor):
+    """Shows where a model without an output layer looks: it has attention, but no answers."""
+
+    wants = "a text"
+
+    def __call__(self, texts: Sequence[str]) -> list[Answer]:
+        from jaxlm.inference import load
+
+        raise UserError(load.no_output(self.trained.start))
+
+    def encode(self, text: str) -> list[int]:
+        first, last = marks(self.model, self.specials)
+        return self._checked([first, *self._ids(text), *([] if last is None else [last])])
+
+
+class Predict(Look):
+    """Tells what the task makes of a text."""
+
+    wants = "a text"
+
+    def __init__(self, trained: "Trained"):
+        import jax
+
+        super().__init__(trained)
+        self.compiled = jax.jit(trained.task.predict)
+
+    def __call__(self, texts: Sequence[str]) -> list[Answer]:
+        answers = []
+        for some, ids_BT, last_B in self._batches(texts):
+            batch = {"tokens": ids_BT, "labels": np.full_like(last_B, IGNORED)}
+            batch |= {"last": last_B} if self.model.pooling == "last" else {}
+            predictions = np.asarray(self.compiled(self.trained.model, batch))
+            for text, prediction in zip(texts[some], predictions, strict=False):
+                # A task may answer with numbers and arrays of NumPy, which JSON does not have.
+                answer = json.dumps(self.trained.task.answer(prediction), default=lambda x: np.asarray(x).tolist())
+                answers.append({"text": text, **json.loads(answer)})
+        return answers
+
+    def shown(self, answer: Answer) -> str:
+        values = {name: f"{x:.4g}" if isinstance(x, float) else x for name, x in answer.items() if name != "text"}
+        return f"{'  '.join(f'{name} {x}' for name, x in values.items())}  {answer['text']}"
+
+
+class Classify(Predict):
+    """Tells which class a text is of."""
+
+    wants = "a text to classify"
+
+    def __init__(self, trained: "Trained"):
+        import jax
+
+        super().__init__(trained)
+        self.compiled = jax.jit(lambda model, *args: jax.nn.softmax(model(*args)))
+
+    def __call__(self, texts: Sequence[str]) -> list[Answer]:
+        answers = []
+        task = self.trained.task
+        n_labels = len(task.classes)
+        is_last = self.model.pooling == "last"
+        for some, ids_BT, last_B in self._batches(texts):
+            p_BC = np.asarray(self.compiled(self.trained.model, ids_BT, None, last_B if is_last else None))
+            for text, p_C in zip(texts[some], p_BC, strict=False):
+                # The original's head has an output for each token of the vocabulary: those are no class.
+                label = task.label(int(p_C.argmax())) if p_C.argmax() < n_labels else None
+                p = p_C[:n_labels].tolist()
+                named = p if task.has_numbers() else dict(zip(task.classes, p, strict=True))
+                answers.append({"text": text, "label": label, "probabilities": named})
+        return answers
+
+    def shown(self, answer: Answer) -> str:
+        p = answer["probabilities"]
+        told = "  ".join(f"{name}: {x:.3f}" for name, x in (p.items() if isinstance(p, dict) else enumerate(p)))
+        label = "none" if answer["label"] is None else answer["label"]
+        return f"label {label}  ({told})  {answer['text']}"
+
+
+class Continue(Predictor):
+    """Continues prompts."""
+
+    wants = "the beginning of a text"
+    between = ""  # what stands between a prompt and what continues it
+    options = {"max_new_tokens": 100, "temperature": 0.8, "top_k": 0, "top_p": 0.95, "seed": None}
+
+    def __init__(self, trained: "Trained"):
+        from jaxlm.inference.decode import Decoder
+
+        super().__init__(trained)
+        self.stop = self.specials["article"]
+        self.decoder = Decoder(trained.model, self.stop)
+
+    def __call__(self, texts: Sequence[str], **options: Any) -> list[Answer]:
+        """Continue each text as it would be alone. `options` as in `stream`; the default seed is another each time."""
+        options = self.checked(options)
+        prompts = [self.encode(text) for text in texts]
+        answers = []
+        for first in range(0, len(texts), N_ROWS):
+            some = prompts[first : first + N_ROWS]
+            *_, made = self._made(_filled_up(some), options, options["max_new_tokens"])
+            for text, prompt, ids in zip(texts[first:], prompts[first:], made[: len(some)], strict=False):
+                answers.append(self.answer(text, prompt, ids, options))
+        return answers
+
+    def stream(self, text: str, **options: Any) -> Iterator[str | Answer]:
+        """Yield the continuation of a text in pieces, as it is made, and at last its answer.
+
+        `max_new_tokens`: most tokens to make. `temperature`: what logits are divided by; 0 is the likeliest token,
+        always. `top_k`: draw from so many likeliest tokens; 0: from all. `top_p`: draw from the fewest likeliest tokens
+        whose probabilities sum to this. `seed`: of the random numbers.
+        """
+        options = self.checked(options)
+        prompt, sent = self.encode(text), ""
+        for (ids,) in self._made([prompt], options, STREAMED):
+            if piece := self.piece(prompt, ids, sent):
+                yield piece
+                sent += piece
+        answer = self.answer(text, prompt, ids, options)
+        if rest := answer["continuation"].removeprefix(sent):
+            yield rest
+        yield answer
+
+    def encode(self, text: str) -> list[int]:
+        return self._checked([self.stop, *self._ids(text + self.between)])
+
+    def shown(self, answer: Answer) -> str:
+        return f"{answer['prompt']}{self.between}{answer['continuation']}"
+
+    def _made(self, prompts: Sequence[list[int]], options: dict[str, Any], n_at_once: int) -> Iterator[list[list[int]]]:
+        """Yield what has been made so far of each prompt, again and again."""
+        from jaxlm.inference.decode import Sampling
+
+        names = ("temperature", "top_k", "top_p", "seed")
+        sampling = Sampling(*([options[name]] * len(prompts) for name in names))
+        rows = self.decoder.begin(prompts, options["max_new_tokens"])
+        while True:
+            rows = self.decoder.extend(rows, sampling, n_at_once)
+            tokens_BS, n_B = np.asarray(rows.tokens_BS), np.asarray(rows.n_B)
+            yield [row[len(p) : n].tolist() for row, p, n in zip(tokens_BS, prompts, n_B, strict=True)]
+            if np.all(n_B >= np.asarray(rows.end_B)):
+                return
+
+    def piece(self, prompt: list[int], ids: list[int], sent: str) -> str:
+        """Return what of a continuation, of which `sent` is sent, can be sent now that it has come to `ids`."""
+        ready = self._ready(self._continuation(prompt, ids))
+        return ready[len(sent) :] if ready.startswith(sent) else ""
+
+    def answer(self, text: str, prompt: list[int], ids: list[int], options: dict[str, Any]) -> Answer:
+        """Return the answer to a text that `ids` continue."""
+        ending = "length" if len(ids) == options["max_new_tokens"] else "positions"
+        return {
+            "prompt": text,
+            "continuation": self._continuation(prompt, ids),
+            "tokens": len(ids),
+            "ending": "article" if ids[-1] == self.stop else ending,
+            "seed": options["seed"],
+        }
+
+    def _continuation(self, prompt: list[int], ids: list[int]) -> str:
+        # What stands between two tokens is known only from both of them.
+        before, whole = self.tokenizer.decode(prompt[1:]), self.tokenizer.decode(prompt[1:] + ids)
+        return whole[len(before) :] if whole.startswith(before) else self.tokenizer.decode(ids)
+
+    def _ready(self, text: str) -> str:
+        """Return what of a text stays as it is, whatever comes next."""
+        if self.is_byte_level():
+            return text.rstrip("\ufffd")  # a character has several bytes, and a token may have the first of them
+        return text[: max(text.rfind(" "), 0)]  # a piece of a word, or a point, is put to the word before
+
+    def checked(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Return all options, with a seed. Raises UserError for one out of range."""
+        options = self.options | given
+        if unknown := options.keys() - self.options:
+            raise TypeError(f"there is no option {', '.join(unknown)}; there are {', '.join(self.options)}")
+        if options["seed"] is None:
+            options["seed"] = secrets.randbelow(10**6)
+        check("max_new_tokens", options["max_new_tokens"], options["max_new_tokens"] >= 1, "1 or more")
+        check("temperature", options["temperature"], 0 <= options["temperature"] < np.inf, "0 or more")
+        check("top_k", options["top_k"], 0 <= options["top_k"] < 2**31, "0 (all) or more")
+        check("top_p", options["top_p"], 0 < options["top_p"] <= 1, "above 0, and 1 (all) at most")
+        check("seed", options["seed"], 0 <= options["seed"] < 2**32, "0 or more, below 2^32")
+        return options
+
+
+class Reply(Continue):
+    """Answers prompts, by default with the likeliest tokens."""
+
+    wants = "a prompt to answer"
+    between = PROMPT_END
+    options = Continue.options | {"temperature": 0.0}
+
+
+def _probabilities(model: Any, x_BTD: "Array", places_N2: "Array") -> "Array":
+    """Return the probabilities of the tokens at each place, [N, V]."""
+    import jax
+
+    x_ND = x_BTD[places_N2[:, 0], places_N2[:, 1]]
+    return jax.nn.softmax(model.head(x_ND[None], model.base.embedding.token.embedding[...])[0])
+
+
+def check(name: str, value: Any, is_fine: bool, rule: str) -> None:
+    if not is_fine:
+        raise UserError(f"--{name.replace('_', '-')} {value}: has to be {rule}")
+
+
+def _filled_up(rows: list[Any]) -> list[Any]:
+    """Return rows, the last of them repeated, so that there are few numbers of rows to compile for."""
+    return rows + rows[-1:] * (_next_power(len(rows)) - len(rows))
+
+
+def _next_power(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def start(text: str, most: int = 40) -> str:
+    return json.dumps(text if len(text) <= most else f"{text[:most]}...", ensure_ascii=False)
