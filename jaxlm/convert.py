@@ -19,7 +19,7 @@ from jaxlm.errors import UserError, reported
 from jaxlm.io import storage
 from jaxlm.params.snapshot import Snapshot
 from jaxlm.weights import formats, huggingface, snapshots
-from jaxlm.weights.formats import CHECKPOINT_1_2, RUN, SAFETENSORS, STATE_DICT, Stored
+from jaxlm.weights.formats import CHECKPOINT_1_2, RUN, SAFETENSORS, STATE_DICT, StoredFile
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def inspect(stored: Stored) -> None:
+def inspect(stored: StoredFile) -> None:
     """Print what is in a file or folder: what it tells of itself, parameters by part, and a table of its tensors."""
     from rich.table import Table
 

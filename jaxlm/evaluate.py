@@ -27,7 +27,6 @@ from jaxlm.terminal import dumps
 if TYPE_CHECKING:  # the command line is looked at before anything that takes long to import
     from jaxlm.data.samples import Samples
     from jaxlm.data.sources import Source
-    from jaxlm.inference.load import Trained
 
 BATCH_SIZE = 16  # samples that a device has at once; what fits beside any model
 N_DRAWS, INTERVAL = 2000, 0.95  # of the bootstrap
@@ -90,7 +89,7 @@ class Evaluation:
 
 
 @slow("scoring the samples")
-def evaluate(trained: "Trained", samples: "Samples", batch_size: int = BATCH_SIZE) -> dict[str, Any]:
+def evaluate(trained: "LoadedModel", samples: "Samples", batch_size: int = BATCH_SIZE) -> dict[str, Any]:
     """Return the fields of an Evaluation that depend on the samples alone."""
     articles = _articles(samples)
     groups, drawn = _groups(articles)
@@ -122,7 +121,7 @@ def evaluate(trained: "Trained", samples: "Samples", batch_size: int = BATCH_SIZ
     }
 
 
-def totals_of_samples(trained: "Trained", samples: "Samples", batch_size: int) -> Totals:
+def totals_of_samples(trained: "LoadedModel", samples: "Samples", batch_size: int) -> Totals:
     """Return the totals of each sample, [N, ...], in order.
 
     Every device has the whole model and whole batches, one after the other, so that their number makes no difference.
@@ -168,7 +167,7 @@ def bootstrap(
         return {name: tuple(np.quantile(x, (tail, 1 - tail)).tolist()) for name, x in found.items()}
 
 
-def part(trained: "Trained", split: str, given: Mapping[str, Any]) -> "tuple[Source, Samples]":
+def part(trained: "LoadedModel", split: str, given: Mapping[str, Any]) -> "tuple[Source, Samples]":
     """Return the samples of a part of the run's data, or those of the file data.path in `given`, and their source.
 
     `given` are settings that are other than the run's. Raises UserError.
@@ -266,7 +265,7 @@ def _class_names(task: Any, confusion: list[list[int]]) -> list[str]:
     return list(task.classes if n == len(task.classes) else numbered(n))
 
 
-def _one(trained: "Trained", model: Any, sample: dict[str, Any]) -> dict[str, Any]:
+def _one(trained: "LoadedModel", model: Any, sample: dict[str, Any]) -> dict[str, Any]:
     """Return the totals of one sample; where samples have labels, also its prediction.
 
     Of a task with probabilities, also that of a class label, and `reliability`: by bin of confidence, how many
@@ -343,7 +342,7 @@ def _bins(reliability: np.ndarray) -> list[Bin]:
     ]
 
 
-def _worst(trained: "Trained", samples: Any, totals: Totals) -> list[Mistake]:
+def _worst(trained: "LoadedModel", samples: Any, totals: Totals) -> list[Mistake]:
     """Return the wrong predictions of the largest loss; without probabilities, all with a loss count as wrong."""
     labels, split, losses, task = samples.split.labels, samples.split, totals["loss"], trained.task
     has_probabilities = "probability" in totals

@@ -19,7 +19,7 @@ from jaxlm.errors import UserError, reported
 from jaxlm.io import storage, utf8
 from jaxlm.reporting import html_page, run_reader
 from jaxlm.reporting.html_page import COLOURS, DASHES, Curve
-from jaxlm.reporting.run_reader import Folder
+from jaxlm.reporting.run_reader import RunRecord
 from jaxlm.tasks.parameters import BUILT_IN
 from jaxlm.training import environment, history
 
@@ -33,7 +33,7 @@ TRAINING = {  # what is drawn of the rows of training: title, and whether on a l
 }
 
 
-def report(runs: Sequence[Folder]) -> str:
+def report(runs: Sequence[RunRecord]) -> str:
     """Return the page of a run, or of several."""
     names = _names(runs)
     title = names[0] if len(runs) == 1 else "Runs compared: " + ", ".join(names)
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     raise AssertionError("reported() exits on the errors it does not pass on")
 
 
-def _names(runs: Sequence[Folder]) -> list[str]:
+def _names(runs: Sequence[RunRecord]) -> list[str]:
     """Return what the runs are called: their folders, with as many of those above as tell them apart."""
     paths = [run.path.absolute().parts for run in runs]
     most = max(map(len, paths))
@@ -99,7 +99,7 @@ def _names(runs: Sequence[Folder]) -> list[str]:
     return names
 
 
-def _head(run: Folder) -> str:
+def _head(run: RunRecord) -> str:
     figures = [(f"task {run.task}", run.state)]
     figures += [("updates", f"{run.last_step:,} of {run.settings['train.max_steps']:,}")]
     step = run.best_score_step()
@@ -128,12 +128,12 @@ def _head(run: Folder) -> str:
     return f'{head}{table}<p class="soft">{note}</p>'
 
 
-def _results(runs: Sequence[Folder], names: Sequence[str]) -> str:
+def _results(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
     lines = [[name, *values] for name, values in run_reader.results(runs).items()]
     return html_page.table(["", *names], [["task", *(run.task for run in runs)], *lines], "results")
 
 
-def _differences(runs: Sequence[Folder], names: Sequence[str]) -> str:
+def _differences(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
     found = run_reader.differences(runs)
     if not found:
         return "<p>None: the runs have the same settings.</p>"
@@ -144,7 +144,7 @@ def _differences(runs: Sequence[Folder], names: Sequence[str]) -> str:
 # Curves
 
 
-def _curves(runs: Sequence[Folder], names: Sequence[str]) -> list[str]:
+def _curves(runs: Sequence[RunRecord], names: Sequence[str]) -> list[str]:
     """Return the charts, those of each task apart: a loss of one task is not to be compared with that of another."""
     tasks = list(dict.fromkeys(run.task for run in runs))
     parts = ["<h2>Curves</h2>"]
@@ -162,7 +162,7 @@ def _curves(runs: Sequence[Folder], names: Sequence[str]) -> list[str]:
     return parts
 
 
-def _curve(run: Folder, split: str, name: str, label: str, **style: Any) -> Curve:
+def _curve(run: RunRecord, split: str, name: str, label: str, **style: Any) -> Curve:
     rows = [row for row in run.rows if row["split"] == split and name in row]
     # What is not finite is logged as null.
     values = [row[name] if isinstance(row[name], int | float) else np.nan for row in rows]
@@ -175,7 +175,7 @@ def _style(i: int) -> dict[str, Any]:
     return {"colour": COLOURS[i % n], "dashes": DASHES[(i + i // n) % n]}
 
 
-def _loss(runs: Sequence[Folder], names: Sequence[str]) -> list[str]:
+def _loss(runs: Sequence[RunRecord], names: Sequence[str]) -> list[str]:
     if len(runs) > 1:
         return _drawn(runs, names, "train", "loss", f"training loss{_unit(runs)}")
     train = _curve(runs[0], "train", "loss", "training", width=1.2)
@@ -184,12 +184,12 @@ def _loss(runs: Sequence[Folder], names: Sequence[str]) -> list[str]:
     return [drawn] if drawn else []
 
 
-def _unit(runs: Sequence[Folder]) -> str:
+def _unit(runs: Sequence[RunRecord]) -> str:
     """Return the unit of a cross-entropy; "" for the task of a user, whose loss can be anything."""
     return ", nats" if runs[0].task in BUILT_IN else ""
 
 
-def _scores(runs: Sequence[Folder], names: Sequence[str]) -> list[str]:
+def _scores(runs: Sequence[RunRecord], names: Sequence[str]) -> list[str]:
     """Return pictures of the scores of the validation."""
     rows = [row for run in runs for row in run.rows if row["split"] == "validation"]
     found = dict.fromkeys(name for row in rows for name in row if name not in history.KEYS)
@@ -201,7 +201,7 @@ def _scores(runs: Sequence[Folder], names: Sequence[str]) -> list[str]:
     return figures
 
 
-def _training(runs: Sequence[Folder], names: Sequence[str]) -> list[str]:
+def _training(runs: Sequence[RunRecord], names: Sequence[str]) -> list[str]:
     figures = []
     for name, (title, is_log) in TRAINING.items():
         figures += _drawn(runs, names, "train", name, title, is_log)
@@ -209,7 +209,7 @@ def _training(runs: Sequence[Folder], names: Sequence[str]) -> list[str]:
 
 
 def _drawn(
-    runs: Sequence[Folder], names: Sequence[str], split: str, name: str, title: str, is_log: bool = False
+    runs: Sequence[RunRecord], names: Sequence[str], split: str, name: str, title: str, is_log: bool = False
 ) -> list[str]:
     """Return the picture of one figure of all runs; none if no run has it."""
     is_score = split == "validation"
@@ -221,7 +221,7 @@ def _drawn(
     return [drawn] if drawn else []
 
 
-def _levels(runs: Sequence[Folder], names: Sequence[str], score: str) -> list[Curve]:
+def _levels(runs: Sequence[RunRecord], names: Sequence[str], score: str) -> list[Curve]:
     """Return lines for the recorded baselines of a validation score: one, if they are the same."""
     found = {i: x for i, run in enumerate(runs) if (x := run.baselines("validation").get(score)) is not None}
     styles = [(f"baseline of {names[i]}", x, _style(i)["colour"]) for i, x in found.items()]
@@ -233,7 +233,7 @@ def _levels(runs: Sequence[Folder], names: Sequence[str], score: str) -> list[Cu
 # What jaxlm.evaluate has kept
 
 
-def _evaluations(runs: Sequence[Folder], names: Sequence[str]) -> list[str]:
+def _evaluations(runs: Sequence[RunRecord], names: Sequence[str]) -> list[str]:
     parts = []
     for split in ("validation", "test"):
         found = {name: x for run, name in zip(runs, names, strict=True) if (x := _evaluation(run, split))}
@@ -285,7 +285,7 @@ def _evaluations(runs: Sequence[Folder], names: Sequence[str]) -> list[str]:
     return parts
 
 
-def _evaluation(run: Folder, split: str) -> dict[str, Any]:
+def _evaluation(run: RunRecord, split: str) -> dict[str, Any]:
     path = run.path / f"evaluation_{split}.json"
     try:
         found = utf8.from_json(utf8.read(path))
@@ -336,7 +336,7 @@ def _predicted(value: Any) -> str:
 # What else the folder has
 
 
-def _samples(runs: Sequence[Folder], names: Sequence[str]) -> list[str]:
+def _samples(runs: Sequence[RunRecord], names: Sequence[str]) -> list[str]:
     parts: list[str] = []
     for run, name in zip(runs, names, strict=True):
         found = samples(run.path / "samples.txt")
@@ -370,7 +370,7 @@ def samples(path: Path) -> dict[int, str]:
     return {int(step): shown.strip("\n") for step, shown in zip(pieces[::2], pieces[1::2], strict=True)}
 
 
-def _settings(run: Folder, name: str) -> str:
+def _settings(run: RunRecord, name: str) -> str:
     changed = run.changed_settings()
     lines = [[key, str(x), "" if key in changed else "default"] for key, x in run.settings.items()]
     lines.sort(key=lambda line: bool(line[2]))
@@ -379,7 +379,7 @@ def _settings(run: Folder, name: str) -> str:
     )
 
 
-def _environment(run: Folder, name: str) -> str:
+def _environment(run: RunRecord, name: str) -> str:
     found = environment.read(run.path)
     if not found:
         return f"<p>{html_page.text(name)}: not recorded.</p>"

@@ -106,7 +106,7 @@ def clean(paths: Sequence[Path], is_sure: bool) -> int:
     from jaxlm.training import run_dir
 
     with contextlib.ExitStack() as stack:
-        spare: list[run_reader.Checkpoint] = []
+        spare: list[run_reader.CheckpointRecord] = []
         for run in run_reader.find(paths):
             if run.state == run_reader.RUNNING:
                 print(f"{run.path}: {run.owner} works in it; left alone")
@@ -133,7 +133,7 @@ def clean(paths: Sequence[Path], is_sure: bool) -> int:
     return 0
 
 
-def _spare(run: run_reader.Folder) -> tuple[list[run_reader.Checkpoint], str]:
+def _spare(run: run_reader.RunRecord) -> tuple[list[run_reader.CheckpointRecord], str]:
     """Return the checkpoints of a run that nothing needs, and why it is better left alone ("": it is not)."""
     if run.best is None:
         return [], "" if not run.checkpoints else "none of its checkpoints is whole"

@@ -104,7 +104,7 @@ class Results:
 
     path: Path
 
-    def run(self, name: str) -> folders.Folder | None:
+    def run(self, name: str) -> folders.RunRecord | None:
         """Return a run that was tested, None if it was not yet."""
         with contextlib.suppress(UserError):
             found = folders.read(self.path / name)
@@ -183,14 +183,14 @@ def link(path: Path, data: Path) -> None:
         (path / "prose.txt").write_text("".join(text.rstrip("\n") + "\n" for text in texts), encoding="utf-8")
 
 
-def data_of(results: Results, run: folders.Folder) -> prepare.Data:
+def data_of(results: Results, run: folders.RunRecord) -> prepare.Data:
     """Return the samples that a run was trained and tested on."""
     config = configs.build({name: value for name, value in run.settings.items() if name in configs.SETTINGS})
     with contextlib.chdir(results.path):
         return read_data(config)[1]
 
 
-def n_gram(results: Results, run: folders.Folder) -> dict[str, float]:
+def n_gram(results: Results, run: folders.RunRecord) -> dict[str, float]:
     """Return the test loss of the n-gram model on what a language model was tested on, and bits per byte of a gpt."""
     data = data_of(results, run)
     train, test = data.samples["train"].windows, data.samples["test"].windows  # type: ignore[union-attr]
@@ -252,7 +252,7 @@ def elsewhere(results: Results, name: str) -> dict[str, float]:
     return evaluated(results, name, "--data.path", "wikitext-2/test.txt")
 
 
-def at_the_end(results: Results, run: folders.Folder) -> dict[str, float]:
+def at_the_end(results: Results, run: folders.RunRecord) -> dict[str, float]:
     """Return the test scores of the last checkpoint, which need not be the one with the lowest validation loss."""
     last = [checkpoint for checkpoint in run.checkpoints if checkpoint.is_whole][-1]
     if last == run.best:

@@ -2,8 +2,8 @@
 
     python scripts/structure.py
 
-Tests, conftest.py and jaxlm/testing/ are not counted. FLOORS is the order of imports: a room (a folder, or a file at the
-top of jaxlm) imports rooms of lower floors only, imports inside functions included.
+Tests, conftest.py and jaxlm/testing/ are not counted. FLOORS is the order of imports: a room (a folder, or a file at
+the top of jaxlm) imports rooms of lower floors only, imports inside functions included.
 """
 
 import ast
@@ -105,7 +105,9 @@ def summary() -> str:
     """Return the sentence on sizes that the README has."""
     counts = sizes()
     core = sum(counts[name] for name in CORE)
-    return f"The mirrored core of `jaxlm` has {core:,} lines, the whole package {sum(counts.values()):,}, without tests."
+    return (
+        f"The mirrored core of `jaxlm` has {core:,} lines, the whole package {sum(counts.values()):,}, without tests."
+    )
 
 
 def main() -> None:

@@ -21,7 +21,10 @@ def test_there_is_no_import_cycle() -> None:
 
 
 def test_each_room_has_its_floor() -> None:
-    assert {structure.room(name) for name in structure.modules("jaxlm")} == {"", *(x for floor in FLOORS for x in floor)}
+    assert {structure.room(name) for name in structure.modules("jaxlm")} == {
+        "",
+        *(x for floor in FLOORS for x in floor),
+    }
 
 
 def test_rooms_import_downwards_only() -> None:

@@ -17,8 +17,9 @@ import pytest
 import jaxlm.train
 from jaxlm.errors import UserError
 from jaxlm.reporting import run_reader
-from jaxlm.training import history, run, summary
+from jaxlm.training import history, summary
 from jaxlm.training.log import RunLog
+from jaxlm.training.run import UNSAVED
 from torchlm import checkpoint, train
 
 SIZES = (
@@ -85,7 +86,7 @@ def test_the_end_lists_what_was_saved(
     output, errors = capsys.readouterr()
     checkpoints.symlink_to(elsewhere)
     saved, is_lost = steps_on_disk(run), 6 in blocked
-    assert status == (run.UNSAVED if is_lost else 0)
+    assert status == (UNSAVED if is_lost else 0)
     assert "There are no scores" not in output and "loss (lower is better)" in output
     listed = listing(output)
     assert {name for name in listed if "/" not in name} == {path.name for path in run.iterdir()} & set(listed)
@@ -156,7 +157,7 @@ def test_a_disk_that_is_full_from_some_row_on(
         assert (disk / "run" / "samples.txt").read_text().count("--- step") == 3
         assert "not written" not in output + errors
     else:
-        assert status == run.UNSAVED and logged(disk / "run") == []
+        assert status == UNSAVED and logged(disk / "run") == []
         assert "checkpoints" not in listing(output) and "Use it" not in output
         assert re.search(r"metrics.jsonl: \d+ entries not written \(No space left on device\)", errors)
         assert run_reader.read(disk / "run").state != "finished"
@@ -165,7 +166,7 @@ def test_a_disk_that_is_full_from_some_row_on(
 def test_a_rollback_on_a_full_disk(disk: Path, texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     at_row(5, lambda: fill(disk), monkeypatch)  # after the first checkpoint
     monkeypatch.setattr("torchlm.loop._read", spoiled(at=4))
-    assert trained(texts, disk / "run", "--train.on-nonfinite rollback") == run.UNSAVED
+    assert trained(texts, disk / "run", "--train.on-nonfinite rollback") == UNSAVED
     steps = [step for step, split in logged(disk / "run") if split == "train"]
     assert steps == sorted(set(steps)) and steps[:3] == [1, 2, 3]
 
@@ -284,7 +285,7 @@ def test_jaxlm_on_a_full_disk(disk: Path, texts: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("jaxlm.checkpoint.PAUSES_S", (0, 0))
     at_row(3, lambda: fill(disk), monkeypatch)
     settings = f"{SIZES.format(texts=texts)} --train.max-steps 4 --run.dir {disk / 'run'}"
-    assert jaxlm.train.main(settings.split()) == run.UNSAVED
+    assert jaxlm.train.main(settings.split()) == UNSAVED
     output, errors = capsys.readouterr()
     assert "checkpoints" not in listing(output) and "loss (lower is better)" in output
     assert "the weights of step 4 are not saved" in errors

@@ -234,14 +234,14 @@ import sys
 import time
 from pathlib import Path
 from jaxlm.config import TokenizerConfig
-from jaxlm.data import cache, tokenizer
+from jaxlm.data import cache, tokenization
 from jaxlm.data.sources import Article, Source
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which is off in what a shell starts in the background
 def articles():
     for i in range(10**9):
         yield Article("train", "some words " * 10_000, -1)
 
-words = tokenizer.train(TokenizerConfig(vocab_size=300), lambda: iter(["some words"]))
+words = tokenization.train(TokenizerConfig(vocab_size=300), lambda: iter(["some words"]))
 cache.open_cache(Source("s", "0" * 64, articles, 1), words, Path(sys.argv[1]), lambda n: print(n, flush=True))
 """
 

@@ -116,13 +116,13 @@ def test_progress_is_told_the_bytes_of_text(folder, tmp_path):
 
 def test_a_tokenizer_is_trained_on_a_bounded_and_spread_part(folder, tmp_path, monkeypatch):
     seen: list[str] = []
-    real = prepare.tokenizers.train
+    real = prepare.tokenization.train
 
     def spied(config, texts, *others):
         seen[:] = list(texts())
         return real(config, texts, *others)
 
-    monkeypatch.setattr(prepare.tokenizers, "train", spied)
+    monkeypatch.setattr(prepare.tokenization, "train", spied)
     prepared(folder, data__cache_dir=str(tmp_path / "a"))
     train = [line for line in LINES if line in set(seen)]
     assert seen == train and len(train) > 250  # all of train

@@ -85,11 +85,11 @@ TRAIN = """
 import sys
 from pathlib import Path
 from jaxlm.config import TokenizerConfig
-from jaxlm.data import tokenizer
+from jaxlm.data import tokenization
 texts = Path(sys.argv[1]).read_text(encoding="utf-8").split("\\n")
 for kind in ("wordpiece", "bpe"):
     config = TokenizerConfig(kind=kind, vocab_size=600)
-    tokenizer.save(tokenizer.train(config, lambda: iter(texts)), Path(sys.argv[2], kind + ".json"))
+    tokenization.save(tokenization.train(config, lambda: iter(texts)), Path(sys.argv[2], kind + ".json"))
 print([name for name in ("jax", "torch") if name in sys.modules])
 """
 

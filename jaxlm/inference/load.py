@@ -25,7 +25,7 @@ from jaxlm.weights import formats, snapshots
 
 
 @dataclasses.dataclass(frozen=True)
-class Trained:
+class LoadedModel:
     """A model, and what it needs to be used. `model` is what `task.build_model` makes."""
 
     start: Start  # the checkpoint, and what it tells of itself
@@ -45,7 +45,7 @@ class Trained:
 
 
 @slow("loading the model")
-def load(source: str | Path, tokenizer: str = "", precision: str = "", needs_output: bool = True) -> Trained:
+def load(source: str | Path, tokenizer: str = "", precision: str = "", needs_output: bool = True) -> LoadedModel:
     """Return the model of a run (its best checkpoint) or of one checkpoint, in any form that jaxlm.convert reads.
 
     `tokenizer` is a path as in tokenizer.path; "": that of the run. `precision` is as in train.precision; "": that of
@@ -61,7 +61,7 @@ def load(source: str | Path, tokenizer: str = "", precision: str = "", needs_out
     backend.configure(config)
     model = model_of(found, config)
     task: Any = None if config.task == BASE else TASKS[config.task](config, found.classes())
-    return Trained(found, config, task, read, model)
+    return LoadedModel(found, config, task, read, model)
 
 
 def no_output(found: Start) -> str:

@@ -16,7 +16,6 @@ from jaxlm.io import utf8
 if TYPE_CHECKING:  # the command line is looked at before anything that takes long to import
     from jax import Array
 
-    from jaxlm.inference.load import Trained
 
 N_ROWS = 16  # texts that go through the model together, at most
 N_MASKS = 16  # masks that are guessed together, whatever texts they are of
@@ -39,7 +38,7 @@ class Predictor:
     options: dict[str, Any] = {}  # with their defaults
     __call__: Callable[..., list[Answer]]
 
-    def __init__(self, trained: "Trained"):
+    def __init__(self, trained: "LoadedModel"):
         import jax
 
         from jaxlm.data import tokenization
@@ -120,7 +119,7 @@ class FillMasks(Predictor):
     wants = "a text with [MASK] for each word to guess"
     options = {"top_k": 5}
 
-    def __init__(self, trained: "Trained"):
+    def __init__(self, trained: "LoadedModel"):
         import jax
 
         super().__init__(trained)
@@ -207,7 +206,7 @@ class Predict(Look):
 
     wants = "a text"
 
-    def __init__(self, trained: "Trained"):
+    def __init__(self, trained: "LoadedModel"):
         import jax
 
         super().__init__(trained)
@@ -235,7 +234,7 @@ class Classify(Predict):
 
     wants = "a text to classify"
 
-    def __init__(self, trained: "Trained"):
+    def __init__(self, trained: "LoadedModel"):
         import jax
 
         super().__init__(trained)
@@ -270,7 +269,7 @@ class Continue(Predictor):
     between = ""  # what stands between a prompt and what continues it
     options = {"max_new_tokens": 100, "temperature": 0.8, "top_k": 0, "top_p": 0.95, "seed": None}
 
-    def __init__(self, trained: "Trained"):
+    def __init__(self, trained: "LoadedModel"):
         from jaxlm.inference.decode import Decoder
 
         super().__init__(trained)

@@ -28,7 +28,7 @@ RUNNING, FINISHED, STOPPED, INTERRUPTED, LOST = "running", "finished", "stopped"
 Row = dict[str, Any]  # of metrics.jsonl
 
 
-class Checkpoint(NamedTuple):
+class CheckpointRecord(NamedTuple):
     step: int
     path: Path
     loss: float | None  # of the validation
@@ -37,7 +37,7 @@ class Checkpoint(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Folder:
+class RunRecord:
     """A run, as it was when it was looked at."""
 
     path: Path
@@ -45,7 +45,7 @@ class Folder:
     rows: list[Row]
 
     @functools.cached_property
-    def checkpoints(self) -> list[Checkpoint]:
+    def checkpoints(self) -> list[CheckpointRecord]:
         """Its checkpoints by step, also those that were set aside or never finished."""
         losses = {row["step"]: row["loss"] for row in self.rows if row["split"] == "validation"}
         found = []
@@ -65,11 +65,11 @@ class Folder:
             if is_whole and not is_file:  # torchlm's are read by PyTorch alone
                 with contextlib.suppress(UserError):
                     loss = formats.validation_loss(path)
-            found.append(Checkpoint(int(stem), path, loss, is_whole, n_bytes(path)))
+            found.append(CheckpointRecord(int(stem), path, loss, is_whole, n_bytes(path)))
         return sorted(found, key=lambda checkpoint: (checkpoint.step, checkpoint.path.name))
 
     @functools.cached_property
-    def best(self) -> Checkpoint | None:
+    def best(self) -> CheckpointRecord | None:
         """The checkpoint with the lowest validation loss; its last, if none was scored."""
         whole = {checkpoint.step: checkpoint for checkpoint in self.checkpoints if checkpoint.is_whole}
         losses = {step: math.nan if found.loss is None else found.loss for step, found in whole.items()}
@@ -169,7 +169,7 @@ class Folder:
         return {step: row for step, row in rows.items() if row.get("loss") is not None}
 
 
-def read(path: Path) -> Folder:
+def read(path: Path) -> RunRecord:
     """Return what a run folder tells. Raises UserError if it is none."""
     if not path.is_dir():
         raise UserError(f"{path}: there is no such run")
@@ -189,17 +189,17 @@ def read(path: Path) -> Folder:
         if not isinstance(settings[name], kinds) or isinstance(settings[name], bool) != isinstance(default, bool):
             rule = f"has to be of the type of its default, {default!r}; correct it"
             raise UserError(f"{path / 'config.toml'}: {name}={settings[name]!r}: {rule}")
-    return Folder(path, settings, history.rows(path / "metrics.jsonl"))
+    return RunRecord(path, settings, history.rows(path / "metrics.jsonl"))
 
 
-def differences(runs: Sequence[Folder]) -> dict[str, list[Any]]:
+def differences(runs: Sequence[RunRecord]) -> dict[str, list[Any]]:
     """Return the settings that are not the same in all runs, with the value in each; None: it does not have it."""
     names = dict.fromkeys(name for run in runs for name in run.settings)
     found = {name: [run.settings.get(name) for run in runs] for name in names}
     return {name: values for name, values in found.items() if any(value != values[0] for value in values)}
 
 
-def results(runs: Sequence[Folder]) -> dict[str, list[str]]:
+def results(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
     """Return how far runs have got, by name of a figure, for a person."""
     found = {
         "state": [run.state for run in runs],
@@ -216,7 +216,7 @@ def results(runs: Sequence[Folder]) -> dict[str, list[str]]:
     return found
 
 
-def find(folders: Sequence[Path]) -> list[Folder]:
+def find(folders: Sequence[Path]) -> list[RunRecord]:
     """Return the runs in some folders, the last changed first; one that cannot be read is passed over with a warning.
 
     Raises UserError if a folder is not there.

@@ -11,9 +11,9 @@ from jaxlm.runtime import huge_pages
 
 PROGRAM = """
 import os, pathlib, sys
-from jaxlm import hugepages
-hugepages.ENABLED = pathlib.Path(sys.argv[1])
-hugepages.ask()
+from jaxlm.runtime import huge_pages
+huge_pages.ENABLED = pathlib.Path(sys.argv[1])
+huge_pages.ask()
 print(os.getpid(), os.environ.get("GLIBC_TUNABLES"), sys.argv[2:], sys.stdin.read())
 """
 

@@ -205,7 +205,7 @@ def test_folders_of_a_user_stay_among_checkpoints(name: str, program: str, tmp_p
     else:
         importlib.import_module("torchlm.checkpoint").Checkpoints(tmp_path)
     assert (tmp_path / name).exists()
-    assert not run_reader.Folder(tmp_path, {}, []).checkpoints
+    assert not run_reader.RunRecord(tmp_path, {}, []).checkpoints
 
 
 @pytest.mark.parametrize(

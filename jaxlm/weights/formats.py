@@ -38,7 +38,7 @@ TRANSFORMERS = "transformers "  # and the kind of model: the forms of public.py 
 FIRST, SECOND, N_UPDATES = "optimizer.first_moment.", "optimizer.second_moment.", "optimizer.step"
 
 
-class Stored(NamedTuple):
+class StoredFile(NamedTuple):
     """A file or folder as it is."""
 
     form: str
@@ -48,7 +48,7 @@ class Stored(NamedTuple):
     info: dict[str, Any]  # what it tells of itself, with the keys of `info` in jaxlm's checkpoints; {} for bare weights
 
 
-def moments(stored: Stored, shapes: Shapes, first_block: int = 0) -> tuple[Moments | None, int]:
+def moments(stored: StoredFile, shapes: Shapes, first_block: int = 0) -> tuple[Moments | None, int]:
     """Return the moments of AdamW, not checked, and how many updates they are of; None if there are none.
 
     Raises UserError for what is no optimizer of AdamW.
@@ -90,7 +90,7 @@ def need_torch(path: Path) -> None:
         raise UserError(f"{path}: needs PyTorch, which is not installed: pip install 'jaxlm[torch]'") from error
 
 
-def load_run(path: Path) -> Stored:
+def load_run(path: Path) -> StoredFile:
     """Return what is in a jaxlm run's last checkpoint, or in the folder of one checkpoint."""
     folder = _step_folder(path)
     layout.check_run(folder)
@@ -119,7 +119,7 @@ def load_run(path: Path) -> Stored:
         if outside(error):
             raise
         raise UserError(f"{folder}: cannot be read as a checkpoint of jaxlm: {reason(error)}") from error
-    return Stored(RUN, folder, tree, weights, info)
+    return StoredFile(RUN, folder, tree, weights, info)
 
 
 def validation_loss(path: Path) -> float | None:
@@ -183,7 +183,7 @@ def _write_run(path: Path, snapshot: Snapshot) -> None:
     (path / "config.toml").write_text(configs.dump(snapshot.config), encoding="utf-8")
 
 
-def load_torch(path: Path) -> Stored:
+def load_torch(path: Path) -> StoredFile:
     """Return what is in a file of torch.save: a checkpoint 1.2 or a state dict."""
     need_torch(path)
     import torch
@@ -214,7 +214,7 @@ def load_torch(path: Path) -> Stored:
         )
     if _is_state_dict(tree):
         weights = {name: _array(tensor, f"{path}: {name}") for name, tensor in names.unwrapped(tree, str(path)).items()}
-        return Stored(STATE_DICT, path, tree, weights, {})
+        return StoredFile(STATE_DICT, path, tree, weights, {})
     if not isinstance(tree, dict) or "version" not in tree:
         if inner := next(_state_dicts(tree), ""):
             raise UserError(
@@ -234,7 +234,7 @@ def load_torch(path: Path) -> Stored:
     tree = checkpoint.read(path)
     try:
         weights = {name: _array(tensor, f"{path}: {name}") for name, tensor in checkpoint.weights(tree).items()}
-        return Stored(CHECKPOINT_1_2, path, tree, weights, layout.checked_info(_info_of_1_2(tree, weights), path))
+        return StoredFile(CHECKPOINT_1_2, path, tree, weights, layout.checked_info(_info_of_1_2(tree, weights), path))
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise UserError(
             f"{path}: not as a checkpoint 1.2 is: {type(error).__name__}: {reason(error)}; save it again"
@@ -330,7 +330,7 @@ def _write_state_dict(path: Path, snapshot: Snapshot) -> None:
     torch.save(_tensors(snapshot.weights), path)
 
 
-def load_safetensors(path: Path) -> Stored:
+def load_safetensors(path: Path) -> StoredFile:
     """Return what is in a file of safetensors; without the metadata `jaxlm`, it is one of bare weights."""
     import ml_dtypes  # noqa: F401  # by which NumPy has bfloat16
     from safetensors import SafetensorError, safe_open
@@ -349,7 +349,7 @@ def load_safetensors(path: Path) -> Stored:
             raise UserError(f"{path}: has numbers of type {error.name}, which cannot be read; {mend}") from error
         raise UserError(f"{path}: cannot be read as safetensors: {reason(error)}; copy it again") from error
     weights = {name: array for name, array in tree.items() if not name.startswith("optimizer.")}
-    return Stored(SAFETENSORS, path, tree, weights if info else names.unwrapped(weights, str(path)), info)
+    return StoredFile(SAFETENSORS, path, tree, weights if info else names.unwrapped(weights, str(path)), info)
 
 
 def _write_safetensors(path: Path, snapshot: Snapshot) -> None:

@@ -25,7 +25,7 @@ from jaxlm.params.names import Arrays, Shapes
 from jaxlm.params.snapshot import Snapshot
 from jaxlm.tasks import parameters
 from jaxlm.weights import formats
-from jaxlm.weights.formats import Stored
+from jaxlm.weights.formats import StoredFile
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 PICKLE = "pytorch_model.bin"
@@ -296,7 +296,7 @@ def is_model(path: Path) -> bool:
     return any((path / name).is_file() for name in (CONFIG, WEIGHTS, f"{WEIGHTS}.index.json", PICKLE))
 
 
-def load(path: Path) -> Stored:
+def load(path: Path) -> StoredFile:
     """Return the model in a folder. Raises UserError for what is not there, does not fit, or is not had here."""
     values = _read_json(path / CONFIG)
     family = FAMILIES.get(str(values.get("model_type")))
@@ -327,7 +327,7 @@ def load(path: Path) -> Stored:
     weights = _weights(family, configs.build(settings), tensors, values.get("type_vocab_size", 2), path / WEIGHTS)
     info = {"step": 0, "task": task, "rate": 0.0, "tokenizer": fingerprint, "val_loss": None, "config": settings}
     info["classes"] = class_names
-    return Stored(f"{formats.TRANSFORMERS}{family.type}", path, stored.tree, weights, info)
+    return StoredFile(f"{formats.TRANSFORMERS}{family.type}", path, stored.tree, weights, info)
 
 
 def _other_weights(path: Path, values: Mapping[str, Any]) -> str:

@@ -22,7 +22,7 @@ from jaxlm.params.names import Arrays
 from jaxlm.params.snapshot import Snapshot, fitting
 from jaxlm.tasks import parameters
 from jaxlm.weights import formats, huggingface
-from jaxlm.weights.formats import CHECKPOINT_1_2, RUN, STATE_DICT, Stored
+from jaxlm.weights.formats import CHECKPOINT_1_2, RUN, STATE_DICT, StoredFile
 
 TABLE = "base.embedding.token.weight"
 
@@ -75,7 +75,7 @@ def write(path: Path, snapshot: Snapshot, form: str, tokenizer: Tokenizer | None
 
 
 @slow("reading the model")
-def load(path: Path) -> Stored:
+def load(path: Path) -> StoredFile:
     """Return what is in a file or folder, its form told by its content. Raises UserError if it is of none."""
     if path.is_dir():
         return huggingface.load(path) if huggingface.is_model(path) else formats.load_run(path)
@@ -95,7 +95,7 @@ def load(path: Path) -> Stored:
     )
 
 
-def checked(stored: Stored, config: Config | None) -> Snapshot:
+def checked(stored: StoredFile, config: Config | None) -> Snapshot:
     """Return the training state in what was loaded, checked against the model of its settings."""
     path, info = stored.path, stored.info
     if info and config:
