@@ -27,6 +27,7 @@ from jaxlm.terminal import dumps
 if TYPE_CHECKING:  # the command line is looked at before anything that takes long to import
     from jaxlm.data.samples import Samples
     from jaxlm.data.sources import Source
+    from jaxlm.inference.load import LoadedModel
 
 BATCH_SIZE = 16  # samples that a device has at once; what fits beside any model
 N_DRAWS, INTERVAL = 2000, 0.95  # of the bootstrap

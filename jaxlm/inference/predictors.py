@@ -16,6 +16,8 @@ from jaxlm.io import utf8
 if TYPE_CHECKING:  # the command line is looked at before anything that takes long to import
     from jax import Array
 
+    from jaxlm.inference.load import LoadedModel
+
 
 N_ROWS = 16  # texts that go through the model together, at most
 N_MASKS = 16  # masks that are guessed together, whatever texts they are of

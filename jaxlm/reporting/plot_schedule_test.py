@@ -89,7 +89,9 @@ def test_bad_input_is_one_line_and_status_2(
 
 
 def test_without_the_plotting_packages_one_line_names_the_extra(files: list[str]) -> None:
-    code = "import sys; sys.modules['plotext'] = None; from jaxlm.reporting import plot_schedule; plot_schedule.main(sys.argv[1:])"
+    code = (
+        "import sys; sys.modules['plotext'] = None; from jaxlm.reporting.plot_schedule import main; main(sys.argv[1:])"
+    )
     done = subprocess.run([sys.executable, "-c", code, "--config", "one.toml"], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == "error: plotext is not installed; pip install 'jaxlm[plot]'\n"
