@@ -1,6 +1,6 @@
 """jaxlm: a compact BERT/GPT trainer in JAX and Flax.
 
-Read `loop.py` first, then `step.py`, `loss.py`, `model.py`, `heads.py` and `tasks/`: one update, from the command to the
+Read `loop.py` first, then `step.py`, `loss.py`, `model.py`, `heads.py` and `tasks/`: an update from the command to the
 matmul. `torchlm` mirrors the files at the top, under the same names and in the same order. Each folder has a
 README.md that says what is in it; `scripts/structure.py` has the order in which they import each other.
 
