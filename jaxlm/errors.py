@@ -44,6 +44,15 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     return f"; did you mean {match[0]}?" if match else ""
 
 
+@contextlib.contextmanager
+def os_errors(what: str, mend: str = "") -> Iterator[None]:
+    """Turn an OSError of the `with` block into a UserError: "WHAT (REASON); MEND"."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what} ({error.strerror or reason(error)})" + (f"; {mend}" if mend else "")) from error
+
+
 def note(text: str) -> None:
     """Print what the user should know on stderr."""
     print(f"note: {text}", file=sys.stderr, flush=True)
