@@ -53,9 +53,9 @@ def test_words_that_decide_are_all_in_train(made, task):
     # What is new in test is names and things: a new word for good or bad could not be understood.
     train = {word for text, _ in made[task]["train"] for word in words(text)}
     if task == "sst2":
-        assert {*grammar.GOOD, *grammar.BAD} <= train
+        assert {*grammar.WORDS["good"], *grammar.WORDS["bad"]} <= train
     else:
-        stems = [verb for verb in (*grammar.TRANSITIVE, *grammar.INTRANSITIVE)]
+        stems = [*grammar.WORDS["transitive"], *grammar.WORDS["intransitive"]]
         assert all({verb, f"{verb}s", f"{verb}ed"} & train for verb in stems)
 
 
