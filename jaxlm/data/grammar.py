@@ -9,6 +9,7 @@ half of validation is as new, with new words of its own. The words are in gramma
 
 import random
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,11 @@ def sentences(task: str) -> dict[str, list[tuple[str, Any]]]:
 
     They are the same ones on every call.
     """
-    make = {"sst2": _review, "cola": _acceptability, "pairs": _request}[task]
+    makers: dict[str, Callable[[Writer], list[tuple[str, Any]]]] = {
+        "sst2": _review,
+        "cola": _acceptability,
+        "pairs": _request,
+    }
     rng = random.Random(0)
     seen: set[str] = set()
     train_words: set[str] = set()
@@ -71,7 +76,7 @@ def sentences(task: str) -> dict[str, list[tuple[str, Any]]]:
         while len(rows) < size:
             # Half of validation is like train, which keeps the best checkpoint from being one that is lucky on names.
             source = "train" if split == "validation" and len(rows) < size // 2 else split
-            for text, label in make(Writer(rng, source)):
+            for text, label in makers[task](Writer(rng, source)):
                 key = text.lower()
                 is_new = key not in seen and (source == "train" or not train_words.issuperset(_words(key)))
                 if is_new and len(rows) < size:
