@@ -12,9 +12,10 @@ from flax import nnx
 from jax import Array
 
 from jaxlm.config import ModelConfig
-from jaxlm.loss import Totals, by_chunks, cross_entropy
+from jaxlm.loss import Totals, cross_entropy
 from jaxlm.model import Linear, Transformer, gelu, layernorm
 from jaxlm.ops import matmul
+from jaxlm.ops.chunked_loss import by_chunks
 from jaxlm.parallel import BATCH, constrain, is_one_device
 
 

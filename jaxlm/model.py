@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.config import ModelConfig
 from jaxlm.ops import flash_attention, matmul
+from jaxlm.ops.dropout import dropout
 from jaxlm.parallel import BATCH, constrain, is_one_cpu, is_one_device, platform
 from jaxlm.params.names import lora_products
 
@@ -29,7 +30,7 @@ REMAT = {  # what is kept of a block for its gradients
 
 
 class Linear(nnx.Linear):
-    """nnx.Linear on [..., n_in], with the derivatives of products.py; its kernel may have an adapter (add_adapters)."""
+    """nnx.Linear on [..., n_in], with the derivatives of matmul.py; its kernel may have an adapter (add_adapters)."""
 
     lora_scale = 0.0  # of the adapter; 0: there is none
     lora_a: nnx.Param
@@ -73,31 +74,6 @@ def add_adapters(blocks: "Block", config: ModelConfig, rngs: nnx.Rngs) -> None:
 def layernorm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
     """Return LayerNorm with scale and bias, in float32."""
     return nnx.LayerNorm(config.d_model, epsilon=config.norm_epsilon, use_fast_variance=False, rngs=rngs)
-
-
-def dropout(x: Array, rate: float, key: Array | None) -> Array:
-    """Zero a share `rate` of the elements and scale up the rest; without a key, return `x`."""
-    if key is None or rate == 0:
-        return x
-    return jnp.where(keeps(key, rate, x.shape), x / (1 - rate), 0)
-
-
-def keeps(key: Array, rate: float, shape: tuple[int, ...]) -> Array:
-    """Return which elements dropout keeps: all but a share `rate`, a function of the key and of each element's place.
-
-    By MurmurHash3's finalizer (Appleby, 2011), once for each half of the key: a few operations, which XLA fuses into
-    what drops; jax.random.bits takes a tenth of an update on a CPU. Beyond 2^32 elements, places are alike again.
-    """
-
-    def mix(x: Array) -> Array:
-        x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
-        x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
-        return x ^ (x >> 16)
-
-    first, second = jax.random.key_data(key)
-    strides = np.cumprod([1, *shape[:0:-1]])[::-1].astype(np.uint32)
-    place = sum(jax.lax.broadcasted_iota(jnp.uint32, shape, i) * stride for i, stride in enumerate(strides))
-    return mix(mix(place ^ first) + second) >= np.uint32(rate * 2**32)
 
 
 def gelu(x: Array, kind: str) -> Array:

@@ -12,7 +12,7 @@ import torch
 
 from jaxlm import config as configs
 from jaxlm.config import Config
-from jaxlm.model import keeps
+from jaxlm.ops.dropout import keeps
 from jaxlm.tasks import parameters
 from parity_tests import trajectory
 from parity_tests.packages import PACKAGES, Jaxlm, Precision, Torchlm

@@ -29,9 +29,7 @@ ONLY_JAX = {
         "gelu": "PyTorch has it",
         "Attend": "keys and values of a cache, which only jaxlm has",
         "DROPOUTS": "explicit keys",
-        "keeps": "PyTorch draws the masks of its dropout itself",
     },
-    "loss": dict.fromkeys(("ROWS", "by_chunks"), "logits and loss in one pass that never has all logits"),
     "heads": {"LanguageModel.loss": "logits and loss in one pass that never has all logits"},
     "optim": {
         "scale_by_adam": "Optax's own rounds the bias correction",
@@ -55,7 +53,10 @@ ONLY_JAX = {
     },
 }
 ONLY_TORCH = {
-    "model": {"Embedding.table_TD": "a constant on the device; JAX compiles it in"},
+    "model": {
+        "dropout": "in jaxlm a file of its own, ops/dropout.py",
+        "Embedding.table_TD": "a constant on the device; JAX compiles it in",
+    },
     "schedule": {"Schedule": "Optax has the type"},
     "step": {"TrainState.model": "holds the parameters", "TrainState.optimizer": "holds its state"},
     "parallel": {
@@ -76,7 +77,6 @@ ONLY_TORCH = {
 JAX_ARGUMENTS = {"dtype", "key", "keys", "rngs", "positions_BT", "seq_len", "attend_to", "axes"}
 ARGUMENTS = {  # (jaxlm's, torchlm's) where they differ otherwise
     "model.future": (["T"], ["T", "device"]),
-    "model.dropout": (["x", "rate", "key"], ["x", "rate", "is_training"]),
     "optim.adamw": (["config", "rate", "n_layers"], ["config", "model"]),
     "optim.layer_shares": (["params", "layer_decay", "n_layers"], ["model", "layer_decay"]),
     "optim.is_decayed": (["params"], ["parameter"]),

@@ -12,6 +12,7 @@ from jaxlm import optim as jax_optim
 from jaxlm import schedule as jax_schedule
 from jaxlm import step as jax_step
 from jaxlm.data.samples import PairSamples
+from jaxlm.ops import dropout as jax_dropout
 from jaxlm.params import frozen, names
 from jaxlm.tasks.gpt import Gpt as JaxGpt
 from parity_tests.faults.planting import Pair
@@ -30,7 +31,7 @@ pytorch_adamw_step = AdamW.step
 linear = Pair(jax_model.linear, torch_model.linear)
 add_adapters = Pair(jax_model.add_adapters, torch_model.add_adapters)
 norm = Pair(jax_model.layernorm, torch_model.layernorm)
-dropout = Pair(jax_model.dropout, torch_model.dropout)
+dropout = Pair(jax_dropout.dropout, torch_model.dropout)
 gelu = Pair(jax_model.gelu, torch_model.gelu)
 positions = Pair(jax_model.fixed_positions, torch_model.fixed_positions)
 rotate = Pair(jax_model.rotate, torch_model.rotate)
