@@ -4,7 +4,9 @@ A folder without that file is none that was ever finished. Knows no framework.
 """
 
 import hashlib
+import itertools
 import json
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ FILE = "checksums.json"
 FROZEN = "frozen"  # a folder beside checkpoints, with what all of them have and none changes
 # What a checkpoint of jaxlm has, or a save of it that was cut short, and what its parts have; with suffixes left off.
 CONTENTS = {"base", "head", "optimizer", "info", "checksums", "_CHECKPOINT_METADATA", "commit_success"}
+DAMAGED = ".damaged"  # behind the name of a checkpoint or log that was set aside
 REMOVED = "removed"  # at the end of the name of a checkpoint while it is removed
 INSIDE = {"_METADATA", "_sharding", "array_metadatas", "commit_success", "d", "manifest", "metadata", "ocdbt"}
 _ABOVE = "../"
@@ -70,6 +73,12 @@ def remove(path: Path) -> None:
         storage.remove(new)
         path = path.rename(new)
     storage.remove(path)
+
+
+def damaged_name(path: Path) -> Path:
+    """Return the name for a damaged file or folder that is set aside, one that nothing has yet."""
+    names = (path.with_name(f"{path.name}{DAMAGED}{n or ''}") for n in itertools.count())
+    return next(name for name in names if not name.exists() and not os.path.islink(name))
 
 
 def checkpoints_in(folder: Path) -> list[tuple[int, Path]]:
@@ -145,6 +154,3 @@ def _files(folder: Path) -> Iterator[Path]:
 def _sum(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-DAMAGED = ".damaged"  # behind the name of a checkpoint or log that was set aside

@@ -1,7 +1,6 @@
-"""What a run has logged before it goes on: rows and samples up to its checkpoint are kept, later ones made again.
+"""Reads the metrics log and the samples of a run, and truncates both when a run resumes.
 
-Logs are read with care: a line or file that cannot be read is passed over, named in one warning, and kept under another
-name. The losses of checkpoints come from the checkpoints.
+A line or file that cannot be read never stops a run: it is skipped, named in one warning, and kept under another name.
 """
 
 import contextlib
@@ -16,16 +15,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jaxlm.data import metrics
-from jaxlm.errors import UserError
+from jaxlm.data.metrics import Scores
+from jaxlm.errors import UserError, os_errors
 from jaxlm.io import checksums
-from jaxlm.io.checksums import DAMAGED
 from jaxlm.weights import formats
 
-FILES = ("metrics.jsonl", "samples.txt")
+FILES = METRICS, SAMPLES = "metrics.jsonl", "samples.txt"
 BASELINE = "baseline.json"  # scores of the best guess that looks at no input, by split
+SAVED = "saved.json"  # {"step": that of the last whole checkpoint, 0 before the first}
 KEYS = ("step", "split")  # of a row, besides its scores
-MOST_LINE = 1 << 20  # bytes of a line that is read
+MOST_LINE = 1 << 20  # bytes of a line that is parsed
 MOST_STEP = 2**31  # steps are int32
 Row = dict[str, Any]
 Warn = Callable[[str], None]
@@ -38,96 +37,101 @@ def warn_once(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr)
 
 
-def restore(
-    run_dir: Path, step: int, source: Path, checkpoints: Path, warn: Warn = warn_once
-) -> dict[int, metrics.Scores]:
-    """Write what the run `source` has logged up to a step to a run folder; return the validation scores, by step.
+def restore(run_dir: Path, step: int, source: Path, checkpoints: Path, warn: Warn = warn_once) -> dict[int, Scores]:
+    """Do what `restore_to` does; return the validation scores, with the losses that the checkpoints themselves store.
 
-    Raises UserError if it cannot be written.
+    Raises UserError if a file cannot be written.
     """
     validation = restore_to(run_dir, step, source, warn)
-    for at, path in checksums.finished_in(checkpoints):
-        with contextlib.suppress(UserError):  # its loss is of use, no more
-            if at <= step and (loss := formats.validation_loss(path)) is not None:
-                validation[at] = {"loss": loss} | validation.get(at, {}) | {"loss": loss}
+    for saved, path in checksums.finished_in(checkpoints):
+        with contextlib.suppress(UserError):  # a checkpoint that cannot be read has no loss
+            if saved <= step and (loss := formats.validation_loss(path)) is not None:
+                validation[saved] = validation.get(saved, {}) | {"loss": loss}
     return validation
 
 
-def restore_to(
-    run_dir: Path, step: int, source: Path | None = None, warn: Warn = warn_once
-) -> dict[int, metrics.Scores]:
-    """Drop what was logged in a run folder after a step, or have it as in another; return the validation scores.
+def restore_to(run_dir: Path, step: int, source: Path | None = None, warn: Warn = warn_once) -> dict[int, Scores]:
+    """Copy the logs of the run `source` up to a step; without `source`, truncate those of the run itself.
 
-    Raises UserError if it cannot be written.
+    The test score of a run that had ended is dropped, too. Returns the validation scores by step. Raises UserError if a
+    file cannot be written.
     """
     source = source or run_dir
     problems: list[str] = []
-    kept = {
-        key: (line, row)
-        for key, (line, row) in _rows(source / FILES[0], problems.append).items()
+    kept = [
+        (line, row)
+        for line, row in _last_rows(source / METRICS, problems.append)
         if row["step"] <= step and row["split"] != "test"
-    }
-    _replace(run_dir / FILES[0], b"".join(line for line, _ in kept.values()), problems, warn)
-    problems.clear()
-    samples = _samples(source / FILES[1], step, problems.append)
-    _replace(run_dir / FILES[1], samples, problems, warn)
+    ]
+    _replace(run_dir / METRICS, b"".join(line for line, _ in kept), problems, warn)
+    problems = []
+    _replace(run_dir / SAMPLES, _samples(source / SAMPLES, step, problems.append), problems, warn)
     return {
         row["step"]: {name: math.nan if value is None else value for name, value in row.items() if name not in KEYS}
-        for _, row in kept.values()
+        for _, row in kept
         if row["split"] == "validation"
     }
 
 
 def rows(path: Path, warn: Warn = warn_once) -> list[Row]:
-    """Return the rows of a metrics.jsonl, without what cannot be read. A score is a finite float or None."""
-    return [row for _, row in _rows(path, warn).values()]
+    """Return the rows of a metrics.jsonl that can be read. A score is a finite float or None."""
+    return [row for _, row in _last_rows(path, warn)]
+
+
+def last_saved(run_dir: Path) -> int:
+    """Return the step of the last whole checkpoint that a run has recorded, 0 if there was none.
+
+    A run of an earlier version has no record: its last validation score counts, since a save follows each of them.
+    """
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        step = checksums.read_json(run_dir / SAVED)["step"]
+        if type(step) is int:
+            return step
+    return max((row["step"] for row in rows(run_dir / METRICS) if row["split"] == "validation"), default=0)
 
 
 def json_lines(path: Path, read: Callable[[Any], T | None], warn: Warn) -> Iterator[tuple[bytes, T]]:
-    """Yield the lines of a file of one JSON value a line, each with what `read` makes of its value, NaN read as null.
+    """Yield the lines of a file with one JSON value a line, each with what `read` makes of the value. NaN becomes null.
 
-    What is no JSON, or None by `read`, is passed over, and all of it named in one warning; a last line that a killed
-    process has cut short is passed over without.
+    Lines that are no JSON, or for which `read` returns None, are skipped and named in one warning. A last line that a
+    killed process has cut short is skipped without one.
     """
     bad: list[int] = []
-    try:
-        for n, line in enumerate(_lines(path), start=1):
-            value, others = None, list[str]()
-            # A number of too many digits is a ValueError, and a line of too many brackets a RecursionError.
-            with contextlib.suppress(ValueError, RecursionError):
-                value = read(json.loads(line, parse_constant=others.append))  # of NaN, which is no JSON, None
-            if value is not None:
-                yield (json.dumps(value).encode() if others else line.rstrip(b"\r\n")) + b"\n", value
-            elif line.strip() and line.endswith(b"\n"):
-                bad.append(n)
-    except OSError as error:
-        warn(f"{path}: cannot be read ({error.strerror}); it is passed over")
+    for n, line in enumerate(_lines(path, warn), start=1):
+        value, constants = None, list[str]()
+        # A number of too many digits is a ValueError, and a line of too many brackets a RecursionError.
+        with contextlib.suppress(ValueError, RecursionError):
+            if len(line) <= MOST_LINE:
+                # `append` returns None, and so stands for NaN and infinity, which JSON does not have.
+                value = read(json.loads(line, parse_constant=constants.append))
+        if value is not None:
+            yield (json.dumps(value).encode() if constants else line.rstrip(b"\r\n")) + b"\n", value
+        elif line.strip() and line.endswith(b"\n"):
+            bad.append(n)
     if bad:
         first = f"line {bad[0]}" if len(bad) == 1 else f"{len(bad)} lines, the first is line {bad[0]}"
         warn(f"{path}: cannot be read: {first}; passed over")
 
 
-def _lines(path: Path) -> Iterator[bytes]:
-    """Yield the lines of a file; of those longer than MOST_LINE, a part. Raises OSError if it is no file."""
-    if not os.path.lexists(path):
-        return
-    if not os.path.isfile(path):  # to read a device or a pipe might never end
-        raise OSError(0, "it is no file")
-    with open(path, "rb") as file:
-        while line := file.readline(MOST_LINE):
-            rest = line
-            while len(rest) == MOST_LINE and not rest.endswith(b"\n"):
-                rest = file.readline(MOST_LINE)
-            yield line if rest is line else b"!\n"  # which is no JSON
+def _lines(path: Path, warn: Warn) -> Iterator[bytes]:
+    """Yield the lines of a file, none if it is not there; warn of one that cannot be read."""
+    try:
+        if os.path.isfile(path):  # to read a device or a pipe might never end
+            with open(path, "rb") as file:
+                yield from file
+        elif os.path.lexists(path):
+            raise OSError(0, "it is no file")
+    except OSError as error:
+        warn(f"{path}: cannot be read ({error.strerror}); it is passed over")
 
 
-def _rows(path: Path, warn: Warn) -> dict[tuple[int, str], tuple[bytes, Row]]:
-    """Return lines and rows by step and split; of two with the same, the later."""
-    return {(row["step"], row["split"]): (line, row) for line, row in json_lines(path, _row, warn)}
+def _last_rows(path: Path, warn: Warn) -> list[tuple[bytes, Row]]:
+    """Return the lines of a metrics.jsonl and their rows; of several for the same step and split, the last."""
+    return list({(row["step"], row["split"]): (line, row) for line, row in json_lines(path, _row, warn)}.values())
 
 
 def _row(value: Any) -> Row | None:
-    """Return a row with its scores as floats, or None if it is none: without step or split, or unscored validation."""
+    """Return a row with its scores as floats; None without a step or a split, or for a validation without a loss."""
     if not isinstance(value, dict):
         return None
     step, split = (value.pop(key, None) for key in KEYS)
@@ -147,62 +151,30 @@ def _score(x: float | None) -> float | None:
 
 
 def _samples(path: Path, step: int, warn: Warn) -> bytes:
-    """Return the samples of evaluations up to a step."""
-    if not os.path.lexists(path):
-        return b""
-    try:
-        if not os.path.isfile(path):
-            raise OSError(0, "it is no file")
-        text = path.read_bytes()
-    except OSError as error:
-        warn(f"{path}: cannot be read ({error.strerror}); it is passed over")
-        return b""
-    found = re.finditer(rb"^--- step ([0-9]{1,18}) ---$", text, re.MULTILINE)
-    end = next((match.start() for match in found if int(match[1]) > step), len(text))
-    return text[:end]
+    """Return what samples.txt has of evaluations up to a step."""
+
+    def is_kept(line: bytes) -> bool:
+        heading = re.fullmatch(rb"--- step ([0-9]{1,18}) ---\n?", line)
+        return heading is None or int(heading[1]) <= step
+
+    return b"".join(itertools.takewhile(is_kept, _lines(path, warn)))
 
 
 def _replace(path: Path, content: bytes, problems: list[str], warn: Warn) -> None:
-    """Give a file a content, whole or not at all; with `problems`, which are told, what was there gets another name."""
+    """Write a file, whole or not at all. One with `problems` is kept under another name, and they are warned of."""
     temporary = path.with_name(f"{path.name}.tmp")
     try:
-        if not problems and path.is_file() and path.read_bytes().startswith(content):
-            os.truncate(path, len(content))  # which a full disk allows
-            return
-        temporary.write_bytes(content)
-        if problems and os.path.lexists(path):
-            names = (path.with_name(f"{path.name}{DAMAGED}{n or ''}") for n in itertools.count())
-            aside = next(name for name in names if not os.path.lexists(name))
-            path.rename(aside)
-            problems = [f"{problem}, and kept as {aside.name}" for problem in problems]
-        temporary.replace(path)
-    except OSError as error:
+        with os_errors(f"{path}: cannot be written", "free some space, or go on in a new folder with --run.dir"):
+            if not problems and path.is_file() and path.read_bytes().startswith(content):
+                os.truncate(path, len(content))  # which a full disk allows
+                return
+            temporary.write_bytes(content)
+            if problems and os.path.lexists(path):
+                kept = path.rename(checksums.damaged_name(path))
+                problems = [f"{problem}, and kept as {kept.name}" for problem in problems]
+            temporary.replace(path)
+    finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror}); free some space, or go on in a new folder with --run.dir"
-        ) from error
-    finally:
         for problem in problems:
             warn(problem)
-
-
-SAVED = "saved.json"  # in a run folder: {"step": that of its last whole checkpoint, 0 before the first}
-
-
-def last_saved(run_dir: Path) -> int:
-    """Return the step of the last whole checkpoint that a run has recorded, 0 if there was none.
-
-    A run of an earlier version has no record: its last score of the validation split counts, which is saved just after.
-    """
-    try:
-        step = checksums.read_json(run_dir / SAVED)["step"]
-        if type(step) is int:
-            return step
-    except (OSError, ValueError, KeyError):
-        pass
-    from jaxlm.training import history  # which imports this module
-
-    return max(
-        (row["step"] for row in history.rows(run_dir / "metrics.jsonl") if row["split"] == "validation"), default=0
-    )

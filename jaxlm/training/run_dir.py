@@ -3,7 +3,6 @@
 import contextlib
 import datetime
 import fcntl
-import itertools
 import json
 import os
 import socket
@@ -16,7 +15,6 @@ from jaxlm.config import Config
 from jaxlm.data import prepare
 from jaxlm.errors import UserError, reason
 from jaxlm.io import checksums, storage, temporary
-from jaxlm.io.checksums import DAMAGED
 from jaxlm.training import environment, history
 from jaxlm.training.history import SAVED
 from jaxlm.training.log import RunLog
@@ -131,8 +129,7 @@ def set_aside(start: Start, folder: Path, run_dir: Path, run_log: RunLog) -> Non
     lost_why = f"{checksums.FILE} is missing"
     for path, what in (*start.damaged, *((x, lost_why) for x in lost if checksums.is_cut_short(x))):
         if storage.absolute(path.parent) == storage.absolute(folder):
-            names = (path.with_name(f"{path.name}{DAMAGED}{n or ''}") for n in itertools.count())
-            aside = next(name for name in names if not name.exists())
+            aside = checksums.damaged_name(path)
             try:
                 path.rename(aside)
             except Exception as error:  # of a disk or a network that fails
