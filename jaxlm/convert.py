@@ -39,7 +39,7 @@ def inspect(stored: StoredFile) -> None:
     """Print what is in a file or folder: what it tells of itself, parameters by part, and a table of its tensors."""
     from rich.table import Table
 
-    from jaxlm.training.log import Console
+    from jaxlm.io.console import Console
 
     is_plain = not sys.stdout.isatty()
     console = Console()

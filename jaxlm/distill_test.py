@@ -99,7 +99,8 @@ def test_what_does_not_fit_is_one_line(taught: Path, changes: tuple[str, ...], t
 
 
 def test_another_teacher_than_before_is_refused(taught: Path) -> None:
-    found = resume.to_use(taught)
+    found = resume.to_use(taught).path
+    assert found is not None
     known = teacher.load(found)
     assert teacher.load(found, known.fingerprint).fingerprint == known.fingerprint
     with pytest.raises(UserError, match=r"not those of the teacher .* give that one with --distill.teacher"):

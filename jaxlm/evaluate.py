@@ -365,7 +365,7 @@ def _worst(trained: "LoadedModel", samples: Any, totals: Totals) -> list[Mistake
 def _tell(found: Evaluation) -> None:
     from rich.table import Table
 
-    from jaxlm.training.log import Console
+    from jaxlm.io.console import Console
 
     console = Console()
     where = f"{found.split} part of {found.data}"

@@ -25,9 +25,9 @@ from jaxlm.config import Config
 from jaxlm.cost import roofline
 from jaxlm.cost.roofline import LOCAL, Plan, Step
 from jaxlm.errors import UserError, nearest, outside, reported
+from jaxlm.io.console import Console
 from jaxlm.reporting.run_reader import size
 from jaxlm.terminal import dumps
-from jaxlm.training.log import Console
 
 SWEPT = ("mesh", "batch", "remat")
 TOO_LARGE = 1  # exit status where the step does not fit

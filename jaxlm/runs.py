@@ -17,9 +17,9 @@ from jaxlm.config import TokenizerConfig
 from jaxlm.data import metrics, tokenization
 from jaxlm.errors import UserError, nearest, reported
 from jaxlm.io import checksums, storage
+from jaxlm.io.console import Console
 from jaxlm.params import layout
 from jaxlm.reporting import run_reader
-from jaxlm.training.log import Console
 from jaxlm.weights import formats, snapshots
 
 COMMANDS = ("list", "show", "compare", "verify", "clean")

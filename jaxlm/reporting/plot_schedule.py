@@ -16,8 +16,8 @@ from jaxlm import config as configs
 from jaxlm.cli import Parser
 from jaxlm.config import Config
 from jaxlm.errors import UserError, reported
+from jaxlm.io.console import Console
 from jaxlm.terminal import shown
-from jaxlm.training.log import Console
 
 
 class Phase(NamedTuple):

@@ -230,10 +230,10 @@ def test_a_run_starts_from_its_base(tmp_path: Path) -> None:
 def test_it_is_distilled_if_it_has_totals_of_logits(task: str, can: bool, tmp_path: Path) -> None:
     start = resume.to_use(write(tmp_path, task))
     if can:
-        teacher.check(start.config(), start, is_start=False)
+        teacher.check(start.config(), start.config(), is_start=False)
     else:
         with pytest.raises(UserError, match=f"task={task} has no distillation"):
-            teacher.check(start.config(), start, is_start=False)
+            teacher.check(start.config(), start.config(), is_start=False)
 
 
 @pytest.mark.slow

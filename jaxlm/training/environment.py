@@ -1,5 +1,6 @@
-"""What a run was made with: versions, machine, devices and command, a line of environment.jsonl for each start."""
+"""Describes what a run was made with: versions, machine, devices and command. Each start adds a line to a file."""
 
+import contextlib
 import datetime
 import importlib.metadata
 import os
@@ -18,7 +19,7 @@ PACKAGES = ("jaxlm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "torc
 
 
 def describe(step: int, device: str) -> dict[str, Any]:
-    """Return what a run that goes on after an update, or begins with 0, is made with."""
+    """Return what a run is made with that starts after update `step`, 0 for a new one."""
     return {
         "step": step,
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -34,31 +35,29 @@ def describe(step: int, device: str) -> dict[str, Any]:
 
 
 def read(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run folder that can be read."""
-    read_dict = lambda value: value if isinstance(value, dict) else None  # noqa: E731
-    return [value for _, value in history.json_lines(run_dir / FILE, read_dict, history.warn_once)]
+    """Return the starts of a run that can be read."""
+
+    def as_dict(value: Any) -> dict[str, Any] | None:
+        return value if isinstance(value, dict) else None
+
+    return [value for _, value in history.json_lines(run_dir / FILE, as_dict, history.warn_once)]
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
 
 
 def _commit() -> str:
-    """Return the commit of the checkout that the package is in, with + if files differ from it; "" if there is none."""
-    here = Path(__file__).parents[1]
-    if not (here.parent / ".git").exists():
+    """Return the commit of the checkout that the package is in, with + if files differ from it; "" without one."""
+    checkout = Path(__file__).parents[2]
+    if not (checkout / ".git").exists():
         return ""
+    git = ["git", "-C", str(checkout), "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"]
     try:
-        git = ["git", "-C", str(here.parent)]
-        commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, timeout=5)
-        status = [*git, "status", "--porcelain", "--untracked-files=no"]
-        changes = subprocess.run(status, capture_output=True, text=True, timeout=5)
+        return subprocess.run(git, capture_output=True, text=True, timeout=5).stdout.strip()  # nothing where it fails
     except (OSError, subprocess.SubprocessError):
         return ""
-    return commit.stdout.strip() + ("+" if changes.stdout.strip() else "") if commit.returncode == 0 else ""

@@ -5,7 +5,6 @@ A line or file that cannot be read never stops a run: it is skipped, named in on
 
 import contextlib
 import functools
-import itertools
 import json
 import math
 import os
@@ -152,12 +151,13 @@ def _score(x: float | None) -> float | None:
 
 def _samples(path: Path, step: int, warn: Warn) -> bytes:
     """Return what samples.txt has of evaluations up to a step."""
-
-    def is_kept(line: bytes) -> bool:
+    kept = []
+    for line in _lines(path, warn):
         heading = re.fullmatch(rb"--- step ([0-9]{1,18}) ---\n?", line)
-        return heading is None or int(heading[1]) <= step
-
-    return b"".join(itertools.takewhile(is_kept, _lines(path, warn)))
+        if heading and int(heading[1]) > step:
+            break
+        kept.append(line)
+    return b"".join(kept)
 
 
 def _replace(path: Path, content: bytes, problems: list[str], warn: Warn) -> None:

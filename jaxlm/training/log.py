@@ -1,7 +1,6 @@
-"""What a run tells: lines and a progress bar on the terminal, files in the run folder, and optional loggers."""
+"""Console output, log files and progress bars of a run, and the loggers TensorBoard and Weights & Biases."""
 
 import contextlib
-import copy
 import importlib.util
 import io
 import json
@@ -17,58 +16,17 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import rich.console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
 
+from jaxlm import config as configs
 from jaxlm.config import Config
 from jaxlm.errors import UserError
-from jaxlm.terminal import shown, wrapped
+from jaxlm.io.console import Console
+from jaxlm.terminal import shown
 
 LEAST_BAR = 8  # columns of a progress bar in a narrow terminal, before the text beside it is cut
 PLAIN_INTERVAL_S = 5  # between lines that stand in for the progress bar where there is no terminal
 MOST_WAITING = 32 << 20  # bytes for one file that cannot be written
-
-
-class Console(rich.console.Console):
-    """Prints text as it is: no [markup], no :emoji:; control characters are shown.
-
-    A terminal gets lines that fit, with whole words. Elsewhere lines and tables are as wide as they need to be.
-    Once the reader of the output has gone, `reader_gone` is called and nothing more is printed; without it, printing
-    raises BrokenPipeError.
-    """
-
-    reader_gone: Callable[[], None] | None = None
-
-    def __init__(self, **options: Any):
-        super().__init__(**{"markup": False, "emoji": False, "highlight": False, **options})
-        if not self.is_terminal and "width" not in options:
-            self.width = 10_000
-
-    def on_broken_pipe(self) -> None:
-        """Do what the class says; rich calls it with the error under way."""
-        if self.reader_gone is None:
-            raise
-        self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())  # where Python puts what is left to write
-        self.reader_gone()
-
-    def render_str(self, text: str, **options: Any) -> Text:
-        """Return the text to print; the cells of tables come here as well."""
-        return super().render_str(shown(text), **options)
-
-    def print(self, *objects: Any, **options: Any) -> None:
-        """Print. Lines of text break where they are; on a terminal also between words, but no path is cut."""
-        if len(objects) == 1 and isinstance(objects[0], Table) and objects[0].title:
-            table = copy.copy(objects[0])
-            self.print(str(table.title))  # a title that rich prints is cut at the width of its table
-            table.title = None
-            objects = (table,)
-        if all(isinstance(x, str) for x in objects):
-            options = {"soft_wrap": True} | options
-            objects = tuple(wrapped(shown(x), self.width) for x in objects) if self.is_terminal else objects
-        super().print(*objects, **options)
 
 
 class Logger(Protocol):
@@ -80,34 +38,33 @@ class Logger(Protocol):
 
 
 class TensorBoard:
-    """An event file in the run folder. tensorboardX's own writer stops for good, or waits for ever, on a full disk."""
+    """Writes an event file. tensorboardX's own writer stops for good, or waits for ever, on a full disk."""
 
     def __init__(self, append: Callable[[str, bytes], None], last_step: int):
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 
         self.append = append
         self.name = f"tensorboard/events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
-        self.begun = [Event(file_version="brain.Event:2")]
-        if last_step:  # what a run that goes on has told before of later steps does not count
-            self.begun.append(Event(step=last_step + 1, session_log=SessionLog(status=SessionLog.START)))
+        self.header = [Event(file_version="brain.Event:2")]
+        if last_step:  # TensorBoard drops what the run logged of later steps before it resumed
+            self.header.append(Event(step=last_step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def log(self, step: int, split: str, scores: dict[str, float]) -> None:
         from tensorboardX import summary
         from tensorboardX.proto.event_pb2 import Event
 
-        values = [summary.scalar(f"{split}/{name}", value).value[0] for name, value in scores.items()]
         event = Event(step=step)
-        event.summary.value.extend(values)
-        for record in (*self.begun, event):
+        event.summary.value.extend(summary.scalar(f"{split}/{name}", x).value[0] for name, x in scores.items())
+        for record in (*self.header, event):
             record.wall_time = time.time()
             self.append(self.name, _framed(record.SerializeToString()))
-        self.begun = []
+        self.header = []
 
     def close(self) -> None: ...
 
 
 def _framed(data: bytes) -> bytes:
-    """Return a record of an event file: its length, itself, and the checksums of both."""
+    """Return a record of an event file: length, data, and the checksum of each."""
     from tensorboardX.record_writer import masked_crc32c
 
     length = struct.pack("<Q", len(data))
@@ -115,7 +72,7 @@ def _framed(data: bytes) -> bytes:
 
 
 class WeightsAndBiases:
-    """A run in a Weights & Biases project."""
+    """Logs a run to a Weights & Biases project."""
 
     def __init__(self, project: str, run_dir: Path, settings: dict[str, Any]):
         import wandb
@@ -124,7 +81,7 @@ class WeightsAndBiases:
             self.run = wandb.init(project=project, name=run_dir.name, dir=str(run_dir), config=settings)
         except wandb.errors.Error as error:  # no account, no network
             raise UserError(f"log.wandb={project}: {error}; or set WANDB_MODE=offline") from error
-        # An axis of our own, because wandb's drops the test scores, which come last and belong to an earlier step.
+        # An axis of our own: wandb's would drop the test scores, which are logged last and belong to an earlier step.
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
 
@@ -136,20 +93,21 @@ class WeightsAndBiases:
 
 
 class GrowingFile:
-    """A file that grows by whole pieces. Those that cannot be written wait in memory, in order, for the next try.
+    """A file to append to. Pieces that cannot be written wait in memory, in order, for the next try.
 
-    More than MOST_WAITING bytes do not wait: the oldest pieces are dropped, and counted.
+    At most MOST_WAITING bytes wait: beyond that the oldest pieces are dropped, and counted.
     """
 
     def __init__(self, path: Path):
         self.path = path
-        self.waiting: deque[tuple[int, bytes]] = deque()  # update, piece
+        self.waiting: deque[tuple[int, bytes]] = deque()  # (update, piece)
         self.n_bytes = self.n_dropped = 0
+        self.reason = "too many"  # why a piece could not be written the last time
         if _is_cut_short(path):
             self.add(0, b"\n")
 
     def add(self, step: int, piece: bytes) -> None:
-        """Add a piece to those that wait; `step` is the update that it is about."""
+        """Add a piece about update `step` to those that wait."""
         self.waiting.append((step, piece))
         self.n_bytes += len(piece)
         while self.n_bytes > MOST_WAITING:
@@ -157,14 +115,20 @@ class GrowingFile:
             self.n_dropped += 1
 
     def drop_after(self, step: int) -> None:
-        """Drop the pieces that wait and are about a later update."""
+        """Drop waiting pieces about later updates."""
         self.waiting = deque(x for x in self.waiting if x[0] <= step)
         self.n_bytes = sum(len(piece) for _, piece in self.waiting)
 
-    def flush(self) -> None:
-        """Write the pieces that wait. Raises OSError where one cannot be written, and then leaves none half written."""
-        if not self.waiting:
-            return
+    def flush(self) -> bool:
+        """Write the pieces that wait, each whole or not at all; return whether none is left."""
+        try:
+            if self.waiting:
+                self._write()
+        except OSError as error:
+            self.reason = error.strerror or type(error).__name__
+        return not self.waiting
+
+    def _write(self) -> None:
         if self.path.parent.name == "tensorboard":
             self.path.parent.mkdir(exist_ok=True)
         # Without O_NONBLOCK, a named pipe that nobody reads would stop the run.
@@ -176,9 +140,14 @@ class GrowingFile:
         finally:
             os.close(file)
 
+    def unwritten(self) -> str:
+        """Return how many pieces could not be written, and why; "" if all were."""
+        n = len(self.waiting) + self.n_dropped
+        return f"{n:,} {'entry' if n == 1 else 'entries'} not written ({self.reason})" if n else ""
+
 
 def _is_cut_short(path: Path) -> bool:
-    """Return whether the last line of a file has no end, as a killed process leaves it."""
+    """Return whether a file ends within a line, as a killed process leaves it."""
     with contextlib.suppress(OSError):  # no such file, or an empty one
         if path.is_file():
             with open(path, "rb") as file:
@@ -188,22 +157,21 @@ def _is_cut_short(path: Path) -> bool:
 
 
 def _write_whole(file: int, piece: bytes) -> None:
-    status = os.fstat(file)
+    before = os.fstat(file)
     try:
-        left = memoryview(piece)
-        while left:
-            left = left[os.write(file, left) :]
+        while piece:
+            piece = piece[os.write(file, piece) :]
     except OSError:
-        if stat.S_ISREG(status.st_mode):
-            os.ftruncate(file, status.st_size)
+        if stat.S_ISREG(before.st_mode):
+            os.ftruncate(file, before.st_size)
         raise
 
 
 class RunLog:
-    """The terminal and the files of one run: log.txt, metrics.jsonl, samples.txt.
+    """The console and the log files of a run: log.txt, metrics.jsonl, samples.txt. Any thread may call it.
 
-    A file that cannot be written, on a full disk for example, never ends a run: one warning, and what is to be written
-    waits in memory until it can be. May be called in any thread.
+    A file that cannot be written, on a full disk for example, never ends a run: there is one warning, and what is to be
+    written waits in memory until it can be.
     """
 
     def __init__(self, stderr: bool = False) -> None:
@@ -211,10 +179,9 @@ class RunLog:
         self.loggers: list[Logger] = []
         self.run_dir: Path | None = None
         self.files: dict[str, GrowingFile] = {}
-        self.reasons: dict[str, str] = {}  # by file: why it could not be written the last time
-        self.warned: set[str] = set()  # of these reasons
+        self.warned: set[str] = set()  # reasons why a file cannot be written
         self.lock = threading.RLock()
-        self.bar: Progress | None = None
+        self.has_bar = False
         self.last_plain_s = 0.0
 
     def open(self, run_dir: Path, loggers: list[Logger]) -> None:
@@ -223,17 +190,17 @@ class RunLog:
 
     def close(self) -> None:
         """Close the loggers, write what waits, and warn of what cannot be written."""
-        for logger in list(self.loggers):
-            self._try_logger(logger, logger.close)
+        self._to_loggers(lambda logger: logger.close())
         self.flush()
         for name, what in self.unwritten().items():
-            self.warn(f"{self._folder() / name}: {what}")
+            self.warn(f"{self.files[name].path}: {what}")
 
     def append(self, name: str, piece: str | bytes, step: int = 0) -> None:
         """Append to a file of the run folder, now or as soon as possible; the piece is about update `step`."""
+        assert self.run_dir is not None, "open() comes first"
         with self.lock:
             if name not in self.files:
-                self.files[name] = GrowingFile(self._folder() / name)
+                self.files[name] = GrowingFile(self.run_dir / name)
             data = piece if isinstance(piece, bytes) else piece.encode("utf-8", "backslashreplace")
             self.files[name].add(step, data)
             self.flush()
@@ -241,33 +208,24 @@ class RunLog:
     def flush(self) -> None:
         """Write what waits, and warn once of each reason why it cannot be written."""
         with self.lock:
-            for name, file in list(self.files.items()):
-                try:
-                    file.flush()
-                except OSError as error:
-                    why = self.reasons[name] = error.strerror or type(error).__name__
-                    if why not in self.warned:
-                        self.warned.add(why)
-                        self.warn(
-                            f"{file.path}: cannot be written ({why}); the run goes on and keeps rows, lines and "
-                            "samples in memory until it can write its files"
-                        )
+            for file in list(self.files.values()):
+                if not file.flush() and file.reason not in self.warned:
+                    self.warned.add(file.reason)
+                    self.warn(
+                        f"{file.path}: cannot be written ({file.reason}); the run goes on and keeps rows, lines and "
+                        "samples in memory until it can write its files"
+                    )
 
     def drop_after(self, step: int, names: Sequence[str]) -> None:
-        """Drop what waits for some files and is about a later update."""
+        """Drop what waits for some files and is about later updates."""
         with self.lock:
             for name in names:
                 if name in self.files:
                     self.files[name].drop_after(step)
 
     def unwritten(self) -> dict[str, str]:
-        """Return, by file, what of it could not be written, and why."""
-        counts = {name: len(file.waiting) + file.n_dropped for name, file in self.files.items()}
-        return {
-            name: f"{n:,} {'entry' if n == 1 else 'entries'} not written ({self.reasons.get(name, 'too many')})"
-            for name, n in counts.items()
-            if n
-        }
+        """Return how much of each file could not be written, and why; without the files that are complete."""
+        return {name: what for name, file in self.files.items() if (what := file.unwritten())}
 
     def say(self, *parts: Any) -> None:
         """Print to the terminal (rich renderables or text) and to log.txt."""
@@ -278,8 +236,8 @@ class RunLog:
         """Print a warning, or a line of another kind, on stderr, and to log.txt."""
         text = f"{kind}: {text}"
         self._append_to_log(text)
-        if self.bar is not None:  # which redraws itself below what its console prints
-            self.bar.console.print(text, style="yellow")
+        if self.has_bar:  # the console redraws the bar below what it prints
+            self.console.print(text, style="yellow")
         else:
             with contextlib.suppress(BrokenPipeError):  # it is in log.txt
                 Console(stderr=True).print(text)
@@ -289,8 +247,7 @@ class RunLog:
         # JSON has no NaN; null is what every reader takes.
         row = {name: value if math.isfinite(value) else None for name, value in scores.items()}
         self.append("metrics.jsonl", json.dumps({"step": step, "split": split, **row}) + "\n", step)
-        for logger in list(self.loggers):
-            self._try_logger(logger, logger.log, step, split, scores)
+        self._to_loggers(lambda logger: logger.log(step, split, scores))
 
     def samples(self, step: int, text: str, to_terminal: bool) -> None:
         """Append the samples of an evaluation to samples.txt, with control characters shown as on the terminal."""
@@ -299,17 +256,14 @@ class RunLog:
         if to_terminal:
             self.console.print(text)
 
-    def _try_logger(self, logger: Logger, call: Callable[..., None], *args: Any) -> None:
-        """Call a method of a logger; one that fails is left out from then on."""
-        try:
-            call(*args)
-        except Exception as error:  # whatever its library and the network raise
-            self.loggers.remove(logger)
-            self.warn(f"{type(logger).__name__}: {error!r}; the run goes on without it")
-
-    def _folder(self) -> Path:
-        assert self.run_dir is not None, "open() comes first"
-        return self.run_dir
+    def _to_loggers(self, call: Callable[[Logger], None]) -> None:
+        """Call each logger; one that fails is left out from then on."""
+        for logger in list(self.loggers):
+            try:
+                call(logger)
+            except Exception as error:  # whatever its library and the network raise
+                self.loggers.remove(logger)
+                self.warn(f"{type(logger).__name__}: {error!r}; the run goes on without it")
 
     def _append_to_log(self, *parts: Any) -> None:
         if self.run_dir is not None:
@@ -320,9 +274,9 @@ class RunLog:
 
     @contextlib.contextmanager
     def training_bar(self, n_steps: int) -> Iterator[Callable[[int, str], None]]:
-        """Show progress; the yielded function is told the updates made, and a text on them ("": the last one stays).
+        """Show progress. The yielded function takes the number of updates made and a text ("": the last one stays).
 
-        Without a terminal there are plain lines instead, one every PLAIN_INTERVAL_S at most.
+        Without a terminal, print plain lines instead, at most one every PLAIN_INTERVAL_S.
         """
         if not self.console.is_interactive:
             yield lambda step, text: self._plain_line(f"step {step}  {text}" if text else "", is_due=step == 1)
@@ -334,21 +288,19 @@ class RunLog:
             TimeRemainingColumn(),
             TextColumn("left"),
         )
-        last = ""
+        others = len(f"step {n_steps}/{n_steps}  0:00:00 left ") + LEAST_BAR
 
         def show(step: int, text: str) -> None:
-            nonlocal last
-            last = text or last
-            others = len(f"step {step}/{n_steps}  0:00:00 left ") + LEAST_BAR
-            bar.update(task, completed=step, description=_fitting(last, self.console.width - others))
+            description = _fitting(text, self.console.width - others) if text else None
+            bar.update(task, completed=step, description=description)
 
         with Progress(*columns, console=self.console, expand=True) as bar:
             task = bar.add_task("", total=n_steps)
-            self.bar = bar
+            self.has_bar = True
             try:
                 yield show
             finally:
-                self.bar = None
+                self.has_bar = False
 
     @contextlib.contextmanager
     def bytes_bar(self, title: str, n_bytes: int) -> Iterator[Callable[[int], None]]:
@@ -381,22 +333,20 @@ def _fitting(text: str, width: int, between: str = "  ") -> str:
 
 def check_loggers(config: Config) -> None:
     """Raise UserError if a logger that the settings ask for is not installed."""
-    for setting, is_wanted, module in (
+    for setting, is_used, module in (
         ("log.tensorboard=true", config.log.tensorboard, "tensorboardX"),
         (f"log.wandb={config.log.wandb}", config.log.wandb, "wandb"),
     ):
-        if is_wanted and importlib.util.find_spec(module) is None:
+        if is_used and importlib.util.find_spec(module) is None:
             extra = setting.removeprefix("log.").partition("=")[0]
             raise UserError(f"{setting}: {module} is not installed; pip install 'jaxlm[{extra}]', or leave it out")
 
 
-def open_loggers(
-    config: Config, run_log: RunLog, run_dir: Path, settings: dict[str, Any], last_step: int
-) -> list[Logger]:
+def open_loggers(config: Config, run_log: RunLog, run_dir: Path, last_step: int) -> list[Logger]:
     """Return the loggers that the settings ask for, of a run that has made `last_step` updates."""
     loggers: list[Logger] = []
     if config.log.tensorboard:
         loggers.append(TensorBoard(run_log.append, last_step))
     if config.log.wandb:
-        loggers.append(WeightsAndBiases(config.log.wandb, run_dir, settings))
+        loggers.append(WeightsAndBiases(config.log.wandb, run_dir, configs.flat(config)))
     return loggers

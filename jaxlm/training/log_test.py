@@ -353,7 +353,7 @@ def test_samples_go_to_the_terminal_on_request_only(tmp_path: Path, capsys: pyte
 
 
 def test_loggers_are_off_unless_asked_for(tmp_path: Path) -> None:
-    assert log.open_loggers(Config(), log.RunLog(), tmp_path, {}, 0) == []
+    assert log.open_loggers(Config(), log.RunLog(), tmp_path, 0) == []
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,4 +1,4 @@
-"""The metrics of updates: read one update late, watched for NaN and spikes, timed, and logged."""
+"""Reads the metrics of updates, one update late: watches for NaN and spikes, measures the speed, logs rows."""
 
 import contextlib
 import math
@@ -8,46 +8,45 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from jaxlm.data import metrics
+from jaxlm.data.metrics import Scores, number
 from jaxlm.errors import UserError
 from jaxlm.training.run import Run
 
-SPIKE, SPIKE_WINDOW = 10, 50  # a gradient norm so many times the median of so many updates is told
+SPIKE, SPIKE_WINDOW = 10, 50  # warn of a gradient norm so many times the median of so many updates
 
 
 class Meter:
-    """Reads the metrics of updates one update late, and makes rows of them every train.log_interval updates.
+    """Reads the metrics of updates one update late, and logs a row every train.log_interval updates.
 
-    `read` copies metrics from the device and waits for them; `show` is told each update, and a text where there is one.
+    `read` copies metrics from the device and waits for them; `show` takes each update, and a text where there is one.
     `peak_flops` is what the devices together can do in a second; 0: not known.
     """
 
     def __init__(
-        self,
-        run: Run,
-        read: Callable[[Any], dict[str, Any]],
-        show: Callable[[int, str], None],
-        peak_flops: float = 0.0,
+        self, run: Run, read: Callable[[Any], dict[str, Any]], show: Callable[[int, str], None], peak_flops: float = 0.0
     ):
         self.run, self.read, self.show, self.peak_flops = run, read, show, peak_flops
         self.pending: tuple[int, Any] | None = None
         self.is_first = True
         self.last_finite = 0
         self.norms: deque[float] = deque(maxlen=SPIKE_WINDOW)
-        self.tokens, self.flops = 0, 0
-        self.clock_s = time.monotonic()
+        self._restart_clock()
+
+    def _restart_clock(self) -> None:
+        self.tokens, self.flops, self.clock_s = 0, 0, time.monotonic()
 
     def add(self, i: int, metrics: Any, n_tokens: int, n_flops: int) -> int:
-        """Read the update before `i`, and keep the metrics of `i` for the next call; return what `flush` does.
+        """Read the update before `i`, and keep the metrics of `i` for the next call; return what `flush` returns.
 
-        Update `i` is of `n_tokens` that are no padding.
+        Update `i` has `n_tokens` that are no padding.
         """
         bad = self.flush()
         self.pending = (i, metrics)
         if self.is_first:
-            # The first update includes the compile, so it is waited for, shown at once, and not timed.
+            # The first update includes the compilation: it is waited for and shown at once, and not timed.
             bad = self.flush()
-            self.tokens, self.flops, self.clock_s, self.is_first = 0, 0, time.monotonic(), False
+            self.is_first = False
+            self._restart_clock()
         else:
             self.tokens += n_tokens
             self.flops += n_flops
@@ -55,58 +54,40 @@ class Meter:
         return bad
 
     def flush(self) -> int:
-        """Read what is pending, and log it if its turn has come.
+        """Read the pending metrics; log them if a row is due.
 
-        Returns the update from which the run has to be rolled back because its loss or gradient is no number, else 0.
+        Returns the update before which the run must roll back, because its loss or gradient is NaN or infinite; else 0.
+        Raises UserError if the run must stop for that reason.
         """
         if self.pending is None:
             return 0
         (i, metrics), self.pending = self.pending, None
-        train = self.run.config.train
         metrics = self.read(metrics)
-        self.run.undo.clear()
-        scores, norm = self.run.task.scores(metrics), float(metrics["grad_norm"])
-        is_finite = math.isfinite(scores["loss"]) and math.isfinite(norm)
-        if not is_finite:
-            if train.on_nonfinite == "rollback":
-                return i
-            self._not_finite(i, scores["loss"], norm)
-        else:
+        self.run.undo.clear()  # an update is made: the run folder stays
+        train, scores, norm = self.run.config.train, self.run.task.scores(metrics), float(metrics["grad_norm"])
+        bad = [x for x in (scores["loss"], norm) if not math.isfinite(x)]
+        if not bad:
             self.last_finite = i
             self._watch_norm(i, norm)
+        elif train.on_nonfinite == "rollback":
+            return i
+        elif train.on_nonfinite == "stop":
+            raise diverged(self.run, bad[0], i, self.last_finite)
+        else:
+            self.run.skipped.append(i)
+            self.run.log.warn(
+                f"step {i}: the loss is {scores['loss']} and the gradient norm {norm}: this update is skipped"
+            )
         if self.is_first:
-            seconds = time.monotonic() - self.run.started_s
-            self.run.log.say(f"first update done {seconds:.1f} s after the start")
+            self.run.log.say(f"first update done {time.monotonic() - self.run.started_s:.1f} s after the start")
         if i == 1 or i % train.log_interval == 0 or i == train.max_steps:
             self._log(i, scores, float(metrics["rate"]), norm)
         return 0
 
     def forget(self) -> None:
-        """Drop what is pending: the run is rolled back."""
+        """Drop the pending metrics: the run rolls back."""
         self.pending = None
         self.norms.clear()
-
-    def _log(self, i: int, scores: metrics.Scores, rate: float, norm: float) -> None:
-        row: dict[str, float] = {name: scores[name] for name in ("loss", "accuracy") if name in scores}
-        row |= {"rate": rate, "grad_norm": norm}
-        speed = ""
-        if not self.is_first:
-            seconds = max(time.monotonic() - self.clock_s, 1e-9)
-            row["tokens_per_s"] = self.tokens / seconds
-            speed = f"  {row['tokens_per_s']:,.0f} tokens/s"
-            if self.peak_flops:
-                row["mfu"] = self.flops / seconds / self.peak_flops
-                speed += f"  {row['mfu']:.1%} of peak flops"
-            self.tokens, self.flops, self.clock_s = 0, 0, time.monotonic()
-        self.run.log.row(i, "train", row)
-        self.show(i, f"loss {metrics.number('loss', row['loss'])}  rate {row['rate']:.2e}{speed}")
-
-    def _not_finite(self, i: int, loss: float, norm: float) -> None:
-        """Tell of an update that is no number. Raises UserError if the run is to stop."""
-        if self.run.config.train.on_nonfinite == "stop":
-            raise diverged(self.run, loss if not math.isfinite(loss) else norm, i, self.last_finite)
-        self.run.skipped.append(i)
-        self.run.log.warn(f"step {i}: the loss is {loss} and the gradient norm {norm}: this update is skipped")
 
     def _watch_norm(self, i: int, norm: float) -> None:
         if len(self.norms) == SPIKE_WINDOW and norm > SPIKE * (usual := statistics.median(self.norms)) > 0:
@@ -116,16 +97,31 @@ class Meter:
             )
         self.norms.append(norm)
 
+    def _log(self, i: int, scores: Scores, rate: float, norm: float) -> None:
+        row = {name: scores[name] for name in ("loss", "accuracy") if name in scores}
+        row |= {"rate": rate, "grad_norm": norm}
+        speed = ""
+        if not self.is_first:
+            seconds = max(time.monotonic() - self.clock_s, 1e-9)
+            row["tokens_per_s"] = self.tokens / seconds
+            speed = f"  {row['tokens_per_s']:,.0f} tokens/s"
+            if self.peak_flops:
+                row["mfu"] = self.flops / seconds / self.peak_flops
+                speed += f"  {row['mfu']:.1%} of peak flops"
+            self._restart_clock()
+        self.run.log.row(i, "train", row)
+        self.show(i, f"loss {number('loss', row['loss'])}  rate {rate:.2e}{speed}")
+
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Take what happens inside out of the speed."""
+        """Leave the time of the `with` block out of the speed."""
         paused_s = time.monotonic()
         yield
         self.clock_s += time.monotonic() - paused_s
 
 
 def diverged(run: Run, value: float, step: int, last_finite: int) -> UserError:
-    """Return the error that ends a run whose loss or gradient is no number; `last_finite` is 0 if none is known."""
+    """Return the error that ends a run whose loss or gradient is NaN or infinite; `last_finite`: 0 if not known."""
     before = f"and was finite at step {last_finite}; lower the rate, raise train.warmup_steps"
     if not last_finite:
         before = "and was never finite before; see whether the weights at the start are, lower the rate"

@@ -1,8 +1,9 @@
-"""The folder of a run: made, locked, written, and removed where a run did not start. Knows no framework."""
+"""The folder of a run: made, locked and written, and removed again if the run does not start."""
 
 import contextlib
 import datetime
 import fcntl
+import itertools
 import json
 import os
 import socket
@@ -13,7 +14,7 @@ from typing import TextIO
 from jaxlm import config as configs
 from jaxlm.config import Config
 from jaxlm.data import prepare
-from jaxlm.errors import UserError, reason
+from jaxlm.errors import UserError, os_errors, reason
 from jaxlm.io import checksums, storage, temporary
 from jaxlm.training import environment, history
 from jaxlm.training.history import SAVED
@@ -27,56 +28,101 @@ OWN = (
 )
 
 
+class Claim:
+    """A run folder that this process has made or taken over, and locked. Raises UserError if that is not possible."""
+
+    def __init__(self, config: Config, start: Start):
+        self.path, self.made = make(config, start)
+        self.is_new = bool(self.made) or not (start.is_retry or start.run_dir)
+        self.is_emptied = False
+        self.locks = contextlib.ExitStack()
+        try:
+            # Before anything in the folder is changed, which may be another process's.
+            self.locks.enter_context(lock(self.path))
+        except UserError:
+            remove_made(self.made)
+            raise
+
+    def add_checkpoints(self, named: str) -> None:
+        """Lock the folder of checkpoints as well."""
+        self.made = [*lock_checkpoints(self.locks, self.path, named), *self.made]
+
+    def empty(self) -> None:
+        """Remove what an earlier try has left."""
+        self.is_emptied = True
+        empty(self.path)
+
+    def undo(self) -> None:
+        """Remove what was made and written: the run does not start."""
+        if self.is_new:
+            remove(self.path, self.made)
+        elif self.is_emptied:
+            empty(self.path)
+
+
 def make(config: Config, start: Start) -> tuple[Path, list[Path]]:
     """Make the run folder; return it, and the folders that were not there before, inner ones first.
 
     Raises UserError if it is in use or cannot be made.
     """
-    if config.run.checkpoint_dir and not start.run_dir:
-        if checksums.finished_in(storage.path(config.run.checkpoint_dir)):
-            raise UserError(
-                f"run.checkpoint_dir={config.run.checkpoint_dir}: there are checkpoints of a run already; "
-                "go on with it by --resume auto, or give a new folder"
-            )
-    try:
-        if config.run.dir:
-            path = Path(config.run.dir)
-            if start.run_dir or (start.is_retry and path.is_dir() and _is_of_a_run(path)):
-                return path, _make(path)
-            if path.exists() and (not path.is_dir() or any(path.iterdir())):
-                is_run = path.is_dir() and _is_of_a_run(path)
-                mend = "go on with it by --resume auto, or give a new folder" if is_run else "give a new folder"
-                raise UserError(f"run.dir={path}: there is a run or another file already; {mend}, or remove this one")
-            return path, _make(path)
-        name = f"{config.task}-{datetime.date.today():%Y%m%d}"
-        for n in range(1, 10_000):
-            path = Path("runs") / f"{name}-{n}"
-            with contextlib.suppress(FileExistsError):
-                if made := _make(path):
-                    return path, made
-    except OSError as error:
-        folder = config.run.dir or path
+    checkpoint_dir, run_dir = config.run.checkpoint_dir, config.run.dir
+    if checkpoint_dir and not start.run_dir and checksums.finished_in(storage.path(checkpoint_dir)):
         raise UserError(
-            f"run.dir={folder}: cannot be written ({error.strerror}); give another with --run.dir"
-        ) from error
-    raise UserError(f"runs/{name}-*: there are too many runs; give a folder with --run.dir")
+            f"run.checkpoint_dir={checkpoint_dir}: there are checkpoints of a run already; "
+            "go on with it by --resume auto, or give a new folder"
+        )
+    with os_errors(f"run.dir={run_dir or 'runs'}: cannot be written", "give another with --run.dir"):
+        if not run_dir:
+            return _make_numbered(Path("runs"), f"{config.task}-{datetime.date.today():%Y%m%d}")
+        path = Path(run_dir)
+        is_run = (path / LOCK).exists()
+        is_ours = start.run_dir or (start.is_retry and is_run)
+        if not is_ours and path.exists() and (not path.is_dir() or any(path.iterdir())):
+            mend = "go on with it by --resume auto, or give a new folder" if is_run else "give a new folder"
+            raise UserError(f"run.dir={path}: there is a run or another file already; {mend}, or remove this one")
+        return path, _make(path)
 
 
-def _is_of_a_run(path: Path) -> bool:
-    return (path / LOCK).exists()
+def _make_numbered(parent: Path, name: str) -> tuple[Path, list[Path]]:
+    for n in itertools.count(1):
+        path = parent / f"{name}-{n}"
+        with contextlib.suppress(FileExistsError):
+            if made := _make(path):
+                return path, made
+    raise AssertionError("a number is free")
+
+
+def _make(path: Path) -> list[Path]:
+    """Make a folder unless it is there, and return those that were not there before, inner ones first."""
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    if made:
+        path.mkdir(parents=True)  # raises FileExistsError if another process has just made it
+    return made
 
 
 def lock(run_dir: Path) -> TextIO:
-    """Return the lock of a run folder; the system lets go of it when it is closed or the process ends, however it does.
+    """Lock a run folder until the returned file is closed or the process ends, in whatever way.
 
-    Raises UserError, with the host and the process that has it, if it is taken.
+    Raises UserError if another process has locked it.
     """
-    try:
+    with os_errors(f"run.dir={run_dir}: cannot be written", "give another with --run.dir"):
         return _lock(run_dir, "run.dir")
-    except OSError as error:
-        raise UserError(
-            f"run.dir={run_dir}: cannot be written ({error.strerror}); give another with --run.dir"
-        ) from error
+
+
+def lock_checkpoints(locks: contextlib.ExitStack, run_dir: Path, named: str) -> list[Path]:
+    """Make and lock the folder of checkpoints `named`, if any, where the disk allows it; return what was made.
+
+    Raises UserError if another run has locked it: each would remove what the other has not yet finished.
+    """
+    made: list[Path] = []
+    if named and not storage.is_remote(named):
+        folder = Path(named)
+        with contextlib.suppress(OSError):  # a disk without locks, or one that cannot be written: the first save warns
+            made = _make(folder)
+            if not folder.samefile(run_dir):
+                made = made if (folder / LOCK).exists() else [folder / LOCK, *made]
+                locks.enter_context(_lock(folder, "run.checkpoint_dir"))
+    return made
 
 
 def _lock(folder: Path, setting: str) -> TextIO:
@@ -97,37 +143,15 @@ def _lock(folder: Path, setting: str) -> TextIO:
         return file
 
 
-def lock_checkpoints(held: contextlib.ExitStack, run_dir: Path, named: str) -> list[Path]:
-    """Lock the folder of checkpoints `named`, where the disk allows it; return what was made: its lock, and folders.
-
-    Raises UserError if another run works in it: each would remove what the other has not yet finished.
-    """
-    made: list[Path] = []
-    if named and not storage.is_remote(named):
-        folder = Path(named)
-        with contextlib.suppress(OSError):  # a disk without locks, or one that cannot be written: the first save warns
-            made = _make(folder)
-            if not folder.samefile(run_dir):
-                made = made if (folder / LOCK).exists() else [folder / LOCK, *made]
-                held.enter_context(_lock(folder, "run.checkpoint_dir"))
-    return made
-
-
-def empty(path: Path) -> None:
-    """Remove what a run without a checkpoint has left; the user's own files stay."""
-    for name in OWN:
-        storage.remove(path / name)
-
-
 def set_aside(start: Start, folder: Path, run_dir: Path, run_log: RunLog) -> None:
-    """Give damaged checkpoints of the run that goes on another name; and those without their checksums.
+    """Rename damaged checkpoints of the run that resumes, and those that have lost their checksums.
 
-    Of the latter, a save of this run that was killed is left out: it is later than the last that was recorded.
+    A save that was killed has no checksums either. It is later than the last recorded save, and is not renamed.
     """
-    saved = history.last_saved(run_dir) if (run_dir / SAVED).is_file() else sys.maxsize
-    lost = [x for x in storage.children(folder) if x.name.isdecimal() and int(x.name) <= saved]
-    lost_why = f"{checksums.FILE} is missing"
-    for path, what in (*start.damaged, *((x, lost_why) for x in lost if checksums.is_cut_short(x))):
+    last = history.last_saved(run_dir) if (run_dir / SAVED).is_file() else sys.maxsize
+    saved = [path for path in storage.children(folder) if path.name.isdecimal() and int(path.name) <= last]
+    lost = [(path, f"{checksums.FILE} is missing") for path in saved if checksums.is_cut_short(path)]
+    for path, what in (*start.damaged, *lost):
         if storage.absolute(path.parent) == storage.absolute(folder):
             aside = checksums.damaged_name(path)
             try:
@@ -140,17 +164,11 @@ def set_aside(start: Start, folder: Path, run_dir: Path, run_log: RunLog) -> Non
         run_log.warn(f"{path}: damaged: {what}")
 
 
-def remove(path: Path, made: list[Path]) -> None:
-    """Empty the folder of a run that did not start, and remove the folders made for it."""
-    empty(path)
-    storage.remove(path / LOCK)
-    remove_empty([path / "checkpoints", *made])
-
-
-def record_saved(run_dir: Path, step: int) -> None:
-    """Record the step of the last whole checkpoint in a run folder: the run does not begin anew if none is found."""
-    with contextlib.suppress(OSError, UserError):  # of a full disk; the next save tries again
-        write(run_dir / SAVED, saved(step))
+def write(path: Path, text: str) -> None:
+    """Write a file, unless it has this content: a resumed run may have no room. Raises UserError if it cannot be."""
+    with os_errors(f"{path}: cannot be written", "free some space, or give another folder with --run.dir"):
+        if not (path.is_file() and path.read_bytes() == text.encode()):
+            temporary.replace_text(path, text)
 
 
 def write_settings(run_dir: Path, config: Config, data: prepare.Data) -> None:
@@ -159,30 +177,27 @@ def write_settings(run_dir: Path, config: Config, data: prepare.Data) -> None:
     write(run_dir / "tokenizer.json", data.tokenizer.to_str())
 
 
-def write(path: Path, text: str) -> None:
-    if path.is_file() and path.read_bytes() == text.encode():  # a run goes on, maybe on a full disk
-        return
-    try:
-        temporary.replace_text(path, text)
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror}); free some space, or give another folder with --run.dir"
-        ) from error
+def record_saved(run_dir: Path, step: int) -> None:
+    """Record the step of the last whole checkpoint: if it cannot be found later, the run does not begin anew."""
+    with contextlib.suppress(UserError):  # of a full disk; the next save tries again
+        write(run_dir / SAVED, json.dumps({"step": step}) + "\n")
 
 
-def saved(step: int) -> str:
-    return json.dumps({"step": step}) + "\n"
+def empty(path: Path) -> None:
+    """Remove what a run without a checkpoint has left; the user's own files stay."""
+    for name in OWN:
+        storage.remove(path / name)
 
 
-def _make(path: Path) -> list[Path]:
-    """Make a folder unless it is there, and return those that were not there before, inner ones first."""
-    made = [folder for folder in (path, *path.parents) if not folder.exists()]
-    if made:
-        path.mkdir(parents=True)  # raises FileExistsError if another process has just made it
-    return made
+def remove(path: Path, made: list[Path]) -> None:
+    """Empty the folder of a run that did not start, and remove the folders and locks made for it."""
+    empty(path)
+    storage.remove(path / LOCK)
+    remove_made([path / "checkpoints", *made])
 
 
-def remove_empty(folders: list[Path]) -> None:
-    for folder in folders:
+def remove_made(paths: list[Path]) -> None:
+    """Remove locks, and folders that are empty, inner ones first."""
+    for path in paths:
         with contextlib.suppress(OSError):  # another run has begun beside it
-            folder.rmdir()
+            path.unlink() if path.name == LOCK else path.rmdir()

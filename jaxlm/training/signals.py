@@ -1,4 +1,4 @@
-"""What tells a running training to save or to stop: signals, and files in its folder."""
+"""How a user stops a run or has it save: signals, and files in the run folder."""
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ FILE_CHECK_S = 1.0  # between looks for the files `stop` and `save_checkpoint`
 
 
 class FileWatch:
-    """Looks for files that a person puts into the run folder to tell a run something."""
+    """Looks for files that a user puts into the run folder as requests."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -23,7 +23,7 @@ class FileWatch:
         self.stuck: set[str] = set()  # files that cannot be removed
 
     def take(self, name: str) -> bool:
-        """Return whether the file is there, and remove it; looks at most once a second."""
+        """Return whether a file is there, and remove it; looks at most once a second."""
         now = time.monotonic()
         if now - self.looked_s.get(name, 0.0) < FILE_CHECK_S:
             return False
@@ -33,20 +33,20 @@ class FileWatch:
             return False
         try:
             path.unlink(missing_ok=True)
-        except OSError:  # a folder, or a disk that can only be read: it counts once
+        except OSError:  # a folder, or a disk that can only be read: it counts only once
             self.stuck.add(name)
         return True
 
 
 @contextlib.contextmanager
 def interrupts(run_log: RunLog) -> Iterator[Callable[[], int]]:
-    """Turn the first SIGINT or SIGTERM into an exit status, which the yielded function returns; 0 before.
+    """Yield a function that returns the exit status after the first SIGINT or SIGTERM, 0 before it.
 
-    The second one ends the process at once. A reader of the output that has gone counts as a signal, SIGPIPE.
+    A second signal ends the process at once. If the reader of the output has gone, that counts as a SIGPIPE.
     """
     status = 0
 
-    def tell(number: int) -> None:
+    def handle(number: int) -> None:
         nonlocal status
         if status:
             run_log.console.show_cursor()  # which a progress bar hides
@@ -55,6 +55,6 @@ def interrupts(run_log: RunLog) -> Iterator[Callable[[], int]]:
         status = 128 + number
         run_log.say("interrupted: saving a checkpoint after this update; once more ends at once")
 
-    run_log.console.reader_gone = lambda: None if status else tell(signal.SIGPIPE)
-    with signals(tell):
+    run_log.console.reader_gone = lambda: None if status else handle(signal.SIGPIPE)
+    with signals(handle):
         yield lambda: status

@@ -1,6 +1,6 @@
-"""The teacher of a run that distils a model into a smaller one: which it is, whether it fits, its weights.
+"""The teacher of a run that distils a model into a smaller one: whether it fits the student, and its weights.
 
-Knows no framework; distill.py has the loss.
+distill.py has the loss.
 """
 
 import dataclasses
@@ -31,31 +31,30 @@ class Teacher:
 
     def every_layer(self, n_layers: int) -> Arrays:
         """Return the weights of a student with so many of the layers, evenly spaced from the first on."""
-        step, found = self.config.model.n_layers // n_layers, {}
+        every, weights = self.config.model.n_layers // n_layers, {}
         for name, x in self.weights.items():
             if name.startswith("base.blocks."):
-                base, blocks, i, rest = name.split(".", 3)
-                if int(i) % step:
+                _, _, i, rest = name.split(".", 3)
+                if int(i) % every:
                     continue
-                name = f"{base}.{blocks}.{int(i) // step}.{rest}"
-            found[name] = x
-        return found
+                name = f"base.blocks.{int(i) // every}.{rest}"
+            weights[name] = x
+        return weights
 
 
-def check(config: Config, own: Config, is_start: bool) -> None:
-    """Raise UserError if a teacher with the settings `own` does not fit; `is_start`: the student has its layers."""
+def check(config: Config, teacher: Config, is_start: bool) -> None:
+    """Raise UserError if a teacher with such settings does not fit; `is_start`: the student starts from its layers."""
     named = f"distill.teacher={config.distill.teacher}"
-    if own.task == BASE:
+    if teacher.task == BASE:
         raise UserError(f"{named}: it has no output layer to learn from; train one with --init-from, and give that run")
     if not hasattr(TASKS[config.task], "totals"):
         raise UserError(f"{named}: task={config.task} has no distillation; use mlm, sst2, cola or a task made of one")
-    shared = (*SHARED, "model.d_model") if config.distill.cosine_weight else SHARED
-    for name in shared:
-        wanted, found = (configs.get(x, name) for x in (own, config))
-        if wanted != found and not (name == "data.n_labels" and not found):  # it is that of the teacher
+    for name in (*SHARED, "model.d_model") if config.distill.cosine_weight else SHARED:
+        value, expected = configs.get(config, name), configs.get(teacher, name)
+        if value != expected and not (name == "data.n_labels" and not value):  # 0: as many as the teacher has
             why = ", since distill.cosine_weight compares hidden states" if name == "model.d_model" else ""
-            raise UserError(f"{name}={found}, but that of {named} is {wanted}, and has to be the same{why}")
-    n, n_layers = own.model.n_layers, config.model.n_layers
+            raise UserError(f"{name}={value}, but that of {named} is {expected}, and has to be the same{why}")
+    n, n_layers = teacher.model.n_layers, config.model.n_layers
     if is_start and n % n_layers:
         fits = [str(k) for k in range(1, n + 1) if n % k == 0]
         raise UserError(
@@ -64,14 +63,14 @@ def check(config: Config, own: Config, is_start: bool) -> None:
         )
 
 
-def load(path: Path, wanted: str = "") -> Teacher:
-    """Return the teacher that was found. Raises UserError if its weights are not those `wanted`, a fingerprint."""
-    snapshot = snapshots.read(path).merged()  # adapters are in the weights
+def load(path: Path, expected: str = "") -> Teacher:
+    """Return the teacher in a checkpoint. Raises UserError if its weights have another fingerprint than expected."""
+    snapshot = snapshots.read(path).merged()  # adapters become part of the weights
     digest = hashlib.sha256()
     for name, x in sorted(snapshot.weights.items()):
         digest.update(f"{name} {x.shape} {x.dtype}".encode())
         digest.update(x.tobytes())
-    if wanted and wanted != digest.hexdigest():
+    if expected and expected != digest.hexdigest():
         raise UserError(
             f"{path}: its weights are not those of the teacher that the run began with; "
             "give that one with --distill.teacher, or start a new run with --init-from"
