@@ -23,7 +23,7 @@ from jaxlm.params import layout, names
 from jaxlm.runtime import backend, chips, processes, profile
 from jaxlm.step import TrainState
 from jaxlm.tasks import TASKS, Task, flops, parameters
-from jaxlm.training import resume, rollback, run_dir, signals, summary
+from jaxlm.training import rollback, run_dir, signals, summary
 from jaxlm.training.meter import Meter
 from jaxlm.training.resume import Start
 from jaxlm.training.run import UNSAVED, Run, has_test, identity, identity_at_start, info, started
@@ -159,7 +159,7 @@ def begin(run: Run, fresh: Callable[[], TrainState], shardings: TrainState) -> T
         state = jax.device_put(checkpoint.with_parts(state, parts, step), shardings)
     trees = {"optimizer": checkpoint.parts_of(state)["optimizer"], **state.params}
     sizes = {name: [x.size for x in jax.tree.leaves(tree)] for name, tree in trees.items()}
-    run.log.say(resume.table(begun, sizes))
+    run.log.say(summary.start_table(begun, sizes))
     return state
 
 

@@ -18,7 +18,7 @@ from jaxlm.io import storage
 from jaxlm.params import layout, names
 from jaxlm.runtime import chips
 from jaxlm.tasks import flops, parameters
-from jaxlm.training import resume, rollback, run_dir, signals, summary
+from jaxlm.training import rollback, run_dir, signals, summary
 from jaxlm.training.meter import Meter
 from jaxlm.training.resume import Start
 from jaxlm.training.run import UNSAVED, Run, has_test, info, started
@@ -135,7 +135,7 @@ def begin(run: Run, fresh: Callable[[], TrainState]) -> TrainState:
     numbers = {name: x.numel() for name, x in parallel.single(state.model).named_parameters()}
     sizes = {part: [n for name, n in numbers.items() if name.startswith(part)] for part in layout.PARTS[:2]}
     moments = [*names.trained(run.config.model, numbers).values()] * 2
-    run.log.say(resume.table(begun, sizes | {"optimizer": moments}))
+    run.log.say(summary.start_table(begun, sizes | {"optimizer": moments}))
     return state
 
 

@@ -98,7 +98,7 @@ class Meter:
         self.norms.append(norm)
 
     def _log(self, i: int, scores: Scores, rate: float, norm: float) -> None:
-        row = {name: scores[name] for name in ("loss", "accuracy") if name in scores}
+        row: dict[str, float] = {name: scores[name] for name in ("loss", "accuracy") if name in scores}
         row |= {"rate": rate, "grad_norm": norm}
         speed = ""
         if not self.is_first:

@@ -7,12 +7,13 @@ import dataclasses
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from jaxlm import config as configs
 from jaxlm.config import BASE, Config, Layer, TrainConfig
-from jaxlm.data import metrics
+from jaxlm.data import metrics, tokenization
 from jaxlm.data.position import Position
+from jaxlm.data.prepare import Data
 from jaxlm.data.sources import listed, numbered
 from jaxlm.errors import UserError, slow
 from jaxlm.io import checksums, storage
@@ -20,11 +21,6 @@ from jaxlm.params import layout
 from jaxlm.tasks.parameters import model_kind
 from jaxlm.training import history, teacher
 from jaxlm.weights import formats, huggingface, snapshots
-
-if TYPE_CHECKING:  # settings are read before anything that takes long to import
-    from rich.table import Table
-
-    from jaxlm.data.prepare import Data
 
 LOCK = ".lock"  # in a run folder, locked for as long as a process works in it
 # What the tensors of a base model depend on; a run that starts from one takes these settings from it.
@@ -150,10 +146,8 @@ class Start:
                 )
         return changed if self.kind == "resume" else []
 
-    def check(self, data: "Data") -> None:
+    def check(self, data: Data) -> None:
         """Raise UserError if the data or the tokenizer are not those of the checkpoint, or of the teacher."""
-        from jaxlm.data import tokenization
-
         classes, expected = data.source.classes, self.info.get("tokenizer")
         if self.teacher and classes:
             taught = self.teacher.classes()
@@ -211,10 +205,9 @@ def load(argv: list[str], prog: str, form: str) -> tuple[Config, dict[str, str],
             config = configs.replace(config, name, str(storage.run_path(named)))
     start.changes(config)
     if config.distill.teacher:
-        taught_by = dataclasses.replace(start, is_student=False) if start.is_student else None
-        taught_by = taught_by or _teacher(config.distill.teacher)
-        teacher.check(config, taught_by.config(), start.is_student)
-        start = dataclasses.replace(start, teacher=taught_by)
+        found = dataclasses.replace(start, is_student=False) if start.is_student else _teacher(config.distill.teacher)
+        teacher.check(config, found.config(), start.is_student)
+        start = dataclasses.replace(start, teacher=found)
     return config, origins, start
 
 
@@ -266,21 +259,6 @@ def _teacher(named: str) -> Start:
         return to_use(named)
     except UserError as error:
         raise UserError(f"distill.teacher={named}: {str(error).removeprefix(f'{named}: ')}") from error
-
-
-def table(start: Start, sizes: Mapping[str, Sequence[int]]) -> "Table":
-    """Return a table of what is restored; `sizes` are the numbers of parameters of each tensor, by part."""
-    from rich.table import Table
-
-    title = f"started from {start.path}"
-    result = Table("part", "tensors", "parameters", "", title=title, title_style="", title_justify="left")
-    for part in layout.PARTS:
-        origin = "restored" if part in start.parts else "afresh"
-        result.add_row(part, str(len(sizes[part])), f"{sum(sizes[part]):,}", origin)
-    position = start.position()
-    counters = f"restored: {position.step:,} updates, {position.sample:,} samples"
-    result.add_row("counters", "", "", counters if start.kind == "resume" else "afresh")
-    return result
 
 
 def _resume_auto(run_dir: Path, given: Mapping[str, Any], form: str) -> Start | None:

@@ -1,9 +1,9 @@
-"""Scores on the console: after each evaluation, and in the summary at the end of a run."""
+"""Tables and scores on the console: what a run starts from, its evaluations, and the summary at its end."""
 
 import math
 import shlex
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -12,7 +12,9 @@ from rich.table import Table
 from jaxlm.data import metrics
 from jaxlm.data.samples import Batch
 from jaxlm.errors import UserError
+from jaxlm.params import layout
 from jaxlm.training import meter, run_dir
+from jaxlm.training.resume import Start
 from jaxlm.training.run import Run
 
 N_SHOWN = 4  # validation samples shown after an evaluation
@@ -25,6 +27,19 @@ FILES = {
     "log.txt": "what is printed here",
 }
 T = TypeVar("T")
+
+
+def start_table(start: Start, sizes: Mapping[str, Sequence[int]]) -> Table:
+    """Return a table of what is restored; `sizes` are the numbers of parameters of each tensor, by part."""
+    title = f"started from {start.path}"
+    result = Table("part", "tensors", "parameters", "", title=title, title_style="", title_justify="left")
+    for part in layout.PARTS:
+        origin = "restored" if part in start.parts else "afresh"
+        result.add_row(part, str(len(sizes[part])), f"{sum(sizes[part]):,}", origin)
+    position = start.position()
+    counters = f"restored: {position.step:,} updates, {position.sample:,} samples"
+    result.add_row("counters", "", "", counters if start.kind == "resume" else "afresh")
+    return result
 
 
 def tell_scores(run: Run, i: int, totals: Any) -> None:
