@@ -35,12 +35,9 @@ def describe(step: int, device: str) -> dict[str, Any]:
 
 
 def read(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the starts of a run that can be read."""
-
-    def as_dict(value: Any) -> dict[str, Any] | None:
-        return value if isinstance(value, dict) else None
-
-    return [value for _, value in history.json_lines(run_dir / FILE, as_dict, history.warn_once)]
+    """Return the descriptions of all starts of a run that can be read."""
+    lines = history.json_lines(run_dir / FILE, lambda x: x if isinstance(x, dict) else None, history.warn_once)
+    return [description for _, description in lines]
 
 
 def _versions() -> dict[str, str]:

@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from jaxlm.data.metrics import Scores
 from jaxlm.errors import UserError, os_errors
@@ -27,7 +27,6 @@ MOST_LINE = 1 << 20  # bytes of a line that is parsed
 MOST_STEP = 2**31  # steps are int32
 Row = dict[str, Any]
 Warn = Callable[[str], None]
-T = TypeVar("T")
 
 
 @functools.cache
@@ -89,7 +88,7 @@ def last_saved(run_dir: Path) -> int:
     return max((row["step"] for row in rows(run_dir / METRICS) if row["split"] == "validation"), default=0)
 
 
-def json_lines(path: Path, read: Callable[[Any], T | None], warn: Warn) -> Iterator[tuple[bytes, T]]:
+def json_lines(path: Path, read: Callable[[Any], Row | None], warn: Warn) -> Iterator[tuple[bytes, Row]]:
     """Yield the lines of a file with one JSON value a line, each with what `read` makes of the value. NaN becomes null.
 
     Lines that are no JSON, or for which `read` returns None, are skipped and named in one warning. A last line that a

@@ -83,13 +83,7 @@ def best_state(run: Run, last: int, saved: list[int], state: T, restore: Callabl
 
 
 def sum_up(
-    run: Run,
-    last: int,
-    saved: list[int],
-    sizes: tuple[int, int],
-    test_totals: Any,
-    saves: str,
-    is_interrupted: bool,
+    run: Run, last: int, saved: list[int], sizes: tuple[int, int], test_totals: Any, saves: str, is_interrupted: bool
 ) -> bool:
     """Print the summary of a run that ended after update `last`; return whether the state of that update is saved.
 
