@@ -9,11 +9,11 @@ import json
 import math
 import os
 import re
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from jaxlm import errors
 from jaxlm.data.metrics import Scores
 from jaxlm.errors import UserError, os_errors
 from jaxlm.io import checksums
@@ -27,12 +27,7 @@ MOST_LINE = 1 << 20  # bytes of a line that is parsed
 MOST_STEP = 2**31  # steps are int32
 Row = dict[str, Any]
 Warn = Callable[[str], None]
-
-
-@functools.cache
-def warn_once(text: str) -> None:
-    """Print a warning on stderr, unless this process has printed it before."""
-    print(f"warning: {text}", file=sys.stderr)
+warn_once = functools.cache(errors.warn)  # prints each text once in a process
 
 
 def restore(run_dir: Path, step: int, source: Path, checkpoints: Path, warn: Warn = warn_once) -> dict[int, Scores]:
