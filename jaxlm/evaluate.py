@@ -17,8 +17,8 @@ import numpy as np
 from jaxlm import config as configs
 from jaxlm.cli import Parser
 from jaxlm.config import DataConfig
+from jaxlm.data.labels import numbered
 from jaxlm.data.metrics import number
-from jaxlm.data.sources import numbered
 from jaxlm.errors import UserError, reported, slow
 from jaxlm.io import storage
 from jaxlm.runtime import huge_pages

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from jaxlm import config as configs
 from jaxlm.config import Config, DataConfig
-from jaxlm.data import cache, sources, tokenization
+from jaxlm.data import cache, labels, sources, tokenization
 from jaxlm.data.cache import Split
 from jaxlm.data.samples import Samples
 from jaxlm.data.sources import Source
@@ -112,7 +112,7 @@ def _source(config: Config, samples_class: type[Any], embedded: Callable[[], Sou
     source = embedded()
     if samples_class.reads != "labels" or source.classes:
         return source
-    return dataclasses.replace(source, classes=tuple(classes) or sources.numbered(config.data.n_classes))
+    return dataclasses.replace(source, classes=tuple(classes) or labels.numbered(config.data.n_classes))
 
 
 def _with_vocab_size(config: Config, tokenizer: Tokenizer) -> Config:

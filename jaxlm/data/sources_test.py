@@ -22,7 +22,7 @@ import pyarrow.parquet
 import pytest
 
 from jaxlm.config import DataConfig
-from jaxlm.data import sources
+from jaxlm.data import hub, sources, tables
 from jaxlm.data.sources import Article, Reads, open_source, split_of
 from jaxlm.errors import UserError
 
@@ -128,7 +128,7 @@ def test_parquet(tmp_path, suffix):
 
 
 def test_many_rows_come_through_once_and_in_order(tmp_path):
-    expected = [f"row {i}" for i in range(3 * sources.BATCH + 1)]
+    expected = [f"row {i}" for i in range(3 * tables.BATCH + 1)]
     assert texts(write(tmp_path / "a.txt", "\n".join(expected))) == expected
     assert texts(
         write(tmp_path / "a.tsv", "\n".join(["text\tid", *(f"{t}\t{i}" for i, t in enumerate(expected))]))
@@ -1123,7 +1123,7 @@ def test_unreachable_hub_is_one_line_and_fast(tmp_path):
 
 
 def test_cached_hub_set_is_used_when_the_hub_cannot_be_reached(tmp_path):
-    datasets = sources._datasets()
+    datasets = hub.library()
     write_parquet(tmp_path / "set" / "train.parquet", text=["kept"])
     data = datasets.load_dataset(str(tmp_path / "set"), cache_dir=str(tmp_path / "made"))
     made = Path(data["train"].cache_files[0]["filename"]).parent

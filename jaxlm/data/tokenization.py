@@ -27,6 +27,7 @@ from tokenizers import (
 )
 
 from jaxlm.config import TokenizerConfig
+from jaxlm.data import hub
 from jaxlm.errors import UserError, note, slow, warn
 from jaxlm.io import storage, temporary, utf8
 
@@ -436,10 +437,8 @@ def _from_hub(name: str) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    from jaxlm.data import sources
-
     try:
-        if failure := sources.probe_hub(name)():
+        if failure := hub.probe(name)():
             raise ConnectionError(failure)
         return Path(huggingface_hub.hf_hub_download(name, "tokenizer.json", etag_timeout=3))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:

@@ -9,8 +9,9 @@ from tokenizers import Tokenizer
 
 from jaxlm.config import Config
 from jaxlm.data import metrics
+from jaxlm.data.labels import numbered
 from jaxlm.data.samples import Batch
-from jaxlm.data.sources import Source, numbered
+from jaxlm.data.sources import Source
 
 if TYPE_CHECKING:  # JAX is imported where a model is built: torchlm has these tasks, too
     from flax import nnx

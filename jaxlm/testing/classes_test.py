@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from jaxlm import convert, evaluate, predict, report, serve_test
-from jaxlm.data import sources
+from jaxlm.data import labels
 from jaxlm.inference import load
 from jaxlm.testing import tiny_runs
 from jaxlm.training import resume
@@ -133,7 +133,7 @@ def test_checkpoint_without_names_answers_with_numbers(tmp_path: Path) -> None:
     (tmp_path / "other.tsv").write_text("text\tlabel\na cat\t2\na dog\t0\n")
     _, samples = evaluate.part(model, "test", {"data.path": str(tmp_path / "other.tsv")})
     assert samples.split.labels.tolist() == [2, 0]
-    assert sources.numbered(3) == model.task.classes
+    assert labels.numbered(3) == model.task.classes
 
 
 TINY = (

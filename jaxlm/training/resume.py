@@ -12,9 +12,9 @@ from typing import Any, Literal
 from jaxlm import config as configs
 from jaxlm.config import BASE, Config, Layer, TrainConfig
 from jaxlm.data import metrics, tokenization
+from jaxlm.data.labels import listed, numbered
 from jaxlm.data.position import Position
 from jaxlm.data.prepare import Data
-from jaxlm.data.sources import listed, numbered
 from jaxlm.errors import UserError, slow
 from jaxlm.io import checksums, storage
 from jaxlm.params import layout

@@ -15,7 +15,8 @@ import numpy as np
 
 from jaxlm import config as configs
 from jaxlm.config import Config
-from jaxlm.data import cache, metrics, prepare, sources, tokenization
+from jaxlm.data import cache, metrics, prepare, tokenization
+from jaxlm.data.labels import listed
 from jaxlm.data.position import Position
 from jaxlm.errors import CLEANUPS, UserError, slow
 from jaxlm.io import storage, temporary
@@ -157,7 +158,7 @@ def _announce(run: Run, origins: dict[str, str], device: str, task_settings: set
         labels = data.samples["train"].split.labels  # type: ignore[union-attr]
         counts = np.bincount(labels, minlength=len(data.source.classes))
         shown = [f"{name} ({n:,})" for name, n in zip(data.source.classes, counts, strict=True)]
-        say(f"classes {sources.listed(shown, N_CLASSES)}")
+        say(f"classes {listed(shown, N_CLASSES)}")
     say(f"device  {device}")
     if start.teacher:
         n = start.teacher.config().model.n_layers

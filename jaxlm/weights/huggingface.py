@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, processors
 from jaxlm import config as configs
 from jaxlm.config import BASE, Config, TokenizerConfig
 from jaxlm.data import tokenization
-from jaxlm.data.sources import numbered
+from jaxlm.data.labels import numbered
 from jaxlm.errors import UserError, reason
 from jaxlm.io import storage, utf8
 from jaxlm.params import names
@@ -274,9 +274,9 @@ def find(source: str | Path) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    from jaxlm.data import sources
+    from jaxlm.data import hub
 
-    failure = sources.probe_hub(str(source))()
+    failure = hub.probe(str(source))()
     wanted = [CONFIG, WEIGHTS, *tokenization.BESIDE, *TOKENIZER]
     try:
         # What has been downloaded before needs no hub.

@@ -1,0 +1,198 @@
+"""Local files of a source: which they are, the split that each is for, and its format by name and content."""
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import IO
+
+from jaxlm.config import DataConfig
+from jaxlm.data import tables
+from jaxlm.data.parts import SPLITS, STEMS, Part, Wanted
+from jaxlm.errors import UserError, nearest, os_errors
+from jaxlm.io import utf8
+
+PARQUET = b"PAR1"  # how such a file begins
+FORMATS = {"txt": "text", "csv": "csv", "tsv": "tsv", "jsonl": "jsonl", "json": "jsonl", "parquet": "parquet"}
+MOST_HEAD = 1 << 23  # characters in which the first row of a table ends
+CHECK_PATH = "check the path and its permissions"
+
+
+# Which
+
+
+def find(config: DataConfig) -> tuple[list[tuple[str, Path]], list[str]]:
+    """Return the (split, file) pairs of a source, and notes. Raises UserError for files that do not fit."""
+    found: list[tuple[str, Path]] = []
+    notes: list[str] = []
+    folder = Path()
+    if config.path:
+        path = _existing("data.path", config.path, Path())
+        folder = path if path.is_dir() else path.parent
+        found = _folder_files(path, config, notes) if path.is_dir() else [("train", path)]
+    named = {
+        split: _existing(f"data.{split}_path", value, folder)
+        for split, value in (("validation", config.validation_path), ("test", config.test_path))
+        if value
+    }
+    for split, path in named.items():
+        if path.is_dir():
+            raise UserError(f"data.{split}_path={path}: is a folder; name a file in it")
+    if len(named) == 2 and named["validation"].samefile(named["test"]):
+        raise UserError(f"data.validation_path and data.test_path are both {named['test']}; leave one of them out")
+    # What is named wins over what the folder says: such a file is this split only.
+    found = [
+        (split, file)
+        for split, file in found
+        if split not in named and not any(file.samefile(other) for other in named.values())
+    ]
+    pairs = sorted([*found, *named.items()], key=lambda pair: SPLITS.index(pair[0]))
+    if config.path and pairs[0][0] != "train":
+        others = [str(file) for _, file in pairs]
+        mend = f"name a file, such as --data.path {others[0]}"
+        mend += ", and other files as data.validation_path and data.test_path"
+        raise UserError(f"data.path={config.path}: no train part (train.*), only {', '.join(others)}; {mend}")
+    return pairs, notes
+
+
+def _existing(setting: str, value: str, beside: Path) -> Path:
+    """Return the path `value`, from here or from the folder `beside`. Raises UserError if it is not there."""
+    path = Path(value if os.path.lexists(value) else os.path.expanduser(value))
+    with os_errors(f"{setting}={value}: cannot be read", CHECK_PATH):
+        for candidate in (path, beside / path):
+            if candidate.exists():
+                return candidate
+        hint = "; its folder does not exist"
+        if path.parent.is_dir():
+            hint = nearest(path.name, [file.name for file in path.parent.iterdir()])
+    raise UserError(f"{setting}={value}: no such file or folder{hint or '; check the name'}")
+
+
+def _folder_files(folder: Path, config: DataConfig, notes: list[str]) -> list[tuple[str, Path]]:
+    """Return (split, file) pairs by the names of the files in a folder; all are for training where no name says
+    a split. If no name tells a format, all files that have text are used.
+    """
+    with os_errors(f"data.path={folder}: cannot be read", CHECK_PATH):
+        children = sorted(folder.iterdir())
+        files = [file for file in children if file.is_file()]
+        visible = [file for file in files if not file.name.startswith(".")]
+        wanted = "text" if config.format == "wikitext" else config.format
+        usable = [f for f in visible if (_format_by_name(f) if wanted == "auto" else _format_by_name(f) == wanted)]
+        unused = sorted({*visible} - {*usable})
+        if not usable:
+            usable = visible if wanted != "auto" else [file for file in visible if _has_text(file)]
+            unused = sorted({*files} - {*usable})
+    if not usable:
+        names = _some(children) or "nothing"
+        raise UserError(f"data.path={folder}: no file of text in it, only {names}; name a folder or file with text")
+    if unused and wanted == "auto":
+        why = "the format of others is told by their names" if _format_by_name(usable[0]) else "hidden, binary or empty"
+        notes.append(f"not used ({why}): {_some(unused)}")
+    found: dict[str, list[Path]] = {}
+    for file in usable:
+        found.setdefault(STEMS.get(file.name.partition(".")[0].lower(), ""), []).append(file)
+    unnamed = found.pop("", [])
+    if not found:
+        return [("train", file) for file in unnamed]
+    for split, files in found.items():
+        if len(files) > 1:
+            rule = f"{_some(files, ' and ')} are each the {split} part"
+            raise UserError(f"data.path={folder}: {rule}; move all but one elsewhere")
+    unnamed = [f for f in unnamed if f.name not in (Path(config.validation_path).name, Path(config.test_path).name)]
+    if unnamed:
+        notes.append(f"not used, as the name says no part: {_some(unnamed)}")
+    return [(split, file) for split, (file,) in found.items()]
+
+
+def _some(files: list[Path], between: str = ", ", most: int = 5) -> str:
+    """Return the names of the first files, and how many more there are."""
+    more = [f"{len(files) - most} more"] if len(files) > most else []
+    return between.join([file.name for file in files[:most]] + more)
+
+
+# Format
+
+
+def open_part(path: Path, wanted: Wanted) -> Part:
+    """Return the part that a file is. Raises UserError for a file that cannot be read or lacks a wanted column."""
+    if not path.is_file():
+        raise UserError(f"{path}: is not a regular file; write its content to one, and name that")
+    config, reads = wanted.config, wanted.reads
+    is_auto = config.format == "auto"
+    kind: str = config.format
+    if is_auto:
+        kind = "parquet" if _is_parquet(_start(path)) else _format_by_name(path)
+    content, size, head = _scan(path, kind)
+    if not kind or (kind == "text" and reads != "text" and is_auto):
+        kind = tables.guess(head, wanted) or "text"
+    if kind == "text" and is_auto and any(tables.TITLE.fullmatch(line) for line in head.splitlines()[:50]):
+        kind = "wikitext"
+    if reads != "text" and kind in ("text", "wikitext"):
+        needed = "a label column" if reads == "labels" else "a column of prompts and one of answers"
+        raise UserError(f"{path}: a {kind} file has no {reads}; give a table (csv, tsv, jsonl, parquet) with {needed}")
+    return Part(str(path), wanted.split, kind, content, size, tables.open_table(path, kind, head, wanted))
+
+
+def _format_by_name(path: Path) -> str:
+    name = path.name.lower().removesuffix(".gz").removesuffix(".xz")
+    return FORMATS.get(name.rpartition(".")[2], "") if "." in name else ""
+
+
+def _start(path: Path) -> bytes:
+    """Return the first bytes of a file, decompressed, and none of one that cannot be read, which reading it tells."""
+    with contextlib.suppress(OSError, *utf8.DAMAGED), utf8.opened(path) as stream:
+        return stream.read(utf8.START)
+    return b""
+
+
+def _is_parquet(start: bytes) -> bool:
+    return start.startswith(PARQUET) and b"\0" in start
+
+
+def _has_text(path: Path) -> bool:
+    """Return whether a file is neither empty nor binary; of text in another encoding, reading it tells."""
+    start = _start(path)
+    return bool(start.strip()) and (_is_parquet(start) or not utf8.is_binary(start))
+
+
+def _scan(path: Path, kind: str) -> tuple[str, int, str]:
+    """Return the hash and the bytes of a file, decompressed, and its start as text; reads it once, in blocks.
+
+    The start is a megabyte, or more where the first line is longer. Raises UserError for a file that is unreadable,
+    damaged or empty, or that should be text and is not UTF-8.
+    """
+    digest, size, head, n_open = hashlib.sha256(), 0, "", 0
+
+    def blocks(stream: IO[bytes]) -> Iterator[bytes]:
+        nonlocal size
+        for block in iter(partial(stream.read, 1 << 20), b""):
+            digest.update(block)
+            size += len(block)
+            yield block
+
+    try:
+        with open(path, "rb") as file:
+            start = file.read(utf8.START)
+        is_plain_text = kind in ("", "text", "wikitext") and path.suffix.lower() not in (".gz", ".xz")
+        if start and not is_plain_text and (why := utf8.stand_in(start)):
+            raise ValueError(why)
+        with utf8.opened(path) as stream:
+            for text in utf8.decoded(blocks(stream)) if kind != "parquet" else ("" for _ in blocks(stream)):
+                if not head or (len(head) < MOST_HEAD and "\n" not in head and "\r" not in head):
+                    head += text
+                end = max(text.rfind("\n"), text.rfind("\r"))
+                n_open = len(text) - end - 1 + (n_open if end < 0 else 0)
+                if n_open > utf8.LONGEST:  # where the rest would be read for nothing
+                    raise UserError(f"{path}: has a line {utf8.TOO_LONG}")
+    except utf8.DAMAGED as error:
+        mend = "fetch or compress it again, or rename it if it is not compressed"
+        raise UserError(f"{path}: the compressed file is damaged ({error}); {mend}") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); {CHECK_PATH}") from error
+    except ValueError as error:
+        raise UserError(f"{path}: is {error}") from error
+    if not size:
+        raise UserError(f"{path}: is empty; give a file with text")
+    return digest.hexdigest(), size, head

@@ -1,0 +1,147 @@
+"""What a source is made of: parts, which are files or splits of a data set of the hub, and the columns used of each."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from jaxlm.config import DataConfig
+from jaxlm.errors import UserError, nearest
+
+SPLITS = ("train", "validation", "test")
+STEMS = {"train": "train", "in_domain_train": "train"}  # file name before its first dot -> split
+STEMS |= dict.fromkeys(("validation", "valid", "val", "dev", "in_domain_dev"), "validation")
+STEMS |= dict.fromkeys(("test", "out_of_domain_dev"), "test")
+MOST_COLUMNS = 10_000
+# Settings of the two columns that are used, and their usual names in order of preference.
+ARTICLES = (
+    ("text_column", ("text", "sentence", "content", "document", "article", "review")),
+    ("label_column", ("label", "labels", "acceptability", "target")),
+)
+PAIRS = (
+    ("prompt_column", ("prompt", "question", "instruction", "input")),
+    ("answer_column", ("answer", "completion", "response", "output", "reply")),
+)
+
+Reads = Literal["text", "labels", "pairs"]  # what of a source is used: texts, these with labels, or prompts and answers
+Row = tuple[int, Any, Any]  # its number, text and label, or number, prompt and answer, as found
+
+
+@dataclass(frozen=True)
+class Table:
+    """How the rows of a part are read."""
+
+    rows: Callable[[], Iterator[Row]]
+    columns: tuple[Any, ...] = (None, None, False)  # text or prompt, label or answer (None: there is none), has header
+    names: tuple[str, ...] = ()  # of the classes, where labels are declared as numbers of names
+
+
+@dataclass(frozen=True)
+class Part:
+    """A file, or a split of a data set of the hub."""
+
+    name: str
+    split: str
+    format: str
+    content: str  # hash
+    size: int  # bytes, decompressed
+    table: Table
+
+    def rows(self) -> Iterator[Row]:
+        """Yield the rows. Raises UserError where the libraries that read them raise anything."""
+        failure = f"{self.name}: cannot be read" + (f" as {self.format}" if self.format != "hub" else "")
+        return guarded(self.table.rows, failure)
+
+    def place(self, number: int) -> str:
+        return f"{self.name}, {'row' if self.format in ('parquet', 'hub') else 'line'} {number}"
+
+    def bad(self, number: int, what: str) -> UserError:
+        """Return the error for a row."""
+        return UserError(f"{self.place(number)}: {what}")
+
+
+def guarded(rows: Callable[[], Iterator[Any]], failure: str) -> Iterator[Any]:
+    """Yield `rows()`. Raises UserError, which begins with `failure`, where that raises anything else."""
+    try:
+        yield from rows()
+    except UserError:
+        raise
+    except Exception as error:  # the libraries pass on errors of pyarrow and the system, of many types
+        reason = " ".join(str(error).split())
+        raise UserError(f"{failure}: {reason[:200]}; mend the file or set data.format") from error
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is wanted of a part: settings, what is read of the source, and the split that the part is for."""
+
+    config: DataConfig
+    reads: Reads
+    split: str
+
+    @property
+    def choices(self) -> list[tuple[str, str, tuple[str, ...]]]:
+        """The setting, its value and the usual names for each of the two columns."""
+        columns = PAIRS if self.reads == "pairs" else ARTICLES
+        return [(setting, getattr(self.config, setting), usual) for setting, usual in columns]
+
+    def is_header(self, cells: Iterable[str]) -> bool:
+        """Return whether cells, in lower case, may be names of columns, by that of the text."""
+        _, value, usual = self.choices[0]
+        names = {value.lower()} if value and not value.isdecimal() else {*usual}
+        return not names.isdisjoint(cell.strip().lower() for cell in cells)
+
+    def columns(
+        self,
+        name: str,
+        names: Sequence[str],
+        usual: Sequence[tuple[str, ...]] | None = None,
+        shown: Sequence[str] = (),
+    ) -> tuple[int, int | None]:
+        """Return which of the columns `names` are used; None: the label is not wanted or, in test, not there.
+
+        `usual` replaces the usual names, and `shown` the names in messages. Raises UserError for a column that is not
+        there, or there twice.
+        """
+        there = f"there are {', '.join((shown or names)[:20])}"
+        if len(shown) == 1:
+            there = (
+                f"there is {shown[0]} alone: the first line has to be a row, its columns separated by , ; | or a tab"
+            )
+        keys = [key.strip() for key in names]
+
+        def choose(setting: str, value: str, usual: Iterable[str]) -> int:
+            if value:
+                numbers = [i for i, key in enumerate(keys) if key == value.strip()]
+                if not numbers and value.isdecimal() and int(value) < len(names):
+                    return int(value)
+                if not numbers:
+                    mend = nearest(value, names) or f"; set data.{setting} to one of them"
+                    raise UserError(f"data.{setting}={value}: no such column in {name}{mend}; {there}")
+            else:
+                lower = [key.lower() for key in keys]
+                numbers = next(([i for i, key in enumerate(lower) if key == one] for one in usual if one in lower), [])
+                if not numbers:
+                    raise UserError(f"{name}: no column has a usual name; set data.{setting}; {there}")
+            if len(numbers) > 1:
+                both = " and ".join(f"{i} ({names[i]})" for i in numbers[:5])
+                raise UserError(f"{name}: columns {both} have the same name; set data.{setting} to the number of one")
+            return numbers[0]
+
+        first, second = (
+            (setting, value, usual[i] if usual else known) for i, (setting, value, known) in enumerate(self.choices)
+        )
+        is_only = len(names) == 1 and self.reads != "pairs" and not first[1]
+        text = 0 if is_only else choose(*first)
+        # GLUE publishes test files without labels.
+        has_label = second[1] or not {key.lower() for key in keys}.isdisjoint(second[2])
+        is_hidden = self.reads == "labels" and self.split == "test" and not has_label
+        return text, None if self.reads == "text" or is_hidden else choose(*second)
+
+
+def check_width(name: str, names: Sequence[str]) -> None:
+    if len(names) > MOST_COLUMNS:
+        raise UserError(f"{name}: has {len(names):,} columns or more, but {MOST_COLUMNS:,} can be read; leave some out")
+
+
+def no_article(name: str) -> UserError:
+    return UserError(f"{name}: no article in it; give a file with text")
