@@ -3,8 +3,9 @@
 A samples object knows its length and makes any batch of samples: `batch(indices, epochs)` returns the arrays of a
 model's input by name, each with a leading axis of samples. A label of -1 is ignored by the loss. Nothing depends on
 which samples share a batch, so that order, batch size and number of processes are free. `lengths(indices)` are the
-positions of samples that are no padding, and `cut(batch, length)` a batch without what lies beyond. `model_kind` is the
-kind of model that they are for, as tasks.parameters.model_kind returns it.
+positions of samples that are no padding, `n_tokens(batch)` is their number in a batch, and `cut(batch, length)` a batch
+without what lies beyond. The tokenizer must have the special tokens `roles(model)`. `model_kind` is the kind of model
+that they are for, as tasks.parameters.model_kind returns it.
 """
 
 from typing import Any
@@ -61,26 +62,36 @@ class Windows:
         return article, (indices - np.where(article > 0, self.ends[article - 1], 0)) * self.stride
 
 
-class CausalSamples:
+class _Samples:
+    """What most kinds of samples have in common."""
+
+    reads: Reads = "text"
+    model_kind = "causal"
+
+    def __init__(self, split: Split, config: Config):
+        self.split, self.seq_len = split, config.model.seq_len
+        self.constants: dict[str, int] = {}  # added to the totals of an evaluation
+
+    @staticmethod
+    def roles(model: ModelConfig) -> tuple[str, ...]:
+        return ("article",)
+
+    def cut(self, batch: Batch, length: int) -> Batch:
+        return {name: x[:, :length] for name, x in batch.items()}
+
+
+class CausalSamples(_Samples):
     """Windows of seq_len + 1 ids, one the first seq_len of which are `tokens` [B, T], the last seq_len `labels`.
 
     An article is [end of text] ids [end of text]: its first token is predicted too, and so is that it ends. Each id
     is a label once.
     """
 
-    reads: Reads = "text"
-    model_kind = "causal"
-
     def __init__(self, split: Split, config: Config, specials: dict[str, int], vocab_size: int):
-        self.seq_len, self.pad_id = config.model.seq_len, config.model.pad_id
-        self.article = specials["article"]
+        super().__init__(split, config)
+        self.pad_id, self.article = config.model.pad_id, specials["article"]
         self.windows = Windows(split, self.seq_len + 1, self.seq_len, before=self.article, after=self.article)
         self.constants = {"bytes": int(np.sum(split.n_bytes))}
-
-    @staticmethod
-    def roles(model: ModelConfig) -> tuple[str, ...]:
-        """Return the special tokens that the tokenizer must have."""
-        return ("article",)
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -96,47 +107,39 @@ class CausalSamples:
     def lengths(self, indices: np.ndarray) -> np.ndarray:
         return self.windows.lengths(indices) - 1
 
-    def cut(self, batch: Batch, length: int) -> Batch:
-        return {name: x[:, :length] for name, x in batch.items()}
-
     def n_tokens(self, batch: Batch) -> int:
-        """Return how many positions are no padding."""
         return int(np.count_nonzero(batch["labels"] >= 0))
 
     def counted_tokens(self) -> np.ndarray:
         """Return how often each id is a label, for the baseline."""
         counts = self.windows.split.token_counts()
-        article = self.article
-        counts = np.pad(counts, (0, max(0, article + 1 - len(counts))))
-        counts[article] += np.count_nonzero(self.windows.sizes)
+        counts = np.pad(counts, (0, max(0, self.article + 1 - len(counts))))
+        counts[self.article] += np.count_nonzero(self.windows.sizes)
         if self.pad_id >= 0:
             counts[self.pad_id : self.pad_id + 1] = 0
         return counts
 
 
-class MaskedSamples:
+class MaskedSamples(_Samples):
     """Windows [CLS] ids [SEP] of which some positions are masked: `tokens` [B, T], `positions` and `labels` [B, M].
 
     Of the masked positions 80% become [MASK], 10% a random id and 10% stay (arXiv 1810.04805, section 3.1). A mask is
     a function of seed, epoch and sample only. Short windows have fewer masks; the rest of their M labels is ignored.
     """
 
-    reads: Reads = "text"
     model_kind = "masked"
 
     def __init__(self, split: Split, config: Config, specials: dict[str, int], vocab_size: int):
-        self.config, self.seq_len = config, config.model.seq_len
-        self.specials = specials
+        super().__init__(split, config)
+        self.config, self.specials = config, specials
         self.n_start, self.n_end = int("start" in specials), int("end" in specials)
         content = self.seq_len - self.n_start - self.n_end
         self.windows = Windows(split, content, content)
         self.n_masks = max(1, int(config.data.mask_fraction * self.seq_len))
         self.replacements = np.setdiff1d(np.arange(vocab_size), list(specials.values())).astype(np.int32)
-        self.constants: dict[str, int] = {}
 
     @staticmethod
     def roles(model: ModelConfig) -> tuple[str, ...]:
-        """Return the special tokens that the tokenizer must have."""
         return ("pad", "mask")
 
     def __len__(self) -> int:
@@ -186,7 +189,6 @@ class MaskedSamples:
         return {"tokens": tokens, "positions": positions, "labels": np.where(is_masked, original, IGNORED)}
 
     def n_tokens(self, batch: Batch) -> int:
-        """Return how many positions are no padding."""
         return int(np.count_nonzero(batch["tokens"] != self.specials["pad"]))
 
     def counted_tokens(self) -> np.ndarray:
@@ -194,7 +196,7 @@ class MaskedSamples:
         return self.windows.split.token_counts()
 
 
-class ClassifiedSamples:
+class ClassifiedSamples(_Samples):
     """One sample an article: `tokens` [B, T] = [CLS] ids [SEP], cut to seq_len, and its class, `labels` [B].
 
     With model.pooling=last, `tokens` are [end of text] ids [end of text], and `last` [B] is where the second of these
@@ -205,23 +207,20 @@ class ClassifiedSamples:
     model_kind = "classifier"
 
     def __init__(self, split: Split, config: Config, specials: dict[str, int], vocab_size: int):
-        self.split, self.seq_len = split, config.model.seq_len
+        super().__init__(split, config)
         self.is_last = config.model.pooling == "last"
-        self.start, end = marks(config.model, specials)
+        self.start, self.end = marks(config.model, specials)
         self.pad = self.start if self.is_last else specials["pad"]
-        self.end, self.n_end = end, int(end is not None)
-        self.constants: dict[str, int] = {}
+        self.n_end = int(self.end is not None)
 
     @staticmethod
     def roles(model: ModelConfig) -> tuple[str, ...]:
-        """Return the special tokens that the tokenizer must have."""
         return ("article",) if model.pooling == "last" else ("pad", "start")
 
     def __len__(self) -> int:
         return len(self.split)
 
     def n_tokens(self, batch: Batch) -> int:
-        """Return how many positions are no padding."""
         return int(np.sum(batch["last"] + 1) if self.is_last else np.count_nonzero(batch["tokens"] != self.pad))
 
     @property
@@ -258,7 +257,7 @@ def marks(model: ModelConfig, specials: dict[str, int]) -> tuple[int, int | None
     return specials["start"], specials.get("end")
 
 
-class PairSamples:
+class PairSamples(_Samples):
     """A prompt and its answer a sample: the first seq_len and, as `labels`, the last seq_len of seq_len + 1 ids.
 
     These are [end of text] prompt answer [end of text]; only those of the answer and behind it are labels. Pair i is
@@ -266,19 +265,13 @@ class PairSamples:
     """
 
     reads: Reads = "pairs"
-    model_kind = "causal"
 
     def __init__(self, split: Split, config: Config, specials: dict[str, int], vocab_size: int):
-        self.split, self.seq_len, self.article = split, config.model.seq_len, specials["article"]
+        super().__init__(split, config)
+        self.article = specials["article"]
         sizes = np.diff(split.offsets).reshape(-1, 2).sum(axis=1) + 1  # the last id is a label only
         self.pairs = np.flatnonzero(sizes <= self.seq_len)
         self.n_left_out = len(sizes) - len(self.pairs)
-        self.constants: dict[str, int] = {}
-
-    @staticmethod
-    def roles(model: ModelConfig) -> tuple[str, ...]:
-        """Return the special tokens that the tokenizer must have."""
-        return ("article",)
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -295,11 +288,7 @@ class PairSamples:
         pairs = 2 * self.pairs[indices]
         return self.split.offsets[pairs + 2] - self.split.offsets[pairs] + 1
 
-    def cut(self, batch: Batch, length: int) -> Batch:
-        return {name: x[:, :length] for name, x in batch.items()}
-
     def n_tokens(self, batch: Batch) -> int:
-        """Return how many positions are no padding."""
         n_behind = np.argmax(batch["labels"][..., ::-1] >= 0, axis=-1)
         return int(np.sum(batch["labels"].shape[-1] - n_behind))
 

@@ -23,7 +23,7 @@ from jaxlm.errors import UserError
 from jaxlm.io import utf8
 
 TITLE = re.compile(r"\s*= [^=].* =\s*")  # a full line; "= = Section = =" has "=" where a title has a word
-DELIMITERS = {"csv": ",;\t|", "tsv": "\t,;|"}  # the first, unless only another makes columns
+DELIMITERS = {"tsv": "\t,;|", "csv": ",;\t|"}  # the first, unless only another makes columns
 EXCEL = re.compile(r'"?sep=.?"?[\r\n]')  # a first line that only says what the delimiter is
 CSV_END = "\0end of file\0"  # a line behind the last one, by which a quote that is still open is noticed
 TWICE = ()  # value of a key that a JSON object has more than once; JSON has no tuples
@@ -160,7 +160,7 @@ def _csv_table(path: Path, kind: str, head: str, wanted: Wanted) -> Table:
     is_header = not given.isdisjoint(cells | {cell.lower() for cell in cells})
     is_header = is_header if wanted.config.header == "auto" else wanted.config.header == "yes"
     names = first if is_header else [str(column) for column in range(len(first))]
-    shown = [] if is_header else [f"{column} ({cell[:30]})" for column, cell in enumerate(first)]
+    shown = names if is_header else [f"{column} ({cell[:30]})" for column, cell in enumerate(first)]
     # The raw release of CoLA: source, label, mark, text.
     is_cola = wanted.reads != "pairs" and all(len(row) == 4 and row[1] in ("0", "1") for row in rows)
     by_number = (("3",), ("1",)) if is_cola else ((), ())
