@@ -9,9 +9,12 @@ import contextlib
 import functools
 import logging
 import operator
+import re
 import shutil
+import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,7 +55,8 @@ class Checkpoints:
         self.folder, self.keep, self.warn, self.record = storage.absolute(folder), keep, warn, record
         self.closing = contextlib.ExitStack()
         self.place = self.closing.enter_context(storage.plain(self.folder))  # for Orbax
-        self.checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        silence_failed_saves()
+        self.checkpointer = new_checkpointer()
         self.finishing: threading.Thread | None = None
         self.n_saved, self.stalled_s = 0, 0.0  # saves that are whole, and how long training stood still for all
         self.needs_frozen = False
@@ -214,7 +218,7 @@ class Checkpoints:
                     self.warn(f"the checkpoint of step {old} could not be removed ({reason(error)})")
 
     def _failed(self, step: int, error: Exception) -> None:
-        failed = step, reason(error)
+        failed = step, re.sub(r" \[(os_error_code|tensorstore_spec|source locations)=.*", "", reason(error))
         is_new, self.failed = failed != self.failed, failed
         if jax.process_count() > 1:  # the others wait for this part of it
             self.failure = UserError(
@@ -222,10 +226,39 @@ class Checkpoints:
                 "go on with --resume auto"
             )
             return
+        self.checkpointer = new_checkpointer()  # the old one would raise the rest of its errors in the next save
         with contextlib.suppress(Exception):  # of a disk or a network that fails
             remove_unfinished(self.folder)
         if is_new:
             self.warn(f"the checkpoint of step {step} could not be saved ({failed[1]}); the run goes on")
+
+
+def new_checkpointer() -> ocp.AsyncCheckpointer:
+    """Return what writes arrays while training goes on, once the folders for them are made.
+
+    Orbax can make the folders meanwhile, too; but where one cannot be made, its threads wait 300 s for it, and the
+    process does not end before.
+    """
+    options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
+    handler = ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(async_options=options))
+    return ocp.AsyncCheckpointer(handler, async_options=options)
+
+
+@functools.cache
+def silence_failed_saves() -> None:
+    """Keep Python and TensorStore from printing tracebacks of a save that fails, for which there is a warning.
+
+    Orbax closes its event loop when the first array cannot be written. The others then find it closed, or never begin.
+    """
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    report = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            report(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def parts_of(state: TrainState) -> dict[str, Any]:

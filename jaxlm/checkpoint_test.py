@@ -162,6 +162,69 @@ print(*warnings, checkpoints.summary(), sep="\\n")
             assert_bitwise_equal(checkpoints.restore(i, state_at(0, n=1000)), state_at(i, n=1000))
 
 
+# Moments at which the folder of a save goes: the event, where or in which thread, and how often it happened before.
+MOMENTS = [
+    ("os.mkdir", "/2.orbax-checkpoint-tmp", 0),
+    ("os.mkdir", "/base.orbax-checkpoint-tmp", 0),
+    ("open", "/_CHECKPOINT_METADATA", 0),
+    ("open", "/metadata", 0),
+    ("thread", "serialize_shardings", 0),
+    *(("thread", "array_type_handler", i) for i in range(3)),
+]
+
+
+@pytest.mark.parametrize("replacement", ["nothing", "a file"])
+def test_a_folder_that_goes_during_a_save_costs_that_save(replacement: str, tmp_path: Path) -> None:
+    # In a process of its own, which does not end before the threads of Orbax do.
+    script = f"""
+import sys, threading
+from pathlib import Path
+from jaxlm.checkpoint_test import INFO, MOMENTS, Checkpoints, state_at
+moment, count = None, 0
+
+def watch(event, what):
+    global moment, count
+    if moment and event == moment[0] and what.endswith(moment[1]):
+        count += 1
+        if count > moment[2]:
+            moment = None
+            folder.rename(folder.with_name("away"))
+            if {replacement!r} == "a file":
+                folder.touch()
+
+def watched_start(thread, start=threading.Thread.start):
+    watch("thread", thread.name)
+    start(thread)
+
+sys.addaudithook(lambda event, arguments: watch(event, str(arguments[0]) if arguments else ""))
+threading.Thread.start = watched_start
+for i, now in enumerate(MOMENTS):
+    folder, warnings = Path({str(tmp_path)!r}, str(i), "checkpoints"), []
+    with Checkpoints(folder, 9, warnings.append) as checkpoints:
+        checkpoints.save(state_at(1), INFO | {{"step": 1}}, {{}})
+        checkpoints.wait()
+        state, moment, count = state_at(2), now, 0
+        checkpoints.save(state, INFO | {{"step": 2}}, {{}})
+        checkpoints.wait()
+        assert moment is None, now
+        folder.rename(folder.with_name("other")) if folder.exists() else None
+        folder.with_name("away").rename(folder)
+        checkpoints.save(state_at(3), INFO | {{"step": 3}}, {{}})
+        checkpoints.wait()
+        print(checkpoints.steps(), *warnings)
+"""
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200)
+    assert process.returncode == 0, process.stderr
+    assert process.stderr == ""
+    saved = process.stdout.splitlines()
+    assert len(saved) == len(MOMENTS)
+    for line in saved:
+        # Orbax makes the folder again if it was about to write the first of a checkpoint.
+        if line != "[1, 3]" or replacement == "a file":
+            assert re.fullmatch(r"\[1, 3\] the checkpoint of step 2 could not be saved \(.*\); the run goes on", line)
+            assert "tensorstore_spec" not in line
+
+
 def test_a_folder_that_cannot_be_made_warns(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     warnings: list[str] = []
