@@ -83,38 +83,39 @@ def build(
 
     `rewarmed` is as in schedule.learning_rate.
     """
-    train, n_layers = config.train, config.model.n_layers
+    train = config.train
+    rate = schedule.learning_rate(train, rewarmed)
+    optimizer = optim.adamw(train, rate, config.model.n_layers)
+    rule = step.Rule(optimizer, rate, train.clip_norm, train.on_nonfinite == "skip", config.model)
 
     def fresh() -> TrainState:
         model = task.build_model(nnx.Rngs(train.seed))
         return step.init_state(nnx.to_pure_dict(nnx.split(model, nnx.Param)[1]), optimizer, config.model)
 
+    abstract = nnx.eval_shape(lambda: task.build_model(nnx.Rngs(0)))
+    graphdef, model = nnx.graphdef(abstract), type(abstract).__name__
+    shardings = parallel.shardings(mesh, jax.eval_shape(fresh), model, config.model)
+    everywhere = parallel.replicated(mesh)
+
     def with_model(function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function of parameters in place of a model."""
+
         def call(params: Any, *args: Any) -> Any:
             with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-                # Gradients lie as the parameters do, too.
+                # So that gradients are sharded as the parameters are.
                 params = jax.lax.with_sharding_constraint(params, shardings.params)
                 return function(nnx.merge(graphdef, params), *args)
 
         return call
 
-    rate = schedule.learning_rate(train, rewarmed)
-    optimizer = optim.adamw(train, rate, n_layers)
-    abstract = nnx.eval_shape(lambda: task.build_model(nnx.Rngs(0)))
-    graphdef, everywhere = nnx.graphdef(abstract), parallel.replicated(mesh)
-    model = type(abstract).__name__
-    shardings = parallel.shardings(mesh, jax.eval_shape(fresh), model, config.model)
-    loss = with_model(task.loss)
-    distilled = with_model(functools.partial(distill.loss, task))
-    rule = step.Rule(optimizer, rate, train.clip_norm, train.on_nonfinite == "skip", config.model)
+    @with_model
+    def loss(model: Any, batch: Any, key: Any, teacher: nnx.Module | None = None) -> Any:
+        return task.loss(model, batch, key) if teacher is None else distill.loss(task, model, teacher, batch, key)
 
     def update(state: TrainState, batches: Any, key: Any, teacher: nnx.Module | None = None) -> tuple[TrainState, Any]:
-        def taught(params: Any, batch: Any, key: Any) -> Any:
-            return distilled(params, teacher, batch, key)
+        return step.train_step(rule, lambda *args: loss(*args, teacher), state, batches, key)
 
-        return step.train_step(rule, loss if teacher is None else taught, state, batches, key)
-
-    # A CUDA graph would be one operation of a trace.
+    # Disabled when profiling: a CUDA graph shows as one opaque event.
     options = {"xla_gpu_enable_command_buffer": ""} if config.profile and jax.default_backend() == "gpu" else None
     compiled = Compiled(
         mesh=mesh,

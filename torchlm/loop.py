@@ -84,6 +84,8 @@ def build(
     `rewarmed` is as in schedule.learning_rate.
     """
     train = config.train
+    rate = schedule.learning_rate(train, rewarmed)
+    rule = step.Rule(rate, train.clip_norm, train.on_nonfinite == "skip")
 
     def fresh() -> TrainState:
         model = parallel.replicated(mesh, task.build_model(torch.Generator().manual_seed(train.seed)))
@@ -96,14 +98,11 @@ def build(
 
         return call
 
-    rate = schedule.learning_rate(train, rewarmed)
-    rule = step.Rule(rate, train.clip_norm, train.on_nonfinite == "skip")
+    def loss(model: nn.Module, batch: Any, key: None, teacher: nn.Module | None = None) -> Any:
+        return task.loss(model, batch, key) if teacher is None else distill.loss(task, model, teacher, batch, key)
 
     def update(state: TrainState, batches: Any, key: Any, teacher: nn.Module | None = None) -> tuple[TrainState, Any]:
-        def taught(model: nn.Module, batch: Any, key: None) -> Any:
-            return distill.loss(task, model, teacher, batch, key)
-
-        return step.train_step(rule, task.loss if teacher is None else taught, state, batches, key)
+        return step.train_step(rule, lambda *args: loss(*args, teacher), state, batches, key)
 
     compiled = Compiled(
         mesh=mesh,

@@ -14,6 +14,7 @@ from flax import nnx
 from jaxlm import config as configs
 from jaxlm import tasks as jaxlm_tasks
 from jaxlm.params import names
+from jaxlm.tasks.parameters import shapes as shapes_of
 from torchlm import tasks as torchlm_tasks
 
 ROOT = Path(__file__).parent.parent
@@ -167,14 +168,14 @@ def test_parameters_are_the_same_up_to_the_naming_rules(task: str, options: dict
     sizes = {"vocab_size": 11, "d_model": 12, "n_heads": 3, "seq_len": 5, "n_layers": 3}
     config = configs.build({"task": task, **{f"model.{name}": x for name, x in sizes.items()}, **options})
     model = torchlm_tasks.TASKS[task](config).build_model(torch.Generator())
-    parameters = {name: tuple(x.shape) for name, x in model.named_parameters()}
-    assert list(parameters.items()) == list(parameters.shapes(config).items())
-    assert list(model.state_dict()) == list(parameters)
+    sizes_by_name = {name: tuple(x.shape) for name, x in model.named_parameters()}
+    assert list(sizes_by_name.items()) == list(shapes_of(config).items())
+    assert list(model.state_dict()) == list(sizes_by_name)
 
     build = jaxlm_tasks.TASKS[task](config).build_model
     shapes = nnx.eval_shape(lambda: nnx.to_pure_dict(nnx.split(build(nnx.Rngs(0)), nnx.Param)[1]))
     state = names.to_torch(jax.tree.map(lambda x: np.zeros(x.shape), shapes))
-    assert {name: x.shape for name, x in state.items()} == parameters
+    assert {name: x.shape for name, x in state.items()} == sizes_by_name
 
 
 def test_tasks_share_all_but_model_loss_and_prediction() -> None:
