@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import sklearn.metrics
+from flax import nnx
 
 from jaxlm import checkpoint, evaluate, loop, parallel, predict
 from jaxlm import config as configs
@@ -59,7 +60,7 @@ def test_scores_are_those_of_training(task: str, runs: Path) -> None:
     config = configs.replace(found.config, "train.batch_size", 8)
     _, compiled = loop.build(config, found.task, parallel.make_mesh(config))
     run: Any = SimpleNamespace(config=config, data=SimpleNamespace(samples={"validation": samples}))
-    params = checkpoint.nnx.to_pure_dict(checkpoint.nnx.split(found.model, checkpoint.nnx.Param)[1])
+    params = nnx.to_pure_dict(nnx.split(found.model, nnx.Param)[1])
     totals = loop.evaluate(run, compiled, params, "validation", lambda: 0)
     assert totals is not None and result["n_counted"] == totals["count"] and len(samples) > 20
     expected, baseline = found.task.scores(totals), found.task.baseline(samples)

@@ -180,7 +180,8 @@ def sample(logits_BV: Array, sampling: Sampling, place_B: Array) -> Array:
             return jax.random.gumbel(key, logits_BV.shape[1:])
 
         noise_BV = jax.vmap(noise)(sampling.seed, place_B)
-        return matmul.argmax(jnp.where(is_kept_BV, scaled_BV + noise_BV, -jnp.inf))
+        # Not matmul.argmax: XLA may compute the sum twice, rounded otherwise, and then nothing equals the largest.
+        return jnp.argmax(jnp.where(is_kept_BV, scaled_BV + noise_BV, -jnp.inf), axis=-1).astype(jnp.int32)
 
     likeliest_B = matmul.argmax(logits_BV)
     some_B = jax.lax.cond(jnp.any(sampling.temperature > 0), drawn, lambda: likeliest_B)

@@ -14,6 +14,7 @@ import torch
 from flax import nnx
 
 import jaxlm.train
+import torchlm.load
 import torchlm.optim
 import torchlm.step
 import torchlm.tasks
@@ -142,7 +143,7 @@ def test_adapters_change_nothing_at_first_and_are_merged_on_export(tmp_path: Pat
     assert list(snapshot.weights) == list(parameters.shapes(plain))
     np.testing.assert_allclose(logits_of(plain, snapshot.weights, tokens), wanted, rtol=0, atol=3e-5)
     snapshots.write(tmp_path / "merged.pt", snapshot, CHECKPOINT_1_2)
-    model, config = torchlm.checkpoint.load_model(tmp_path / "merged.pt")
+    model, config = torchlm.load.load_model(tmp_path / "merged.pt")
     assert config.model.lora_rank == 0
     with torch.no_grad():
         np.testing.assert_allclose(model(torch.tensor(tokens).long()).numpy(), wanted, rtol=0, atol=3e-5)
@@ -228,7 +229,7 @@ def test_a_part_is_trained_resumed_exported_and_trained_further(
     assert convert.main(["whole", "whole.pt"]) == 0
     tokens = np.arange(1, 17, dtype=np.int32)[None]
     model, _ = load.load_model("whole/checkpoints/4")
-    other, _ = torchlm.checkpoint.load_model("whole.pt")
+    other, _ = torchlm.load.load_model("whole.pt")
     with torch.no_grad():
         np.testing.assert_allclose(other(torch.tensor(tokens).long()).numpy(), model(tokens), rtol=1e-4, atol=1e-5)
     train("--task mlm --data.path texts.txt --model.seq-len 16 --init-from whole --train.max-steps 2 --run.dir further")

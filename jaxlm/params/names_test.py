@@ -51,7 +51,7 @@ def test_names_and_shapes_are_those_of_the_model_and_every_way_back_is_equal(tas
     tree = tree_of(config)
     state = names.check(names.to_torch(tree), parameters.shapes(config), "tree")
     assert_same_tree(names.to_jax(state), tree)
-    back = names.from_original(names.to_original(state, task), parameters.prefixes(task))
+    back = names.from_original(names.to_original(state, parameters.prefixes(task)), parameters.prefixes(task))
     assert list(back) == list(state)
     assert all(back[name] is array for name, array in state.items())
     assert all(array.flags.c_contiguous for array in state.values())
@@ -110,7 +110,9 @@ def test_a_model_of_another_size_is_told_in_a_line_of_bearable_length() -> None:
 
 
 def test_unknown_names_of_an_original_file_stay_for_the_check_to_tell() -> None:
-    state = names.from_original({"bert.encoder_blocks.0.gate.weight": np.zeros(3), "other": np.zeros(2)}, "mlm")
+    state = names.from_original(
+        {"bert.encoder_blocks.0.gate.weight": np.zeros(3), "other": np.zeros(2)}, ("bert", "mask_lm")
+    )
     assert set(state) == {"base.blocks.0.gate.weight", "other"}
 
 

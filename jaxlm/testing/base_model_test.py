@@ -105,7 +105,7 @@ def test_it_is_read_whatever_its_folder_is_like(kind: str, make: Make) -> None:
     "kind", ["bert", pytest.param("distilbert", marks=pytest.mark.slow), "roberta", "bert old folder"]
 )
 def test_hidden_states_are_those_of_transformers(kind: str, make: Make, tmp_path: Path) -> None:
-    from torchlm import checkpoint as torch_checkpoint
+    from torchlm import load as torch_load
 
     folder = make(kind)
     inner = folder / "0_Transformer" if kind.endswith("old folder") else folder
@@ -114,7 +114,7 @@ def test_hidden_states_are_those_of_transformers(kind: str, make: Make, tmp_path
     with torch.no_grad():
         expected = theirs(input_ids=torch.from_numpy(tokens)).last_hidden_state.numpy()
     model, _ = load.load_model(folder)
-    twin, _ = torch_checkpoint.load_model(folder)
+    twin, _ = torch_load.load_model(folder)
     with torch.no_grad():
         found = {"jaxlm": np.asarray(model(tokens)), "torchlm": twin(torch.from_numpy(tokens)).numpy()}
     for x in found.values():

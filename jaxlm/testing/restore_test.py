@@ -289,7 +289,7 @@ def test_the_notebook_of_the_page(sources: dict[str, Path], monkeypatch: pytest.
     tokens = np.arange(1, 17, dtype=np.int32)[None]
     found: dict[str, Any] = {"tokens": tokens}
     exec(code, found)
-    model, _ = torchlm.checkpoint.load_model(sources["TORCHLM"])
+    model, _ = torchlm.load.load_model(sources["TORCHLM"])
     with torch.no_grad():
         expected = model(torch.from_numpy(tokens).long()).numpy()
     np.testing.assert_allclose(found["logits"], expected, rtol=1e-4, atol=1e-5)

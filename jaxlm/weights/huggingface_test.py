@@ -124,18 +124,18 @@ def written(source: Path, folder: Path, *args: str) -> Path:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_are_those_of_transformers(kind: str, make: Make) -> None:
+    from torchlm.load import load_model
 
     folder, theirs = make(kind)
-    twin, config = load.load_model(folder)
+    twin, config = load_model(folder)
     tokens, is_real = inputs(config.model.pad_id, config.model.vocab_size)
     want = logits_of(theirs, tokens, is_real)
     assert want.std() > 0.1
     assert apart(ours(folder, tokens, is_real), want) < LOGITS
     # Without rounding, which could hide a small mistake, such as another epsilon.
     state = dict(theirs.state_dict())
-    if segments := huggingface.FAMILIES[
-        kind.partition(" ")[0]
-    ].segments:  # the sum with these is rounded when it is read
+    family = huggingface.FAMILIES[kind.partition(" ")[0]]
+    if segments := family.segments:  # the sum with these is rounded when it is read
         positions = segments.replace("token_type", "position")
         state |= {positions: state[positions] + state[segments][:1], segments: 0 * state[segments]}
     exact_theirs = type(theirs)(theirs.config).double().eval()
