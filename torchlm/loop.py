@@ -102,7 +102,7 @@ def build(
         return task.loss(model, batch, key) if teacher is None else distill.loss(task, model, teacher, batch, key)
 
     def update(state: TrainState, batches: Any, key: Any, teacher: nn.Module | None = None) -> tuple[TrainState, Any]:
-        return step.train_step(rule, lambda *args: loss(*args, teacher), state, batches, key)
+        return step.train_step(rule, lambda model, batch, key: loss(model, batch, key, teacher), state, batches, key)
 
     compiled = Compiled(
         mesh=mesh,
