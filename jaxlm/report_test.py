@@ -14,7 +14,7 @@ import pytest
 
 from jaxlm import report
 from jaxlm import runs as runs_command
-from jaxlm.reporting import run_reader
+from jaxlm.reporting import run_page, run_reader
 from jaxlm.reporting.run_reader_test import write
 from jaxlm.training import environment
 
@@ -69,7 +69,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def page_of(*runs: Path) -> tuple[str, Page]:
-    text = report.report([run_reader.read(run) for run in runs])
+    text = run_page.page([run_reader.read(run) for run in runs])
     return text, Page(text)
 
 
@@ -86,7 +86,7 @@ def test_the_page_of_a_run(runs: Path) -> None:
     assert "Worst errors: 1 of 3" in found.text
     assert ["label 0", "3", "1"] in found.rows and ["a <b>cat</b>", "0", "1", "0.0312"] in found.rows
     steps = [i for i in range(1, 31) if f"<i>made</i> after {i}\n" in f"{found.text}\n"]
-    assert len(steps) == report.MOST_STEPS + 1 and {1, 20, 30} <= set(steps) and "step 20, the best" in found.text
+    assert len(steps) == run_page.MOST_STEPS + 1 and {1, 20, 30} <= set(steps) and "step 20, the best" in found.text
     assert "9 of 30 evaluations are shown; the other 21 are in " in found.text
     assert ["after updates", "0", "20"] in found.rows and ["device", "2 x chip", "2 x chip"] in found.rows
     assert ["model.d_model", "12", ""] in found.rows and ["train.seed", "0", "default"] in found.rows
@@ -318,11 +318,11 @@ def test_scores_that_are_not_finite_are_shown_as_none(tmp_path: Path) -> None:
     worst = [{"text": "a cat", "label": 0, "predicted": 1.5, "probability": None, "loss": None}]
     change = {"scores": {"loss": x}, "confusion": None, "worst": worst}
     (run / "evaluation_test.json").write_text(json.dumps(EVALUATION | change))
-    assert "<td>-</td>" in report.report([run_reader.read(run)])
+    assert "<td>-</td>" in run_page.page([run_reader.read(run)])
 
 
 def test_loss_of_a_task_of_a_user_has_no_unit(tmp_path: Path) -> None:
     found = run_reader.read(write(tmp_path / "run"))
-    assert "<b>loss, nats</b>" in report.report([found])
+    assert "<b>loss, nats</b>" in run_page.page([found])
     found.settings["task"] = "rating"
-    assert "<b>loss</b>" in report.report([found])
+    assert "<b>loss</b>" in run_page.page([found])

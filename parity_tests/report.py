@@ -26,7 +26,7 @@ from matplotlib.ticker import MaxNLocator
 from jaxlm.errors import UserError, reported
 from jaxlm.io import utf8
 from jaxlm.params.names import Arrays
-from jaxlm.reporting import html_page
+from jaxlm.reporting import html_page, line_chart
 from parity_tests import case as cases
 from parity_tests import packages, replay, trajectory
 from parity_tests.drift import N_DRIFTS, SEEDS, Drift, bfloat16, bfloat16_rows, config_of
@@ -41,7 +41,7 @@ N_SHORT = 15
 QUICK_TASKS, QUICK_CASES = ("mlm", "gpt", "sst2"), ("cola",)
 # Of a picture; a page has them in its own style.
 INK, GRID, FIRST, SECOND, BOUND = "#1c1f24", "#d5d8de", "#0b63ce", "#d06a00", "#c2263a"
-IN_PAGE = {FIRST: html_page.COLOURS[0], SECOND: html_page.COLOURS[1], BOUND: html_page.BOUND}
+IN_PAGE = {FIRST: line_chart.COLOURS[0], SECOND: line_chart.COLOURS[1], BOUND: line_chart.BOUND}
 DASHES = {"-": "", "--": "6 4", ":": "2 3"}
 PACKAGES_SHOWN = ("jax", "jaxlib", "flax", "optax", "torch", "numpy")
 
@@ -82,7 +82,7 @@ def draw(axes: Any, title: str, curves: Sequence[Curve], bounds: Sequence[Curve]
 def svg(title: str, curves: Sequence[Curve], bounds: Sequence[Curve] = (), is_log: bool = False) -> str:
     """Return a picture for a page."""
     shown = [
-        html_page.Curve(
+        line_chart.Curve(
             curve.label.strip("_"),
             np.arange(len(curve.values)),
             curve.values,
@@ -93,7 +93,7 @@ def svg(title: str, curves: Sequence[Curve], bounds: Sequence[Curve] = (), is_lo
         )
         for curve in [*curves, *bounds]
     ]
-    return html_page.chart(title, shown, is_log=is_log)
+    return line_chart.chart(title, shown, is_log=is_log)
 
 
 def of_rows(rows: Iterable[Row], label: str) -> str:

@@ -12,9 +12,9 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from jaxlm import convert, evaluate, predict, report
+from jaxlm import convert, evaluate, predict
 from jaxlm.inference import load, predictors
-from jaxlm.reporting import run_reader
+from jaxlm.reporting import run_page, run_reader
 
 
 def fill_masks(run: Path) -> None:
@@ -70,7 +70,7 @@ def read_metrics(run: Path) -> None:
 def write_report(run: Path) -> None:
     with tempfile.TemporaryDirectory() as target:
         page = Path(target) / "report.html"
-        page.write_text(report.report([run_reader.read(run)]), encoding="utf-8")
+        page.write_text(run_page.page([run_reader.read(run)]), encoding="utf-8")
         print(f"a page of {page.stat().st_size:,} bytes")
 
 

@@ -1,14 +1,14 @@
-"""What the folder of a run tells: settings, state, scores and checkpoints. Reads jaxlm's and torchlm's, with neither.
+"""What a run folder says of its run: settings, state, scores, checkpoints. Reads those of jaxlm and torchlm, with neither.
 
-`find` searches for runs; jaxlm.runs and jaxlm.report show what is found.
+`find` searches for runs; jaxlm.runs and jaxlm.report show what it finds.
 """
 
 import contextlib
 import dataclasses
 import fcntl
 import functools
-import json
 import math
+import re
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -48,24 +48,11 @@ class RunRecord:
     def checkpoints(self) -> list[CheckpointRecord]:
         """Its checkpoints by step, also those that were set aside or never finished."""
         losses = {row["step"]: row["loss"] for row in self.rows if row["split"] == "validation"}
-        found = []
         try:
             paths = storage.children(storage.checkpoints(self.path))
         except UserError:  # elsewhere, where they cannot be reached from here
             paths = []
-        for path in paths:
-            stem = path.name.partition(".")[0]
-            is_file = path.is_file()
-            if not is_file and not checksums.is_finished(path) and not checksums.is_cut_short(path):
-                continue  # of the user's
-            if not stem.isdecimal() or (is_file and path.suffix != ".pt" and ".pt." not in path.name):
-                continue
-            is_whole = path.name == f"{stem}.pt" if is_file else path.name == stem and checksums.is_finished(path)
-            loss = losses.get(int(stem))
-            if is_whole and not is_file:  # torchlm's are read by PyTorch alone
-                with contextlib.suppress(UserError):
-                    loss = formats.validation_loss(path)
-            found.append(CheckpointRecord(int(stem), path, loss, is_whole, n_bytes(path)))
+        found = [x for path in paths if (x := _checkpoint(path, losses))]
         return sorted(found, key=lambda checkpoint: (checkpoint.step, checkpoint.path.name))
 
     @functools.cached_property
@@ -79,10 +66,9 @@ class RunRecord:
     def baseline(self) -> dict[str, Any]:
         """What its baseline.json records; {} for a run made before there was one, and for one that cannot be read."""
         try:
-            found = json.loads((self.path / history.BASELINE).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
+            return checksums.read_json(self.path / history.BASELINE)
+        except (OSError, ValueError):
             return {}
-        return found if isinstance(found, dict) else {}
 
     def baselines(self, split: str) -> Row:
         """Return the scores of the best guess that looks at no input, {} if they are not recorded."""
@@ -93,14 +79,11 @@ class RunRecord:
     @functools.cached_property
     def owner(self) -> str:
         """The process that works in it, "" if there is none."""
-        try:
-            with open(self.path / resume.LOCK, encoding="utf-8") as file:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # let go of as the file is closed
-                except BlockingIOError:
-                    return file.read().strip() or "another process"
-        except OSError:
-            pass
+        with contextlib.suppress(OSError), open(self.path / resume.LOCK, encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # let go of as the file is closed
+            except BlockingIOError:
+                return file.read().strip() or "another process"
         return ""
 
     @property
@@ -111,6 +94,10 @@ class RunRecord:
     def last_step(self) -> int:
         """Updates made, as far as they are logged or saved."""
         return max([row["step"] for row in self.rows] + [x.step for x in self.checkpoints if x.is_whole], default=0)
+
+    @property
+    def progress(self) -> str:
+        return f"{self.last_step:,} of {self.settings['train.max_steps']:,}"
 
     @property
     def state(self) -> str:
@@ -133,8 +120,7 @@ class RunRecord:
 
     def n_bytes(self) -> int:
         """Return the size of all its files, and of its checkpoints elsewhere."""
-        elsewhere = [x.n_bytes for x in self.checkpoints if self.path not in x.path.parents]
-        return n_bytes(self.path) + sum(elsewhere)
+        return n_bytes(self.path) + sum(x.n_bytes for x in self.checkpoints if self.path not in x.path.parents)
 
     def speed(self) -> float:
         """Return the median of the tokens per second, 0 if none is known."""
@@ -168,28 +154,68 @@ class RunRecord:
             rows = {step: rows.get(step, {}) | own.get(step, {}) for step in {**rows, **own}}
         return {step: row for step, row in rows.items() if row.get("loss") is not None}
 
+    def samples(self) -> dict[int, str]:
+        """Return the texts of samples.txt by the update after which they were made."""
+        path = self.path / "samples.txt"
+        try:
+            text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+        except OSError as error:
+            history.warn_once(f"{path}: cannot be read ({error.strerror}); passed over")
+            text = ""
+        pieces = re.split(r"^--- step ([0-9]{1,18}) ---$", text, flags=re.MULTILINE)[1:]
+        return {int(step): sample.strip("\n") for step, sample in zip(pieces[::2], pieces[1::2], strict=True)}
+
+    def evaluation(self, split: str) -> dict[str, Any]:
+        """Return what jaxlm.evaluate has written on a split, {} if it has not. Raises UserError if it is unreadable."""
+        path = self.path / f"evaluation_{split}.json"
+        with evaluation_errors(path):
+            return checksums.read_json(path) if path.exists() else {}
+
+
+@contextlib.contextmanager
+def evaluation_errors(*files: Path) -> Iterator[None]:
+    """Turn what goes wrong with the content of evaluations into a UserError that names the files."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, OSError, TypeError, ValueError) as error:
+        names = ", ".join(map(str, files))
+        raise UserError(f"{names}: no evaluation of jaxlm.evaluate ({error!r}); run it again, or remove it") from error
+
 
 def read(path: Path) -> RunRecord:
-    """Return what a run folder tells. Raises UserError if it is none."""
+    """Return what a run folder says. Raises UserError if it is none."""
     if not path.is_dir():
         raise UserError(f"{path}: there is no such run")
+    file, defaults = path / "config.toml", configs.flat(configs.Config())
     try:
-        content = utf8.from_toml(utf8.read(path / "config.toml"))
-        defaults = configs.flat(configs.Config())
+        settings = defaults | configs.by_dotted_name(utf8.from_toml(utf8.read(file)))
     except FileNotFoundError as error:
         raise UserError(f"{path}: is not the folder of a run: it has no config.toml") from error
     except (OSError, ValueError) as error:
-        raise UserError(f"{path / 'config.toml'}: cannot be read: {errors.reason(error)}; correct it") from error
-    nested = {
-        f"{section}.{key}": x for section, part in content.items() if isinstance(part, dict) for key, x in part.items()
-    }
-    settings = defaults | nested | {k: x for k, x in content.items() if not isinstance(x, dict)}
+        raise UserError(f"{file}: cannot be read: {errors.reason(error)}; correct it") from error
     for name, default in defaults.items():
         kinds = (int, float) if isinstance(default, float) else type(default)
         if not isinstance(settings[name], kinds) or isinstance(settings[name], bool) != isinstance(default, bool):
             rule = f"has to be of the type of its default, {default!r}; correct it"
-            raise UserError(f"{path / 'config.toml'}: {name}={settings[name]!r}: {rule}")
+            raise UserError(f"{file}: {name}={settings[name]!r}: {rule}")
     return RunRecord(path, settings, history.rows(path / "metrics.jsonl"))
+
+
+def _checkpoint(path: Path, losses: dict[int, float]) -> CheckpointRecord | None:
+    """Return a file or folder as a checkpoint, None if it is none; `losses` are those of the log, by step."""
+    stem, _, ending = path.name.partition(".")
+    is_file = path.is_file()
+    is_finished = is_file or checksums.is_finished(path)
+    if not stem.isdecimal() or not (is_finished or checksums.is_cut_short(path)):
+        return None
+    if is_file and path.suffix != ".pt" and ".pt." not in path.name:
+        return None
+    is_whole = is_finished and ending == ("pt" if is_file else "")
+    loss = losses.get(int(stem))
+    if is_whole and not is_file:  # torchlm's are read by PyTorch alone
+        with contextlib.suppress(UserError):
+            loss = formats.validation_loss(path)
+    return CheckpointRecord(int(stem), path, loss, is_whole, n_bytes(path))
 
 
 def differences(runs: Sequence[RunRecord]) -> dict[str, list[Any]]:
@@ -203,7 +229,7 @@ def results(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
     """Return how far runs have got, by name of a figure, for a person."""
     found = {
         "state": [run.state for run in runs],
-        "updates": [f"{run.last_step:,} of {run.settings['train.max_steps']:,}" for run in runs],
+        "updates": [run.progress for run in runs],
         "tokens/s, median": [f"{speed:,.0f}" if (speed := run.speed()) else "-" for run in runs],
         "best step": ["-" if run.best_score_step() is None else f"{run.best_score_step():,}" for run in runs],
     }
