@@ -1,4 +1,4 @@
-"""What a run folder says of its run: settings, state, scores, checkpoints. Reads those of jaxlm and torchlm, with neither.
+"""What a run folder says of its run: settings, state, scores, checkpoints. Reads jaxlm's and torchlm's, with neither.
 
 `find` searches for runs; jaxlm.runs and jaxlm.report show what it finds.
 """

@@ -1,0 +1,64 @@
+"""Whether checkpoints can be used, and which of a run nothing needs. Looks at every byte; imports no framework."""
+
+from pathlib import Path
+from typing import Any
+
+from jaxlm.config import TokenizerConfig
+from jaxlm.data import tokenization
+from jaxlm.errors import UserError
+from jaxlm.io import checksums, storage
+from jaxlm.params import layout
+from jaxlm.reporting.run_reader import CheckpointRecord, RunRecord
+from jaxlm.weights import formats, snapshots
+
+NEEDED = ("step", "task", "rate", "config", "tokenizer")  # in the description of a checkpoint
+
+
+def checkpoints(path: Path) -> list[Path]:
+    """Return the checkpoints of a run, of a folder of checkpoints, or the one that `path` is. Raises UserError."""
+    if not path.exists():
+        raise UserError(f"{path}: there is no such run or checkpoint")
+    found = [path]
+    if path.is_dir() and not (path / "info").is_dir():
+        folders = (storage.checkpoints(path), path)
+        found = [checkpoint for folder in folders for _, checkpoint in checksums.checkpoints_in(folder)]
+    if not found:
+        raise UserError(f"{path}: there is no checkpoint of a run")
+    if any(checkpoint.is_file() for checkpoint in found):
+        formats.need_torch(path)
+    return found
+
+
+def check(path: Path) -> dict[str, Any]:
+    """Return how a checkpoint describes itself. Raises UserError if it is damaged or cannot be used."""
+    if path.is_dir():
+        layout.check_run(path)
+        info = layout.info_of_run(path)
+    else:
+        info = snapshots.load(path).info
+    if missing := [key for key in NEEDED if key not in info]:
+        raise UserError(f"{path}: it does not tell its {', '.join(missing)}")
+    snapshots.config_of(info["config"], path)
+    own = path.parent.parent / "tokenizer.json"  # a run that was converted has none
+    if info["tokenizer"] and path.parent.name == "checkpoints" and own.is_file():
+        if tokenization.fingerprint(tokenization.read(TokenizerConfig(path=str(own)))) != info["tokenizer"]:
+            raise UserError(f"{path}: {own} is another tokenizer than that of the checkpoint")
+    return info
+
+
+def spare(run: RunRecord) -> tuple[list[CheckpointRecord], str]:
+    """Return the checkpoints of a run that nothing needs, and why to leave it alone ("": there is no reason).
+
+    The best one is needed, and the last of a run that has updates left.
+    """
+    if run.best is None:
+        return [], "none of its checkpoints is whole" if run.checkpoints else ""
+    kept = [run.best]
+    if run.last_step < run.settings["train.max_steps"]:
+        kept.append([checkpoint for checkpoint in run.checkpoints if checkpoint.is_whole][-1])
+    try:
+        for checkpoint in kept:
+            check(checkpoint.path)
+    except UserError as error:
+        return [], str(error).removeprefix(f"{run.path}/")
+    return [checkpoint for checkpoint in run.checkpoints if checkpoint not in kept], ""
