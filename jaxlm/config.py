@@ -184,19 +184,16 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
 
 
-def _settings() -> dict[str, Any]:
-    """Return {dotted name: type} of every setting."""
+def _settings(kind: type, section: str = "") -> dict[str, Any]:
+    """Return {dotted name: type} of the settings of a dataclass and its sections."""
     settings: dict[str, Any] = {}
-    for name, kind in typing.get_type_hints(Config, include_extras=True).items():
-        if dataclasses.is_dataclass(kind):
-            hints = typing.get_type_hints(kind, include_extras=True)
-            settings |= {f"{name}.{key}": hint for key, hint in hints.items()}
-        else:
-            settings[name] = kind
+    for name, hint in typing.get_type_hints(kind, include_extras=True).items():
+        is_section = dataclasses.is_dataclass(hint)
+        settings |= _settings(hint, f"{name}.") if is_section else {f"{section}{name}": hint}
     return settings
 
 
-SETTINGS = _settings()
+SETTINGS = _settings(Config)
 # Settings of one invocation; not saved with the run.
 TRANSIENT = (
     *("resume", "debug", "profile", "run.dir", "run.checkpoint_dir"),

@@ -1,7 +1,7 @@
-"""The command `python -m jaxlm.schedule`: the learning rate over all phases of a training, drawn before any of it.
+"""The command `python -m jaxlm.schedule`: draws the learning rate over all phases of a training, before any training.
 
-Each --config is a phase that goes on where the one before has ended, as `--resume` would: with the settings of that
-one but for its own, and with a re-warmup where it has train.rewarmup_steps.
+Each --config is a phase that resumes the one before, as `--resume` would: its settings override those before, and it
+has a re-warmup if train.rewarmup_steps is set.
 """
 
 import sys
@@ -21,12 +21,10 @@ from jaxlm.terminal import shown
 
 
 class Phase(NamedTuple):
-    """A phase by the file of its settings; `rates` of the updates from `first` on."""
-
     name: str
     config: Config
-    first: int
-    rates: np.ndarray
+    updates: np.ndarray  # [N] their numbers
+    rates: np.ndarray  # [N]
 
 
 def phases(files: Sequence[str]) -> list[Phase]:
@@ -36,18 +34,15 @@ def phases(files: Sequence[str]) -> list[Phase]:
     found: list[Phase] = []
     for i, file in enumerate(files):
         # The settings of the phases before are layers below, as a checkpoint's are.
-        argv = [word for earlier in files[: i + 1] for word in ("--config", earlier)]
-        config, _ = configs.load(argv)
-        first = len(found[-1].rates) + found[-1].first if found else 0
-        n = config.train.max_steps - first
-        if n <= 0:
-            raise UserError(
-                f"{file}: train.max_steps={config.train.max_steps} is not after update {first}, where the phase before "
-                "ends; raise it"
-            )
+        config, _ = configs.load([word for earlier in files[: i + 1] for word in ("--config", earlier)])
+        first = int(found[-1].updates[-1]) + 1 if found else 0
+        if config.train.max_steps <= first:
+            rule = f"is not after update {first}, where the phase before ends"
+            raise UserError(f"{file}: train.max_steps={config.train.max_steps} {rule}; raise it")
         rewarmed = (first, float(found[-1].rates[-1])) if found and config.train.rewarmup_steps else None
-        rates = np.asarray(schedule.learning_rate(config.train, rewarmed)(np.arange(first, first + n)))
-        found.append(Phase(Path(file).stem, config, first, rates))
+        updates = np.arange(first, config.train.max_steps)
+        rates = np.asarray(schedule.learning_rate(config.train, rewarmed)(updates))
+        found.append(Phase(shown(Path(file).stem), config, updates, rates))
     return found
 
 
@@ -59,24 +54,24 @@ def main(argv: list[str] | None = None) -> int:
     with reported(debug=False):
         args = parser.parse_args(argv)
         try:
+            import matplotlib.figure
             import plotext
-            from matplotlib.figure import Figure
         except ImportError as error:
             raise UserError(f"{error.name} is not installed; pip install 'jaxlm[plot]'") from error
         found = phases(args.config)
-        for phase in found:
-            last, train = phase.first + len(phase.rates) - 1, phase.config.train
+        for name, config, updates, rates in found:
             print(
-                f"{phase.name}: updates {phase.first:,} to {last:,}, {train.schedule}; rate {phase.rates[0]:.3g} at "
-                f"its start, {phase.rates.max():.3g} at most, {phase.rates[-1]:.3g} at its end"
+                f"{name}: updates {updates[0]:,} to {updates[-1]:,}, {config.train.schedule}; rate {rates[0]:.3g} at "
+                f"its start, {rates.max():.3g} at most, {rates[-1]:.3g} at its end"
             )
         plotext.clear_figure()  # of an earlier call in this process
         plotext.plot_size(min(100, plotext.terminal_width() or 100), 20)
         plotext.theme("clear")
-        for phase in found:
-            plotext.plot(
-                phase.first + np.arange(len(phase.rates)), phase.rates, label=shown(phase.name), marker="braille"
-            )
+        figure = matplotlib.figure.Figure(figsize=(8, 3.5), layout="constrained")
+        axes = figure.add_subplot(xlabel="update", ylabel="learning rate")
+        for name, _, updates, rates in found:
+            plotext.plot(updates, rates, label=name, marker="braille")
+            axes.plot(updates, rates, label=name)
         plotext.xlabel("update")
         drawn = plotext.build()
         try:
@@ -85,23 +80,14 @@ def main(argv: list[str] | None = None) -> int:
         except UnicodeEncodeError:
             print(f"The curves are not drawn: the output is {sys.stdout.encoding}, not UTF-8. A picture: --png FILE")
         if args.png:
-            _picture(Figure(figsize=(8, 3.5), layout="constrained"), found, Path(args.png))
+            axes.grid(alpha=0.3)
+            figure.legend(loc="outside lower center", ncols=3)
+            try:
+                figure.savefig(args.png, dpi=120)
+            except (OSError, ValueError) as error:
+                raise UserError(f"--png {args.png}: cannot be written: {error}") from error
+            print(f"picture: {args.png}")
     return 0
-
-
-def _picture(figure: "object", found: Sequence[Phase], path: Path) -> None:
-    axes = figure.add_subplot()  # type: ignore[attr-defined]
-    for phase in found:
-        axes.plot(phase.first + np.arange(len(phase.rates)), phase.rates, label=shown(phase.name))
-    axes.set_xlabel("update")
-    axes.set_ylabel("learning rate")
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=3)  # type: ignore[attr-defined]
-    try:
-        figure.savefig(path, dpi=120)  # type: ignore[attr-defined]
-    except (OSError, ValueError) as error:
-        raise UserError(f"--png {path}: cannot be written: {error}") from error
-    print(f"picture: {path}")
 
 
 if __name__ == "__main__":

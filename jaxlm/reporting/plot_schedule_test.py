@@ -32,7 +32,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_each_phase_goes_on_where_the_one_before_has_ended(files: list[str]) -> None:
     one, two, three = plot_schedule.phases(files)
-    assert [(phase.name, phase.first, len(phase.rates)) for phase in (one, two, three)] == [
+    assert [(phase.name, phase.updates[0], len(phase.updates)) for phase in (one, two, three)] == [
         ("one", 0, 30),
         ("two", 30, 20),
         ("three", 50, 5),
@@ -65,7 +65,7 @@ def test_the_phases_are_told_and_drawn(files: list[str], capsys: pytest.CaptureF
 def test_the_preset_of_the_second_phase_rises_again() -> None:
     folder = configs.presets_dir()
     one, two = plot_schedule.phases([str(folder / "gpt.toml"), str(folder / "gpt_phase2.toml")])
-    assert (two.first, len(two.rates)) == (700, 400)
+    assert (two.updates[0], len(two.updates)) == (700, 400)
     assert two.rates[0] == one.rates[-1] and two.rates.argmax() in range(30, 51)
     assert two.rates.max() > 3 * two.rates[0] and two.rates[-1] < 1.1 * one.rates[-1]
 
