@@ -311,8 +311,8 @@ def _preset(task: Any) -> list[Layer]:
     """Return the settings of the task's preset, the TOML file of its name whose `task` it is."""
     presets = {path.stem: _file(path) for path in sorted(presets_dir().glob("*.toml"))}
     presets = {name: layers for name, layers in presets.items() if any(x[:2] == ("task", name) for x in layers)}
-    if task in presets:
-        return presets[task]
+    if str(task) in presets:
+        return presets[str(task)]
     is_own = str(task).isidentifier() and (Path(__file__).parent / "tasks" / f"{task}.py").is_file()
     if is_own or task == BASE:
         return []
@@ -479,9 +479,10 @@ def _check(config: Config) -> None:
     if not (distill.soft_weight or distill.hard_weight or distill.cosine_weight):
         raise UserError("distill.soft_weight, .hard_weight and .cosine_weight are all 0; raise one of them")
     axes = {f"mesh.{name}": getattr(config.mesh, name) for name in AXES}
-    for name in (name for name, size in axes.items() if size == 0):
-        raise UserError(f"{name}=0: a mesh has no side of no devices; use 1 or more, or -1 for all that are left")
-    if len(free := [name for name, size in axes.items() if size == -1]) > 1:
+    zero, free = ([name for name, size in axes.items() if size == n] for n in (0, -1))
+    if zero:
+        raise UserError(f"{zero[0]}=0: a mesh has no side of no devices; use 1 or more, or -1 for all that are left")
+    if len(free) > 1:
         raise UserError(f"{'=-1 and '.join(free)}=-1: only one can be what is left; give a number for the others")
     if len({bool(distributed.coordinator), distributed.n_processes > 0, distributed.process >= 0}) > 1:
         raise UserError("distributed.coordinator, .n_processes and .process go together; give all three, or none")

@@ -31,14 +31,14 @@ Runs = Mapping[str, RunRecord]
 def page(records: Sequence[RunRecord]) -> str:
     """Return the page of a run, or of several. Raises UserError for an evaluation that cannot be read."""
     runs = _named(records)
-    title = ", ".join(runs) if len(runs) == 1 else "Runs compared: " + ", ".join(runs)
-    parts = [*(_head(run) for run in records[:1])] if len(runs) == 1 else [_results(runs)]
-    parts += _curves(runs)
-    if len(runs) > 1:
-        parts += ["<h2>Settings that differ</h2>", _differences(runs)]
-    with run_reader.evaluation_errors(
-        *(path for run in records for path in sorted(run.path.glob("evaluation_*.json")))
-    ):
+    if len(runs) == 1:
+        (title,) = runs
+        parts = [_head(records[0]), *_curves(runs)]
+    else:
+        title = "Runs compared: " + ", ".join(runs)
+        parts = [_results(runs), *_curves(runs), "<h2>Settings that differ</h2>", _differences(runs)]
+    files = (path for run in records for path in sorted(run.path.glob("evaluation_*.json")))
+    with run_reader.evaluation_errors(*files):
         parts += _evaluations(runs)
     parts += _samples(runs)
     parts += ["<h2>Settings</h2>", *(_settings(run, name) for name, run in runs.items())]
@@ -89,15 +89,11 @@ def _results(runs: Runs) -> str:
 
 
 def _differences(runs: Runs) -> str:
-    lines = [
-        [name, *("-" if x is None else str(x) for x in values)]
-        for name, values in run_reader.differences(list(runs.values())).items()
-    ]
-    return (
-        table(["setting", *runs], lines, "settings that differ")
-        if lines
-        else "<p>None: the runs have the same settings.</p>"
-    )
+    found = run_reader.differences(list(runs.values()))
+    if not found:
+        return "<p>None: the runs have the same settings.</p>"
+    lines = [[name, *("-" if x is None else str(x) for x in values)] for name, values in found.items()]
+    return table(["setting", *runs], lines, "settings that differ")
 
 
 # Curves
