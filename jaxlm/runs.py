@@ -89,10 +89,10 @@ def compare(paths: Sequence[Path]) -> int:
         raise UserError(f"{paths[0]}: there is nothing to compare it with; name another run")
     table = Table("", *(str(run.path) for run in runs))
     for name, values in run_reader.differences(runs).items():
-        table.add_row(name, *("-" if value is None else str(value) for value in values))
+        table.add_row(name, *values)
     table.add_section()
-    for name, results in run_reader.results(runs).items():
-        table.add_row(name, *results)
+    for name, values in run_reader.results(runs).items():
+        table.add_row(name, *values)
     Console().print(table)
     return 0
 

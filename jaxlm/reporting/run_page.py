@@ -89,10 +89,9 @@ def _results(runs: Runs) -> str:
 
 
 def _differences(runs: Runs) -> str:
-    found = run_reader.differences(list(runs.values()))
-    if not found:
+    lines = [[name, *values] for name, values in run_reader.differences(list(runs.values())).items()]
+    if not lines:
         return "<p>None: the runs have the same settings.</p>"
-    lines = [[name, *("-" if x is None else str(x) for x in values)] for name, values in found.items()]
     return table(["setting", *runs], lines, "settings that differ")
 
 

@@ -135,16 +135,16 @@ class RunRecord:
         """Return the update whose checkpoint the test part was scored with."""
         return next((row["step"] for row in reversed(self.rows) if row["split"] == "test"), None)
 
-    def scores(self, split: str, step: int | None = None) -> Row:
-        """Return the scores of a split after an update, by default the best one; {} if there are none."""
-        rows = self._scored(split)
-        chosen = metrics.best(rows, {i: row["loss"] for i, row in rows.items()}) if step is None else step
-        return {name: x for name, x in rows.get(chosen, {}).items() if name not in history.KEYS}  # type: ignore[arg-type]
-
-    def best_score_step(self) -> int | None:
-        """Return the update with the lowest validation loss."""
-        losses = {step: row["loss"] for step, row in self._scored("validation").items()}
+    def best_score_step(self, split: str = "validation") -> int | None:
+        """Return the update with the lowest loss, None if there is none."""
+        losses = {step: row["loss"] for step, row in self._scored(split).items()}
         return metrics.best(losses, losses)
+
+    def scores(self, split: str) -> Row:
+        """Return the scores of a split after the best update; {} if there are none."""
+        best = self.best_score_step(split)
+        row = {} if best is None else self._scored(split)[best]
+        return {name: x for name, x in row.items() if name not in history.KEYS}
 
     def _scored(self, split: str) -> dict[int, Row]:
         """Return the rows of a split that have a loss, by step; the losses of checkpoints are their own."""
@@ -161,7 +161,7 @@ class RunRecord:
             text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
         except OSError as error:
             history.warn_once(f"{path}: cannot be read ({error.strerror}); passed over")
-            text = ""
+            return {}
         pieces = re.split(r"^--- step ([0-9]{1,18}) ---$", text, flags=re.MULTILINE)[1:]
         return {int(step): sample.strip("\n") for step, sample in zip(pieces[::2], pieces[1::2], strict=True)}
 
@@ -218,11 +218,15 @@ def _checkpoint(path: Path, losses: dict[int, float]) -> CheckpointRecord | None
     return CheckpointRecord(int(stem), path, loss, is_whole, n_bytes(path))
 
 
-def differences(runs: Sequence[RunRecord]) -> dict[str, list[Any]]:
-    """Return the settings that are not the same in all runs, with the value in each; None: it does not have it."""
+def differences(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
+    """Return the settings that are not the same in all runs, with the value in each; "-": it does not have it."""
     names = dict.fromkeys(name for run in runs for name in run.settings)
-    found = {name: [run.settings.get(name) for run in runs] for name in names}
-    return {name: values for name, values in found.items() if any(value != values[0] for value in values)}
+    values = {name: [run.settings.get(name) for run in runs] for name in names}
+    return {
+        name: ["-" if x is None else str(x) for x in of_runs]
+        for name, of_runs in values.items()
+        if any(x != of_runs[0] for x in of_runs)
+    }
 
 
 def results(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
