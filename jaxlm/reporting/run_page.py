@@ -183,7 +183,7 @@ def _evaluations(runs: Runs) -> list[str]:
 def _evaluation(runs: Runs, split: str, found: Mapping[str, Any]) -> Iterator[str]:
     """Yield scores, calibration, and errors of the evaluations of a split, by name of the run."""
     is_single = len(runs) == 1
-    lines, curves = [], dict[str, list[Curve]]()
+    lines = []
     for name, result in found.items():
         step, is_best = f"{result['step']:,}", result["step"] == runs[name].best_score_step()
         if is_single:
@@ -194,39 +194,33 @@ def _evaluation(runs: Runs, split: str, found: Mapping[str, Any]) -> Iterator[st
             value, low, high = (metrics.number(score, x[key]) for key in ("value", "low", "high"))
             baseline = "" if x["baseline"] is None else metrics.number(score, x["baseline"])
             lines.append([*where, score.replace("_", " "), value, f"{low} to {high}", baseline, x["better"]])
-        if result["bins"]:
-            x, y = (np.array([b[key] for b in result["bins"]]) for key in ("confidence", "accuracy"))
-            of_task = curves.setdefault(runs[name].task, [])
-            of_task.append(Curve(name, x, y, **_style(len(of_task)), has_dots=True))
     head = [*([] if is_single else ["run", "step"]), "score", "", "95% interval", "baseline", "better"]
     yield table(head, lines, f"scores of the {split} part")
-    if curves:
-        ideal = Curve("as often as it says", np.array([0.0, 1.0]), np.array([0.0, 1.0]), BOUND, "2 3", 1.0)
-        charts = [
-            chart(f"calibration, {task}", [ideal, *of_task], x_label="confidence of a prediction")
-            for task, of_task in curves.items()
-        ]
-        yield f'<div class="figures">{"".join(charts)}</div>'
-        yield note(
-            "Calibration: how often predictions of some confidence are right. On the dotted line they are right as "
-            "often as the model says."
-        )
+    yield from _calibration(runs, found)
     for name, result in found.items():
         yield from _errors(result, "" if is_single else f" of {name}")
 
 
+def _calibration(runs: Runs, found: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a chart for each task with classifiers, and what it shows."""
+    ends = np.array([0.0, 1.0])
+    curves: dict[str, list[Curve]] = {}
+    for name, bins in ((name, result["bins"]) for name, result in found.items() if result["bins"]):
+        confidence, accuracy = (np.array([x[key] for x in bins]) for key in ("confidence", "accuracy"))
+        drawn = curves.setdefault(runs[name].task, [Curve("as often as it says", ends, ends, BOUND, "2 3", 1.0)])
+        drawn.append(Curve(name, confidence, accuracy, **_style(len(drawn) - 1), has_dots=True))
+    label = "confidence of a prediction"
+    if figures := "".join(chart(f"calibration, {task}", drawn, label) for task, drawn in curves.items()):
+        what = "Calibration: how often predictions of some confidence are right."
+        yield f'<div class="figures">{figures}</div>'
+        yield note(f"{what} On the dotted line they are right as often as the model says.")
+
+
 def _errors(result: Mapping[str, Any], of_run: str) -> Iterator[str]:
     """Yield the confusion of a classifier, and the worst errors."""
-    confusion, measure = result["confusion"], "probability" if result["confusion"] else "loss"
-    title, worst = (
-        f"Worst errors{of_run}",
-        [
-            [x["text"], str(x["label"]), _predicted(x["predicted"]), metrics.number(measure, x[measure])]
-            for x in result["worst"]
-        ],
-    )
+    confusion, title, measure = result["confusion"], f"Worst errors{of_run}", "loss"
     if confusion:
-        n = len(confusion)
+        n, measure = len(confusion), "probability"
         classes = result.get("classes") or range(n)  # evaluations of earlier versions have no names
         n_columns = n + 1 + any(row[n] for row in confusion)
         heads = ["", *(f"predicted {name}" for name in classes), "no class"]
@@ -234,10 +228,14 @@ def _errors(result: Mapping[str, Any], of_run: str) -> Iterator[str]:
         yield f"<h3>Confusion{text(of_run)}</h3>"
         yield table(heads[:n_columns], [line[:n_columns] for line in lines], "confusion")
         n_wrong = sum(sum(row) - row[i] for i, row in enumerate(confusion))
-        title = f"Worst errors: {len(worst)} of {n_wrong:,}"
-    if worst:
+        title = f"Worst errors: {len(result['worst'])} of {n_wrong:,}"
+    if result["worst"]:
         head = ["text", "label", "predicted", "probability of the label" if confusion else "loss"]
-        yield folded(title, table(head, worst, "worst errors"))
+        lines = [
+            [x["text"], str(x["label"]), _predicted(x["predicted"]), metrics.number(measure, x[measure])]
+            for x in result["worst"]
+        ]
+        yield folded(title, table(head, lines, "worst errors"))
 
 
 def _predicted(value: Any) -> str:
@@ -251,16 +249,18 @@ def _samples(runs: Runs) -> list[str]:
     parts = []
     for name, run in runs.items():
         samples, best = run.samples(), run.best_score_step()
-        steps = list(samples)
-        if steps and len(runs) > 1:
+        if not samples:
+            continue
+        if len(runs) > 1:
             parts.append(f"<h3>{text(name)}</h3>")
-        chosen = {steps[i] for i in np.linspace(0, len(steps) - 1, MOST_STEPS).round().astype(int)} if steps else set()
-        chosen |= {best} & set(steps)
-        if left_out := len(steps) - len(chosen):
+        steps = list(samples)
+        chosen = {steps[i] for i in np.linspace(0, len(steps) - 1, MOST_STEPS).round().astype(int)} | {best}
+        shown = [step for step in steps if step in chosen]
+        if left_out := len(steps) - len(shown):
             path = f"<code>{text(str(run.path / 'samples.txt'))}</code>"
-            shown = f"{len(chosen)} of {len(steps)} evaluations are shown; the other {left_out} are in {path}."
-            parts.append(f"<p>{shown}</p>")
-        for step in sorted(chosen, key=steps.index):
+            count = f"{len(shown)} of {len(steps)} evaluations are shown"
+            parts.append(f"<p>{count}; the other {left_out} are in {path}.</p>")
+        for step in shown:
             is_last = step == steps[-1] and len(runs) == 1
             title = f"step {step:,}{', the best' if step == best else ''}"
             parts.append(folded(title, f"<pre>{text(samples[step])}</pre>", is_open=is_last))
