@@ -22,10 +22,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxlm import predict, report, serve, terminal
+from jaxlm import predict, serve, terminal
 from jaxlm.errors import UserError
 from jaxlm.inference import load, predictors
 from jaxlm.report_test import Page
+from jaxlm.reporting import html_page
 from jaxlm.testing import tiny_runs
 
 pytest.importorskip("fastapi")
@@ -500,7 +501,7 @@ def browser() -> Iterator[Any]:
     playwright = pytest.importorskip("playwright.sync_api")
     with playwright.sync_playwright() as started:
         try:
-            chromium = report._browser(started)
+            chromium = html_page.browser(started)
         except UserError:
             pytest.skip("no Chromium")
         yield chromium

@@ -75,21 +75,23 @@ def picture(page: Path, png: Path, width: int = 1200) -> None:
         raise UserError(f"--png {png}: playwright is not installed; pip install 'jaxlm[report]'") from error
     with sync_playwright() as playwright:
         try:
-            browser = _browser(playwright.chromium, Error)
-            tab = browser.new_page(viewport={"width": width, "height": 800}, device_scale_factor=1.5)
+            chromium = browser(playwright)
+            tab = chromium.new_page(viewport={"width": width, "height": 800}, device_scale_factor=1.5)
             tab.goto(page.absolute().as_uri())
             with os_errors(f"--png {png}: cannot be written"):
                 tab.screenshot(path=png, full_page=True)
-            browser.close()
+            chromium.close()
         except Error as error:
             raise UserError(f"--png {png}: {str(error).strip().splitlines()[0]}") from error
 
 
-def _browser(chromium: Any, failure: type[Exception]) -> Any:
-    """Start Chromium, that of Playwright or else the system's."""
+def browser(playwright: Any) -> Any:
+    """Start Chromium, that of Playwright or else the system's. Raises UserError if there is none."""
+    from playwright.sync_api import Error
+
     try:
-        return chromium.launch()
-    except failure:
+        return playwright.chromium.launch()
+    except Error:
         if path := next(filter(None, map(shutil.which, BROWSERS)), None):
-            return chromium.launch(executable_path=path, args=["--no-sandbox"])
+            return playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
         raise UserError("--png: there is no Chromium; install it, or run: playwright install chromium") from None

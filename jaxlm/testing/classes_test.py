@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from jaxlm import convert, evaluate, predict, report, serve_test
+from jaxlm import convert, evaluate, predict, serve_test
 from jaxlm.data import labels
 from jaxlm.inference import load
+from jaxlm.reporting import run_page
 from jaxlm.testing import tiny_runs
 from jaxlm.training import resume
 from jaxlm.weights import formats, snapshots
@@ -189,4 +190,4 @@ def test_words_from_a_file_to_transformers_and_back(package: str, tmp_path: Path
 
 def test_report_of_an_earlier_evaluation_has_numbers() -> None:
     result = {"confusion": [[1, 2, 0], [3, 4, 0]], "worst": []}
-    assert "predicted 1" in "".join(report._classes(result, ""))
+    assert "predicted 1" in "".join(run_page._errors(result, ""))

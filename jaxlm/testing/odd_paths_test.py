@@ -16,6 +16,7 @@ from jaxlm.errors import UserError
 from jaxlm.inference import load
 from jaxlm.io import checksums, storage
 from jaxlm.params import layout
+from jaxlm.reporting import verify
 from jaxlm.testing import tiny_runs
 from jaxlm.training import resume
 from jaxlm.weights import formats, snapshots
@@ -72,7 +73,7 @@ def test_no_link_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ["b[1]", "x.__lock", "gs:", "new\nline", "n" * 255, NO_UTF_8], ids=ascii)
 def test_a_run_of_any_name_is_used(name: str, tmp_path: Path) -> None:
     run = tiny_runs.write(tmp_path / "run", "gpt", {3: 1.0, 6: 2.0}).rename(tmp_path / name)
-    assert runs.examined(run / "checkpoints" / "6")["step"] == 6
+    assert verify.check(run / "checkpoints" / "6")["step"] == 6
     assert load.load(run).start.info["step"] == 3
     assert report.main([str(run)]) == 0
     assert (run / "report.html").is_file()

@@ -12,6 +12,7 @@ import pytest
 from jaxlm import report, runs
 from jaxlm.errors import UserError
 from jaxlm.inference import load
+from jaxlm.reporting import run_page
 from jaxlm.reporting import run_reader as folders
 from jaxlm.testing import tiny_runs
 from jaxlm.training import environment, history, resume
@@ -249,7 +250,7 @@ def test_a_run_without_logs_is_read(scored: Path) -> None:
         a_folder(scored / name)
     run = folders.read(scored)
     assert (run.state, run.best_score_step()) == ("finished", 6)
-    assert "task gpt" in report.report([run])
+    assert "task gpt" in run_page.page([run])
 
 
 @pytest.mark.parametrize(
