@@ -15,7 +15,7 @@ import pytest
 
 from jaxlm import config as configs
 from jaxlm import parallel, plan
-from jaxlm.cost import compile_ahead, hlo, roofline
+from jaxlm.cost import compile_ahead, hlo, roofline, search
 from jaxlm.cost.roofline import Sent, Step
 from jaxlm.parallel_test import MESHES, OnMesh, run_with_8_devices, settings
 from jaxlm.runtime.chips import chip
@@ -192,14 +192,14 @@ def test_links_are_those_of_the_torus_that_a_group_extends_over(
 
 def test_candidates_of_a_sweep_take_the_same_samples_and_fit_the_devices() -> None:
     config = configs.build({"task": "gpt", "train.batch_size": 8, "train.accumulate": 32, "model.vocab_size": 50})
-    found = list(plan.candidates(config, 16, plan.SWEPT))
+    found = list(search.candidates(config, 16, search.SWEPT))
     assert len(found) == len({json.dumps(configs.flat(x)) for x in found}) > 20
     for x in found:
         assert x.train.batch_size * x.train.accumulate == 256
         assert configs.mesh_sizes(x, 16) == dataclasses.asdict(x.mesh)
         assert x.mesh.tensor in (1, 2)  # 50 is not divisible by 4
     assert {x.model.remat for x in found} == {"none", "dots", "full"}
-    assert len(list(plan.candidates(configs.replace(config, "mesh.fsdp", 2), 2, ["remat"]))) == 3
+    assert len(list(search.candidates(configs.replace(config, "mesh.fsdp", 2), 2, ["remat"]))) == 3
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,7 @@ def test_steps_are_compiled_for_tpus_that_are_not_there(topology: str, monkeypat
     monkeypatch.setenv("JAX_OPTIMIZATION_LEVEL", "O1")  # which takes a third of the time
     sizes = {"model.d_model": 256, "model.seq_len": 128, "model.vocab_size": 1024, "mesh.fsdp": 2, "mesh.tensor": 2}
     config = configs.build({"task": "gpt", "train.precision": "bfloat16", "train.batch_size": 32, **sizes})
-    step = plan.measure(config, topology)
+    step = search.measure(config, topology)
     found = roofline.plan(config, topology, step)
     assert (step.missing, step.too_large, step.n_devices, found.n_chips) == ("", "", 8, 8)
     assert step.mesh == {"data": 2, "fsdp": 2, "tensor": 2} and found.fits

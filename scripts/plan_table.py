@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm import config as configs
-from jaxlm import plan
-from jaxlm.cost import roofline
+from jaxlm.cost import roofline, search
 from jaxlm.errors import UserError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -41,11 +40,11 @@ def planned(folder: Path, config_name: str, topology: str, values: dict[str, Any
     path = folder / ("-".join([config_name, topology.replace(":", "-"), *words]) + ".json")
     if not path.exists():
         config, _ = configs.load(["--config", str(CONFIGS / f"{config_name}.toml")])
-        config = plan.with_vocab_size(config)
+        config = search.with_vocab_size(config)
         for name, value in values.items():
             config = configs.replace(config, name, value)
         print(f"compiling {path.stem}", file=sys.stderr, flush=True)
-        found = roofline.plan(config, topology, plan.measure(config, topology))
+        found = roofline.plan(config, topology, search.measure(config, topology))
         path.write_text(json.dumps(dataclasses.asdict(found)))
     return json.loads(path.read_text())
 

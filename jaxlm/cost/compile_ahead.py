@@ -1,7 +1,7 @@
-"""The training step that the loop runs, compiled for devices that need not be there, and what is known of it then.
+"""Compiles the training step of the loop ahead of time, for devices that may be absent, and measures it.
 
-`python -m jaxlm.plan` runs this module in a process of its own for each step, because the compiler of TPUs takes the
-process with it where it fails, and because settings of JAX hold for a process.
+search.py runs this module in a process of its own for each step: the compiler of TPUs ends its process where it fails,
+and settings of JAX hold for a process.
 """
 
 import dataclasses
@@ -35,8 +35,8 @@ from jaxlm.runtime import backend
 from jaxlm.runtime.chips import GIB, Chip, chip
 from jaxlm.tasks import TASKS, Task
 
-ROLES = ("pad", "mask", "start", "end", "article")  # special tokens that a sample may need
-PRIME = 7919  # a batch size that no other dimension of an array is a multiple of
+SPECIAL_TOKENS = ("pad", "mask", "start", "end", "article")  # that a sample may need
+PRIME = 7919  # a batch size, since no other dimension of an array is a multiple of it
 
 
 def measure(config: Config, topology: str) -> Step:
@@ -45,7 +45,7 @@ def measure(config: Config, topology: str) -> Step:
     if topology != LOCAL and importlib.util.find_spec("libtpu") is None:
         absent, n_devices = roofline.named(topology)
         sizes = configs.mesh_sizes(config, n_devices)
-        missing = "memory, traffic and collectives, which XLA tells: pip install 'jaxlm[tpu]' to compile for TPUs"
+        missing = "memory, traffic and collectives, which XLA reports: pip install 'jaxlm[tpu]' to compile for TPUs"
         return analytic(config, parallel.abstract_mesh(sizes.values()), absent.name, missing)
     found = _devices(topology)
     mesh = parallel.make_mesh(config, found)
@@ -92,7 +92,7 @@ def abstract_update(config: Config, mesh: Any) -> tuple[Any, tuple[Any, Any, Any
 def batch(task: Task, sizes: Sequence[int]) -> dict[str, jax.ShapeDtypeStruct]:
     """Return the shapes of a task's batch with the given leading sizes."""
     two = Split(np.zeros(2, np.int32), np.arange(3), np.zeros(2, np.int32), np.ones(2, np.int64))  # which may be a pair
-    specials = {role: i for i, role in enumerate(ROLES)}
+    specials = {role: i for i, role in enumerate(SPECIAL_TOKENS)}
     samples = task.samples(two, task.config, specials, task.config.model.vocab_size)
     found = samples.batch(np.zeros(1, int), np.zeros(1, int))
     return {name: jax.ShapeDtypeStruct((*sizes, *x.shape[1:]), x.dtype) for name, x in found.items()}

@@ -1,75 +1,93 @@
-"""What a compiled program does on each device: its collectives and its memory traffic, read from XLA's text of it.
+"""Collectives and memory traffic of a compiled program on each device, read from XLA's text of it.
 
-XLA's own cost analysis counts the body of a loop once, however often it runs; here each count is times that.
+XLA's own cost analysis counts the body of a loop once, however often it runs; here it counts once for each run.
 """
 
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-SIZES = {"pred": 1, "bf16": 2, "c64": 8, "c128": 16}  # of an element, bytes; those of others are in their names
-NO_TRAFFIC = {  # instructions that move nothing, or whose computations are counted for themselves
+SIZES = {"pred": 1, "bf16": 2, "c64": 8, "c128": 16}  # bytes of an element; other types have their bits in their names
+NO_TRAFFIC = {  # instructions that move nothing, or run computations that are counted themselves
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all"),
     *("partition-id", "replica-id", "opt-barrier", "domain", "add-dependency"),
 }
-SHAPE = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?")
-INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = ")
 COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
+# ROOT %name = shape opcode(operands), attributes
+INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.+?) ([a-z][\w\-]*)\((.*?)\)(?:, (.*)|$)")
+ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?")
+
+
+class Buffer(NamedTuple):
+    """An array; those in an on-chip memory (S in the layout) have no bytes in the main memory."""
+
+    n_bytes: int
+    in_memory: int
 
 
 @dataclass(frozen=True)
 class Instruction:
     name: str
-    shape: str  # as in the text, with the layout
     opcode: str
-    operands: tuple[str, ...]  # names; that of a parameter is its number, that of a constant its value
+    buffers: tuple[Buffer, ...]  # of the result: one, or the elements of a tuple
+    operands: tuple[str, ...]  # names; for a parameter its number, for a constant its value
     attributes: str
     is_root: bool
+
+    def find(self, pattern: str) -> str:
+        """Return the first group of a pattern in the attributes, or ""."""
+        found = re.search(pattern, self.attributes)
+        return found[1] if found else ""
+
+
+Computation = dict[str, Instruction]
 
 
 @dataclass(frozen=True)
 class Program:
-    computations: dict[str, dict[str, Instruction]]
+    computations: dict[str, Computation]
     runs: dict[str, int]  # computation -> how often it runs in one run of the program
     inlined: frozenset[str]  # computations of fusions, whose values stay out of memory
 
 
 @dataclass(frozen=True)
 class Collective:
-    """One instruction of a program that moves data between devices."""
+    """One instruction that moves data between devices."""
 
     kind: str  # of KINDS
     n_bytes: int  # that a device sends in one run of the program, by the ring algorithm
-    group: tuple[int, ...]  # the devices of one group, by their place in the mesh
-    op_name: str  # where it comes from
+    group: tuple[int, ...]  # the first group of devices, by their place in the mesh
 
 
 def parse(text: str) -> Program:
     """Return the program of `compiled.as_text()`."""
-    computations: dict[str, dict[str, Instruction]] = {}
+    computations: dict[str, Computation] = {}
     entry, current = "", {}
     for line in text.splitlines():
-        if start := INSTRUCTION.match(line):
-            found = _instruction(line, start)
-            current[found.name] = found
-        elif start := COMPUTATION.match(line):
-            current = computations.setdefault(start[2], {})
-            entry = start[2] if start[1] else entry
+        if found := INSTRUCTION.match(line):
+            root, name, shape, opcode, inside, attributes = found.groups()
+            has_value = opcode in ("parameter", "constant")
+            operands = (inside,) if has_value else tuple(re.findall(r"%([\w.\-]+)", inside))
+            current[name] = Instruction(name, opcode, _buffers(shape), operands, attributes or "", bool(root))
+        elif found := COMPUTATION.match(line):
+            current = computations.setdefault(found[2], {})
+            entry = found[2] if found[1] else entry
     runs: dict[str, int] = defaultdict(int)
     inlined = set()
 
     def visit(name: str, times: int) -> None:
         runs[name] += times
-        for instruction in computations[name].values():
-            n = _trips(computations, name, instruction) if instruction.opcode == "while" else 1
-            for called in _called(instruction):
+        for x in computations[name].values():
+            n = _trips(computations, name, x) if x.opcode == "while" else 1
+            for called in _called(x):
                 visit(called, times * n)
-                if instruction.opcode == "fusion" or name in inlined:
+                if x.opcode == "fusion" or name in inlined:
                     inlined.add(called)
 
     visit(entry, 1)
@@ -77,26 +95,22 @@ def parse(text: str) -> Program:
 
 
 def collectives(program: Program) -> list[Collective]:
-    """Return what moves data between devices; a device's loops are counted as often as they run."""
+    """Return what moves data between devices."""
     found: dict[str, Collective] = {}
-    for computation, times in program.runs.items():
-        instructions = program.computations[computation]
-        for x in instructions.values():
-            kind = x.opcode.removesuffix("-start")
-            if kind not in KINDS:
+    for name, times in program.runs.items():
+        computation = program.computations[name]
+        for x in computation.values():
+            kind, group = x.opcode.removesuffix("-start"), _group(x)
+            if kind not in KINDS or len(group) < 2:
                 continue
-            group = _group(x.attributes)
-            operand = sum(n_bytes(instructions[name].shape) for name in x.operands)
             # TPUs have a reduce-scatter as a fusion of this name, with an all-reduce and a slice.
-            if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
+            if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
                 kind = "reduce-scatter"
-            sent = times * _sent(kind, operand, len(group))
-            op_name = re.search(r'op_name="([^"]*)"', x.attributes)
+            operand = sum(y.n_bytes for y in _operands(computation, x))
+            collective = Collective(kind, times * _sent(kind, operand, len(group)), group)
             # TPUs split one that runs beside other work into several with the same channel.
-            channel = re.search(r"channel_id=(\d+)", x.attributes)
-            key = channel[1] if channel else f"{computation}/{x.name}"
-            if len(group) > 1 and (key not in found or found[key].n_bytes < sent):
-                found[key] = Collective(kind, sent, group, op_name[1] if op_name else "")
+            channel = x.find(r"channel_id=(\d+)") or f"{name}/{x.name}"
+            found[channel] = max(found.get(channel, collective), collective, key=lambda y: y.n_bytes)
     return list(found.values())
 
 
@@ -107,69 +121,54 @@ def axes(group: Sequence[int], mesh: Mapping[str, int]) -> tuple[str, ...]:
 
 
 def traffic(program: Program) -> int:
-    """Return the bytes that a device's memory reads and writes in one run; on-chip memories (S in a layout) are free.
+    """Return the bytes that a device reads from and writes to its main memory in one run.
 
     An operand of a fusion of which only a slice is used counts as that slice, and one updated in place as the update.
     """
-    total = 0
-    for computation, times in program.runs.items():
-        if computation not in program.inlined:
-            instructions = program.computations[computation]
-            total += times * sum(_moved(program, instructions, x) for x in instructions.values())
-    return total
+    return sum(
+        times * sum(_moved(program, program.computations[name], x) for x in program.computations[name].values())
+        for name, times in program.runs.items()
+        if name not in program.inlined
+    )
 
 
-def n_bytes(shape: str, in_memory: bool = False) -> int:
-    """Return the bytes of a shape or a tuple of them; with `in_memory`, without those in other memories."""
-    total = 0
-    for dtype, dimensions, layout in SHAPE.findall(shape):
+def _buffers(shape: str) -> tuple[Buffer, ...]:
+    found = []
+    for dtype, dimensions, layout in ARRAY.findall(shape):
         bits = 8 * SIZES[dtype] if dtype in SIZES else int((re.search(r"\d+", dtype) or ["0"])[0])
-        if not (in_memory and re.search(r"S\(\d+\)", layout or "")):
-            total += math.prod(map(int, filter(None, dimensions.split(",")))) * bits // 8
-    return total
+        n_bytes = math.prod(map(int, filter(None, dimensions.split(",")))) * bits // 8
+        found.append(Buffer(n_bytes, 0 if re.search(r"S\(\d+\)", layout) else n_bytes))
+    return tuple(found)
 
 
-def _instruction(line: str, start: re.Match[str]) -> Instruction:
-    shape_end = _balanced(line, start.end()) if line[start.end()] == "(" else line.index(" ", start.end())
-    opcode_end = line.index("(", shape_end)
-    operands_end = _balanced(line, opcode_end)
-    inside = line[opcode_end + 1 : operands_end - 1]
-    shape, opcode = line[start.end() : shape_end], line[shape_end:opcode_end].strip()
-    operands = (inside,) if opcode in ("parameter", "constant") else re.findall(r"%([\w.\-]+)", inside)
-    return Instruction(start[2], shape, opcode, tuple(operands), line[operands_end:], bool(start[1]))
+def _operands(computation: Computation, x: Instruction) -> list[Buffer]:
+    return [buffer for name in x.operands if name in computation for buffer in computation[name].buffers]
 
 
-def _balanced(line: str, start: int) -> int:
-    """Return where the parenthesis that opens at `start` has been closed."""
-    depth = 0
-    for i in range(start, len(line)):
-        depth += {"(": 1, ")": -1}.get(line[i], 0)
-        if depth == 0:
-            return i + 1
-    raise ValueError(f"no instruction of a program: {line}")
+def _in_memory(buffers: Iterable[Buffer]) -> int:
+    return sum(buffer.in_memory for buffer in buffers)
 
 
 def _called(x: Instruction) -> Iterator[str]:
-    """Yield the computations that an instruction runs. Those of a reduction are no more than a sum."""
+    """Yield the computations that an instruction runs, but for the sum of a reduction."""
     for key, names in re.findall(r"(calls|body|to_apply|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)", x.attributes):
         if key != "to_apply" or x.opcode == "call":
             yield from re.findall(r"[\w.\-]+", names)
 
 
-def _trips(computations: dict[str, dict[str, Instruction]], within: str, x: Instruction) -> int:
+def _trips(computations: dict[str, Computation], within: str, x: Instruction) -> int:
     """Return how often a loop runs: as XLA says, or where it does not, as on TPUs, until its counter is at a constant.
 
-    Raises ValueError for any other loop, whose work cannot be told.
+    Raises ValueError for any other loop.
     """
-    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', x.attributes):
-        return int(known[1])
-    condition = computations[(re.search(r"condition=%?([\w.\-]+)", x.attributes) or ["", ""])[1]]
+    if known := x.find(r'"known_trip_count":\{"n":"(\d+)"\}'):
+        return int(known)
+    condition, outside = computations[x.find(r"condition=%?([\w.\-]+)")], computations[within]
     test = next(y for y in condition.values() if y.is_root)
     if test.opcode == "compare" and "direction=LT" in test.attributes:
-        counter, limit = (condition[name] for name in test.operands)
-        place = re.search(r"index=(\d+)", counter.attributes)
-        outside = computations[within]
-        start = outside[outside[x.operands[0]].operands[int(place[1])]] if place else counter
+        start, limit = (condition[name] for name in test.operands)
+        if place := start.find(r"index=(\d+)"):
+            start = outside[outside[x.operands[0]].operands[int(place)]]
         while start.opcode == "copy":
             start = outside[start.operands[0]]
         if limit.opcode == start.opcode == "constant":
@@ -177,31 +176,29 @@ def _trips(computations: dict[str, dict[str, Instruction]], within: str, x: Inst
     raise ValueError(f"the loop {x.name} runs while {test}")
 
 
-def _group(attributes: str) -> tuple[int, ...]:
+def _group(x: Instruction) -> tuple[int, ...]:
     """Return the first of the groups of devices that take part, in any of the forms that XLA writes."""
-    if found := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", attributes):
-        return (int(found[1]), int(found[2]))
-    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
-        return _ints(found[1])
+    if found := x.find(r"source_target_pairs=\{\{(\d+,\d+)\}") or x.find(r"replica_groups=\{\{([\d,]+)\}"):
+        return _ints(found)
     # [groups, size]<=[shape]T(permutation): the devices counted in that shape, its axes permuted, in rows.
-    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=(\S+?),? ", attributes + " "):
-        return tuple(int(i) for i in _iota(found[3]).reshape(int(found[1]), int(found[2]))[0])
+    if found := x.find(r"replica_groups=(\[\d+,\d+\]<=[^ ]+)"):
+        shape, _, counted = found.rstrip(",").partition("<=")
+        return tuple(_iota(counted).reshape(_ints(shape[1:-1]))[0].tolist())
     # mesh['axis'=size, ...], device_ids=(as above) {'axis', ...}: the axes that a group extends over.
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((\S+)\))? \{([^}]*)\}", attributes):
-        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", found[1])}
-        extended = re.findall(r"'([^']+)'", found[3])
-        devices = _iota(found[2]) if found[2] else np.arange(math.prod(sizes.values()))
-        first = tuple(slice(None) if name in extended else 0 for name in sizes)
-        return tuple(int(i) for i in devices.reshape(tuple(sizes.values()))[first].ravel())
+    if found := x.find(r"replica_groups=(mesh\[[^\]]*\](?:, device_ids=\(\S+\))? \{[^}]*\})"):
+        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", found)}
+        extended = re.findall(r"'([^']+)'", found.rpartition("{")[2])
+        ids = re.search(r"device_ids=\((\S+)\) ", found)
+        devices = _iota(ids[1] if ids else f"[{math.prod(sizes.values())}]").reshape(tuple(sizes.values()))
+        return tuple(devices[tuple(slice(None) if name in extended else 0 for name in sizes)].ravel().tolist())
     return ()
 
 
 def _iota(text: str) -> np.ndarray:
-    found = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
-    assert found, text
-    shape = _ints(found[1])
-    devices = np.arange(math.prod(shape)).reshape(shape)
-    return (devices.transpose(_ints(found[2])) if found[2] else devices).ravel()
+    """Return the device numbers of [shape] or [shape]T(permutation)."""
+    shape, _, permutation = text.rstrip(")").partition("T(")
+    devices = np.arange(math.prod(_ints(shape[1:-1]))).reshape(_ints(shape[1:-1]))
+    return (devices.transpose(_ints(permutation)) if permutation else devices).ravel()
 
 
 def _ints(text: str) -> tuple[int, ...]:
@@ -214,37 +211,36 @@ def _sent(kind: str, operand: int, n: int) -> int:
         return (n - 1) * operand
     if kind == "collective-permute":
         return operand
-    return (2 if kind == "all-reduce" else 1) * operand * (n - 1) // max(n, 1)
+    return (2 if kind == "all-reduce" else 1) * operand * (n - 1) // n
 
 
-def _moved(program: Program, instructions: dict[str, Instruction], x: Instruction) -> int:
+def _moved(program: Program, computation: Computation, x: Instruction) -> int:
+    """Return the bytes that an instruction reads and writes."""
     if x.opcode in NO_TRAFFIC or x.opcode.endswith("-done") or '"AllocateBuffer"' in x.attributes:
         return 0
-    shapes = [instructions[name].shape for name in x.operands if name in instructions]
     if x.opcode.endswith("-start") or x.opcode in ("copy", "slice", "dynamic-slice", "gather"):
         result = _result(x)
-        return min(sum(n_bytes(shape, True) for shape in shapes), n_bytes(result)) + n_bytes(result, True)
+        return min(_in_memory(_operands(computation, x)), sum(y.n_bytes for y in result)) + _in_memory(result)
     if x.opcode in ("dynamic-update-slice", "scatter"):
-        return 2 * n_bytes(shapes[1 if x.opcode == "dynamic-update-slice" else 2], True)
+        update = computation[x.operands[1 if x.opcode == "dynamic-update-slice" else 2]]
+        return 2 * _in_memory(update.buffers)
     if x.opcode != "fusion":
-        return sum(n_bytes(shape, True) for shape in shapes) + n_bytes(x.shape, True)
+        return _in_memory(_operands(computation, x)) + _in_memory(x.buffers)
     inside = program.computations[next(_called(x))]
-    read = 0
-    for number, name in enumerate(x.operands):
-        whole = n_bytes(instructions[name].shape, True)
-        read += min(whole, _read(program, inside, number)) if whole else 0
-    return read + _written(inside, x.shape)
+    wholes = [_in_memory(computation[name].buffers) for name in x.operands]
+    read = sum(min(whole, _read(program, inside, i)) for i, whole in enumerate(wholes) if whole)
+    return read + _written(inside, x)
 
 
-def _result(x: Instruction) -> str:
-    """Return the shape of what an instruction makes; that of an asynchronous one has its operands beside it."""
-    parts = _elements(x.shape)
-    if not x.opcode.endswith("-start") or len(parts) <= len(x.operands):
-        return x.shape
-    return parts[0 if x.opcode == "copy-start" else len(x.operands)]
+def _result(x: Instruction) -> tuple[Buffer, ...]:
+    """Return what an instruction makes; an asynchronous one has its operands beside it in a tuple."""
+    if not x.opcode.endswith("-start") or len(x.buffers) <= len(x.operands):
+        return x.buffers
+    place = 0 if x.opcode == "copy-start" else len(x.operands)
+    return x.buffers[place : place + 1]
 
 
-def _read(program: Program, inside: dict[str, Instruction], number: int) -> int:
+def _read(program: Program, inside: Computation, number: int) -> int:
     """Return how many bytes of a fusion's operand are used."""
     parameter = next(x for x in inside.values() if x.opcode == "parameter" and x.operands[0] == str(number))
     total, names = 0, [parameter.name]
@@ -255,27 +251,22 @@ def _read(program: Program, inside: dict[str, Instruction], number: int) -> int:
                 if x.opcode == "bitcast":
                     names.append(x.name)
                 elif x.opcode in ("slice", "dynamic-slice", "gather") and place == 0:
-                    total += n_bytes(x.shape)
+                    total += x.buffers[0].n_bytes
                 elif x.opcode == "fusion":
                     total += _read(program, program.computations[next(_called(x))], place)
                 elif x.opcode != "dynamic-update-slice" or place:
-                    return n_bytes(parameter.shape)
+                    return sum(y.n_bytes for y in parameter.buffers)
     return total
 
 
-def _written(inside: dict[str, Instruction], shape: str) -> int:
-    """Return how many bytes a fusion writes whose result is of a shape."""
+def _written(inside: Computation, fusion: Instruction) -> int:
+    """Return how many bytes a fusion writes."""
     root = next(x for x in inside.values() if x.is_root)
     roots = [inside[name] for name in root.operands] if root.opcode == "tuple" else [root]
     total = 0
-    for x, part in zip(roots, _elements(shape), strict=False):
+    for x, result in zip(roots, fusion.buffers, strict=False):
         while x.opcode == "bitcast":
             x = inside[x.operands[0]]
-        whole = n_bytes(part, True)
-        total += min(whole, n_bytes(inside[x.operands[1]].shape)) if x.opcode == "dynamic-update-slice" else whole
+        is_update = x.opcode == "dynamic-update-slice"
+        total += min(result.in_memory, inside[x.operands[1]].buffers[0].n_bytes) if is_update else result.in_memory
     return total
-
-
-def _elements(shape: str) -> list[str]:
-    """Return the shapes of a tuple, or of what is none."""
-    return [found[0] for found in SHAPE.finditer(shape)]

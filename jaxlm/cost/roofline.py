@@ -1,8 +1,8 @@
-"""What a training step needs, against what chips can do: bytes, the time that no step can beat, and what it costs.
+"""Memory, time and cost of a training step on given chips, by the roofline model. Imports no framework.
 
-The roofline (Williams, Waterman, Patterson 2009): an update takes at least as long as its products at the peak rate,
-its memory traffic, or what it sends, whichever is the longest. All else, such as random numbers and data, comes on
-top. No framework here.
+The roofline (Williams, Waterman, Patterson 2009): an update takes at least as long as its matmuls at the peak rate,
+its memory traffic, or its communication, whichever is the longest. All else, such as random numbers and data, comes
+on top.
 """
 
 import dataclasses
@@ -52,9 +52,9 @@ class Step:
     compile_s: float = 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A step on chips, up to the end of its schedule; what --json prints. None: it is not known."""
+    """A step on chips, up to the end of its schedule; what --json prints. None: not known."""
 
     step: Step
     task: str
@@ -67,69 +67,68 @@ class Plan:
     tokens: int  # of an update
     model_flops: int  # of an update, over all devices
     n_bytes: int  # of a device: all that the step holds; where it was not compiled, what it cannot do without
-    limit: int | None  # of a device
-    fits: bool | None
-    compute_s: float | None
-    memory_s: float | None
-    interconnect_s: float | None
-    update_s: float | None  # the longest of them
-    bound: str
-    utilization: float | None  # model flops against the peak, over that time
+    limit: int | None = None  # of a device
+    fits: bool | None = None
+    compute_s: float | None = None
+    memory_s: float | None = None
+    interconnect_s: float | None = None
+    update_s: float | None = None  # the longest of the three
+    bound: str = ""  # which of them that is
+    utilization: float | None = None  # model flops against the peak, over that time
     n_updates: int
-    hours: float | None  # to the end of the schedule
-    chip_hours: float | None
-    money: float | None  # in the currency of the price
+    hours: float | None = None  # to the end of the schedule
+    chip_hours: float | None = None
+    money: float | None = None  # in the currency of the price
 
 
 def plan(config: Config, topology: str, step: Step, price: float | None = None) -> Plan:
     """Return the plan of a step; the price is that of one chip for an hour."""
-    known, train = chip(step.device), config.train
-    model_flops = flops.flops_per_update(config)
-    parts = {"weights": step.weights, "moments": step.moments, "batches": step.batches}
+    train, known = config.train, chip(step.device)
     if step.temporary is None:  # gradients are as large as the weights
         n_bytes = step.weights * 2 + step.moments + step.activations
     else:
-        n_bytes = sum(filter(None, [*parts.values(), step.temporary, step.code]))
-    fits = None if known is None else n_bytes <= known.hbm_bytes
-    times: dict[str, float] = {}
-    if known:
-        passes = PASSES if train.precision == "float32" and known.name.startswith("TPU") else 1
-        times["compute"] = passes * step.flops / known.flops
-        if step.traffic is not None and step.sent is not None:
-            times["memory"] = step.traffic / known.hbm_bytes_per_s
-            times["interconnect"] = sum(
-                x.n_bytes / (x.n_links * known.link_bytes_per_s) for x in step.sent if x.n_links
-            )
-    bound = max(times, key=lambda name: times[name]) if times else ""
-    update_s = times[bound] if bound else None
-    # Updates of the original's cycle take one or two batches.
-    n_batches = Position().first(train.max_steps, train) / train.batch_size / train.accumulate
-    hours = update_s * n_batches / 3600 if update_s is not None else None
-    n_chips = step.n_devices // (known.devices_per_chip if known else 1)
-    return Plan(
+        n_bytes = step.weights + step.moments + (step.batches or 0) + step.temporary + (step.code or 0)
+    found = Plan(
         step=step,
         task=config.task,
         topology=topology,
-        chip=known.name if known else step.device,
-        n_chips=n_chips,
+        chip=step.device,
+        n_chips=step.n_devices,
         batch_size=train.batch_size,
         accumulate=train.accumulate,
         remat=config.model.remat,
         tokens=train.batch_size * train.accumulate * config.model.seq_len,
-        model_flops=model_flops,
+        model_flops=flops.flops_per_update(config),
         n_bytes=n_bytes,
-        limit=int(known.hbm_bytes) if known else None,
-        fits=False if step.too_large else fits,
-        compute_s=times.get("compute"),
+        fits=False if step.too_large else None,
+        n_updates=train.max_steps,
+    )
+    if known is None:
+        return found
+    passes = PASSES if train.precision == "float32" and known.name.startswith("TPU") else 1
+    times = {"compute": passes * step.flops / known.flops}
+    if step.traffic is not None and step.sent is not None:
+        times["memory"] = step.traffic / known.hbm_bytes_per_s
+        times["interconnect"] = sum(x.n_bytes / (x.n_links * known.link_bytes_per_s) for x in step.sent if x.n_links)
+    bound = max(times, key=lambda name: times[name])
+    # Updates of the original's cycle take one or two batches.
+    n_batches = Position().first(train.max_steps, train) / train.batch_size / train.accumulate
+    hours, n_chips = times[bound] * n_batches / 3600, step.n_devices // known.devices_per_chip
+    return dataclasses.replace(
+        found,
+        chip=known.name,
+        n_chips=n_chips,
+        limit=int(known.hbm_bytes),
+        fits=not step.too_large and n_bytes <= known.hbm_bytes,
+        compute_s=times["compute"],
         memory_s=times.get("memory"),
         interconnect_s=times.get("interconnect"),
-        update_s=update_s,
+        update_s=times[bound],
         bound=bound,
-        utilization=model_flops / (step.n_devices * known.flops * update_s) if known and update_s else None,
-        n_updates=train.max_steps,
+        utilization=found.model_flops / (step.n_devices * known.flops * times[bound]),
         hours=hours,
-        chip_hours=hours * n_chips if hours is not None else None,
-        money=hours * n_chips * price if hours is not None and price is not None else None,
+        chip_hours=hours * n_chips,
+        money=None if price is None else hours * n_chips * price,
     )
 
 
