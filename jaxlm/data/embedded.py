@@ -29,13 +29,9 @@ def python_reference(config: DataConfig) -> Source:
                     splits |= dict.fromkeys(group, split)
                     room -= size
 
-    def articles() -> Iterator[Article]:
-        for text in texts:
-            yield Article(splits[text], text, -1)
-
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     description = f"the language reference inside Python {version} ({len(topics)} articles, {total / 1e6:.1f} MB)"
-    return _source(description, articles, total)
+    return _source(description, lambda: (Article(splits[text], text, -1) for text in texts), total)
 
 
 def _n_bytes(text: str) -> int:
@@ -56,31 +52,18 @@ def _groups(texts: list[str]) -> list[list[str]]:
 
 
 def sentences(task: str) -> Source:
-    """Return the sentences of the project's grammar for `task`, sst2 or cola."""
+    """Return what the project's grammar has for `task`: sentences for sst2 or cola, prompts and answers for pairs."""
+    splits = grammar.sentences(task)
 
     def articles() -> Iterator[Article]:
         for split, rows in splits.items():
             for text, label in rows:
-                yield Article(split, text, label)
+                yield from pair(split, text, label) if task == "pairs" else [Article(split, text, label)]
 
-    splits = grammar.sentences(task)
-    n_bytes = sum(len(text.encode()) for rows in splits.values() for text, _ in rows)
-    n_sentences = sum(len(rows) for rows in splits.values())
-    return _source(f"{n_sentences} sentences of the project's own grammar for {task}", articles, n_bytes)
-
-
-def pairs() -> Source:
-    """Return the prompts and answers of the project's grammar."""
-
-    def articles() -> Iterator[Article]:
-        for split, rows in splits.items():
-            for prompt, answer in rows:
-                yield from pair(split, prompt, answer)
-
-    splits = grammar.sentences("pairs")
-    n_bytes = sum(len(article.text.encode()) for article in articles())
-    n_pairs = sum(len(rows) for rows in splits.values())
-    return _source(f"{n_pairs} prompts and answers of the project's own grammar", articles, n_bytes)
+    n_bytes = sum(_n_bytes(article.text) for article in articles())
+    what, whose = ("prompts and answers", "") if task == "pairs" else ("sentences", f" for {task}")
+    n = sum(map(len, splits.values()))
+    return _source(f"{n} {what} of the project's own grammar{whose}", articles, n_bytes)
 
 
 def _source(description: str, articles: Callable[[], Iterator[Article]], n_bytes: int) -> Source:

@@ -28,7 +28,7 @@ from tokenizers import (
 
 from jaxlm.config import TokenizerConfig
 from jaxlm.data import hub
-from jaxlm.errors import UserError, note, slow, warn
+from jaxlm.errors import UserError, note, os_errors, slow, warn
 from jaxlm.io import storage, temporary, utf8
 
 # What a special token is called in the vocabularies people have.
@@ -63,6 +63,11 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "max_input_chars_per_word": (100,),
     "clean_text": (True,),
     "auto_map": (None,),
+}
+TYPES: dict[str, tuple[Any, str]] = {
+    **dict.fromkeys(("do_lower_case", "tokenize_chinese_chars", "add_prefix_space"), (bool, "true or false")),
+    **dict.fromkeys(LISTS, (list | dict | None, "a list")),
+    "strip_accents": (bool | None, "true, false or null"),
 }
 UNUSED = set(
     # lengths, sides and forms of batches
@@ -161,14 +166,10 @@ def _checked(path: Path, key: str) -> Tokenizer:
 
 def save(tokenizer: Tokenizer, path: Path) -> None:
     """Write tokenizer.json; the file is there whole or not at all. Raises UserError if it cannot be written."""
-    try:
+    mend = "free some space, or choose another folder with --data.cache-dir"
+    with os_errors(f"{path}: the tokenizer cannot be written", mend):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.replace_text(path, tokenizer.to_str())
-    except OSError as error:
-        raise UserError(
-            f"{path}: the tokenizer cannot be written ({error.strerror}); "
-            "free some space, or choose another folder with --data.cache-dir"
-        ) from error
 
 
 def train(
@@ -194,7 +195,7 @@ def train(
 
     # The trainer numbers the characters that continue a word in the order of a hash table, and breaks ties between
     # merges by these numbers. Given to it in sorted order as special tokens, they cannot vary.
-    draft = _wordpiece(models.WordPiece(unk_token="[UNK]"), config.lowercase)
+    draft = _wordpiece({}, config.lowercase)
     letters = _alphabet(draft.normalizer, texts(), min(ALPHABET_SIZE, config.vocab_size // 4))
     seed = [*WORDPIECE_SPECIALS, *letters, *(f"##{letter}" for letter in letters)]
     trainer = trainers.WordPieceTrainer(
@@ -207,7 +208,7 @@ def train(
     draft.train_from_iterator(chunks(_short_words(draft, texts(), on_long_word), len), trainer)
     vocab = draft.get_vocab()
     vocab = {token: i for i, token in enumerate(sorted(vocab, key=vocab.__getitem__))}
-    return _wordpiece(models.WordPiece(vocab, unk_token="[UNK]"), config.lowercase)
+    return _wordpiece(vocab, config.lowercase)
 
 
 def read(config: TokenizerConfig) -> Tokenizer:
@@ -227,13 +228,9 @@ def read(config: TokenizerConfig) -> Tokenizer:
             lines = _text(path).rstrip("\n").split("\n")
             vocab = {line: i for i, line in enumerate(lines)}
             if "[UNK]" not in vocab:
-                raise UserError(
-                    f"tokenizer.path={config.path}: no [UNK] among its {len(vocab)} lines; "
-                    "give the vocab.txt of a WordPiece tokenizer"
-                )
-            tokenizer = _wordpiece(
-                models.WordPiece(vocab, unk_token="[UNK]"), values.get("do_lower_case", config.lowercase), values
-            )
+                mend = "give the vocab.txt of a WordPiece tokenizer"
+                raise UserError(f"tokenizer.path={config.path}: no [UNK] among its {len(vocab)} lines; {mend}")
+            tokenizer = _wordpiece(vocab, values.get("do_lower_case", config.lowercase), values)
         else:
             tokenizer = Tokenizer.from_str(_text(path))
         _check_use(tokenizer)
@@ -241,10 +238,9 @@ def read(config: TokenizerConfig) -> Tokenizer:
         raise
     except BaseException as error:  # the library raises plain Exception, and for a panic a BaseException
         reason = (error.strerror if isinstance(error, OSError) else "") or str(error)[:200] or type(error).__name__
-        raise UserError(
-            f"tokenizer.path={config.path}: {path.name} cannot be read as a tokenizer: {reason}; fetch it again, or "
-            "save it with the program that made it"
-        ) from error
+        rule = f"{path.name} cannot be read as a tokenizer: {reason}"
+        mend = "fetch it again, or save it with the program that made it"
+        raise UserError(f"tokenizer.path={config.path}: {rule}; {mend}") from error
     _apply(tokenizer, values, path)
     return _as_used(tokenizer)
 
@@ -264,10 +260,10 @@ def _bpe(path: Path) -> models.BPE:
         raise UserError(f"{path}: there is no {merges.name} beside it; fetch it, too, or give a tokenizer.json")
     vocab = utf8.from_json(_text(path))
     try:
-        lines = _text(merges).split("\n")
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"{merges}: cannot be read ({reason}); fetch it again") from error
+        with os_errors(f"{merges}: cannot be read", "fetch it again"):
+            lines = _text(merges).split("\n")
+    except ValueError as error:
+        raise UserError(f"{merges}: cannot be read ({error}); fetch it again") from error
     if not isinstance(vocab, dict) or not all(type(i) is int and 0 <= i < 2**32 for i in vocab.values()):
         raise ValueError("it is not an object of tokens and their numbers")
     pairs = []
@@ -275,10 +271,8 @@ def _bpe(path: Path) -> models.BPE:
         if line and not line.startswith("#version"):
             first, _, second = line.partition(" ")
             if not all(token in vocab for token in (first, second, first + second)):
-                raise UserError(
-                    f"{merges}, line {number}: {line[:80]!r} is not a merge of two tokens of {path.name}; "
-                    f"fetch both files from the same place"
-                )
+                rule = f"{line[:80]!r} is not a merge of two tokens of {path.name}"
+                raise UserError(f"{merges}, line {number}: {rule}; fetch both files from the same place")
             pairs.append((first, second))
     return models.BPE(vocab, pairs)
 
@@ -324,30 +318,22 @@ def _values(path: Path) -> dict[str, Any]:
         values = {} if kind in BARE else {key: values[key] for key in BERT_KEYS if key in values}
     suitable = CLASSES[:2] if path.suffix == ".txt" else CLASSES[2:]
     if not is_whole and kind and kind not in suitable:
-        raise UserError(
-            f"{file}: tokenizer_class={kind}: {path.name} can be read for {' and '.join(suitable)} only; "
-            "load it with transformers, and give the tokenizer.json that save_pretrained writes"
-        )
+        mend = "load it with transformers, and give the tokenizer.json that save_pretrained writes"
+        rule = f"{path.name} can be read for {' and '.join(suitable)} only"
+        raise UserError(f"{file}: tokenizer_class={kind}: {rule}; {mend}")
     file = path.with_name(prefix + TOKENIZER_CONFIG)
     for key, value in values.items():
         if key in ONLY and value not in ONLY[key]:
             only = " or ".join(json.dumps(x) for x in ONLY[key])
             raise UserError(f"{file}: {key}={json.dumps(value)}: can be read with {only} only; change the file")
-        if key in ("do_lower_case", "tokenize_chinese_chars", "add_prefix_space") and not isinstance(value, bool):
-            raise UserError(f"{file}: {key}={json.dumps(value)}: has to be true or false")
-        if key == "strip_accents" and not isinstance(value, bool | None):
-            raise UserError(f"{file}: {key}={json.dumps(value)}: has to be true, false or null")
-        if key in LISTS and not isinstance(value, list | dict | None):
-            raise UserError(f"{file}: {key}={json.dumps(value)}: has to be a list")
+        kinds, needed = TYPES.get(key, (object, ""))
+        if not isinstance(value, kinds):
+            raise UserError(f"{file}: {key}={json.dumps(value)}: has to be {needed}")
         if key not in READ | ONLY.keys() | UNUSED and not key.endswith("_token"):
-            raise UserError(
-                f"{file}: {key}={json.dumps(value)[:80]}: is not known here; remove it if it does not change how texts "
-                "are divided"
-            )
-    if is_whole or path.suffix == ".txt":  # where the file's own step puts special tokens around a text
-        return values
-    for key in ("add_bos_token", "add_eos_token"):
-        if values.get(key):
+            mend = "remove it if it does not change how texts are divided"
+            raise UserError(f"{file}: {key}={json.dumps(value)[:80]}: is not known here; {mend}")
+        # A tokenizer.json has a step of its own that puts special tokens around a text, and BERT's have no such keys.
+        if key in ("add_bos_token", "add_eos_token") and value and path.name.endswith("vocab.json"):
             raise UserError(f"{file}: {key}=true: can be read with false only; give a tokenizer.json instead")
     return values
 
@@ -363,12 +349,9 @@ def _apply(tokenizer: Tokenizer, values: dict[str, Any], path: Path) -> None:
             is_special = token.pop("special", token["content"] in names)
             if not is_special or not _has(tokenizer, token["content"]):
                 (tokenizer.add_special_tokens if is_special else tokenizer.add_tokens)([AddedToken(**token)])
-            if tokenizer.token_to_id(token["content"]) != i:
-                now = tokenizer.token_to_id(token["content"])
-                raise UserError(
-                    f"{file}: added_tokens_decoder: {token['content']!r} has the number {i} there, but {now} in "
-                    f"{path.name}; give files of the same tokenizer"
-                )
+            if (now := tokenizer.token_to_id(token["content"])) != i:
+                rule = f"{token['content']!r} has the number {i} there, but {now} in {path.name}"
+                raise UserError(f"{file}: added_tokens_decoder: {rule}; give files of the same tokenizer")
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"{file}: added_tokens_decoder cannot be read ({error}); mend it") from error
     specials = special_ids(tokenizer)
@@ -418,16 +401,12 @@ def _has(tokenizer: Tokenizer, name: str) -> bool:
 
 def _file_of(path: Path) -> Path:
     """Return the file to read for a path of a file or folder, or a name on the hub."""
-    if path.is_file():
-        return path
-    names = ("tokenizer.json", "vocab.txt", "vocab.json")
+    for file in (path, *(path / name for name in ("tokenizer.json", "vocab.txt", "vocab.json"))):
+        if file.is_file():
+            return file
     if path.is_dir():
-        for name in names:
-            if (path / name).is_file():
-                return path / name
-        raise UserError(
-            f"tokenizer.path={path}: the folder has no {', '.join(names[:-1])} or {names[-1]} with merges.txt"
-        )
+        names = "tokenizer.json, vocab.txt or vocab.json with merges.txt"
+        raise UserError(f"tokenizer.path={path}: the folder has no {names}")
     if not storage.is_hub_name(path):
         raise UserError(f"tokenizer.path={path}: there is no such file or folder")
     return _from_hub(str(path))
@@ -443,14 +422,13 @@ def _from_hub(name: str) -> Path:
         return Path(huggingface_hub.hf_hub_download(name, "tokenizer.json", etag_timeout=3))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(
-            f"tokenizer.path={name}: neither a file here nor a tokenizer on the hub that can be reached ({reason}); "
-            "give a local tokenizer.json, vocab.txt or vocab.json"
-        ) from error
+        rule = f"neither a file here nor a tokenizer on the hub that can be reached ({reason})"
+        mend = "give a local tokenizer.json, vocab.txt or vocab.json"
+        raise UserError(f"tokenizer.path={name}: {rule}; {mend}") from error
 
 
-def _wordpiece(model: models.WordPiece, lowercase: bool, values: Mapping[str, Any] = MappingProxyType({})) -> Tokenizer:
-    tokenizer = Tokenizer(model)
+def _wordpiece(vocab: dict[str, int], lowercase: bool, values: Mapping[str, Any] = MappingProxyType({})) -> Tokenizer:
+    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
     tokenizer.normalizer = _bert_normalizer(lowercase, values)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
@@ -487,23 +465,12 @@ def _alphabet(normalizer: normalizers.Normalizer, texts: Iterable[str], size: in
 def _short_words(tokenizer: Tokenizer, texts: Iterable[str], on_long_word: Callable[[int], None]) -> Iterator[str]:
     """Return the texts, cut where a word of the tokenizer has more than MOST_LETTERS characters."""
     ends = _BYTE_LEVEL_ENDS if isinstance(tokenizer.model, models.BPE) else _BERT_ENDS
-    return _cut(texts, ends, tokenizer.normalizer, tokenizer.pre_tokenizer, on_long_word)
+    # At once: while it is trained, a tokenizer waits for the end before it gives them.
+    normalizer, pre_tokenizer = tokenizer.normalizer, tokenizer.pre_tokenizer
 
-
-def _cut(
-    texts: Iterable[str],
-    ends: Iterable[re.Pattern[str]],
-    # Not the tokenizer, which waits for its training to end before it gives them.
-    normalizer: normalizers.Normalizer | None,
-    pre_tokenizer: pre_tokenizers.PreTokenizer,
-    on_long_word: Callable[[int], None],
-) -> Iterator[str]:
-    for text in texts:
-        if len(text) <= MOST_LETTERS:
-            yield text
-            continue
+    def pieces(text: str) -> Iterator[str]:
         cuts = [0]
-        for first, last in _runs(text, ends):
+        for first, last in _runs(text, ends) if len(text) > MOST_LETTERS else ():
             words = PreTokenizedString(text[first:last])
             if normalizer is not None:
                 words.normalize(normalizer.normalize)
@@ -512,7 +479,9 @@ def _cut(
                 if end - start > MOST_LETTERS:
                     on_long_word(end - start)
                     cuts += range(first + start + MOST_LETTERS, first + end, MOST_LETTERS)
-        yield from (text[start:end] for start, end in itertools.pairwise([*cuts, len(text)]))
+        return (text[start:end] for start, end in itertools.pairwise([*cuts, len(text)]))
+
+    return itertools.chain.from_iterable(map(pieces, texts))
 
 
 def _runs(text: str, ends: Iterable[re.Pattern[str]]) -> list[tuple[int, int]]:

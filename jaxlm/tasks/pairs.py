@@ -23,7 +23,7 @@ class Pairs(Gpt):
     settings = ("data.prompt_column", "data.answer_column")
 
     def embedded(self) -> Source:
-        return embedded.pairs()
+        return embedded.sentences("pairs")
 
     def predict(self, model: "LanguageModel", batch: dict[str, "Array"]) -> "Array":
         """Return an answer to each prompt; the true one behind it is what a causal model does not see."""
