@@ -11,7 +11,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -24,12 +24,13 @@ from tokenizers import __version__ as library_version
 
 from jaxlm.data import tokenization
 from jaxlm.data.sources import SPLITS, Article, Source
-from jaxlm.errors import UserError, note, slow, warn
+from jaxlm.errors import UserError, note, os_errors, slow, warn
 from jaxlm.io import checksums, storage, temporary
 
 FORMAT = 1  # raised when the files below change, so that older caches are not read
 FILES: dict[str, Any] = {"offsets": np.int64, "labels": np.int32, "n_bytes": np.int64}
 META, CHECKED = "meta.json", "checked.json"
+OTHER_FOLDER = "choose another folder with --data.cache-dir"
 BLOCK = 2**24  # bytes that have one checksum
 CHECKED_BYTES = 2**30  # of a file that has not changed since it was checked in full: so much of it at each start
 
@@ -58,9 +59,9 @@ class Split:
 
 def user_cache_dir(configured: str) -> Path:
     """Return the folder for caches: `configured`, or jaxlm in the user's cache folder."""
-    return (
-        Path(configured) if configured else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxlm"
-    )
+    if configured:
+        return Path(configured)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxlm"
 
 
 def open_cache(
@@ -85,10 +86,8 @@ def open_cache(
     try:
         return _opened(folder, n_ids)
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{folder}: the token cache is not as it was just written ({_reason(error)}); "
-            "check the disk, or choose another folder with --data.cache-dir"
-        ) from error
+        rule = f"the token cache is not as it was just written ({_reason(error)})"
+        raise UserError(f"{folder}: {rule}; check the disk, or {OTHER_FOLDER}") from error
 
 
 def _reason(error: Exception) -> str:
@@ -103,32 +102,30 @@ def _reason(error: Exception) -> str:
 
 def _opened(folder: Path, n_ids: int) -> dict[str, Split]:
     """Return the splits in a folder. Raises OSError or ValueError if they are not as they were written."""
-    meta = _read_meta(folder, n_ids)
     dtypes = _dtypes(n_ids)
-    with contextlib.ExitStack() as stack:
+    meta = _read_meta(folder, dtypes)
+    with contextlib.ExitStack() as stack, slow("checking the token cache"):
         # Opened once: another process may replace the folder between the check and the use.
         files = {name: stack.enter_context(open(folder / name, "rb")) for name in dtypes}
-        with slow("checking the token cache"):
-            if "files" in meta:
-                _check_sums(folder, files, meta["files"])
+        if "files" in meta:
+            _check_sums(folder, files, meta["files"])
         arrays = {name: _mapped(file, dtypes[name]) for name, file in files.items()}
-    splits = {
-        split: Split(arrays[f"{split}.tokens"], **{name: arrays[f"{split}.{name}"] for name in FILES})
-        for split in SPLITS
-    }
-    if "files" not in meta:
-        with slow("checking the token cache"):
-            for name, split in splits.items():
-                _check_structure(name, split, n_ids)
-            try:
-                _write_meta(folder, meta, n_ids)
-                action = "they are added"
-            except OSError as error:  # it can still be read
-                action = f"they cannot be added ({error.strerror})"
-            note(
-                f"{folder}: this token cache of an older version has no checksums; its structure is right, and {action}"
-            )
+        splits = {split: Split(*(arrays[f"{split}.{name}"] for name in ("tokens", *FILES))) for split in SPLITS}
+        if "files" not in meta:
+            _add_sums(folder, meta, splits, n_ids)
     return splits
+
+
+def _add_sums(folder: Path, meta: dict[str, Any], splits: Mapping[str, Split], n_ids: int) -> None:
+    """Add checksums to a cache of an older version, which has none. Raises ValueError if its structure is wrong."""
+    for name, split in splits.items():
+        _check_structure(name, split, n_ids)
+    try:
+        _write_meta(folder, meta, _dtypes(n_ids))
+        action = "they are added"
+    except OSError as error:  # it can still be read
+        action = f"they cannot be added ({error.strerror})"
+    note(f"{folder}: this token cache of an older version has no checksums; its structure is right, and {action}")
 
 
 def _dtypes(n_ids: int) -> dict[str, np.dtype]:
@@ -144,15 +141,12 @@ def _mapped(file: BinaryIO, dtype: np.dtype) -> np.ndarray:
     return np.memmap(file, dtype, "r") if size else np.zeros(0, dtype)
 
 
-def _read_meta(folder: Path, n_ids: int) -> dict[str, Any]:
+def _read_meta(folder: Path, dtypes: Mapping[str, np.dtype]) -> dict[str, Any]:
     """Return meta.json. Raises OSError or ValueError if it is not as it was written."""
-    try:
-        meta = checksums.read_json(folder / META)
-    except ValueError as error:
-        raise ValueError(f"{META} is not JSON") from error
+    meta = checksums.read_json(folder / META)
     if meta.keys() & {"files", "sum"} and meta.pop("sum", None) != _sum_of(meta):
         raise ValueError(f"{META} is not as it was written")
-    if meta.get("dtype") != _dtypes(n_ids)["train.tokens"].name:
+    if meta.get("dtype") != dtypes["train.tokens"].name:
         raise ValueError(f"{META} has the dtype {meta.get('dtype')!r}")
     return meta
 
@@ -214,33 +208,30 @@ def _check_structure(name: str, split: Split, n_ids: int) -> None:
 def _build(source: Source, tokenizer: Tokenizer, folder: Path, on_progress: Callable[[int], None]) -> None:
     unfinished = temporary.name_for(folder)
     n_ids = tokenization.n_ids(tokenizer)
+    dtypes = _dtypes(n_ids)
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed and had the same number
     try:
-        shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed and had the same number
-        unfinished.mkdir(parents=True)
-        with temporary.claimed(unfinished):
-            with contextlib.ExitStack() as stack:
-                # Plain writes: a full disk under a memory map would kill the process instead of raising.
-                files = {name: stack.enter_context(open(unfinished / name, "wb")) for name in _dtypes(n_ids)}
-                _write(source.articles(), tokenizer, files, _dtypes(n_ids), on_progress)
-            for name in files:
-                temporary.fsync(unfinished / name)
-            token = _dtypes(n_ids)["train.tokens"].name
-            _write_meta(unfinished, {"dtype": token, "source": source.description}, n_ids)
-        _move(unfinished, folder, n_ids)
-    except OSError as error:
-        raise UserError(
-            f"{unfinished}: the token cache cannot be written ({error.strerror}); "
-            "free some space, or choose another folder with --data.cache-dir"
-        ) from error
+        with os_errors(f"{unfinished}: the token cache cannot be written", f"free some space, or {OTHER_FOLDER}"):
+            unfinished.mkdir(parents=True)
+            with temporary.claimed(unfinished):
+                with contextlib.ExitStack() as stack:
+                    # Plain writes: a full disk under a memory map would kill the process instead of raising.
+                    files = {name: stack.enter_context(open(unfinished / name, "wb")) for name in dtypes}
+                    _write(source.articles(), tokenizer, files, dtypes, on_progress)
+                for name in dtypes:
+                    temporary.fsync(unfinished / name)
+                meta = {"dtype": dtypes["train.tokens"].name, "source": source.description}
+                _write_meta(unfinished, meta, dtypes)
+            _move(unfinished, folder, n_ids)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _write_meta(folder: Path, meta: dict[str, Any], n_ids: int) -> None:
+def _write_meta(folder: Path, meta: dict[str, Any], names: Iterable[str]) -> None:
     """Write meta.json with the sizes and checksums of the files beside it."""
     sums: dict[str, tuple[int, list[str]]] = {}
     states = {}
-    for name in _dtypes(n_ids):
+    for name in names:
         with open(folder / name, "rb") as file:
             blocks = [xxhash.xxh3_64_hexdigest(block) for block in iter(functools.partial(file.read, BLOCK), b"")]
             sums[name], states[name] = (file.tell(), blocks), _state(file)

@@ -2,9 +2,8 @@
 
 import contextlib
 import threading
-import time
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,10 +48,9 @@ def _rows(rows: Any, text: str, label: str | None, is_wikitext: bool) -> Iterato
 
 def _load(config: DataConfig) -> Any:
     """Return a data set, from the cache where the hub cannot be reached. Raises UserError."""
-    name, is_local = name_of(config), Path(config.hub).is_dir()
-    why_not = probe(name) if not is_local else str  # under way while `datasets` is loaded
-    datasets = library()
-    failure = "HF_HUB_OFFLINE is set" if not is_local and datasets.config.HF_HUB_OFFLINE else why_not()
+    name, datasets, failure = name_of(config), library(), ""
+    if not Path(config.hub).is_dir():
+        failure = "HF_HUB_OFFLINE is set" if datasets.config.HF_HUB_OFFLINE else unreachable(name)
     try:
         with warnings.catch_warnings(action="ignore"), _offline() if failure else contextlib.nullcontext():
             return datasets.load_dataset(config.hub, config.hub_config or None)
@@ -82,18 +80,14 @@ def library() -> Any:
     return datasets
 
 
-def probe(name: str) -> Callable[[], str]:
-    """Ask whether the hub is there; the returned function waits for the answer and tells why not, "" if it is.
-
-    It is "" as well where the hub is not to be asked.
-    """
+def unreachable(name: str) -> str:
+    """Return why the hub does not answer, within PROBE_S; "" if it does, and where it is not to be asked."""
     import huggingface_hub
     from huggingface_hub import constants
 
     if huggingface_hub.is_offline_mode():
-        return str
+        return ""
     failure = f"no answer for {name} in {PROBE_S} seconds"
-    until_s = time.monotonic() + PROBE_S
 
     def ask() -> None:
         nonlocal failure
@@ -107,12 +101,8 @@ def probe(name: str) -> Callable[[], str]:
     # A thread, because the look-up of a name heeds no timeout.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
-
-    def answer() -> str:
-        thread.join(max(until_s - time.monotonic(), 0))
-        return failure
-
-    return answer
+    thread.join(PROBE_S)
+    return failure
 
 
 @contextlib.contextmanager

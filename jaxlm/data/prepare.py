@@ -119,16 +119,13 @@ def _with_vocab_size(config: Config, tokenizer: Tokenizer) -> Config:
     """Return the settings with the rows of the token table: those of the tokenizer, unless there are to be more."""
     n_tokens, asked = tokenization.n_ids(tokenizer), config.model.vocab_size
     if asked and asked < n_tokens:
-        raise UserError(
-            f"model.vocab_size={asked} is smaller than the vocabulary of the tokenizer, {n_tokens}; "
-            "raise it, or set it to 0 to take the tokenizer's"
-        )
-    if config.model.pad_id >= (asked or n_tokens):
-        raise UserError(
-            f"model.pad_id={config.model.pad_id} is not below the size of the vocabulary, {asked or n_tokens}; "
-            "use the id of the tokenizer's pad, or -1 for none"
-        )
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=asked or n_tokens))
+        rule = f"model.vocab_size={asked} is smaller than the vocabulary of the tokenizer, {n_tokens}"
+        raise UserError(f"{rule}; raise it, or set it to 0 to take the tokenizer's")
+    n = asked or n_tokens
+    if config.model.pad_id >= n:
+        rule = f"model.pad_id={config.model.pad_id} is not below the size of the vocabulary, {n}"
+        raise UserError(f"{rule}; use the id of the tokenizer's pad, or -1 for none")
+    return configs.replace(config, "model.vocab_size", n)
 
 
 def _specials(config: Config, tokenizer: Tokenizer, samples_class: type[Any]) -> dict[str, int]:
@@ -137,23 +134,18 @@ def _specials(config: Config, tokenizer: Tokenizer, samples_class: type[Any]) ->
     roles = samples_class.roles(config.model)
     for role in roles:
         if role not in specials:
-            names = " or ".join(tokenization.NAMES[role])
-            setting = (
-                f"tokenizer.path={config.tokenizer.path}"
-                if config.tokenizer.path
-                else f"tokenizer.kind={config.tokenizer.kind}"
-            )
-            needs, mend = f"task={config.task}", "choose another tokenizer"
+            names, needs = " or ".join(tokenization.NAMES[role]), f"task={config.task}"
+            setting, mend = f"tokenizer.path={config.tokenizer.path}", "choose another tokenizer"
             if not config.tokenizer.path:
+                setting = f"tokenizer.kind={config.tokenizer.kind}"
                 mend = f"set tokenizer.kind={'bpe' if config.tokenizer.kind == 'wordpiece' else 'wordpiece'}"
             if samples_class.reads == "labels" and config.model.pooling == "last":
                 needs, mend = f"{needs} with model.pooling=last", f"start from a GPT with --init-from, or {mend}"
             raise UserError(f"{setting}: the tokenizer has no {names}, which {needs} needs; {mend}")
     if "pad" in roles and specials["pad"] != config.model.pad_id:
-        raise UserError(
-            f"model.pad_id={config.model.pad_id}, but the tokenizer's pad has the id {specials['pad']}; "
-            f"use --model.pad-id {specials['pad']}"
-        )
+        pad = specials["pad"]
+        rule = f"model.pad_id={config.model.pad_id}, but the tokenizer's pad has the id {pad}"
+        raise UserError(f"{rule}; use --model.pad-id {pad}")
     return specials
 
 
@@ -162,12 +154,10 @@ def _check_sizes(config: Config, splits: dict[str, Split], samples: dict[str, Sa
     name = config.data.path or config.data.hub or "the embedded text"
     for split, needed in (("train", config.train.batch_size * config.train.accumulate), ("validation", 1)):
         if (n := len(samples[split])) < needed:
-            for_what = " for one update" if split == "train" else ""
-            raise UserError(
-                f"{name}: the {split} part is too small: {len(splits[split])} articles with "
-                f"{len(splits[split].tokens)} tokens make {n} samples of model.seq_len={config.model.seq_len}, but "
-                f"{needed} are needed{for_what}; {_mend(config, split, splits, samples)}"
-            )
+            there = f"{len(splits[split])} articles with {len(splits[split].tokens)} tokens make {n} samples"
+            needs = f"but {needed} are needed" + (" for one update" if split == "train" else "")
+            rule = f"{name}: the {split} part is too small: {there} of model.seq_len={config.model.seq_len}, {needs}"
+            raise UserError(f"{rule}; {_mend(config, split, splits, samples)}")
 
 
 def _mend(config: Config, split: str, splits: dict[str, Split], samples: dict[str, Samples]) -> str:

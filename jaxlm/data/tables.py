@@ -34,7 +34,7 @@ BATCH_BYTES = 1 << 30  # of a column in one batch, at most, if a row is no large
 def open_table(path: Path, kind: str, head: str, wanted: Wanted) -> Table:
     """Return the table that a file of a format is; `head` is its start, as text. Raises UserError for a bad one."""
     if kind in ("text", "wikitext"):
-        return Table(partial(_text_rows if kind == "text" else _wikitext_rows, path))
+        return Table(partial(_line_rows, path, kind))
     if kind in ("csv", "tsv"):
         return _csv_table(path, kind, head, wanted)
     first = partial(_json_columns if kind == "jsonl" else _parquet_columns, path)
@@ -75,12 +75,9 @@ def _lines(path: Path, keep_ends: bool = False) -> Iterator[tuple[int, str]]:
         yield number, line
 
 
-def _text_rows(path: Path) -> Iterator[Row]:
-    return ((number, line, None) for number, line in _lines(path))
-
-
-def _wikitext_rows(path: Path) -> Iterator[Row]:
-    return grouped(_text_rows(path))
+def _line_rows(path: Path, kind: str) -> Iterator[Row]:
+    rows = ((number, line, None) for number, line in _lines(path))
+    return grouped(rows) if kind == "wikitext" else rows
 
 
 def grouped(lines: Iterable[Row]) -> Iterator[Row]:

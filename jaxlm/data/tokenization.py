@@ -417,7 +417,7 @@ def _from_hub(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        if failure := hub.probe(name)():
+        if failure := hub.unreachable(name):
             raise ConnectionError(failure)
         return Path(huggingface_hub.hf_hub_download(name, "tokenizer.json", etag_timeout=3))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:

@@ -276,7 +276,7 @@ def find(source: str | Path) -> Path:
 
     from jaxlm.data import hub
 
-    failure = hub.probe(str(source))()
+    failure = hub.unreachable(str(source))
     wanted = [CONFIG, WEIGHTS, *tokenization.BESIDE, *TOKENIZER]
     try:
         # What has been downloaded before needs no hub.
