@@ -110,18 +110,15 @@ class Wanted:
         keys = [key.strip() for key in names]
 
         def choose(setting: str, value: str, usual: Iterable[str]) -> int:
-            if value:
-                numbers = [i for i, key in enumerate(keys) if key == value.strip()]
-                if not numbers and value.isdecimal() and int(value) < len(names):
-                    return int(value)
-                if not numbers:
-                    mend = nearest(value, names) or f"; set data.{setting} to one of them"
-                    raise UserError(f"data.{setting}={value}: no such column in {name}{mend}; {there}")
-            else:
-                lower = [key.lower() for key in keys]
-                numbers = next(([i for i, key in enumerate(lower) if key == one] for one in usual if one in lower), [])
-                if not numbers:
-                    raise UserError(f"{name}: no column has a usual name; set data.{setting}; {there}")
+            known, choices = (keys, [value.strip()]) if value else ([key.lower() for key in keys], usual)
+            numbers = next(([i for i, key in enumerate(known) if key == one] for one in choices if one in known), [])
+            if not numbers and value.isdecimal() and int(value) < len(names):
+                return int(value)
+            if not numbers and value:
+                mend = nearest(value, names) or f"; set data.{setting} to one of them"
+                raise UserError(f"data.{setting}={value}: no such column in {name}{mend}; {there}")
+            if not numbers:
+                raise UserError(f"{name}: no column has a usual name; set data.{setting}; {there}")
             if len(numbers) > 1:
                 both = " and ".join(f"{i} ({names[i]})" for i in numbers[:5])
                 raise UserError(f"{name}: columns {both} have the same name; set data.{setting} to the number of one")
