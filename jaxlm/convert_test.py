@@ -495,21 +495,19 @@ def python(code: str, *args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, timeout=300)
 
 
-def test_help_imports_neither_framework_and_takes_less_than_a_second() -> None:
+def test_help_imports_no_framework() -> None:
     code = """
-import atexit, sys, time
+import atexit, sys
 from jaxlm import convert
 @atexit.register
 def _():
-    print({"jax", "torch", "orbax"} & sys.modules.keys(), time.process_time())
+    print({"jax", "torch", "orbax"} & sys.modules.keys())
 convert.main(["--help"])
 """
     result = python(code)
     assert (result.returncode, result.stderr) == (0, "")
     assert "SOURCE TARGET" in result.stdout and "--inspect FILE" in result.stdout
-    imported, _, seconds = result.stdout.splitlines()[-1].rpartition(" ")
-    assert imported == "set()"
-    assert float(seconds) < 1
+    assert result.stdout.splitlines()[-1] == "set()"
 
 
 def test_without_pytorch_all_but_its_files_convert(folder: Path, tmp_path: Path) -> None:

@@ -174,16 +174,10 @@ def test_summary_shows_scores_beside_the_baseline(task: str, runs: Any) -> None:
     assert "6 of 6 updates" in summary and "parameters, on " in summary
 
 
-def test_first_line_comes_within_2_seconds(launch: Any, tmp_path: Path) -> None:
-    seconds = []
-    for _ in range(3):  # the machine may have other work
-        started_s = time.monotonic()
-        process = launch("--task mlm", tmp_path, stdout=subprocess.PIPE)
-        assert process.stdout.readline() == "jaxlm: task mlm; loading JAX\n"
-        seconds.append(time.monotonic() - started_s)
-        process.kill()
-        process.communicate()
-    assert min(seconds) < 2
+def test_the_first_line_comes_before_anything_that_takes_long_to_load(tmp_path: Path) -> None:
+    program = "import sys; sys.modules['jax'] = None; from jaxlm import train; train.main(['--task', 'mlm'])"
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "jaxlm: task mlm; loading JAX\n" and "import of jax halted" in done.stderr
 
 
 def test_config_of_a_run_repeats_it_and_another_seed_does_not(runs: Any, launch: Any) -> None:
@@ -297,9 +291,7 @@ def test_a_second_ctrl_c_ends_at_once(launch: Any, tmp_path: Path) -> None:
     time.sleep(1)
     process.send_signal(signal.SIGINT)
     wait_for_line(process, "once more ends at once")
-    started_s = time.monotonic()
-    stdout, stderr = interrupt(process)
-    assert time.monotonic() - started_s < 2
+    stdout, stderr = interrupt(process)  # the update itself takes longer than this waits
     assert process.returncode == 130
     assert stderr.endswith("interrupted again: ended at once\n")
 
