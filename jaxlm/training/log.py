@@ -1,6 +1,7 @@
 """Console output, log files and progress bars of a run, and the loggers TensorBoard and Weights & Biases."""
 
 import contextlib
+import functools
 import importlib.util
 import io
 import json
@@ -12,11 +13,11 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from jaxlm import config as configs
 from jaxlm.config import Config
@@ -27,14 +28,6 @@ from jaxlm.terminal import shown
 LEAST_BAR = 8  # columns of a progress bar in a narrow terminal, before the text beside it is cut
 PLAIN_INTERVAL_S = 5  # between lines that stand in for the progress bar where there is no terminal
 MOST_WAITING = 32 << 20  # bytes for one file that cannot be written
-
-
-class Logger(Protocol):
-    """Where else scores go."""
-
-    def log(self, step: int, split: str, scores: dict[str, float]) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class TensorBoard:
@@ -92,6 +85,9 @@ class WeightsAndBiases:
         self.run.finish()
 
 
+Logger = TensorBoard | WeightsAndBiases
+
+
 class GrowingFile:
     """A file to append to. Pieces that cannot be written wait in memory, in order, for the next try.
 
@@ -103,8 +99,9 @@ class GrowingFile:
         self.waiting: deque[tuple[int, bytes]] = deque()  # (update, piece)
         self.n_bytes = self.n_dropped = 0
         self.reason = "too many"  # why a piece could not be written the last time
-        if _is_cut_short(path):
-            self.add(0, b"\n")
+        with contextlib.suppress(OSError):  # what cannot be read may be written all the same
+            if path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n"):  # a killed process left half a line
+                self.add(0, b"\n")
 
     def add(self, step: int, piece: bytes) -> None:
         """Add a piece about update `step` to those that wait."""
@@ -144,16 +141,6 @@ class GrowingFile:
         """Return how many pieces could not be written, and why; "" if all were."""
         n = len(self.waiting) + self.n_dropped
         return f"{n:,} {'entry' if n == 1 else 'entries'} not written ({self.reason})" if n else ""
-
-
-def _is_cut_short(path: Path) -> bool:
-    """Return whether a file ends within a line, as a killed process leaves it."""
-    with contextlib.suppress(OSError):  # no such file, or an empty one
-        if path.is_file():
-            with open(path, "rb") as file:
-                file.seek(-1, os.SEEK_END)
-                return file.read() != b"\n"
-    return False
 
 
 def _write_whole(file: int, piece: bytes) -> None:
@@ -282,25 +269,14 @@ class RunLog:
             yield lambda step, text: self._plain_line(f"step {step}  {text}" if text else "", is_due=step == 1)
             return
         columns = (
-            TextColumn("step {task.completed}/{task.total}"),
-            BarColumn(bar_width=None),
-            TextColumn("{task.description}"),
-            TimeRemainingColumn(),
-            TextColumn("left"),
+            *(TextColumn("step {task.completed}/{task.total}"), BarColumn(bar_width=None)),
+            *(TextColumn("{task.description}"), TimeRemainingColumn(), TextColumn("left")),
         )
         others = len(f"step {n_steps}/{n_steps}  0:00:00 left ") + LEAST_BAR
-
-        def show(step: int, text: str) -> None:
-            description = _fitting(text, self.console.width - others) if text else None
-            bar.update(task, completed=step, description=description)
-
-        with Progress(*columns, console=self.console, expand=True) as bar:
-            task = bar.add_task("", total=n_steps)
-            self.has_bar = True
-            try:
-                yield show
-            finally:
-                self.has_bar = False
+        with self._bar("", n_steps, columns) as update:
+            yield lambda step, text: update(
+                completed=step, description=_fitting(text, self.console.width - others) if text else None
+            )
 
     @contextlib.contextmanager
     def bytes_bar(self, title: str, n_bytes: int) -> Iterator[Callable[[int], None]]:
@@ -309,12 +285,23 @@ class RunLog:
             self.last_plain_s = time.monotonic()  # what is done sooner needs no line
             yield lambda done: self._plain_line(f"{title}: {done / max(n_bytes, 1):.0%}")
             return
+        fitting = _fitting(title, self.console.width - len(" 100% 0:00:00 ") - LEAST_BAR, between=" ")
         text = TextColumn("{task.percentage:.0f}%")
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), text, TimeElapsedColumn())
-        with Progress(*columns, console=self.console, transient=True, expand=True) as bar:
-            fitting = _fitting(title, self.console.width - len(" 100% 0:00:00 ") - LEAST_BAR, between=" ")
-            task = bar.add_task(fitting, total=n_bytes)
-            yield lambda done: bar.update(task, completed=done)
+        with self._bar(fitting, n_bytes, columns, transient=True) as update:
+            yield lambda done: update(completed=done)
+
+    @contextlib.contextmanager
+    def _bar(
+        self, description: str, total: int, columns: Iterable[ProgressColumn], transient: bool = False
+    ) -> Iterator[Callable[..., None]]:
+        """Show a progress bar; yield what updates it."""
+        with Progress(*columns, console=self.console, transient=transient, expand=True) as bar:
+            self.has_bar = True
+            try:
+                yield functools.partial(bar.update, bar.add_task(description, total=total))
+            finally:
+                self.has_bar = False
 
     def _plain_line(self, text: str, is_due: bool = False) -> None:
         now = time.monotonic()
