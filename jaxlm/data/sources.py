@@ -59,13 +59,6 @@ def open_source(config: DataConfig, reads: Reads, classes: Sequence[str] = ()) -
     if reads == "labels":
         classes, reading.ids = _classes(reading, parts, config, classes, counts, notes)
     refusal = _check(reading, parts, counts, notes)
-    contents = [(part.split, part.format, part.table.columns, part.content) for part in parts]
-    settings: list[Any] = [config.hub, config.hub_config, reads == "labels", config.split_seed if shares else 0]
-    settings += [shares, contents]
-    # Labels that are such numbers already were all that could be read once, and token caches of them are kept.
-    numbers = {name: i for part in parts for i, name in enumerate(part.table.names)}
-    if other := {name: i for name, i in reading.ids.items() if str(numbers.get(name, name)) != str(i)}:
-        settings.append(other)
     n_bytes = sum(part.size for part in parts)
     kinds = {part.format for part in parts}
     kind = f"{kinds.pop()} " if len(kinds) == 1 else ""
@@ -74,7 +67,7 @@ def open_source(config: DataConfig, reads: Reads, classes: Sequence[str] = ()) -
         size = ", ".join(dict.fromkeys(part.split for part in parts))
     return Source(
         description=f"{root} ({size})",
-        fingerprint=hashlib.sha256(json.dumps(settings).encode()).hexdigest(),
+        fingerprint=_fingerprint(config, parts, reading),
         articles=lambda: (article for part in parts for article in reading.articles(part)),
         n_bytes=n_bytes,
         notes=tuple(notes),
@@ -82,6 +75,18 @@ def open_source(config: DataConfig, reads: Reads, classes: Sequence[str] = ()) -
         place=partial(_place, parts),
         classes=tuple(classes),
     )
+
+
+def _fingerprint(config: DataConfig, parts: list[Part], reading: "_Reading") -> str:
+    """Return a hash by which token caches are found: what it is of must not change."""
+    seed = config.split_seed if reading.shares else 0
+    contents = [(part.split, part.format, part.table.columns, part.content) for part in parts]
+    settings: list[Any] = [config.hub, config.hub_config, reading.reads == "labels", seed, reading.shares, contents]
+    # Labels that are such numbers already were all that could be read once, and token caches of them are kept.
+    numbers = {name: i for part in parts for i, name in enumerate(part.table.names)}
+    if other := {name: i for name, i in reading.ids.items() if str(numbers.get(name, name)) != str(i)}:
+        settings.append(other)
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
 
 def _notes(config: DataConfig, parts: list[Part], shares: dict[str, float]) -> Iterator[str]:
