@@ -56,7 +56,7 @@ def list_all(paths: Sequence[Path]) -> int:
 
 
 def show(paths: Sequence[Path]) -> int:
-    """Print all that runs tell."""
+    """Print state, settings, scores and checkpoints of runs."""
     for i, run in enumerate([run_reader.read(path) for path in paths]):
         state = run.state + (f", by {run.owner}" if run.owner else "")
         lines = [""] if i else []
@@ -83,7 +83,7 @@ def show(paths: Sequence[Path]) -> int:
 
 
 def compare(paths: Sequence[Path]) -> int:
-    """Print where settings and scores of runs differ."""
+    """Print the settings in which runs differ, and their scores."""
     runs = [run_reader.read(path) for path in paths]
     if len(runs) < 2:
         raise UserError(f"{paths[0]}: there is nothing to compare it with; name another run")
@@ -128,7 +128,7 @@ def clean(paths: Sequence[Path], yes: bool) -> int:
             if run.state == run_reader.RUNNING:
                 print(f"{run.path}: {run.owner} works in it; left alone")
                 continue
-            locks.enter_context(run_dir.lock(run.path))  # against a process that starts meanwhile
+            locks.enter_context(run_dir.lock(run.path))  # so that no process starts to train in it meanwhile
             of_run, why = verify.spare(run_reader.read(run.path))
             if why:
                 print(f"{run.path}: {why}; left alone")
@@ -181,7 +181,7 @@ def _parser() -> Parser:
     """Return the parser of the command line, whose help are the docstrings of the commands."""
     parser = Parser(
         prog="python -m jaxlm.runs",
-        description="Says what is known of runs that are there, and cleans up. Without a command, it is `list`.",
+        description="Lists, shows, compares, verifies and cleans up runs. The default command is `list`.",
     )
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     for name, (command, paths) in COMMANDS.items():

@@ -36,7 +36,9 @@ def test_the_wheel_works_outside_of_the_checkout(tmp_path: Path) -> None:
     assert {name for name in names if not name.endswith((".md", ".png"))} == {
         *modules,
         *presets,
+        "jaxlm/data/grammar.toml",
         "jaxlm/inference/page.html",
+        "jaxlm/reporting/page.css",
     }
     imported = run("-c", IMPORT_ALL).splitlines()
     assert {Path(name) for name in imported} <= {tmp_path / "installed" / name for name in modules}

@@ -1,4 +1,4 @@
-"""Pages that are one file, light or dark as the reader has it: text, tables, and the whole page as a picture.
+"""Pages that are one file, light or dark as the browser is: text, tables, and the whole page as a picture.
 
 Nothing is loaded from elsewhere, and there are no scripts. page.css is the style, line_chart.py has the charts.
 """
@@ -40,7 +40,7 @@ def note(plain: str) -> str:
 
 
 def totals(figures: Iterable[tuple[str, str]]) -> str:
-    """Return figures, each with what it is, large."""
+    """Return figures in large type, each above its name."""
     shown = "".join(f"<div><b>{text(x)}</b>{text(name)}</div>" for name, x in figures)
     return f'<div class="totals">{shown}</div>'
 
@@ -63,7 +63,7 @@ def table(head: Sequence[str], lines: Iterable[Sequence[str]], label: str) -> st
 
 
 def folded(summary: str, content: str, is_open: bool = False) -> str:
-    """Return content that is shown when its summary is asked to."""
+    """Return content that opens with a click on its summary."""
     return f"<details{' open' if is_open else ''}><summary>{text(summary)}</summary>{content}</details>"
 
 

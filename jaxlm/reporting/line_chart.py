@@ -1,6 +1,6 @@
 """Line charts as SVG, in the colours of page.css.
 
-Curves differ in their dashes, too, so that nobody has to tell them by colour.
+Curves differ in their dashes, too, for readers who cannot tell the colours apart.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ DASHES = ("", "7 3", "2 2.5", "9 3 2 3", "4 2", "1 3.5")
 BOUND = "var(--bound)"
 WIDTH, HEIGHT = 440, 260
 LEFT, RIGHT, TOP, BOTTOM = 54, 20, 10, 38  # margins of the plot
-MOST_POINTS = 400  # of a curve; of more, the least and the largest of each stretch are drawn
+MOST_POINTS = 400  # of a curve; of a longer one, the minimum and maximum of each stretch are drawn
 MOST_HOVERS = 120  # areas of a chart that show their values where the pointer is
 KEY = '<svg viewBox="0 0 40 12" aria-hidden="true">'  # of an entry of the legend
 
@@ -134,7 +134,7 @@ def _line(curve: Curve, plane: _Plane) -> str:
 
 
 def _thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the points that are worth drawing."""
+    """Return at most about MOST_POINTS points, peaks among them."""
     if len(x) <= MOST_POINTS:
         return x, y
     stretches = np.array_split(np.arange(len(x)), MOST_POINTS // 2)
@@ -210,7 +210,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 
 def _short(x: float) -> str:
-    """Return a number of few letters."""
+    """Return a number as short text."""
     x = float(x) + 0.0  # no minus before zero
     if abs(x) >= 1e6:
         return f"{x / 1e6:.4g}M"

@@ -31,47 +31,47 @@ Row = dict[str, Any]  # of metrics.jsonl
 class CheckpointRecord(NamedTuple):
     step: int
     path: Path
-    loss: float | None  # of the validation
+    loss: float | None  # on the validation split
     is_whole: bool  # written to its end, and not found damaged so far
     n_bytes: int
 
 
 @dataclasses.dataclass(frozen=True)
 class RunRecord:
-    """A run, as it was when it was looked at."""
+    """A run, as it was when it was read."""
 
     path: Path
-    settings: dict[str, Any]  # by dotted name; those that it does not tell are the defaults
+    settings: dict[str, Any]  # by dotted name; defaults where config.toml has none
     rows: list[Row]
 
     @functools.cached_property
     def checkpoints(self) -> list[CheckpointRecord]:
-        """Its checkpoints by step, also those that were set aside or never finished."""
+        """Its checkpoints by step, also damaged ones that were set aside and unfinished ones."""
         losses = {row["step"]: row["loss"] for row in self.rows if row["split"] == "validation"}
         try:
             paths = storage.children(storage.checkpoints(self.path))
-        except UserError:  # elsewhere, where they cannot be reached from here
+        except UserError:  # in a place that cannot be reached from here
             paths = []
         found = [x for path in paths if (x := _checkpoint(path, losses))]
         return sorted(found, key=lambda checkpoint: (checkpoint.step, checkpoint.path.name))
 
     @functools.cached_property
     def best(self) -> CheckpointRecord | None:
-        """The checkpoint with the lowest validation loss; its last, if none was scored."""
+        """The checkpoint with the lowest validation loss; the last one, if none was scored."""
         whole = {checkpoint.step: checkpoint for checkpoint in self.checkpoints if checkpoint.is_whole}
         losses = {step: math.nan if found.loss is None else found.loss for step, found in whole.items()}
         return whole[metrics.best(whole, losses) or max(whole)] if whole else None
 
     @functools.cached_property
     def baseline(self) -> dict[str, Any]:
-        """What its baseline.json records; {} for a run made before there was one, and for one that cannot be read."""
+        """What its baseline.json records; {} if it is missing or cannot be read."""
         try:
             return checksums.read_json(self.path / history.BASELINE)
         except (OSError, ValueError):
             return {}
 
     def baselines(self, split: str) -> Row:
-        """Return the scores of the best guess that looks at no input, {} if they are not recorded."""
+        """Return the scores of the best guess without input, {} if they are not recorded."""
         found = self.baseline.get(split)
         found = found if isinstance(found, dict) else {}
         return {k: x for k, x in found.items() if isinstance(x, int | float) and abs(x) < 1e300}  # finite, as a float
@@ -81,7 +81,7 @@ class RunRecord:
         """The process that works in it, "" if there is none."""
         with contextlib.suppress(OSError), open(self.path / resume.LOCK, encoding="utf-8") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # let go of as the file is closed
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # released when the file is closed
             except BlockingIOError:
                 return file.read().strip() or "another process"
         return ""
@@ -106,7 +106,7 @@ class RunRecord:
         has_all = self.last_step >= self.settings["train.max_steps"]
         if not has_all and not self.scores("test"):
             return INTERRUPTED
-        # The best alone is left of a run that was cleaned; a run whose last save failed has an older one.
+        # `clean` leaves only the best checkpoint; a run whose last save failed has an older one.
         kept = {checkpoint.step for checkpoint in self.checkpoints if checkpoint.is_whole}
         if not kept & {self.last_step, self.best_score_step()}:
             return INTERRUPTED if kept else LOST
@@ -132,7 +132,7 @@ class RunRecord:
         return {name: x for name, x in self.settings.items() if x != defaults.get(name)}
 
     def tested_step(self) -> int | None:
-        """Return the update whose checkpoint the test part was scored with."""
+        """Return the step of the checkpoint that was scored on the test split."""
         return next((row["step"] for row in reversed(self.rows) if row["split"] == "test"), None)
 
     def best_score_step(self, split: str = "validation") -> int | None:
@@ -202,7 +202,7 @@ def read(path: Path) -> RunRecord:
 
 
 def _checkpoint(path: Path, losses: dict[int, float]) -> CheckpointRecord | None:
-    """Return a file or folder as a checkpoint, None if it is none; `losses` are those of the log, by step."""
+    """Return the record of a checkpoint, None if the path is none; `losses` are those of the log, by step."""
     stem, _, ending = path.name.partition(".")
     is_file = path.is_file()
     is_finished = is_file or checksums.is_finished(path)
@@ -212,14 +212,14 @@ def _checkpoint(path: Path, losses: dict[int, float]) -> CheckpointRecord | None
         return None
     is_whole = is_finished and ending == ("pt" if is_file else "")
     loss = losses.get(int(stem))
-    if is_whole and not is_file:  # torchlm's are read by PyTorch alone
+    if is_whole and not is_file:  # only PyTorch reads those of torchlm
         with contextlib.suppress(UserError):
             loss = formats.validation_loss(path)
     return CheckpointRecord(int(stem), path, loss, is_whole, n_bytes(path))
 
 
 def differences(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
-    """Return the settings that are not the same in all runs, with the value in each; "-": it does not have it."""
+    """Return the settings that differ between runs, with the value in each; "-": it has none."""
     names = dict.fromkeys(name for run in runs for name in run.settings)
     values = {name: [run.settings.get(name) for run in runs] for name in names}
     return {
@@ -230,7 +230,7 @@ def differences(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
 
 
 def results(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
-    """Return how far runs have got, by name of a figure, for a person."""
+    """Return state, progress and scores of runs as text, by name of the figure."""
     found = {
         "state": [run.state for run in runs],
         "updates": [run.progress for run in runs],
@@ -278,12 +278,12 @@ def n_bytes(path: Path) -> int:
         if path.is_file():
             return int(path.stat().st_size) if not storage.is_remote(path) else int(path.stat().length)  # type: ignore[attr-defined]
         return sum(n_bytes(child) for child in path.iterdir())
-    except OSError:  # of a run at work, which replaces files
+    except OSError:  # a running run replaces files
         return 0
 
 
 def size(n: float) -> str:
-    """Return a number of bytes for a person."""
+    """Return a number of bytes as text, such as 1.5 MB."""
     for unit in ("B", "kB", "MB", "GB"):
         if n < 1000:
             return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
@@ -292,7 +292,7 @@ def size(n: float) -> str:
 
 
 def ago(then_s: float) -> str:
-    """Return how long ago something was, for a person."""
+    """Return how long ago a time was as text, such as 3 h."""
     seconds = max(time.time() - then_s, 0)
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= length:
