@@ -256,6 +256,15 @@ def by_dotted_name(content: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
+def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings by dotted name in their sections, as a TOML file has them."""
+    content: dict[str, Any] = {}
+    for name, value in settings.items():
+        section, _, key = name.rpartition(".")
+        (content.setdefault(section, {}) if section else content)[key] = value
+    return content
+
+
 def is_unicode(text: str) -> bool:
     """Return whether a text has no bytes of a path that are not UTF-8."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
@@ -381,12 +390,8 @@ def get(config: Config, name: str) -> Any:
 
 def dump(config: Config) -> str:
     """Return the lasting settings as TOML, which `--config` reads back."""
-    nested: dict[str, Any] = {}
     # The folder of the checkpoints, too, so that they are found by the folder of the run.
-    for name, value in (flat(config) | {"run.checkpoint_dir": config.run.checkpoint_dir}).items():
-        section, _, key = name.rpartition(".")
-        (nested.setdefault(section, {}) if section else nested)[key] = value
-    return tomli_w.dumps(nested)
+    return tomli_w.dumps(nested(flat(config) | {"run.checkpoint_dir": config.run.checkpoint_dir}))
 
 
 def flat(config: Config) -> dict[str, Any]:

@@ -11,8 +11,6 @@ from jaxlm.params import layout
 from jaxlm.reporting.run_reader import CheckpointRecord, RunRecord
 from jaxlm.weights import formats, snapshots
 
-NEEDED = ("step", "task", "rate", "config", "tokenizer")  # in the description of a checkpoint
-
 
 def checkpoints(path: Path) -> list[Path]:
     """Return the checkpoints of a run, of a folder of checkpoints, or the one that `path` is. Raises UserError."""
@@ -35,9 +33,7 @@ def check(path: Path) -> dict[str, Any]:
         layout.check_run(path)
         info = layout.info_of_run(path)
     else:
-        info = snapshots.load(path).info
-    if missing := [key for key in NEEDED if key not in info]:
-        raise UserError(f"{path}: it does not tell its {', '.join(missing)}")
+        info = layout.checked_info(snapshots.load(path).info, path)  # bare weights have none
     snapshots.config_of(info["config"], path)
     own = path.parent.parent / "tokenizer.json"  # a run that was converted has none
     if info["tokenizer"] and path.parent.name == "checkpoints" and own.is_file():

@@ -127,17 +127,14 @@ def checked(stored: StoredFile, config: Config | None) -> Snapshot:
 
 def config_of(settings: Mapping[str, Any], path: Path) -> Config:
     """Return stored settings, {dotted name: value}, as Config; those that did not exist then have their defaults."""
-    nested: dict[str, Any] = {}
-    for name, value in settings.items():
+    for name in settings:
         if name not in configs.SETTINGS:
             raise UserError(
                 f"{path}: its setting {name} is unknown here{nearest(name, configs.SETTINGS)}; "
                 "use the jaxlm that wrote it, or a newer one"
             )
-        section, _, key = name.rpartition(".")
-        (nested.setdefault(section, {}) if section else nested)[key] = value
     try:
-        config = msgspec.convert(nested, Config)
+        config = msgspec.convert(configs.nested(settings), Config)
     except msgspec.ValidationError as error:
         raise UserError(f"{path}: in its settings: {error}; convert the run that it is from again") from error
     if not_finite := [name for name, x in settings.items() if isinstance(x, float) and not math.isfinite(x)]:
