@@ -160,12 +160,7 @@ def _agrees(question: str) -> bool:
         return False
 
 
-FOLDERS: dict[str, Any] = {
-    "nargs": "*",
-    "type": Path,
-    "default": [Path("runs")],
-    "help": "run, or folder of runs (runs)",
-}
+FOLDERS: dict[str, Any] = {"nargs": "*", "type": Path, "default": [Path("runs")], "help": "run, or folder (runs)"}
 RUNS: dict[str, Any] = {"nargs": "+", "type": storage.run_path, "help": "run folder, of jaxlm or torchlm"}
 CHECKPOINTS = RUNS | {"help": "run folder, or a checkpoint, of jaxlm or torchlm"}
 COMMANDS: dict[str, tuple[Callable[..., int], dict[str, Any]]] = {
