@@ -22,16 +22,16 @@ from jaxlm.weights import formats, huggingface, snapshots
 from jaxlm.weights.formats import CHECKPOINT_1_2, RUN, SAFETENSORS, STATE_DICT, StoredFile
 
 
+@reported(debug=False)
 def main(argv: list[str] | None = None) -> int:
     """Convert or inspect as the command line says; return the exit status. Bad input exits with 2."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing is computed: leave an accelerator to who trains on it
-    with reported(debug=False):
-        args = _parse(sys.argv[1:] if argv is None else argv)
-        if args.inspect:
-            inspect(snapshots.load(huggingface.find(args.inspect)))
-        else:
-            config = configs.load(["--config", args.config])[0] if args.config else None
-            _convert(huggingface.find(args.source), Path(args.target), config, args.state_dict, args.family)
+    args = _parse(sys.argv[1:] if argv is None else argv)
+    if args.inspect:
+        inspect(snapshots.load(huggingface.find(args.inspect)))
+    else:
+        config = configs.load(["--config", args.config])[0] if args.config else None
+        _convert(huggingface.find(args.source), Path(args.target), config, args.state_dict, args.family)
     return 0
 
 

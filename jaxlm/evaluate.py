@@ -210,36 +210,35 @@ def part(trained: "LoadedModel", split: str, given: Mapping[str, Any]) -> "tuple
     return source, samples
 
 
+@reported(debug=False)
 def main(argv: list[str] | None = None) -> int:
     """Evaluate as the command line says; return the exit status. Bad input exits with 2."""
-    with reported(debug=False):
-        args, given = _parse(sys.argv[1:] if argv is None else argv)
-        from jaxlm.data import prepare
-        from jaxlm.inference import load
+    args, given = _parse(sys.argv[1:] if argv is None else argv)
+    from jaxlm.data import prepare
+    from jaxlm.inference import load
 
-        tokenizer, batch_size = given.pop("tokenizer.path", ""), given.pop("train.batch_size", BATCH_SIZE)
-        trained = load.load(args.checkpoint, tokenizer)
-        source, samples = part(trained, args.split, given)
-        for note in prepare.length_notes(trained.config, [samples]):
-            print(f"note: {note}", file=sys.stderr)
-        found = Evaluation(
-            checkpoint=str(trained.start.path),
-            task=trained.config.task,
-            step=trained.start.info["step"],
-            split=args.split,
-            data=source.description,
-            version=importlib.metadata.version("jaxlm"),
-            **evaluate(trained, samples, batch_size),
-        )
-        if args.json:
-            print(dumps(_finite(dataclasses.asdict(found))))
-        else:
-            _tell(found)
-        run = trained.start.run
-        if run is not None and not storage.is_remote(run) and not given.keys() - {"data.cache_dir"}:
-            _keep(run, found)
-        return 0
-    raise AssertionError("reported() exits on the errors it does not pass on")
+    tokenizer, batch_size = given.pop("tokenizer.path", ""), given.pop("train.batch_size", BATCH_SIZE)
+    trained = load.load(args.checkpoint, tokenizer)
+    source, samples = part(trained, args.split, given)
+    for note in prepare.length_notes(trained.config, [samples]):
+        print(f"note: {note}", file=sys.stderr)
+    found = Evaluation(
+        checkpoint=str(trained.start.path),
+        task=trained.config.task,
+        step=trained.start.info["step"],
+        split=args.split,
+        data=source.description,
+        version=importlib.metadata.version("jaxlm"),
+        **evaluate(trained, samples, batch_size),
+    )
+    if args.json:
+        print(dumps(_finite(dataclasses.asdict(found))))
+    else:
+        _tell(found)
+    run = trained.start.run
+    if run is not None and not storage.is_remote(run) and not given.keys() - {"data.cache_dir"}:
+        _keep(run, found)
+    return 0
 
 
 class _Watched:

@@ -47,20 +47,19 @@ def load(checkpoint: str | Path, tokenizer: str = "") -> predictors.Predictor:
     return predictors.Reply(found) if samples.reads == "pairs" else predictors.Continue(found)
 
 
+@reported(debug=False)
 def main(argv: list[str] | None = None) -> int:
     """Answer as the command line says; return the exit status: 2 for bad input, also of one text among others."""
-    with reported(debug=False):
-        args = _parse(sys.argv[1:] if argv is None else argv)
-        texts = _texts(args)
-        predictor = load(args.checkpoint, getattr(args, "tokenizer.path"))
-        if type(predictor) is predictors.Look:
-            predictor([])
-        options = _given_options(args, predictor)
-        print(predictor.trained, file=sys.stderr, flush=True)
-        if texts is None:
-            return _converse(predictor, options, args.json)
-        return _answer_all(predictor, texts, options, args.json)
-    raise AssertionError("reported() exits on the errors it does not pass on")
+    args = _parse(sys.argv[1:] if argv is None else argv)
+    texts = _texts(args)
+    predictor = load(args.checkpoint, getattr(args, "tokenizer.path"))
+    if type(predictor) is predictors.Look:
+        predictor([])
+    options = _given_options(args, predictor)
+    print(predictor.trained, file=sys.stderr, flush=True)
+    if texts is None:
+        return _converse(predictor, options, args.json)
+    return _answer_all(predictor, texts, options, args.json)
 
 
 Numbered = tuple[str, str]  # what a text is called, such as "line 3", and the text

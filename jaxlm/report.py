@@ -13,6 +13,7 @@ from jaxlm.io import storage
 from jaxlm.reporting import html_page, run_page, run_reader
 
 
+@reported(debug=False)
 def main(argv: list[str] | None = None) -> int:
     """Write the page of a command line; return the exit status. Bad input exits with 2."""
     parser = Parser(
@@ -25,19 +26,18 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--open", action="store_true", help="show it in the browser")
     parser.add_argument("--png", type=Path, metavar="FILE", help="picture of the page to write, by Chromium")
-    with reported(debug=False):
-        args = parser.parse_args(argv)
-        runs = [run_reader.read(path) for path in args.runs]
-        out = args.out or (runs[0].path / "report.html" if len(runs) == 1 else Path("report.html"))
-        page = run_page.page(runs)
-        with os_errors(f"{out}: cannot be written"):
-            out.write_text(page, encoding="utf-8", errors="backslashreplace")  # paths can have any bytes
-        print(out)
-        if args.png:
-            html_page.picture(out, args.png)
-            print(args.png)
-        if args.open:
-            webbrowser.open(out.absolute().as_uri())
+    args = parser.parse_args(argv)
+    runs = [run_reader.read(path) for path in args.runs]
+    out = args.out or (runs[0].path / "report.html" if len(runs) == 1 else Path("report.html"))
+    page = run_page.page(runs)
+    with os_errors(f"{out}: cannot be written"):
+        out.write_text(page, encoding="utf-8", errors="backslashreplace")  # paths can have any bytes
+    print(out)
+    if args.png:
+        html_page.picture(out, args.png)
+        print(args.png)
+    if args.open:
+        webbrowser.open(out.absolute().as_uri())
     return 0
 
 

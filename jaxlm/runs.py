@@ -20,17 +20,17 @@ from jaxlm.io.console import Console
 from jaxlm.reporting import run_reader, verify
 
 
+@reported(debug=False)
 def main(argv: list[str] | None = None) -> int:
     """Do what the command line says; return the exit status. Bad input exits with 2."""
-    with reported(debug=False):
-        argv = sys.argv[1:] if argv is None else argv
-        if not argv or (argv[0] not in COMMANDS and not argv[0].startswith("-")):
-            if argv and not Path(argv[0]).exists():
-                raise UserError(f"{argv[0]}: neither a command nor a folder{nearest(argv[0], COMMANDS)}")
-            argv = ["list", *argv]
-        args = vars(_parser().parse_args(argv))
-        command, _ = COMMANDS[args.pop("command")]
-        status = command(**args)
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or (argv[0] not in COMMANDS and not argv[0].startswith("-")):
+        if argv and not Path(argv[0]).exists():
+            raise UserError(f"{argv[0]}: neither a command nor a folder{nearest(argv[0], COMMANDS)}")
+        argv = ["list", *argv]
+    args = vars(_parser().parse_args(argv))
+    command, _ = COMMANDS[args.pop("command")]
+    status = command(**args)
     return status
 
 

@@ -20,20 +20,19 @@ N_BACKLOG = 2048  # connections that wait to be accepted, at most
 DEFAULTS = {"max_requests": 256, "max_body": 65_536, "max_new_tokens": 1000, "timeout": 30.0}
 
 
+@reported(debug=False)
 def main(argv: list[str] | None = None) -> int:
     """Serve until SIGTERM or Ctrl-C, and then answer what was asked before; return the exit status."""
-    with reported(debug=False):
-        args = _parse(sys.argv[1:] if argv is None else argv)
-        token = _token(args.host)
-        for name in ("fastapi", "prometheus_client", "uvicorn"):
-            try:
-                importlib.import_module(name)
-            except ImportError as error:
-                raise UserError(f"{name} is not installed; pip install 'jaxlm[serve]'") from error
-        with contextlib.closing(_bound(args.host, args.port)) as listening:
-            _serve(listening, args, token)
-        return 0
-    raise AssertionError("reported() exits on the errors it does not pass on")
+    args = _parse(sys.argv[1:] if argv is None else argv)
+    token = _token(args.host)
+    for name in ("fastapi", "prometheus_client", "uvicorn"):
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise UserError(f"{name} is not installed; pip install 'jaxlm[serve]'") from error
+    with contextlib.closing(_bound(args.host, args.port)) as listening:
+        _serve(listening, args, token)
+    return 0
 
 
 def _serve(listening: socket.socket, args: argparse.Namespace, token: str) -> None:

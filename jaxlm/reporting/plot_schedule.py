@@ -46,47 +46,47 @@ def phases(files: Sequence[str]) -> list[Phase]:
     return found
 
 
+@reported(debug=False)
 def main(argv: list[str] | None = None) -> int:
     """Draw the phases of a command line; return the exit status. Bad input exits with 2."""
     parser = Parser("python -m jaxlm.schedule", description=__doc__.partition("\n")[0])
     parser.add_argument("--config", nargs="+", required=True, metavar="FILE", help="settings of each phase, in order")
     parser.add_argument("--png", metavar="FILE", help="picture to write")
-    with reported(debug=False):
-        args = parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    try:
+        import matplotlib.figure
+        import plotext
+    except ImportError as error:
+        raise UserError(f"{error.name} is not installed; pip install 'jaxlm[plot]'") from error
+    found = phases(args.config)
+    for name, config, updates, rates in found:
+        print(
+            f"{name}: updates {updates[0]:,} to {updates[-1]:,}, {config.train.schedule}; rate {rates[0]:.3g} at "
+            f"its start, {rates.max():.3g} at most, {rates[-1]:.3g} at its end"
+        )
+    plotext.clear_figure()  # of an earlier call in this process
+    plotext.plot_size(min(100, plotext.terminal_width() or 100), 20)
+    plotext.theme("clear")
+    figure = matplotlib.figure.Figure(figsize=(8, 3.5), layout="constrained")
+    axes = figure.add_subplot(xlabel="update", ylabel="learning rate")
+    for name, _, updates, rates in found:
+        plotext.plot(updates, rates, label=name, marker="braille")
+        axes.plot(updates, rates, label=name)
+    plotext.xlabel("update")
+    drawn = plotext.build()
+    try:
+        plotext.uncolorize(drawn).encode(sys.stdout.encoding or "utf-8")
+        Console().print(Text.from_ansi(drawn))
+    except UnicodeEncodeError:
+        print(f"The curves are not drawn: the output is {sys.stdout.encoding}, not UTF-8. A picture: --png FILE")
+    if args.png:
+        axes.grid(alpha=0.3)
+        figure.legend(loc="outside lower center", ncols=3)
         try:
-            import matplotlib.figure
-            import plotext
-        except ImportError as error:
-            raise UserError(f"{error.name} is not installed; pip install 'jaxlm[plot]'") from error
-        found = phases(args.config)
-        for name, config, updates, rates in found:
-            print(
-                f"{name}: updates {updates[0]:,} to {updates[-1]:,}, {config.train.schedule}; rate {rates[0]:.3g} at "
-                f"its start, {rates.max():.3g} at most, {rates[-1]:.3g} at its end"
-            )
-        plotext.clear_figure()  # of an earlier call in this process
-        plotext.plot_size(min(100, plotext.terminal_width() or 100), 20)
-        plotext.theme("clear")
-        figure = matplotlib.figure.Figure(figsize=(8, 3.5), layout="constrained")
-        axes = figure.add_subplot(xlabel="update", ylabel="learning rate")
-        for name, _, updates, rates in found:
-            plotext.plot(updates, rates, label=name, marker="braille")
-            axes.plot(updates, rates, label=name)
-        plotext.xlabel("update")
-        drawn = plotext.build()
-        try:
-            plotext.uncolorize(drawn).encode(sys.stdout.encoding or "utf-8")
-            Console().print(Text.from_ansi(drawn))
-        except UnicodeEncodeError:
-            print(f"The curves are not drawn: the output is {sys.stdout.encoding}, not UTF-8. A picture: --png FILE")
-        if args.png:
-            axes.grid(alpha=0.3)
-            figure.legend(loc="outside lower center", ncols=3)
-            try:
-                figure.savefig(args.png, dpi=120)
-            except (OSError, ValueError) as error:
-                raise UserError(f"--png {args.png}: cannot be written: {error}") from error
-            print(f"picture: {args.png}")
+            figure.savefig(args.png, dpi=120)
+        except (OSError, ValueError) as error:
+            raise UserError(f"--png {args.png}: cannot be written: {error}") from error
+        print(f"picture: {args.png}")
     return 0
 
 
