@@ -46,7 +46,7 @@ ONLY_JAX = {
     "checkpoint": dict.fromkeys(
         ("CONTENTS", "parts_of", "frozen_of", "remove_unfinished", "with_parts", "restored"), "parts of an array tree"
     )
-    | {"silence_failed_saves": "threads of Orbax"}
+    | dict.fromkeys(("silence_failed_saves", "new_checkpointer", "Checkpoints.new_checkpointer"), "threads of Orbax")
     | dict.fromkeys(("restore", "Checkpoints.restore"), "jaxlm.weights reads files of torchlm, and is above both"),
     "loop": dict.fromkeys(("Compiled.shardings", "Compiled.model"), "DDP keeps all parameters on each device"),
     "step": {
