@@ -26,7 +26,7 @@ import orbax.checkpoint as ocp
 from jaxlm import optim
 from jaxlm.data import metrics
 from jaxlm.errors import UserError, reason
-from jaxlm.io import checksums, storage
+from jaxlm.io import checksums, storage, utf8
 from jaxlm.params import frozen, layout, names
 from jaxlm.runtime import processes
 from jaxlm.step import TrainState
@@ -297,7 +297,7 @@ def restore(
         layout.check_run(path, (*parts, "info"))
     found = restored(path, {name: tree for name, tree in parts_of(like).items() if name in parts})
     if step is None:
-        step = int(checksums.read_json(path / "info" / "metadata")["step"])
+        step = int(utf8.read_json(path / "info" / "metadata")["step"])
     state = with_parts(like, found, step)
     return jax.tree.map(lambda x, place: jax.device_put(x, place.sharding), state, like)
 

@@ -6,6 +6,7 @@ formats.py says what the forms are. `read` and `write` are for programs.
 import argparse
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,13 @@ from tokenizers import Tokenizer
 
 from jaxlm import cli
 from jaxlm import config as configs
-from jaxlm.config import Config, TokenizerConfig
+from jaxlm.config import TokenizerConfig
 from jaxlm.data import tokenization
 from jaxlm.errors import UserError, reported
 from jaxlm.io import storage
 from jaxlm.params.snapshot import Snapshot
 from jaxlm.weights import formats, huggingface, snapshots
+from jaxlm.weights.families import FAMILIES
 from jaxlm.weights.formats import CHECKPOINT_1_2, RUN, SAFETENSORS, STATE_DICT, StoredFile
 
 
@@ -30,8 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.inspect:
         inspect(snapshots.load(huggingface.find(args.inspect)))
     else:
-        config = configs.load(["--config", args.config])[0] if args.config else None
-        _convert(huggingface.find(args.source), Path(args.target), config, args.state_dict, args.family)
+        _convert(args)
     return 0
 
 
@@ -46,13 +47,11 @@ def inspect(stored: StoredFile) -> None:
     console.print(f"{stored.path}: {stored.form}")
     for key in ("format", "task", "step", "rate"):
         console.print(f"{key:<10}  {stored.info.get(key, 'not told')}")
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
     for name, array in stored.weights.items():
         words = name.split(".")
-        part = ".".join(words[:2] if words[0] == "base" else words[:1])
-        counts[part] = counts.get(part, 0) + array.size
-    parts = ", ".join(f"{part} {n:,}" for part, n in counts.items())
-    console.print(f"parameters  {sum(counts.values()):,}: {parts}")
+        counts[".".join(words[:2] if words[0] == "base" else words[:1])] += array.size
+    console.print(f"parameters  {counts.total():,}: {', '.join(f'{part} {n:,}' for part, n in counts.items())}")
 
     table = Table("name", "shape", "dtype", box=None if is_plain else Table().box, pad_edge=not is_plain)
     table.add_column("norm", justify="right")
@@ -72,40 +71,25 @@ def _parse(argv: list[str]) -> argparse.Namespace:
             "weights, head, optimizer moments, counters, stored rate and settings. No bit changes on any way and back."
         ),
     )
-    parser.add_argument(
-        "source",
-        nargs="?",
-        metavar="SOURCE",
-        help=(
-            "what to convert: folder of a jaxlm run (its last checkpoint) or of one checkpoint, checkpoint file 1.2, "
-            "state dict of torchlm, safetensors, folder or hub name of a model of transformers (PUBLIC_WEIGHTS.md)"
-        ),
+    source = (
+        "what to convert: folder of a jaxlm run (its last checkpoint) or of one checkpoint, checkpoint file 1.2, "
+        "state dict of torchlm, safetensors, folder or hub name of a model of transformers (PUBLIC_WEIGHTS.md)"
     )
-    parser.add_argument(
-        "target",
-        nargs="?",
-        metavar="TARGET",
-        help=(
-            "what to write, under a new name; NAME.pt: checkpoint file 1.2, as torchlm and the original have it; "
-            "NAME.safetensors: all of it, settings as metadata; any other NAME: folder of a jaxlm run, or with --as of "
-            "a model of transformers"
-        ),
+    target = (
+        "what to write, under a new name; NAME.pt: checkpoint file 1.2, as torchlm and the original have it; "
+        "NAME.safetensors: all of it, settings as metadata; any other NAME: folder of a jaxlm run, or with --as of "
+        "a model of transformers"
     )
-    parser.add_argument("--config", metavar="FILE", help="settings of a SOURCE that has none: its run's config.toml")
-    parser.add_argument("--state-dict", action="store_true", help="write TARGET as torchlm's state dict: weights alone")
-    parser.add_argument(
-        "--as",
-        dest="family",
-        metavar="FAMILY",
-        choices=huggingface.FAMILIES,
-        help=f"write {', '.join(huggingface.FAMILIES)}",
-    )
-    parser.add_argument(
-        "--inspect", metavar="FILE", help="print names, shapes, dtypes and norms of what is in a SOURCE, and stop"
-    )
+    config = "settings of a SOURCE that has none: its run's config.toml"
+    inspected = "print names, shapes, dtypes and norms of what is in a SOURCE, and stop"
+    parser.add_argument("source", nargs="?", metavar="SOURCE", help=source)
+    parser.add_argument("target", nargs="?", metavar="TARGET", help=target)
+    parser.add_argument("--config", metavar="FILE", help=config)
+    forms = parser.add_mutually_exclusive_group()
+    forms.add_argument("--state-dict", action="store_true", help="write TARGET as torchlm's state dict: weights alone")
+    forms.add_argument("--as", dest="family", metavar="FAMILY", choices=FAMILIES, help=f"write {', '.join(FAMILIES)}")
+    parser.add_argument("--inspect", metavar="FILE", help=inspected)
     args = parser.parse_args(argv)
-    if args.state_dict and args.family:
-        parser.error("--state-dict and --as are two forms; give one of them")
     if args.inspect and (args.source or args.config or args.state_dict or args.family):
         parser.error("--inspect FILE goes alone")
     if not args.inspect and args.target is None:
@@ -113,33 +97,33 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def _convert(source: Path, target: Path, config: Config | None, as_state_dict: bool, family: str | None) -> None:
+def _convert(args: argparse.Namespace) -> None:
+    config = configs.load(["--config", args.config])[0] if args.config else None
+    source, target = huggingface.find(args.source), Path(args.target)
     form = {".pt": CHECKPOINT_1_2, ".safetensors": SAFETENSORS}.get(target.suffix, RUN)
-    if as_state_dict:
-        if form != CHECKPOINT_1_2:
-            raise UserError(f"{target}: --state-dict writes a file of torch.save; give it a name that ends in .pt")
-        form = STATE_DICT
-    if family:
-        if form != RUN:
-            raise UserError(
-                f"{target}: --as {family} makes a folder; give it a name that ends in neither .pt nor .safetensors"
-            )
-        form = formats.TRANSFORMERS + family
+    if args.state_dict and form != CHECKPOINT_1_2:
+        raise UserError(f"{target}: --state-dict writes a file of torch.save; give it a name that ends in .pt")
+    if args.family and form != RUN:
+        mend = "give it a name that ends in neither .pt nor .safetensors"
+        raise UserError(f"{target}: --as {args.family} makes a folder; {mend}")
+    if args.state_dict or args.family:
+        form = STATE_DICT if args.state_dict else formats.TRANSFORMERS + args.family
     stored = snapshots.load(source)
-    snapshot = snapshots.checked(stored, config).merged()
-    tokenizer = _tokenizer(source, snapshot) if family or form == RUN else None
+    snapshot = snapshots.to_snapshot(stored, config)
+    has_adapters, snapshot = bool(snapshot.config.model.lora_rank), snapshot.merge_adapters()
+    tokenizer = _tokenizer(source, snapshot) if args.family or form == RUN else None
     snapshots.write(target, snapshot, form, tokenizer)
-    n_parameters = sum(array.size for array in snapshot.weights.values())
-    if snapshots.config_of(stored.info.get("config", {}), source).model.lora_rank:
+    if has_adapters:
         kept = f"step {snapshot.info['step']}, adapters merged into the weights, no optimizer moments"
     elif form == STATE_DICT:
         kept = "nothing but weights"
-    elif family:
+    elif args.family:
         kept = "no optimizer moments" + ("" if tokenizer else f"; no tokenizer, since there is none with {source}")
     elif snapshot.moments is None:
         kept = f"step {snapshot.info['step']}, no optimizer moments: they start at zero"
     else:
         kept = f"step {snapshot.info['step']}, optimizer moments of {snapshot.n_updates} updates"
+    n_parameters = sum(array.size for array in snapshot.weights.values())
     print(f"{stored.path} ({stored.form}, task {snapshot.config.task}) -> {target} ({form})")
     print(f"{n_parameters:,} parameters in {len(snapshot.weights)} tensors; {kept}")
 

@@ -29,6 +29,7 @@ from jaxlm.tasks import parameters
 from parity_tests.plan import Batch, Plan, Resume
 from parity_tests.trajectory import First, Saved, Trajectory
 from torchlm import checkpoint as checkpoints
+from torchlm.original import from_original
 
 CASES = Path(__file__).parent / "cases"
 # What `after_resume` may change: all that the rate depends on.
@@ -80,7 +81,7 @@ class Case:
     def weights(self, kind: str) -> Arrays:
         """Return the arrays `kind`/NAME under torchlm's names."""
         arrays = {name.removeprefix(f"{kind}/"): x for name, x in self.arrays.items() if name.startswith(f"{kind}/")}
-        return names.from_original(arrays, parameters.prefixes(self.recorded.task))
+        return from_original(arrays, parameters.prefixes(self.recorded.task))
 
     def batch(self, i: int) -> Batch:
         """Return batch i as the tasks have it: labels -1 do not count, and mlm has logits at its `positions` only."""

@@ -17,6 +17,7 @@ from parity_tests.packages import PACKAGES, Precision
 from parity_tests.plan import Batch, Plan, random_batch, random_plan, random_weights
 from parity_tests.tolerances import FLOAT32, FLOAT64
 from parity_tests.trajectory import First, Row
+from torchlm.original import from_original, to_original
 
 
 def long(task: str, seq_len: int) -> list[Row]:
@@ -45,7 +46,7 @@ def of_original(config: Config, weights: names.Arrays, batch: Batch) -> First:
     reference = original.Original(
         {"task": task, "heads": model.n_heads, "seq_len": model.seq_len, **sizes}  # the settings that a model has
     )
-    state = {name: torch.from_numpy(x) for name, x in names.to_original(weights, parameters.prefixes(task)).items()}
+    state = {name: torch.from_numpy(x) for name, x in to_original(weights, parameters.prefixes(task)).items()}
     reference.load_state_dict(state, strict=False)  # buffers are not among the weights
     reference = reference.double()
     tokens, labels = (torch.from_numpy(np.int64(batch[key])) for key in ("tokens", "labels"))
@@ -53,9 +54,7 @@ def of_original(config: Config, weights: names.Arrays, batch: Batch) -> First:
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=-1)
     loss.backward()
     gradients = {name: x.grad.numpy() for name, x in reference.named_parameters() if x.grad is not None}
-    return First(
-        logits.detach().numpy(), float(loss.detach()), names.from_original(gradients, parameters.prefixes(task))
-    )
+    return First(logits.detach().numpy(), float(loss.detach()), from_original(gradients, parameters.prefixes(task)))
 
 
 def edges(task: str, precision: Precision = "float64") -> list[Row]:

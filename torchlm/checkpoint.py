@@ -1,6 +1,6 @@
 """Checkpoints of a run in the original's file format, written by torch.save: the last ones and the best one are kept.
 
-A file has the original's keys, names of tensors (jaxlm/params/names.py) and buffers, so that the original reads it.
+A file has the original's keys, names of tensors (original.py) and buffers, so that the original reads it.
 """
 
 import contextlib
@@ -21,11 +21,11 @@ from torch import Tensor
 from jaxlm.config import BASE
 from jaxlm.data import metrics
 from jaxlm.errors import UserError, reason
-from jaxlm.io import checksums, storage
+from jaxlm.io import checksums, storage, temporary
 from jaxlm.params import layout, names
-from jaxlm.params.snapshot import Snapshot, fitting
+from jaxlm.params.snapshot import Snapshot
 from jaxlm.tasks import parameters
-from torchlm import parallel
+from torchlm import original, parallel
 from torchlm.heads import BaseModel, Classifier, LanguageModel
 from torchlm.step import TrainState
 
@@ -60,7 +60,7 @@ class Checkpoints:
         self.own = {step for step, path in checksums.checkpoints_in(folder) if path.is_file()}
         self.device = storage.device(folder)
         for path in storage.children(folder):
-            if re.fullmatch(r"\d+\.pt\.\d+\.tmp", path.name):  # of a save that never came to its end
+            if re.fullmatch(r"\d+\.pt\.(.+\.)?\d+\.tmp", path.name):  # of a save that never came to its end
                 with contextlib.suppress(OSError):
                     path.unlink()
 
@@ -158,9 +158,7 @@ def with_snapshot(
     model = parallel.single(like.model)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
     trained = {name: shapes[name] for name, tensor in model.named_parameters() if tensor.requires_grad}
-    if is_base:
-        snapshot, shapes = snapshot.merged(), names.without_adapters(shapes)
-    weights = names.check(*fitting(snapshot.weights, shapes, parts), source)
+    weights = snapshot.weights_for(shapes, parts, source, is_base)
     model.load_state_dict(model.state_dict() | {name: torch.tensor(x) for name, x in weights.items()})
     if "optimizer" in parts and snapshot.moments is not None:
         first, second = snapshot.moments
@@ -212,8 +210,8 @@ def content(state: TrainState, info: dict[str, Any], validation_loss: float) -> 
     own = {name: info[name] for name in OWN if name in info}
     parts: dict[str, dict[str, Tensor]] = {"base": {}, "head": {}}
     for name, tensor in model.state_dict().items():
-        (original,) = names.to_original({name: tensor}, parameters.prefixes(info["task"]))
-        parts[name.partition(".")[0]][original.partition(".")[2]] = tensor
+        (theirs,) = original.to_original({name: tensor}, parameters.prefixes(info["task"]))
+        parts[name.partition(".")[0]][theirs.partition(".")[2]] = tensor
     return {
         "version": FORMAT,
         "task_type": info["task"],
@@ -224,21 +222,17 @@ def content(state: TrainState, info: dict[str, Any], validation_loss: float) -> 
         "optimizer": state.optimizer.state_dict(),
         "lr": info["rate"],
         "val_loss": validation_loss,
-        "config": _original_settings(info["task"], settings) | {"torchlm": {"settings": settings, "info": own}},
+        "config": original.settings_for(info["task"], settings) | {"torchlm": {"settings": settings, "info": own}},
     }
 
 
 def write(path: Path, checkpoint: dict[str, Any]) -> None:
     """Write a checkpoint file; under its name there is never half of one."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        torch.save(checkpoint, temporary)
-        with zipfile.ZipFile(temporary) as archive:  # by its checksums, before an earlier checkpoint is removed
+    with temporary.replacing(path) as new:
+        torch.save(checkpoint, new)
+        with zipfile.ZipFile(new) as archive:  # by its checksums, before an earlier checkpoint is removed
             if damaged := archive.testzip():
                 raise OSError(f"{damaged} is not as it was written")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -246,8 +240,9 @@ def read(path: Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path}: cannot be read as a checkpoint of torch.save: {reason}; copy it again") from error
+        raise UserError(
+            f"{path}: cannot be read as a checkpoint of torch.save: {reason(error)}; copy it again"
+        ) from error
     missing = [key for key in KEYS if key not in checkpoint] if isinstance(checkpoint, dict) else list(KEYS)
     if missing:
         raise UserError(f"{path}: no checkpoint of version {FORMAT}: it lacks {', '.join(missing)}; save it again")
@@ -267,7 +262,7 @@ def weights(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
         for prefix, part in parts
         for name, tensor in names.unwrapped(part, "weights").items()
     }
-    return names.from_original(state, parameters.prefixes(task))
+    return original.from_original(state, parameters.prefixes(task))
 
 
 def _buffers(model: Any) -> dict[str, Tensor]:
@@ -281,14 +276,3 @@ def _buffers(model: Any) -> dict[str, Tensor]:
         if block.attention.is_causal:
             buffers[f"encoder_blocks.{i}.self_multihead.bias"] = is_past_TT
     return buffers
-
-
-def _original_settings(task: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that the original knows, under its names."""
-    words = names.ORIGINAL_SETTINGS
-    decay_steps = settings["train.decay_steps"] or settings["train.max_steps"]
-    return {
-        "model": {"task_type": task} | {name: settings[f"model.{ours}"] for name, ours in words["model"].items()},
-        "train": {name: settings[f"train.{ours}"] for name, ours in words["train"].items()}
-        | {"lr_decay_iters": decay_steps},
-    }

@@ -116,7 +116,7 @@ def test_a_restored_state_goes_on_alike(task: str, options: dict, tmp_path: Path
         step.train_step(step.Rule(rate, 1.0), loss, state, batches)
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(state, info_of(config, 2), {2: 1.0})
-        other = checkpoints.restore(2, start(configs.replace(config, "train.seed", 1)))
+        other = loop.restored(checkpoints.path(2), start(configs.replace(config, "train.seed", 1)))
     assert other.step == 2
     losses = [float(step.train_step(step.Rule(rate, 1.0), loss, x, batches)[1]["loss"]) for x in (state, other)]
     assert losses[0] == losses[1]

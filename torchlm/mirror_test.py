@@ -121,7 +121,7 @@ def definitions(path: Path) -> dict[str, list[str] | None]:
 def test_torchlm_has_the_mirrored_files_and_no_other() -> None:
     files = [path for path in (ROOT / "torchlm").rglob("*.py") if not path.stem.endswith(("_test", "conftest"))]
     found = {path.relative_to(ROOT / "torchlm").with_suffix("").as_posix() for path in files}
-    assert found == {*MIRRORED, "load"}  # of jaxlm/inference/load.py
+    assert found == {*MIRRORED, "load", "original"}  # jaxlm/inference/load.py, and the original's checkpoint file
     assert all((ROOT / "jaxlm" / f"{name}.py").is_file() for name in MIRRORED)
 
 

@@ -25,7 +25,7 @@ from tokenizers import __version__ as library_version
 from jaxlm.data import tokenization
 from jaxlm.data.sources import SPLITS, Article, Source
 from jaxlm.errors import UserError, note, os_errors, slow, warn
-from jaxlm.io import checksums, storage, temporary
+from jaxlm.io import storage, temporary, utf8
 
 FORMAT = 1  # raised when the files below change, so that older caches are not read
 FILES: dict[str, Any] = {"offsets": np.int64, "labels": np.int32, "n_bytes": np.int64}
@@ -143,7 +143,7 @@ def _mapped(file: BinaryIO, dtype: np.dtype) -> np.ndarray:
 
 def _read_meta(folder: Path, dtypes: Mapping[str, np.dtype]) -> dict[str, Any]:
     """Return meta.json. Raises OSError or ValueError if it is not as it was written."""
-    meta = checksums.read_json(folder / META)
+    meta = utf8.read_json(folder / META)
     if meta.keys() & {"files", "sum"} and meta.pop("sum", None) != _sum_of(meta):
         raise ValueError(f"{META} is not as it was written")
     if meta.get("dtype") != dtypes["train.tokens"].name:
@@ -162,7 +162,7 @@ def _check_sums(folder: Path, files: Mapping[str, BufferedReader], expected: Map
     CHECKED_BYTES: then as many blocks as that, chosen anew at each start.
     """
     try:
-        checked = checksums.read_json(folder / CHECKED)
+        checked = utf8.read_json(folder / CHECKED)
     except (OSError, ValueError):
         checked = {}
     buffer = memoryview(bytearray(BLOCK))

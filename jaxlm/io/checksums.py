@@ -1,6 +1,6 @@
-"""That a checkpoint folder is whole: SHA-256 of each of its files, in a file that is written last.
+"""Whether a checkpoint folder is whole: it has the SHA-256 of each of its files in checksums.json, written last.
 
-A folder without that file is none that was ever finished. Knows no framework.
+A folder without that file is an unfinished save. Imports no framework.
 """
 
 import hashlib
@@ -9,10 +9,9 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from jaxlm.errors import UserError
-from jaxlm.io import storage, utf8
+from jaxlm.io import storage, temporary, utf8
 
 FILE = "checksums.json"
 FROZEN = "frozen"  # a folder beside checkpoints, with what all of them have and none changes
@@ -33,15 +32,13 @@ def write(folder: Path, needs_frozen: bool = False) -> None:
     paths = (path for path in sorted(_files(folder)) if path != folder / FILE)
     sums = {path.relative_to(folder).as_posix(): _sum(path) for path in paths}
     if needs_frozen:
-        others = read_json(folder.parent / FROZEN / FILE)
+        others = utf8.read_json(folder.parent / FROZEN / FILE)
         sums |= {f"{_FROZEN_PLACE}{name}": others[name] for name in sorted(others) if name != FILE}
     text = json.dumps(sums | {FILE: _sum_of_all(sums)}, indent=0)
     if storage.is_remote(folder):
         (folder / FILE).write_text(text, encoding="utf-8")  # an object is there as a whole, or not at all
-        return
-    temporary = folder / f"{FILE}.tmp"
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(folder / FILE)
+    else:
+        temporary.replace_text(folder / FILE, text)
 
 
 def is_finished(folder: Path) -> bool:
@@ -99,29 +96,24 @@ def finished_in(folder: Path) -> list[tuple[int, Path]]:
 
 def damage(folder: Path, parts: Iterable[str] | None = None) -> str:
     """Return what is wrong with a folder, or with the subfolders `parts` of it; "" if all is as it was written."""
+    name = FILE
     try:
-        sums = read_json(folder / FILE)
+        sums = utf8.read_json(folder / FILE)
         if sums.pop(FILE, "") != _sum_of_all(sums):
             return f"{FILE} is damaged"
+        starts = "" if parts is None else tuple(f"{place}{part}/" for part in parts for place in ("", _FROZEN_PLACE))
+        for name in (name for name in sums if name.startswith(starts)):
+            place = folder.parent if name.startswith(_ABOVE) else folder
+            if _sum(place / name.removeprefix(_ABOVE)) != sums[name]:
+                return f"{name} is not as it was written"
     except FileNotFoundError:
-        return f"{FILE} is missing: it was never finished"
-    except (OSError, ValueError) as error:
-        if isinstance(error, OSError) and storage.is_remote(folder):
+        return f"{name} is missing" + (": it was never finished" if name == FILE else "")
+    except OSError as error:
+        if storage.is_remote(folder):
             raise  # the network fails, which tells nothing of the checkpoint
+        return f"{name} cannot be read ({error.strerror})"
+    except ValueError:
         return f"{FILE} is damaged"
-    starts = None if parts is None else tuple(f"{place}{part}/" for part in parts for place in ("", _FROZEN_PLACE))
-    for name, wanted in sums.items():
-        if starts is None or name.startswith(starts):
-            try:
-                place = folder.parent if name.startswith(_ABOVE) else folder
-                if _sum(place / name.removeprefix(_ABOVE)) != wanted:
-                    return f"{name} is not as it was written"
-            except FileNotFoundError:
-                return f"{name} is missing"
-            except OSError as error:
-                if storage.is_remote(folder):
-                    raise
-                return f"{name} cannot be read ({error.strerror})"
     return ""
 
 
@@ -129,14 +121,6 @@ def check(folder: Path, parts: Iterable[str] | None = None) -> None:
     """Raise UserError if a folder, or the subfolders `parts` of it, are not as they were written."""
     if what := damage(folder, parts):
         raise UserError(f"{folder}: damaged: {what}")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file. Raises ValueError or OSError if there is none."""
-    value = utf8.from_json(utf8.read(path))
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: no JSON object")
-    return value
 
 
 def _sum_of_all(sums: dict[str, str]) -> str:

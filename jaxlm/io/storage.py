@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxlm.errors import UserError
+from jaxlm.errors import UserError, os_errors
 from jaxlm.io import utf8
 
 LATEST = "latest"  # names the newest run in a folder
@@ -52,18 +52,10 @@ def run_path(named: str | Path) -> Path:
         return source
     folder = source.parent if source.parent.name else Path("runs")
     pattern = ".*" if source.name == LATEST else rf"{re.escape(source.name)}-\d{{8}}-\d+"
-    runs = [config.parent for config in _children(folder, "config.toml") if re.fullmatch(pattern, config.parent.name)]
+    runs = [config.parent for config in folder.glob("*/config.toml") if re.fullmatch(pattern, config.parent.name)]
     if not runs and source.name == LATEST:
         raise UserError(f"{named}: there is no run in {folder}; name a run, or train one")
     return max(runs, key=lambda run: (run / "config.toml").stat().st_mtime_ns, default=source)
-
-
-def _children(folder: Path, file: str) -> list[Path]:
-    """Return the paths of a file in the folders that a folder contains."""
-    try:
-        return [child / file for child in folder.iterdir() if (child / file).is_file()]
-    except OSError:
-        return []
 
 
 def is_remote(path: str | Path) -> bool:
@@ -95,14 +87,12 @@ def plain(path: Path) -> Iterator[Path]:
         return
     folder = tempfile.gettempdir() if _is_plain(tempfile.gettempdir()) else "/tmp"
     with contextlib.ExitStack() as stack:
-        try:
+        with os_errors(
+            f"{path}: has characters that need a link in {folder}, which cannot be made",
+            "set TMPDIR to a folder that can be written, or give another name",
+        ):
             link = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="jaxlm-", dir=folder))) / "link"
             link.symlink_to(path)
-        except OSError as error:
-            raise UserError(
-                f"{path}: has characters that need a link in {folder}, which cannot be made ({error.strerror}); "
-                "set TMPDIR to a folder that can be written, or give another name"
-            ) from error
         yield link
 
 
@@ -121,12 +111,9 @@ def children(folder: Path) -> list[Path]:
     """Return what is in a folder, nothing if it is not there. Raises UserError if it cannot be looked at."""
     if is_remote(folder):
         return list(folder.glob("*"))
-    try:
+    with os_errors(f"{folder}: cannot be read"), contextlib.suppress(FileNotFoundError, NotADirectoryError):
         return list(folder.iterdir())
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be read ({error.strerror})") from error
+    return []
 
 
 def remove(path: Path) -> None:
@@ -142,9 +129,6 @@ def remove(path: Path) -> None:
 def checkpoints(run_dir: Path, named: str = "") -> Path:
     """Return the folder of a run's checkpoints: the one `named`, or the one in the run's config.toml, or its own."""
     if not named:
-        try:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             named = utf8.from_toml(utf8.read(run_dir / "config.toml"))["run"]["checkpoint_dir"]
-            named = named if isinstance(named, str) else ""
-        except (OSError, ValueError, KeyError, TypeError):
-            pass
-    return path(named) if named else run_dir / "checkpoints"
+    return path(named) if named and isinstance(named, str) else run_dir / "checkpoints"

@@ -22,25 +22,34 @@ START_S = 10  # in which a process that makes a temporary folder locks it
 
 def name_for(path: Path) -> Path:
     """Return the name under which this process writes a file or folder before it gets its own name."""
-    return path.with_name(f"{path.name}{_ending(os.getpid())}")
+    return path.with_name(f"{path.name[:40]}{_ending(os.getpid())}")  # a file system takes 255 bytes
 
 
 def _ending(process: int | str) -> str:
     return f".{platform.node()}.{process}.tmp"
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a local file; after a crash at any time it is there as it was before, or whole. Raises OSError."""
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield the name of a new file or folder, which takes the place of a local `path` when the block has written it.
+
+    After a crash at any time `path` is as it was before, or whole. Raises OSError.
+    """
     new = name_for(path)
     try:
-        with open(new, "w", encoding="utf-8") as file:
-            file.write(text)
+        yield new
         fsync(new)
         new.replace(path)
         fsync(path.parent)
     finally:
         with contextlib.suppress(OSError):
-            new.unlink(missing_ok=True)
+            storage.remove(new)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a local file; after a crash at any time it is as it was before, or whole. Raises OSError."""
+    with replacing(path) as new:
+        new.write_text(text, encoding="utf-8")
 
 
 def fsync(path: Path) -> None:

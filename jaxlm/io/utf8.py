@@ -6,7 +6,6 @@ message goes behind the name of the file and "is".
 
 import codecs
 import contextlib
-import functools
 import gzip
 import io
 import json
@@ -35,37 +34,36 @@ TOO_LONG = f"longer than {LONGEST:,} characters; break it into shorter ones"
 
 def decoded(blocks: Iterable[bytes]) -> Iterator[str]:
     """Yield the text of blocks of bytes. Raises ValueError for what is not UTF-8, with the place from the start."""
-    decoder, n_done, n_pending, block, start = codecs.getincrementaldecoder("utf-8")(), 0, 0, b"", b""
+    decoder, n_read, start = codecs.getincrementaldecoder("utf-8")(), 0, b""
     try:
         for block in blocks:
-            n_pending = len(decoder.getstate()[0])
-            if not n_done:
+            is_first = not n_read
+            n_read += len(block)
+            if is_first:
                 start = block[:START]
-                _check_mark(block)
+                _check_mark(start)
                 if b"\0" in start:
                     raise ValueError(BINARY)
             text = decoder.decode(block)
-            yield text if n_done else text.removeprefix("\ufeff")
-            n_done += len(block)
-        n_pending, block = len(decoder.getstate()[0]), b""
+            yield text.removeprefix("\ufeff") if is_first else text
         decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
         if is_binary(start):
             raise ValueError(BINARY) from error
-        place = n_done - n_pending + error.start
+        place = n_read - len(error.object) + error.start  # the decoder keeps half a character of the block before
         mend = "convert it, as with iconv -f LATIN1 -t UTF-8 OLD > NEW"
         raise ValueError(f"not UTF-8 at byte {place} (from 0); {mend}") from error
 
 
 def is_binary(start: bytes) -> bool:
     """Return whether the first bytes of a file are those of data that is text in no encoding of one byte a letter."""
-    if b"\0" in start and not any(start.startswith(mark) for mark in MARKS):
-        return True
+    if start.startswith(tuple(MARKS)):
+        return False
     try:
         codecs.getincrementaldecoder("utf-8")().decode(start)
     except UnicodeDecodeError:
-        return bool(CONTROLS.search(start)) and not any(start.startswith(mark) for mark in MARKS)
-    return False
+        return CONTROLS.search(start) is not None
+    return b"\0" in start
 
 
 def decode(data: bytes) -> str:
@@ -132,40 +130,42 @@ def from_json(text: str, object_of: Callable[[list[tuple[str, Any]]], Any] | Non
 
     Raises ValueError, also for half of a surrogate pair and for deep nesting.
     """
-    try:
-        value = _decoder(object_of).decode(text)
+    with _parsing(text):
+        value = json.loads(text, object_pairs_hook=object_of)
         if "\\ud" in text.lower():
             json.dumps(value, ensure_ascii=False).encode()
+        return value
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file. Raises ValueError or OSError if there is none."""
+    value = from_json(read(path))
+    if not isinstance(value, dict):
+        raise ValueError("no object of JSON")
+    return value
+
+
+def from_toml(text: str) -> dict[str, Any]:
+    """Return the values of a TOML text. Raises ValueError, also for deep nesting."""
+    with _parsing(text):
+        return tomllib.loads(text)
+
+
+@contextlib.contextmanager
+def _parsing(text: str) -> Iterator[None]:
+    """Have every error of a parser be a ValueError that says why; an error of syntax stays as it is."""
+    try:
+        yield
     except RecursionError:
         raise ValueError("nested too deeply; flatten it") from None
     except UnicodeEncodeError as error:
         raise ValueError(_half(error)) from None
     except ValueError as error:
-        raise _explained(error, text) from None
-    return value
-
-
-@functools.cache
-def _decoder(object_of: Callable[[list[tuple[str, Any]]], Any] | None) -> json.JSONDecoder:
-    return json.JSONDecoder(object_pairs_hook=object_of)
-
-
-def from_toml(text: str) -> dict[str, Any]:
-    """Return the values of a TOML text. Raises ValueError, also for deep nesting."""
-    try:
-        return tomllib.loads(text)
-    except RecursionError:
-        raise ValueError("nested too deeply; flatten it") from None
-    except ValueError as error:
-        raise _explained(error, text) from None
-
-
-def _explained(error: ValueError, text: str) -> ValueError:
-    """Return why a text cannot be parsed: the error itself, of the parser's type, if its syntax is wrong."""
-    if reason := stand_in(text[:START].encode("utf-8", "replace")):
-        return ValueError(reason)
-    is_syntax = isinstance(error, json.JSONDecodeError | tomllib.TOMLDecodeError)
-    return error if is_syntax else ValueError(LONG_NUMBER)
+        if why := stand_in(text[:START].encode("utf-8", "replace")):
+            raise ValueError(why) from None
+        if isinstance(error, json.JSONDecodeError | tomllib.TOMLDecodeError):
+            raise
+        raise ValueError(LONG_NUMBER) from None
 
 
 def _half(error: UnicodeEncodeError) -> str:

@@ -18,7 +18,7 @@ from jaxlm import predict
 from jaxlm.config import DataConfig, TokenizerConfig
 from jaxlm.data import sources, tokenization
 from jaxlm.errors import UserError
-from jaxlm.io import checksums, utf8
+from jaxlm.io import utf8
 from jaxlm.reporting import run_reader
 from jaxlm.weights import huggingface
 
@@ -69,7 +69,7 @@ READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "tokenizer.json": (TOKENIZER, vocabulary),
     "tokenizer_config.json": ('{"do_lower_case": false, "é": 1}', lambda path: huggingface._ignores_case(path.parent)),
     "config.json": ('{"model_type": "thé"}', huggingface._read_json),
-    "metadata.json": ('{"step": 1, "é": 2}', checksums.read_json),
+    "metadata.json": ('{"step": 1, "é": 2}', utf8.read_json),
 }
 
 

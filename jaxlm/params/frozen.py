@@ -1,9 +1,9 @@
 """Which part of jaxlm's tree of parameters is trained, where the settings freeze some of them; names.py has the rule.
 
-Trees are dicts, as everywhere; the part has no entry for what is frozen, and of stacked blocks those that are not.
+Trees are dicts, as everywhere. The trained part has no entry for what is frozen, and of stacked blocks the upper ones.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,38 +14,38 @@ from jaxlm.params import names
 Tree = Mapping[str, Any]
 
 
-def trained(model: ModelConfig, params: Tree) -> dict[str, Any]:
-    """Return the part of the parameters that is trained."""
-
-    def part(path: tuple[str, ...], x: Any) -> Any:
-        first = names.first_trained(model, path)
-        return None if first is None else x[first:] if first else x
-
-    return _part(params, part)
+def trained(model: ModelConfig, params: Tree, path: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return the part of the parameters that is trained; `path` is where in the tree of all `params` are."""
+    result = {}
+    for name, x in params.items():
+        if isinstance(x, Mapping):
+            if part := trained(model, x, (*path, name)):
+                result[name] = part
+        elif (first := names.first_trained(model, (*path, name))) is not None:
+            result[name] = x[first:] if first else x
+    return result
 
 
 def apart(params: Tree, like: Tree) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return what is trained and what is frozen; `like` has the shape of what is trained, as moments have."""
-
-    def rows(path: tuple[str, ...], x: Any) -> int | None:
-        found: Any = like
-        for name in path:
-            found = found.get(name, {})
-        return None if isinstance(found, Mapping) else len(x) - len(found)
-
-    def above(path: tuple[str, ...], x: Any) -> Any:
-        first = rows(path, x)
-        return None if first is None else x[first:] if first else x
-
-    def below(path: tuple[str, ...], x: Any) -> Any:
-        first = rows(path, x)
-        return x if first is None else x[:first] if first else None
-
-    return _part(params, above), _part(params, below)
+    above: dict[str, Any] = {}
+    below: dict[str, Any] = {}
+    for name, x in params.items():
+        if isinstance(x, Mapping):
+            upper, lower = apart(x, like.get(name, {}))
+            above |= {name: upper} if upper else {}
+            below |= {name: lower} if lower else {}
+        elif name not in like:
+            below[name] = x
+        elif first := len(x) - len(like[name]):
+            above[name], below[name] = x[first:], x[:first]
+        else:
+            above[name] = x
+    return above, below
 
 
 def with_trained(params: Tree, part: Tree) -> dict[str, Any]:
-    """Return parameters with a part of them replaced; arrays of which it is the upper blocks alone have to be JAX's."""
+    """Return parameters with the trained part replaced. If that has only the upper blocks, arrays must be jax.Array."""
 
     def replace(x: Any, new: Any) -> Any:
         if isinstance(x, Mapping):
@@ -55,22 +55,8 @@ def with_trained(params: Tree, part: Tree) -> dict[str, Any]:
     return replace(params, part)
 
 
-def joined(below: Tree, above: Tree) -> dict[str, Any]:
+def joined(below: Any, above: Any) -> Any:
     """Return what is frozen and what is trained, both with NumPy's arrays, as one tree."""
-
-    def join(a: Any, b: Any) -> Any:
-        if isinstance(a, Mapping):
-            return dict(a) | {name: join(a[name], x) if name in a else x for name, x in b.items()}
-        return np.concatenate([a, b])
-
-    return join(below, above)
-
-
-def _part(tree: Tree, choose: Callable[[tuple[str, ...], Any], Any], path: tuple[str, ...] = ()) -> Any:
-    """Return a tree of what `choose` makes of the leaves, without those of which it makes None, and empty dicts."""
-    found = {}
-    for name, x in tree.items():
-        part = _part(x, choose, (*path, name)) if isinstance(x, Mapping) else choose((*path, name), x)
-        if part is not None and (not isinstance(part, dict) or part):
-            found[name] = part
-    return found
+    if isinstance(below, Mapping):
+        return dict(below) | {name: joined(below[name], x) if name in below else x for name, x in above.items()}
+    return np.concatenate([below, above])

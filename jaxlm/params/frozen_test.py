@@ -139,7 +139,7 @@ def test_adapters_change_nothing_at_first_and_are_merged_on_export(tmp_path: Pat
     wanted = logits_of(LORA, weights, tokens)
     zero = {name: 0 * x if name.endswith("lora_b") else x for name, x in weights.items()}
     assert np.abs(wanted - logits_of(LORA, zero, tokens)).max() > 0.1
-    snapshot = Snapshot(LORA, {**INFO, "step": 3, "val_loss": None}, weights, None, 0).merged()
+    snapshot = Snapshot(LORA, {**INFO, "step": 3, "val_loss": None}, weights, None, 0).merge_adapters()
     assert list(snapshot.weights) == list(parameters.shapes(plain))
     np.testing.assert_allclose(logits_of(plain, snapshot.weights, tokens), wanted, rtol=0, atol=3e-5)
     snapshots.write(tmp_path / "merged.pt", snapshot, CHECKPOINT_1_2)

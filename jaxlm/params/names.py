@@ -1,8 +1,9 @@
-"""The same weights under three sets of names: jaxlm's, torchlm's, and those of the original's checkpoint files.
+"""The same weights under two sets of names, jaxlm's and torchlm's.
 
 jaxlm     tree of dicts, `base/blocks/attention/query/kernel`; a kernel is [in, out], blocks have a leading axis L
 torchlm   state dict, `base.blocks.0.attention.query.weight`; a linear weight is [out, in], one tensor a block
-original  state dict, `bert.encoder_blocks.0.self_multihead.query.weight`; layouts as torchlm
+
+torchlm/original.py has the names in the original's checkpoint files.
 
 Arrays are NumPy; where only names change, tensors will do. Nothing here is rounded, so that every way and back is
 equal bit for bit. Moments of an optimizer, one array a parameter, go the same ways.
@@ -19,25 +20,8 @@ from jaxlm.errors import UserError
 
 Arrays = dict[str, np.ndarray]
 Shapes = dict[str, tuple[int, ...]]
-Prefixes = tuple[str, str]
+Prefixes = tuple[str, str]  # what the original's names of the base model and of the head begin with
 
-# Settings by their names in the original's files, which have all of these.
-ORIGINAL_SETTINGS = {
-    "model": {"seq_len": "seq_len", "d_model": "d_model", "n_layers": "n_layers", "heads": "n_heads"},
-    "train": {
-        "max_iters": "max_steps",
-        "learning_rate": "learning_rate",
-        "min_learning_rate": "min_learning_rate",
-        "warmup_iters": "warmup_steps",
-        "lr_decay_iters": "decay_steps",
-        "weight_decay": "weight_decay",
-        "batch_size": "batch_size",
-    },
-}
-
-# The original's words for modules that torchlm calls otherwise.
-_WORDS = {"blocks": "encoder_blocks", "attention": "self_multihead", "layernorm": "normlayer"}
-_BUFFERS = ("embedding.position.pe", "self_multihead.bias")  # in the original's state dict, but no parameters
 # Modules that PyTorch puts around a model or within it, and attributes by which others hold one.
 _WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _OUTER = re.compile(r"(?!head\.)(.+?\.)??(base|((bert|distilbert|roberta)\.)?embeddings|(transformer\.)?wte)\.")
@@ -122,15 +106,14 @@ def first_trained(model: ModelConfig, path: Sequence[str]) -> int | None:
     """
     if path[0] == "base" and model.lora_rank and path[-1] not in _LORA:
         return None
-    if tuple(path[:2]) == ("base", "blocks"):
+    if _is_stacked(path):
         return model.frozen_layers if model.frozen_layers < model.n_layers else None
     return None if tuple(path[:2]) == ("base", "embedding") and model.frozen_embedding else 0
 
 
 def is_trained(model: ModelConfig, name: str) -> bool:
     """Return whether a parameter, by torchlm's name, is trained."""
-    path = name.split(".")
-    block = int(path.pop(2)) if path[:2] == ["base", "blocks"] else 0
+    path, block = _jax_path(name)
     first = first_trained(model, path)
     return first is not None and block >= first
 
@@ -145,7 +128,7 @@ def without_adapters(arrays: Mapping[str, Any]) -> dict[str, Any]:
     return {name: x for name, x in arrays.items() if not name.endswith(_LORA)}
 
 
-def merged(model: ModelConfig, weights: Arrays) -> Arrays:
+def merge_adapters(model: ModelConfig, weights: Arrays) -> Arrays:
     """Return a state dict with its adapters, if there are any, added to the weights that they adapt."""
     result = without_adapters(weights)
     for name in [name for name in weights if name.endswith(_LORA[0])]:
@@ -173,12 +156,12 @@ def check(state: Mapping[str, Any], wanted: Shapes, source: str) -> dict[str, An
 
 def check_shapes(found: Shapes, wanted: Shapes, source: str) -> None:
     """Raise UserError, which begins with `source`, for names or shapes that differ from `wanted`."""
-    problems = [f"{name} {list(shape)} is missing" for name, shape in wanted.items() if name not in found]
-    problems += [f"{name} {list(shape)} is not in the model" for name, shape in found.items() if name not in wanted]
+    problems = [f"{name} {list(wanted[name])} is missing" for name in wanted if name not in found]
+    problems += [f"{name} {list(found[name])} is not in the model" for name in found if name not in wanted]
     problems += [
-        f"{name} has the shape {list(found[name])}, but the model needs {list(shape)}"
-        for name, shape in wanted.items()
-        if found.get(name, shape) != shape
+        f"{name} has the shape {list(found[name])}, but the model needs {list(wanted[name])}"
+        for name in wanted
+        if found.get(name, wanted[name]) != wanted[name]
     ]
     if problems:
         more = f"; and {len(problems) - _MOST_TOLD} more" if len(problems) > _MOST_TOLD else ""
@@ -239,22 +222,6 @@ def to_jax(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
     return tree
 
 
-def to_original(state: Mapping[str, Any], prefixes: Prefixes) -> dict[str, Any]:
-    """Return torchlm's state dict under the original's names, without its two kinds of buffers.
-
-    `prefixes` are what the original's names of the base model and of the head begin with.
-    """
-    return {_original_name(name, prefixes): array for name, array in state.items()}
-
-
-def from_original(state: Mapping[str, Any], prefixes: Prefixes) -> dict[str, Any]:
-    """Return a state dict of the original under torchlm's names; what is no parameter is left out.
-
-    A name that the original has not stays as it is, for `check` to name it.
-    """
-    return {_torch_name(name, prefixes): array for name, array in state.items() if not name.endswith(_BUFFERS)}
-
-
 def _leaves(tree: Mapping[Any, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[list[str], Any]]:
     for name, value in tree.items():
         if isinstance(value, Mapping):
@@ -286,29 +253,3 @@ def _jax_path(name: str) -> tuple[list[str], int]:
 def _weight(path: Sequence[str]) -> str:
     """Return what jaxlm calls torchlm's `weight` of the module that a parameter is in."""
     return "embedding" if path[-2] == "token" else "scale" if "norm" in path[-2] else "kernel"
-
-
-def _words(prefixes: Prefixes, is_head: bool) -> dict[str, str]:
-    """Return the original's words by torchlm's, for one part of a name."""
-    if is_head:
-        return _WORDS if prefixes[1] == "mask_lm" else _WORDS | {"linear": "classifier"}
-    return _WORDS | {"output": "output_linear"}
-
-
-def _original_name(name: str, prefixes: Prefixes) -> str:
-    part, *path = name.split(".")
-    words = _words(prefixes, part == "head")
-    if path == ["embedding", "position"]:  # `position.pe` is the original's table, which is fixed
-        path.append("weight")
-    return ".".join([prefixes[part == "head"], *(words.get(word, word) for word in path)])
-
-
-def _torch_name(name: str, prefixes: Prefixes) -> str:
-    part, *path = name.split(".")
-    if part not in prefixes:
-        return name
-    is_head = part == prefixes[1]
-    words = {theirs: ours for ours, theirs in _words(prefixes, is_head).items()}
-    if path == ["embedding", "position", "weight"]:
-        path.pop()
-    return ".".join(["head" if is_head else "base", *(words.get(word, word) for word in path)])

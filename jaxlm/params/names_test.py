@@ -15,6 +15,7 @@ from jaxlm.config import Config
 from jaxlm.errors import UserError
 from jaxlm.params import names
 from jaxlm.tasks import TASKS, parameters
+from torchlm.original import from_original, to_original
 
 CASES = Path(__file__).parents[2] / "parity_tests" / "cases"
 OPTIONS = [
@@ -51,7 +52,7 @@ def test_names_and_shapes_are_those_of_the_model_and_every_way_back_is_equal(tas
     tree = tree_of(config)
     state = names.check(names.to_torch(tree), parameters.shapes(config), "tree")
     assert_same_tree(names.to_jax(state), tree)
-    back = names.from_original(names.to_original(state, parameters.prefixes(task)), parameters.prefixes(task))
+    back = from_original(to_original(state, parameters.prefixes(task)), parameters.prefixes(task))
     assert list(back) == list(state)
     assert all(back[name] is array for name, array in state.items())
     assert all(array.flags.c_contiguous for array in state.values())
@@ -79,9 +80,9 @@ def test_names_of_the_recorded_original(task: str) -> None:
     sizes = json.loads((CASES / task / "case.json").read_text())
     sizes = {f"model.{name}": sizes[name] for name in ("vocab_size", "d_model", "n_layers", "seq_len")}
     config = config_of(task, **sizes, **{"model.head_outputs": "vocabulary"})
-    state = names.from_original(arrays, parameters.prefixes(task))
+    state = from_original(arrays, parameters.prefixes(task))
     assert list(names.check(state, parameters.shapes(config), task)) == list(state)  # in model order, too
-    back = names.to_original(state, parameters.prefixes(task))
+    back = to_original(state, parameters.prefixes(task))
     # Left out: the position table, and the future masks of gpt.
     assert {name.rpartition(".")[2] for name in arrays.keys() - back.keys()} <= {"pe", "bias"}
     assert len(arrays) - len(back) == 1 + (config.model.n_layers if task == "gpt" else 0)
@@ -110,9 +111,8 @@ def test_a_model_of_another_size_is_told_in_a_line_of_bearable_length() -> None:
 
 
 def test_unknown_names_of_an_original_file_stay_for_the_check_to_tell() -> None:
-    state = names.from_original(
-        {"bert.encoder_blocks.0.gate.weight": np.zeros(3), "other": np.zeros(2)}, ("bert", "mask_lm")
-    )
+    arrays = {"bert.encoder_blocks.0.gate.weight": np.zeros(3), "other": np.zeros(2)}
+    state = from_original(arrays, parameters.prefixes("mlm"))
     assert set(state) == {"base.blocks.0.gate.weight", "other"}
 
 

@@ -4,11 +4,14 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from jaxlm import config as configs
 from jaxlm.config import Config
 from jaxlm.params import names
 from jaxlm.params.names import Arrays, Shapes
 
+POSITION = "base.embedding.position"  # the table of learned positions
 Moments = tuple[Arrays, Arrays]  # first and second
 
 
@@ -23,19 +26,31 @@ class Snapshot:
     moments: Moments | None  # None: zero, as before the first update
     n_updates: int
 
-    def merged(self) -> "Snapshot":
+    def moments_or_zeros(self) -> Moments:
+        """Return the moments of what is trained, zero before the first update."""
+        zeros = {name: np.zeros_like(x) for name, x in names.trained(self.config.model, self.weights).items()}
+        return self.moments or (zeros, zeros)
+
+    def merge_adapters(self) -> "Snapshot":
         """Return the state with its adapters, if there are any, in the weights. These have no moments."""
         if not self.config.model.lora_rank:
             return self
-        weights = names.merged(self.config.model, self.weights)
+        weights = names.merge_adapters(self.config.model, self.weights)
         return Snapshot(configs.replace(self.config, "model.lora_rank", 0), self.info, weights, None, 0)
 
+    def weights_for(self, shapes: Shapes, parts: Sequence[str], source: str, is_base: bool = False) -> Arrays:
+        """Return the weights of some parts of a model, which has parameters of these shapes.
 
-def fitting(weights: Arrays, shapes: Shapes, parts: Sequence[str]) -> tuple[Arrays, Shapes]:
-    """Return the weights and the shapes of some parts; of learned positions, only as many as the model has."""
-    weights = {name: x for name, x in weights.items() if name.partition(".")[0] in parts}
-    shapes = {name: shape for name, shape in shapes.items() if name.partition(".")[0] in parts}
-    table = "base.embedding.position"
-    if table in weights and table in shapes and len(weights[table]) > shapes[table][0]:
-        weights[table] = weights[table][: shapes[table][0]]
-    return weights, shapes
+        Of learned positions, only as many as the model has. With `is_base` the model is that of another run, which has
+        adapters of its own: those of the snapshot are merged. Raises UserError, which begins with `source`, if the
+        weights are of another model.
+        """
+        weights = dict((self.merge_adapters() if is_base else self).weights)
+        if POSITION in weights and POSITION in shapes:
+            weights[POSITION] = weights[POSITION][: shapes[POSITION][0]]
+        shapes = names.without_adapters(shapes) if is_base else shapes
+        return names.check(_of_parts(weights, parts), _of_parts(shapes, parts), source)
+
+
+def _of_parts(arrays: dict[str, Any], parts: Sequence[str]) -> dict[str, Any]:
+    return {name: x for name, x in arrays.items() if name.partition(".")[0] in parts}

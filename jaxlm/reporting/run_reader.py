@@ -66,7 +66,7 @@ class RunRecord:
     def baseline(self) -> dict[str, Any]:
         """What its baseline.json records; {} if it is missing or cannot be read."""
         try:
-            return checksums.read_json(self.path / history.BASELINE)
+            return utf8.read_json(self.path / history.BASELINE)
         except (OSError, ValueError):
             return {}
 
@@ -169,7 +169,7 @@ class RunRecord:
         """Return what jaxlm.evaluate has written on a split, {} if it has not. Raises UserError if it is unreadable."""
         path = self.path / f"evaluation_{split}.json"
         with evaluation_errors(path):
-            return checksums.read_json(path) if path.exists() else {}
+            return utf8.read_json(path) if path.exists() else {}
 
 
 @contextlib.contextmanager

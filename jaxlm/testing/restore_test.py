@@ -22,6 +22,7 @@ from safetensors.numpy import save_file
 
 import jaxlm.loop
 import jaxlm.train
+import torchlm.load
 import torchlm.loop
 import torchlm.train
 from jaxlm import checkpoint, optim, parallel

@@ -16,7 +16,7 @@ from typing import Any
 from jaxlm import errors
 from jaxlm.data.metrics import Scores
 from jaxlm.errors import UserError, os_errors
-from jaxlm.io import checksums
+from jaxlm.io import checksums, temporary, utf8
 from jaxlm.weights import formats
 
 FILES = METRICS, SAMPLES = "metrics.jsonl", "samples.txt"
@@ -77,7 +77,7 @@ def last_saved(run_dir: Path) -> int:
     A run of an earlier version has no record: its last validation score counts, since a save follows each of them.
     """
     with contextlib.suppress(OSError, ValueError, KeyError):
-        step = checksums.read_json(run_dir / SAVED)["step"]
+        step = utf8.read_json(run_dir / SAVED)["step"]
         if type(step) is int:
             return step
     return max((row["step"] for row in rows(run_dir / METRICS) if row["split"] == "validation"), default=0)
@@ -156,19 +156,16 @@ def _samples(path: Path, step: int, warn: Warn) -> bytes:
 
 def _replace(path: Path, content: bytes, problems: list[str], warn: Warn) -> None:
     """Write a file, whole or not at all. One with `problems` is kept under another name, and they are warned of."""
-    temporary = path.with_name(f"{path.name}.tmp")
     try:
         with os_errors(f"{path}: cannot be written", "free some space, or go on in a new folder with --run.dir"):
             if not problems and path.is_file() and path.read_bytes().startswith(content):
                 os.truncate(path, len(content))  # which a full disk allows
                 return
-            temporary.write_bytes(content)
-            if problems and os.path.lexists(path):
-                kept = path.rename(checksums.damaged_name(path))
-                problems = [f"{problem}, and kept as {kept.name}" for problem in problems]
-            temporary.replace(path)
+            with temporary.replacing(path) as new:
+                new.write_bytes(content)
+                if problems and os.path.lexists(path):
+                    kept = path.rename(checksums.damaged_name(path))
+                    problems = [f"{problem}, and kept as {kept.name}" for problem in problems]
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         for problem in problems:
             warn(problem)

@@ -12,6 +12,7 @@ import pytest
 from jaxlm import report, runs
 from jaxlm.errors import UserError
 from jaxlm.inference import load
+from jaxlm.io import temporary
 from jaxlm.reporting import run_page
 from jaxlm.reporting import run_reader as folders
 from jaxlm.testing import tiny_runs
@@ -199,8 +200,8 @@ def test_a_file_put_aside_replaces_none(folder: Path) -> None:
 
 
 def test_rows_are_dropped_without_room_for_a_copy(folder: Path) -> None:
-    (folder / "metrics.jsonl.tmp").mkdir()  # no copy can be written
-    (folder / "samples.txt.tmp").mkdir()
+    temporary.name_for(folder / "metrics.jsonl").mkdir()  # no copy can be written
+    temporary.name_for(folder / "samples.txt").mkdir()
     history.restore_to(folder, 5)
     assert rows(folder) == ROWS[:6]
     (folder / "metrics.jsonl").write_text("bad\n")

@@ -65,7 +65,7 @@ def check(config: Config, teacher: Config, is_start: bool) -> None:
 
 def load(path: Path, expected: str = "") -> Teacher:
     """Return the teacher in a checkpoint. Raises UserError if its weights have another fingerprint than expected."""
-    snapshot = snapshots.read(path).merged()  # adapters become part of the weights
+    snapshot = snapshots.read(path).merge_adapters()  # adapters become part of the weights
     digest = hashlib.sha256()
     for name, x in sorted(snapshot.weights.items()):
         digest.update(f"{name} {x.shape} {x.dtype}".encode())

@@ -1,4 +1,4 @@
-"""The four forms in which a training state lies in files, each with what reads and what writes it.
+"""The four forms in which a training state lies in files, and what reads and writes each.
 
     jaxlm run          folder with checkpoints/STEP by Orbax, and config.toml
     checkpoint 1.2     file of torch.save, by torchlm or the original
@@ -7,9 +7,8 @@
                        optimizer.second_moment.NAME, with optimizer.step; all else as JSON in the metadata `jaxlm`
 
 Between two forms, arrays are NumPy's under torchlm's names (names.py). There are two counts: `step`, that of the run,
-drives the rate; `n_updates`, that of the moments, is what AdamW corrects their bias by.
-torch, jax and safetensors are imported where they are needed. Models of transformers, which public.py reads and writes,
-are weights and settings without a training state.
+drives the rate; `n_updates`, that of the moments, is what AdamW corrects their bias by. torch, jax and safetensors are
+imported where they are needed. Models of transformers (huggingface.py) have no training state.
 """
 
 import contextlib
@@ -31,10 +30,9 @@ from jaxlm.io import checksums, storage, utf8
 from jaxlm.params import frozen, layout, names
 from jaxlm.params.names import Arrays, Shapes
 from jaxlm.params.snapshot import Moments, Snapshot
-from jaxlm.tasks import parameters
 
 RUN, CHECKPOINT_1_2, STATE_DICT, SAFETENSORS = "jaxlm run", "checkpoint 1.2", "state dict", "safetensors"
-TRANSFORMERS = "transformers "  # and the kind of model: the forms of public.py begin with it
+TRANSFORMERS = "transformers "  # and the kind of model: the forms of huggingface.py begin with it
 FIRST, SECOND, N_UPDATES = "optimizer.first_moment.", "optimizer.second_moment.", "optimizer.step"
 
 
@@ -48,27 +46,44 @@ class StoredFile(NamedTuple):
     info: dict[str, Any]  # what it tells of itself, with the keys of `info` in jaxlm's checkpoints; {} for bare weights
 
 
+@contextlib.contextmanager
+def _reading(failure: str, mend: str) -> Iterator[None]:
+    """Turn what libraries raise for a damaged file, which can be anything, into a UserError: FAILURE: REASON; MEND."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or outside(error):
+            raise
+        why = reason(error).partition(". ")[0]
+        raise UserError(f"{failure}: {type(error).__name__}: {why}; {mend}") from error
+
+
 def moments(stored: StoredFile, shapes: Shapes, first_block: int = 0) -> tuple[Moments | None, int]:
     """Return the moments of AdamW, not checked, and how many updates they are of; None if there are none.
 
-    Raises UserError for what is no optimizer of AdamW.
-    `shapes` are those of what is trained, with blocks from the first of these on.
+    `shapes` are those of what is trained, with blocks from the first of these on. Raises UserError for what is no
+    optimizer of AdamW.
     """
-    try:
+    with _reading(f"{stored.path}: its optimizer is not that of AdamW", "save it again"):
         if stored.form == RUN:
             part = stored.tree["optimizer"]
             first, second = (names.to_torch(part[f"{order}_moment"], first_block) for order in ("first", "second"))
             return (first, second), int(part["count"])
         if stored.form == CHECKPOINT_1_2:
-            return _moments_of_1_2(stored.tree["optimizer"], shapes, stored.path)
+            from torchlm import original
+
+            tensors, n_updates = original.moments(stored.tree["optimizer"], shapes, str(stored.path))
+            if not tensors:
+                return None, 0
+            first, second = (_arrays(x, f"{stored.path}: optimizer: ") for x in tensors)
+            return (first, second), n_updates
         if N_UPDATES not in stored.tree:
             return None, 0
-        moments = _with_prefix(stored.tree, FIRST), _with_prefix(stored.tree, SECOND)
-        return moments, int(stored.tree[N_UPDATES].item())
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"{stored.path}: its optimizer is not that of AdamW: {type(error).__name__}: {reason(error)}; save it again"
-        ) from error
+        first, second = (
+            {name.removeprefix(prefix): x for name, x in stored.tree.items() if name.startswith(prefix)}
+            for prefix in (FIRST, SECOND)
+        )
+        return (first, second), int(stored.tree[N_UPDATES].item())
 
 
 def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, np.ndarray]]:
@@ -99,27 +114,18 @@ def load_run(path: Path) -> StoredFile:
     import orbax.checkpoint as ocp
 
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what it does, and what it raises, too
-    try:
-        tree: dict[str, Any] = {}
-        places = {part: folder / part for part in ("base", "head", "optimizer")}
-        if not configs.is_whole(info["config"]):
-            places["frozen"] = folder.parent / checksums.FROZEN / "base"
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            for part, place in places.items():
-                if not place.exists():  # nothing of the base is trained, or there is no head
-                    continue
-                with storage.plain(place) as item:
-                    stored = checkpointer.metadata(item).item_metadata.tree
-                    # As NumPy's arrays, whatever devices they were saved from.
-                    kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored)
-                    tree[part] = checkpointer.restore(item, args=ocp.args.PyTreeRestore(restore_args=kinds))
-        tree["base"] = frozen.joined(tree.pop("frozen", {}), tree.get("base", {}))
+    tree: dict[str, Any] = {}
+    failure = f"{folder}: cannot be read as a checkpoint of jaxlm"
+    with _reading(failure, "use another of its run"), ocp.PyTreeCheckpointer() as checkpointer:
+        for part, place in layout.places(folder, info).items():
+            with storage.plain(place) as item:
+                stored = checkpointer.metadata(item).item_metadata.tree
+                # As NumPy's arrays, whatever devices they were saved from.
+                kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored)
+                tree[part] = checkpointer.restore(item, args=ocp.args.PyTreeRestore(restore_args=kinds))
+        tree["base"] = frozen.joined(tree.pop(checksums.FROZEN, {}), tree.get("base", {}))
         weights = names.to_torch({part: tree[part] for part in ("base", "head") if part in tree})
-    except Exception as error:  # Orbax raises whatever its parts do
-        if outside(error):
-            raise
-        raise UserError(f"{folder}: cannot be read as a checkpoint of jaxlm: {reason(error)}") from error
-    return StoredFile(RUN, folder, tree, weights, info)
+        return StoredFile(RUN, folder, tree, weights, info)
 
 
 def validation_loss(path: Path) -> float | None:
@@ -133,13 +139,8 @@ def validation_loss(path: Path) -> float | None:
         need_torch(path)
         import torch
 
-        try:
-            with storage.plain(path) as place:
-                loss = torch.load(place, map_location="cpu", weights_only=True, mmap=True)["val_loss"]
-        except Exception as error:  # a damaged file can fail anywhere
-            if outside(error):
-                raise
-            raise UserError(f"{path}: cannot be read as a file of torch.save: {reason(error)}") from error
+        with _reading(f"{path}: cannot be read as a file of torch.save", "copy it again"), storage.plain(path) as place:
+            loss = torch.load(place, map_location="cpu", weights_only=True, mmap=True)["val_loss"]
     return float(loss) if isinstance(loss, int | float) and math.isfinite(loss) else None
 
 
@@ -163,9 +164,7 @@ def _write_run(path: Path, snapshot: Snapshot) -> None:
     from jaxlm.checkpoint import Checkpoints
     from jaxlm.step import TrainState
 
-    trained = names.trained(snapshot.config.model, snapshot.weights)
-    zeros = {name: np.zeros_like(array) for name, array in trained.items()}
-    params, first, second = (names.to_jax(x) for x in (snapshot.weights, *(snapshot.moments or (zeros, zeros))))
+    params, first, second = (names.to_jax(x) for x in (snapshot.weights, *snapshot.moments_or_zeros()))
     step: Any = np.int32(snapshot.info["step"])  # Orbax takes NumPy's arrays as well as JAX's
     train = snapshot.config.train
     optimizer = optim.adamw(train, schedule.learning_rate(train), snapshot.config.model.n_layers)
@@ -188,33 +187,25 @@ def load_torch(path: Path) -> StoredFile:
     need_torch(path)
     import torch
 
-    damaged = None
-    try:
+    with _reading(
+        f"{path}: cannot be read as a file of torch.save", "copy it again, or save what model.state_dict() returns"
+    ):
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()  # torch.load does not look
+                if damaged := archive.testzip():  # torch.load does not look
+                    part = damaged.partition("/")[2]
+                    raise UserError(f"{path}: damaged: its part {part} is not as it was written; copy it again")
         # As a stream, for PyTorch takes any file that is called .safetensors for one. Warnings: of others' pickles.
-        with warnings.catch_warnings(action="ignore"), path.open("rb") as file:
-            tree = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path}: refused: its pickle is damaged, or has more than tensors and plain values, which could run code; "
-            "where you trust it, save what its model.state_dict() returns, and give that file"
-        ) from error
-    except Exception as error:  # a damaged file can fail anywhere
-        if outside(error):
-            raise
-        raise UserError(
-            f"{path}: cannot be read as a file of torch.save: {reason(error).partition('. ')[0]}; copy it again, or "
-            "save what model.state_dict() returns"
-        ) from error
-    if damaged:
-        raise UserError(
-            f"{path}: damaged: its part {damaged.partition('/')[2]} is not as it was written; copy it again"
-        )
+        try:
+            with warnings.catch_warnings(action="ignore"), path.open("rb") as file:
+                tree = torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise UserError(
+                f"{path}: refused: its pickle is damaged, or has more than tensors and plain values, which could run "
+                "code; where you trust it, save what its model.state_dict() returns, and give that file"
+            ) from error
     if _is_state_dict(tree):
-        weights = {name: _array(tensor, f"{path}: {name}") for name, tensor in names.unwrapped(tree, str(path)).items()}
-        return StoredFile(STATE_DICT, path, tree, weights, {})
+        return StoredFile(STATE_DICT, path, tree, _arrays(names.unwrapped(tree, str(path)), f"{path}: "), {})
     if not isinstance(tree, dict) or "version" not in tree:
         if inner := next(_state_dicts(tree), ""):
             raise UserError(
@@ -229,16 +220,12 @@ def load_torch(path: Path) -> StoredFile:
             f"{path}: neither a checkpoint 1.2 nor a state dict: it has {kind}; save what model.state_dict() returns"
         )
 
-    from torchlm import checkpoint
+    from torchlm import checkpoint, original
 
     tree = checkpoint.read(path)
-    try:
-        weights = {name: _array(tensor, f"{path}: {name}") for name, tensor in checkpoint.weights(tree).items()}
-        return StoredFile(CHECKPOINT_1_2, path, tree, weights, layout.checked_info(_info_of_1_2(tree, weights), path))
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
-        raise UserError(
-            f"{path}: not as a checkpoint 1.2 is: {type(error).__name__}: {reason(error)}; save it again"
-        ) from error
+    with _reading(f"{path}: not as a checkpoint 1.2 is", "save it again"):
+        weights = _arrays(checkpoint.weights(tree), f"{path}: ")
+        return StoredFile(CHECKPOINT_1_2, path, tree, weights, layout.checked_info(original.info(tree, weights), path))
 
 
 def _is_state_dict(value: Any) -> bool:
@@ -257,60 +244,6 @@ def _state_dicts(tree: Any, place: str = "") -> Iterator[str]:
             yield from _state_dicts(value, f"{place}[{name!r}]")
 
 
-def _info_of_1_2(tree: dict[str, Any], weights: Arrays) -> dict[str, Any]:
-    config, task = tree["config"], tree["task_type"]
-    info = {
-        "format": tree["version"],
-        "step": int(tree["iter"]),
-        "task": task,
-        "rate": float(tree["lr"]),
-        "sample_iter": int(tree["sample_iter"]),
-        "val_loss": float(tree["val_loss"]) if math.isfinite(tree["val_loss"]) else None,
-    }
-    if "torchlm" in config:
-        return info | {"config": config["torchlm"]["settings"], **config["torchlm"]["info"]}
-    settings = {
-        f"{section}.{ours}": config[section][theirs]
-        for section, words in names.ORIGINAL_SETTINGS.items()
-        for theirs, ours in words.items()
-    }
-    # The rest of what jaxlm has as settings is seen in the optimizer and the weights.
-    group = tree["optimizer"]["param_groups"][0]
-    settings |= {"train.beta1": group["betas"][0], "train.beta2": group["betas"][1], "train.epsilon": group["eps"]}
-    settings |= {"task": task, "model.vocab_size": len(weights["base.embedding.token.weight"])}
-    if parameters.model_kind(task) == "classifier" and "head.linear.bias" in weights:
-        n_outputs = len(weights["head.linear.bias"])
-        is_slip = n_outputs == settings["model.vocab_size"]
-        settings |= (
-            {"model.head_outputs": "vocabulary", "data.n_labels": 2} if is_slip else {"data.n_labels": n_outputs}
-        )
-    return info | {"tokenizer": None, "config": settings, "original_config": config}
-
-
-def _moments_of_1_2(optimizer: dict[str, Any], shapes: Shapes, path: Path) -> tuple[Moments | None, int]:
-    """Return the moments in the state dict of torch.optim.AdamW, which numbers tensors group by group."""
-    state, groups = optimizer["state"], names.decay_groups(shapes)
-    if not state:
-        return None, 0
-    numbers = [group["params"] for group in optimizer["param_groups"]]
-    sizes, wanted = [len(group) for group in numbers], [len(group) for group in groups]
-    # With layer_decay, a group of ours is several.
-    if sizes != wanted and (len(sizes) <= len(wanted) or sum(sizes) != sum(wanted)):
-        raise UserError(f"{path}: its optimizer has groups of {sizes} tensors, but the model {wanted}, decayed first")
-    entries = {name: state.get(i, {}) for name, i in zip(sum(groups, []), sum(numbers, []), strict=True)}
-    keys = ["exp_avg", "exp_avg_sq", "step"]
-    for name, entry in entries.items():
-        if sorted(entry) != keys:
-            raise UserError(f"{path}: its optimizer has {sorted(entry)} for {name}, but AdamW has {keys}")
-    counts = {int(entry["step"]) for entry in entries.values()}
-    if len(counts) > 1:
-        raise UserError(f"{path}: its optimizer has counted {sorted(counts)} updates; only one count can be kept")
-    first, second = (
-        {name: _array(entry[key], f"{path}: {key} of {name}") for name, entry in entries.items()} for key in keys[:2]
-    )
-    return (first, second), counts.pop()
-
-
 def _write_1_2(path: Path, snapshot: Snapshot) -> None:
     from torchlm import checkpoint, optim, step
 
@@ -327,27 +260,26 @@ def _write_1_2(path: Path, snapshot: Snapshot) -> None:
 def _write_state_dict(path: Path, snapshot: Snapshot) -> None:
     import torch
 
-    torch.save(_tensors(snapshot.weights), path)
+    torch.save({name: torch.from_numpy(array.copy()) for name, array in snapshot.weights.items()}, path)
 
 
 def load_safetensors(path: Path) -> StoredFile:
     """Return what is in a file of safetensors; without the metadata `jaxlm`, it is one of bare weights."""
     import ml_dtypes  # noqa: F401  # by which NumPy has bfloat16
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    try:
+    with _reading(f"{path}: cannot be read as safetensors", "copy it again"):
+        with path.open("rb") as start:
+            if why := utf8.stand_in(start.read(utf8.START)):
+                raise UserError(f"{path}: is {why}")
         with storage.plain(path) as place, safe_open(place, framework="np") as file:
-            tree = {name: file.get_tensor(name) for name in file.keys()}
+            try:
+                tree = {name: file.get_tensor(name) for name in file.keys()}
+            except AttributeError as error:  # of NumPy, which lacks a type
+                mend = "save it as float32, as with tensor.float() in PyTorch"
+                raise UserError(f"{path}: has numbers of type {error.name}, which cannot be read; {mend}") from error
             metadata = file.metadata() or {}
         info = layout.checked_info(utf8.from_json(metadata["jaxlm"]), path) if "jaxlm" in metadata else {}
-    except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
-        with contextlib.suppress(OSError), path.open("rb") as start:
-            if why := utf8.stand_in(start.read(utf8.START)):
-                raise UserError(f"{path}: is {why}") from error
-        if isinstance(error, AttributeError):  # of NumPy, which lacks a type
-            mend = "save it as float32, as with tensor.float() in PyTorch"
-            raise UserError(f"{path}: has numbers of type {error.name}, which cannot be read; {mend}") from error
-        raise UserError(f"{path}: cannot be read as safetensors: {reason(error)}; copy it again") from error
     weights = {name: array for name, array in tree.items() if not name.startswith("optimizer.")}
     return StoredFile(SAFETENSORS, path, tree, weights if info else names.unwrapped(weights, str(path)), info)
 
@@ -372,6 +304,10 @@ WRITERS: dict[str, Callable[[Path, Snapshot], None]] = {
 }
 
 
+def _arrays(tensors: Mapping[str, Any], source: str) -> Arrays:
+    return {name: _array(tensor, f"{source}{name}") for name, tensor in tensors.items()}
+
+
 def _array(tensor: Any, source: str) -> np.ndarray:
     """Return a tensor as an array. Raises UserError, which begins with `source`, if NumPy has none of its kind."""
     import torch
@@ -388,13 +324,3 @@ def _array(tensor: Any, source: str) -> np.ndarray:
         raise UserError(
             f"{source}: a tensor of {kind} cannot be read; save it as float32, as with tensor.to_dense().float()"
         ) from error
-
-
-def _tensors(arrays: Arrays) -> dict[str, Any]:
-    import torch
-
-    return {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
-
-
-def _with_prefix(tree: Mapping[str, np.ndarray], prefix: str) -> Arrays:
-    return {name.removeprefix(prefix): array for name, array in tree.items() if name.startswith(prefix)}

@@ -20,6 +20,7 @@ from jaxlm.errors import UserError
 from jaxlm.inference import load
 from jaxlm.training import resume
 from jaxlm.weights import huggingface, snapshots
+from jaxlm.weights.families import CLASS_NAMES, FAMILIES
 from jaxlm.weights.formats import RUN
 
 TEXTS = ["the cat sat on the mat and the dog sat on the log", "a dog and a cat, both of them old: what they saw"]
@@ -72,7 +73,8 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
                 **common, n_embd=D, n_layer=3, n_head=4, n_positions=T, bos_token_id=None, eos_token_id=None
             ),
         }[family]()
-        name = huggingface.FAMILIES[family].heads["sst2" if is_classes else "gpt" if family == "gpt2" else "mlm"][0]
+        task = "sst2" if is_classes else "gpt" if family == "gpt2" else "mlm"
+        name = f"{FAMILIES[family].name}{CLASS_NAMES[task]}"
         theirs = getattr(transformers, name)(config).eval()
         random = torch.Generator().manual_seed(0)
         with torch.no_grad():
@@ -134,8 +136,7 @@ def test_logits_are_those_of_transformers(kind: str, make: Make) -> None:
     assert apart(ours(folder, tokens, is_real), want) < LOGITS
     # Without rounding, which could hide a small mistake, such as another epsilon.
     state = dict(theirs.state_dict())
-    family = huggingface.FAMILIES[kind.partition(" ")[0]]
-    if segments := family.segments:  # the sum with these is rounded when it is read
+    if segments := FAMILIES[kind.partition(" ")[0]].segments:  # the sum with these is rounded when it is read
         positions = segments.replace("token_type", "position")
         state |= {positions: state[positions] + state[segments][:1], segments: 0 * state[segments]}
     exact_theirs = type(theirs)(theirs.config).double().eval()
@@ -190,7 +191,7 @@ def test_what_transformers_has_not_is_refused_by_name(
     family: str, task: str, settings: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UserError) as caught:
-        huggingface.check(configs.build({"task": task, **settings}), huggingface.FAMILIES[family])
+        huggingface.check(configs.build({"task": task, **settings}), FAMILIES[family])
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -393,9 +394,7 @@ def test_what_a_config_does_not_tell_is_as_in_transformers(kind: str, make: Make
     full = snapshots.load(folder).info["config"]
     values = json.loads((folder / "config.json").read_text())
     default = type(make(kind)[1].config)().to_dict()
-    sizes = [
-        huggingface.FAMILIES[kind].keys[name] for name in ("d_model", "n_layers", "n_heads", "vocab_size", "seq_len")
-    ]
+    sizes = [FAMILIES[kind].keys[name] for name in ("d_model", "n_layers", "n_heads", "vocab_size", "seq_len")]
     told = {key: x for key, x in values.items() if key in sizes or x != default.get(key) or key == "model_type"}
     assert len(told) < len(values) - 5
     (folder / "config.json").write_text(json.dumps(told))

@@ -1,6 +1,5 @@
 """Training states as NumPy arrays, read from any form of file and written in any."""
 
-import contextlib
 import math
 import os
 import shutil
@@ -15,13 +14,15 @@ from tokenizers import Tokenizer
 from jaxlm import config as configs
 from jaxlm.config import Config
 from jaxlm.data import tokenization
-from jaxlm.errors import UserError, nearest, reason, slow
-from jaxlm.io import utf8
+from jaxlm.errors import UserError, nearest, os_errors, reason, slow
+from jaxlm.io import temporary, utf8
 from jaxlm.params import names
+from jaxlm.params.layout import MEND
 from jaxlm.params.names import Arrays
-from jaxlm.params.snapshot import Snapshot, fitting
+from jaxlm.params.snapshot import Snapshot
 from jaxlm.tasks import parameters
 from jaxlm.weights import formats, huggingface
+from jaxlm.weights.families import FAMILIES
 from jaxlm.weights.formats import CHECKPOINT_1_2, RUN, STATE_DICT, StoredFile
 
 TABLE = "base.embedding.token.weight"
@@ -32,7 +33,7 @@ def read(path: Path, config: Config | None = None) -> Snapshot:
 
     Raises UserError if it cannot be read, or if its tensors are not those of the model that its settings tell.
     """
-    return checked(load(path), config)
+    return to_snapshot(load(path), config)
 
 
 @slow("writing the model")
@@ -53,25 +54,16 @@ def write(path: Path, snapshot: Snapshot, form: str, tokenizer: Tokenizer | None
     n_free = shutil.disk_usage(path.absolute().parent).free
     if n_free < n_bytes:
         raise UserError(f"{path}: needs {n_bytes / 1e6:,.1f} MB, but {n_free / 1e6:,.1f} MB are free; free some space")
-    temporary = path.with_name(f".jaxlm.{os.getpid()}.tmp")
     try:
-        if form.startswith(formats.TRANSFORMERS):
-            huggingface.write(
-                temporary, snapshot, huggingface.FAMILIES[form.removeprefix(formats.TRANSFORMERS)], tokenizer
-            )
-        else:
-            formats.WRITERS[form](temporary, snapshot)
-        if form == RUN and tokenizer is not None:
-            tokenization.save(tokenizer, temporary / "tokenizer.json")
-        temporary.rename(path)
+        with temporary.replacing(path) as new:
+            if form.startswith(formats.TRANSFORMERS):
+                huggingface.write(new, snapshot, FAMILIES[form.removeprefix(formats.TRANSFORMERS)], tokenizer)
+            else:
+                formats.WRITERS[form](new, snapshot)
+            if form == RUN and tokenizer is not None:
+                tokenization.save(tokenizer, new / "tokenizer.json")
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"{path}: cannot be written: {reason(error)}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            if temporary.is_dir():
-                shutil.rmtree(temporary)
-            else:
-                temporary.unlink()
 
 
 @slow("reading the model")
@@ -79,11 +71,8 @@ def load(path: Path) -> StoredFile:
     """Return what is in a file or folder, its form told by its content. Raises UserError if it is of none."""
     if path.is_dir():
         return huggingface.load(path) if huggingface.is_model(path) else formats.load_run(path)
-    try:
-        with open(path, "rb") as file:
-            start = file.read(utf8.START)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    with os_errors(f"{path}: cannot be read"), open(path, "rb") as file:
+        start = file.read(utf8.START)
     if start[4:9] == b"\0\0\0\0{":  # behind the length of the header, whose first byte is any
         return formats.load_safetensors(path)
     if start.startswith((b"PK", b"\x80")):  # a zip archive, or the bare pickle of old
@@ -95,8 +84,8 @@ def load(path: Path) -> StoredFile:
     )
 
 
-def checked(stored: StoredFile, config: Config | None) -> Snapshot:
-    """Return the training state in what was loaded, checked against the model of its settings."""
+def to_snapshot(stored: StoredFile, config: Config | None) -> Snapshot:
+    """Return the training state in what was loaded, checked against the model of its settings, or of `config`."""
     path, info = stored.path, stored.info
     if info and config:
         raise UserError(f"--config: {path} has settings of its own; leave --config away")
@@ -104,10 +93,8 @@ def checked(stored: StoredFile, config: Config | None) -> Snapshot:
         raise UserError(f"{path}: bare weights without settings; give those of their run with --config FILE")
     if config is None:
         config = config_of(info["config"], path)
-        if info["task"] != config.task:
-            raise UserError(
-                f"{path}: it is of task {info['task']}, but its settings are of task {config.task}; save it again"
-            )
+        if (task := info["task"]) != config.task:
+            raise UserError(f"{path}: it is of task {task}, but its settings are of task {config.task}; save it again")
     else:
         info = {"step": 0, "task": config.task, "rate": 0.0, "tokenizer": None}
         if not config.model.vocab_size and TABLE in stored.weights:  # settings from before the tokenizer was known
@@ -127,22 +114,19 @@ def checked(stored: StoredFile, config: Config | None) -> Snapshot:
 
 def config_of(settings: Mapping[str, Any], path: Path) -> Config:
     """Return stored settings, {dotted name: value}, as Config; those that did not exist then have their defaults."""
-    for name in settings:
+    for name, value in settings.items():
         if name not in configs.SETTINGS:
             raise UserError(
                 f"{path}: its setting {name} is unknown here{nearest(name, configs.SETTINGS)}; "
                 "use the jaxlm that wrote it, or a newer one"
             )
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{path}: its setting {name} is no finite number; {MEND}")
     try:
         config = msgspec.convert(configs.nested(settings), Config)
-    except msgspec.ValidationError as error:
-        raise UserError(f"{path}: in its settings: {error}; convert the run that it is from again") from error
-    if not_finite := [name for name, x in settings.items() if isinstance(x, float) and not math.isfinite(x)]:
-        raise UserError(
-            f"{path}: its setting {not_finite[0]} is no finite number; convert the run that it is from again"
-        )
-    try:
         configs.check_model(config)
+    except msgspec.ValidationError as error:
+        raise UserError(f"{path}: in its settings: {error}; {MEND}") from error
     except UserError as error:
         raise UserError(f"{path}: in its settings: {error}") from error
     return config
@@ -162,17 +146,10 @@ def _float32(arrays: Mapping[str, np.ndarray], shapes: names.Shapes, source: str
 
 def parts_of_file(path: Path, config: Config, parts: Sequence[str], is_base: bool = False) -> dict[str, Any]:
     """Return the given parts of a checkpoint of any form, but with all weights, in NumPy's arrays."""
-    snapshot, shapes = read(path), parameters.shapes(config)
-    if is_base:  # for another run, which has adapters of its own
-        snapshot, shapes = snapshot.merged(), names.without_adapters(shapes)
-    weights = names.check(*fitting(snapshot.weights, shapes, parts), str(path))
-    found = names.to_jax(weights)
+    snapshot = read(path)
+    weights = snapshot.weights_for(parameters.shapes(config), parts, str(path), is_base)
+    result = names.to_jax(weights)
     if "optimizer" in parts:
-        trained = names.trained(config.model, weights)
-        first, second = snapshot.moments or [{name: np.zeros_like(x) for name, x in trained.items()}] * 2
-        found["optimizer"] = {
-            "first_moment": names.to_jax(first),
-            "second_moment": names.to_jax(second),
-            "count": np.int32(snapshot.n_updates),
-        }
-    return found
+        first, second = (names.to_jax(x) for x in snapshot.moments_or_zeros())
+        result["optimizer"] = {"first_moment": first, "second_moment": second, "count": np.int32(snapshot.n_updates)}
+    return result
