@@ -124,8 +124,8 @@ def show(found: Plan, config: Config) -> None:
             (f"limit of {found.chip}", _size(found.limit), fits),
         ],
         f"an update, of a {chip}": [
-            ("model flops", _flops(found.model_flops / step.n_devices), "products of matrices, each once"),
-            ("flops", _flops(step.flops), "with those made anew (remat)"),
+            ("model flops", _flops(found.model_flops / step.n_devices), "matmuls, each once"),
+            ("flops", _flops(step.flops), "with those that remat recomputes"),
             ("memory traffic", _size(step.traffic), ""),
         ],
         "an update takes at least": [

@@ -40,7 +40,7 @@ PRIME = 7919  # a batch size, since no other dimension of an array is a multiple
 
 
 def measure(config: Config, topology: str) -> Step:
-    """Compile the step for a topology such as v5e:16x16, or LOCAL. Raises UserError for settings that do not go."""
+    """Compile the step for a topology such as v5e:16x16, or LOCAL. Raises UserError for settings that do not work."""
     backend.configure(config)
     if topology != LOCAL and importlib.util.find_spec("libtpu") is None:
         absent, n_devices = roofline.named(topology)
@@ -52,8 +52,8 @@ def measure(config: Config, topology: str) -> Step:
     step = analytic(config, mesh, found[0].device_kind)
     known, least = chip(step.device), 2 * step.weights + step.moments  # gradients are as large as weights
     if known and least > known.hbm_bytes:
-        told = f"weights, gradients and moments alone take {least / GIB:.1f} of {known.hbm_bytes / GIB:.0f} GiB"
-        return dataclasses.replace(step, too_large=told)
+        reason = f"weights, gradients and moments alone take {least / GIB:.1f} of {known.hbm_bytes / GIB:.0f} GiB"
+        return dataclasses.replace(step, too_large=reason)
     update, arguments = abstract_update(config, mesh)
     started_s = time.monotonic()
     try:
@@ -61,10 +61,10 @@ def measure(config: Config, topology: str) -> Step:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return dataclasses.replace(step, too_large=_told(str(error)))
+        return dataclasses.replace(step, too_large=_too_large(str(error)))
     memory, program = compiled.memory_analysis(), hlo.parse(compiled.as_text())
     temporary = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    if found[0].platform == "tpu":  # it has temporary arrays in the place of arguments that are needed no more
+    if found[0].platform == "tpu":  # its temporary arrays take the place of arguments that are no longer needed
         temporary = memory.peak_memory_in_bytes - memory.argument_size_in_bytes
     return dataclasses.replace(
         step,
@@ -78,7 +78,7 @@ def measure(config: Config, topology: str) -> Step:
 
 
 def abstract_update(config: Config, mesh: Any) -> tuple[Any, tuple[Any, Any, Any]]:
-    """Return the compiled function of an update, and its arguments as shapes with their places on the mesh."""
+    """Return the jitted function of an update, and its arguments as shapes with their shardings."""
     task = TASKS[config.task](config)
     fresh, compiled = loop.build(config, task, mesh)
     state = jax.tree.map(_shape, jax.eval_shape(fresh), compiled.shardings)
@@ -117,9 +117,9 @@ def analytic(config: Config, mesh: Mesh | AbstractMesh, device: str, missing: st
 
 
 def activations(config: Config, mesh: Mapping[str, int]) -> int:
-    """Return the bytes of a device that JAX's differentiation keeps of a batch.
+    """Return the bytes on a device that JAX keeps of a batch for its gradients.
 
-    What has heads, hidden units or the vocabulary is split over tensor. XLA may keep less, as it fuses.
+    Arrays with heads, hidden units or the vocabulary are split over tensor. XLA may keep less, because it fuses.
     """
     task = TASKS[config.task](config)
     graphdef, params = nnx.split(nnx.eval_shape(lambda: task.build_model(nnx.Rngs(0))), nnx.Param)
@@ -143,12 +143,12 @@ def activations(config: Config, mesh: Mapping[str, int]) -> int:
 
 
 def needed(jaxpr: Jaxpr) -> Jaxpr:
-    """Return a program of JAX without what none of its results needs, such as the gradients of frozen weights."""
+    """Return a program of JAX without what no result needs, such as the gradients of frozen weights."""
     return dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]
 
 
 def product_flops(jaxpr: Any) -> int:
-    """Return the flops of all products of matrices in a program of JAX, those in loops as often as they are made."""
+    """Return the flops of all matmuls in a program of JAX; those in loops count once for each run."""
     total = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
@@ -189,7 +189,7 @@ def _shape(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
 
 
 def _part(tree: Any) -> int:
-    """Return the bytes of a tree on one device."""
+    """Return the bytes of a tree of arrays on one device."""
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
@@ -221,8 +221,8 @@ def n_links(mesh: Mesh, group: Sequence[int], known: Chip) -> int:
     )
 
 
-def _told(error: str) -> str:
-    """Return what XLA tells of a step that does not fit: the sum, and the largest arrays."""
+def _too_large(error: str) -> str:
+    """Return what XLA reports of a step that does not fit: the sum, and the largest arrays."""
     line = next((line for line in error.splitlines() if "RESOURCE_EXHAUSTED" in line), error)
     sizes = re.findall(r"Size: ([\d.]+[KMG]).*?(?:op_name=\"([^\"]*)\".*?)?Shape: (\S+)", error, re.DOTALL)
     largest = [f"{shape} ({size}{f', {name}' if name else ''})" for size, name, shape in sizes[:3]]

@@ -17,7 +17,7 @@ from jaxlm.runtime.chips import Chip, chip
 from jaxlm.tasks import flops
 
 LOCAL = "local"  # the topology that is the devices of this machine
-PASSES = 6  # products of bfloat16 that a TPU makes one of float32 of, at the precision that the settings ask for
+PASSES = 6  # bfloat16 matmuls of a TPU for one in float32, at the precision of runtime/backend.py
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class Step:
     weights: int
     moments: int
     activations: int  # that JAX keeps of one batch for its gradients
-    flops: int  # of all products, also of those made anew
+    flops: int  # of all matmuls, with those that remat recomputes
     missing: str = ""  # of the plan, and why
-    too_large: str = ""  # what XLA tells where the step does not fit
+    too_large: str = ""  # what XLA reports where the step does not fit
     batches: int | None = None
     temporary: int | None = None  # XLA's, activations and gradients among it
     code: int | None = None

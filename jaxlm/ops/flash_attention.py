@@ -14,11 +14,11 @@ from jax.sharding import PartitionSpec
 from jaxlm.config import ModelConfig
 from jaxlm.parallel import BATCH, platform
 
-TILE = 128  # a TPU's kernel takes sequences of a multiple of it
+TILE = 128  # the TPU kernel takes multiples of so many positions
 
 
 def hindrance(config: ModelConfig, dtype: Any, seq_len: int) -> str:
-    """Return why attention is not the fused one where this is compiled for, "" if it is."""
+    """Return why attention cannot be fused on this platform; "" if it can."""
     if config.attention == "plain":
         return "it is to be plain"
     where = platform()
@@ -46,8 +46,8 @@ def by_xla(
 ) -> Array:
     lengths_B = None
     if is_pad_BT is not None:
-        # cuDNN would have a gradient of any other mask. Pads are at the ends of rows; one among tokens is attended to,
-        # and of a row of pads alone, which no loss counts, the first is.
+        # As lengths, since cuDNN would compute a gradient of any other mask. Pads are at the ends of rows. A pad among
+        # tokens is attended to, and so is the first of a row of pads, which no loss counts.
         ends_T = np.arange(1, is_pad_BT.shape[1] + 1, dtype=np.int32)
         lengths_B = jnp.max(jnp.where(is_pad_BT, 1, ends_T[None]), axis=1)
     return jax.nn.dot_product_attention(
@@ -69,7 +69,7 @@ def splash(
     interpreted: bool = False,
 ) -> Array:
     """Attend by Pallas; `interpreted` runs the kernel where there is no TPU."""
-    # Not at the top: it takes half a second that others need not wait.
+    # Not at the top: importing it takes half a second.
     from jax.experimental.pallas.ops.tpu import splash_attention
 
     T, K = q_BTHK.shape[1], q_BTHK.shape[3]
@@ -85,14 +85,14 @@ def splash(
         kernel = splash_attention.make_splash_mha(
             masks, block_sizes=blocks, head_shards=1, q_seq_shards=1, interpret=interpreted
         )
-        # Each position attends to those of its segment: pads are none of segment 0, and all positions ask for that.
+        # A query attends to keys of its segment: all queries are in segment 0, and pads are keys of segment 1.
         segments = [splash_attention.SegmentIds(jnp.zeros_like(x), x) for x in arrays[3:]]
         return jax.vmap(kernel)(q_BHTK, k_BHTK, v_BHTK, *segments).transpose(0, 2, 1, 3)
 
     arrays = [q_BTHK * K**-0.5, k_BTHK, v_BTHK, *([] if is_pad_BT is None else [is_pad_BT.astype(jnp.int32)])]
     if jax.sharding.get_abstract_mesh().empty:
         return on_device(*arrays)
-    # XLA cannot split a kernel; each device runs it on its own samples and heads.
+    # XLA cannot partition a kernel: each device runs it on its own samples and heads.
     of_heads, of_rows = PartitionSpec(BATCH, None, "tensor"), PartitionSpec(BATCH)
     specs = (of_heads, of_heads, of_heads, of_rows)[: len(arrays)]
     return jax.shard_map(on_device, in_specs=specs, out_specs=of_heads, check_vma=False)(*arrays)

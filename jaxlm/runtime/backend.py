@@ -1,4 +1,4 @@
-"""How JAX compiles and computes: set once, before anything runs."""
+"""JAX's settings, made once, before anything is compiled."""
 
 import os
 
@@ -9,13 +9,13 @@ from jaxlm.config import Config
 from jaxlm.data import cache
 from jaxlm.errors import UserError
 
-# Of libtpu's compiler, which reads them when it is loaded. It overflows the stacks of its threads where dropout makes
-# random numbers for large attention. And where fsdp splits what a product sums over, it would send parts of the matrix
-# around and add each product to the sum in memory, instead of gathering the matrix first: 3.8 times the memory traffic
-# of gpt_1b on 32 chips of v5e, and 1.7 times as much to send (compiled, not run).
+# Flags of libtpu's compiler, which reads them when it is loaded. Its threads overflow their stacks in the random
+# numbers of dropout on large attention. And where fsdp splits the axis that a matmul sums over, it would pass parts of
+# the matrix around and add each product to the sum in memory, instead of gathering the matrix first: 3.8 times the
+# memory traffic of gpt_1b on 32 chips of v5e, and 1.7 times the bytes sent (compiled, not run).
 LIBTPU_FLAGS = "--fibers_default_thread_stack_size=67108864 --xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000"
 
-# Values of JAX's own settings with which no step can be compiled and run. All others are the user's choice.
+# Values of JAX's settings that no step can be compiled or run with. All others are the user's choice.
 GUARDS = ("", "_host_to_device", "_device_to_device", "_device_to_host")
 UNUSABLE = {
     "jax_disable_jit": (True,),
@@ -25,17 +25,17 @@ UNUSABLE = {
 
 
 def configure(config: Config) -> None:
-    """Keep what is compiled in the cache of the settings, and have products as precise as they ask for."""
+    """Set the compilation cache and the precision of matmuls. Raises UserError for settings of JAX that cannot work."""
     for name, values in UNUSABLE.items():
         value = getattr(jax.config, name)
-        if getattr(value, "value", value) in values:  # some are of an enum
+        if getattr(value, "value", value) in values:  # some are enums
             raise UserError(
                 f"{name.upper()}={os.environ.get(name.upper(), value)} in the environment: no step can be compiled and "
                 "run with it; unset it"
             )
     given = os.environ.get("LIBTPU_INIT_ARGS", "")
     if LIBTPU_FLAGS not in given:
-        os.environ["LIBTPU_INIT_ARGS"] = f"{LIBTPU_FLAGS} {given}"  # of two, the later counts
+        os.environ["LIBTPU_INIT_ARGS"] = f"{LIBTPU_FLAGS} {given}"  # of two values, the later counts
     folder = (cache.user_cache_dir(config.data.cache_dir) / "xla").absolute()
     if not configs.is_unicode(str(folder)):
         raise UserError(
@@ -44,11 +44,11 @@ def configure(config: Config) -> None:
         )
     jax.config.update("jax_compilation_cache_dir", str(folder))
     for entry in folder.glob("*-cache"):
-        if not entry.stat().st_size:  # of a disk that was full: JAX would compile anew each time, and never mend it
+        if not entry.stat().st_size:  # written to a full disk; JAX would recompile each time
             entry.unlink(missing_ok=True)
-    # Short compiles, too: together they are most of the time to the first update of a small model.
+    # Short compilations, too: together they take most of the time to the first update of a small model.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     if config.train.precision == "float32":
-        # GPUs and TPUs round the inputs of float32 products otherwise.
+        # By default, GPUs and TPUs round the inputs of float32 matmuls.
         jax.config.update("jax_default_matmul_precision", "highest")

@@ -1,4 +1,4 @@
-"""What accelerators can do at most, by the name that JAX gives their devices. Imports no framework.
+"""Peak rates and memory of accelerators, by the name that JAX gives their devices. Imports no framework.
 
 Sources: the pages on each version in the documentation of Cloud TPU, and NVIDIA's data sheets, without sparsity.
 """
@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Chip:
-    """One device of JAX: a chip, or a part of it where JAX has it in several devices.
+    """One device of JAX: a chip, or part of a chip that JAX counts as several devices.
 
-    A link goes to one neighbour; its rate is that of one direction. NVIDIA's are all links of a GPU as one.
+    A link goes to one neighbour; its rate is that of one direction. All links of a GPU count as one.
     """
 
     name: str
-    flops: float  # per second at most, products of bfloat16 (float16 where a GPU has it not)
+    flops: float  # per second at most, in bfloat16; in float16 where a GPU has no bfloat16
     hbm_bytes: float
     hbm_bytes_per_s: float
     link_bytes_per_s: float
@@ -28,7 +28,7 @@ def _gpu(name: str, tflops: float, gb: float, memory_gb_per_s: float, link_gb_pe
 
 
 GIB = 2**30
-# What tells a device by its name in lower case, as a regular expression; the first that is found counts.
+# By regular expressions on the device's name in lower case; the first match counts.
 CHIPS: tuple[tuple[str, Chip], ...] = (
     ("tpu v2$", Chip("TPU v2", 22.5e12, 8 * GIB, 300e9, 31e9, 4, devices_per_chip=2)),
     ("tpu v3$", Chip("TPU v3", 61.5e12, 16 * GIB, 450e9, 41e9, 4, devices_per_chip=2)),
@@ -62,11 +62,11 @@ CHIPS: tuple[tuple[str, Chip], ...] = (
 
 
 def chip(device_kind: str) -> Chip | None:
-    """Return what a device can do by JAX's `device_kind`, such as "TPU v5 lite"; None: it is not in the table."""
+    """Return the chip of JAX's `device_kind`, such as "TPU v5 lite"; None if it is not in the table."""
     return next((found for words, found in CHIPS if re.search(rf"\b({words})\b", device_kind.lower())), None)
 
 
 def peak_flops(device_kind: str, n_devices: int) -> float:
-    """Return what so many devices do in a second at most; 0: they are not in the table."""
+    """Return the peak flops per second of so many devices; 0 if they are not in the table."""
     found = chip(device_kind)
     return found.flops * n_devices if found else 0.0

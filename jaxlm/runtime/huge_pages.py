@@ -1,4 +1,4 @@
-"""Huge pages for arrays of a CPU: glibc asks the system for them if the environment says so when a process starts."""
+"""Huge pages for arrays on a CPU: glibc uses them if the environment says so when the process starts."""
 
 import os
 import sys
@@ -9,10 +9,10 @@ TUNABLE = "glibc.malloc.hugetlb"
 
 
 def ask() -> None:
-    """Start this process anew with huge pages, where Linux gives them to those who ask.
+    """Restart this process with huge pages, where Linux gives them on request.
 
-    XLA takes its memory anew for each update, and gives it back. In pages of 4 kB, to fill them with zeros is a third
-    of an update of a small model (scripts/SPEED.md). Nothing is done if GLIBC_TUNABLES already has a say on it.
+    XLA allocates its memory for each update and frees it. With pages of 4 kB, the kernel zeroes them for a third of an
+    update of a small model (scripts/SPEED.md). Does nothing if GLIBC_TUNABLES already decides.
     """
     given = os.environ.get("GLIBC_TUNABLES", "")
     if TUNABLE in given or not sys.executable or not ENABLED.exists() or "[madvise]" not in ENABLED.read_text():

@@ -1,7 +1,7 @@
-"""The processes of a run as one: how they find each other, what they tell each other, and how they end together.
+"""The processes of a run: how they find each other, exchange values, and end together.
 
-The first process has the run folder, prints and writes; the others work beside it, and what goes wrong in them is told
-by the first. With one process, every function here does nothing. SHARDING.md has examples.
+Process 0 has the run folder, prints and writes; it also prints the errors of the others. With one process, every
+function here does nothing. SHARDING.md has examples.
 """
 
 import contextlib
@@ -24,8 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+
+# All private names of JAX are in this file: its address in Slurm, and the key-value store of the processes.
 from jax._src.clusters import SlurmCluster
-from jax._src.distributed import global_state  # its key-value store has no public name
+from jax._src.distributed import global_state
 
 from jaxlm import config as configs
 from jaxlm.config import Config, LogConfig
@@ -34,18 +36,19 @@ from jaxlm.io import storage
 from jaxlm.runtime import rendezvous
 from jaxlm.runtime.rendezvous import variable
 
-FOREVER_MS = 7 * 24 * 3600 * 1000  # who waits longer for another is ended by what ends the other
-PULSE_S, SILENT_S = 1.0, 30.0  # between the signs of life of a process, and how long one may be without
-GRACE_S = 5.0  # for others to hear of the end
+FOREVER_MS = 7 * 24 * 3600 * 1000  # a wait has no limit of its own: where another process fails, _Watch ends this one
+HEARTBEAT_S, SILENT_S = 1.0, 30.0  # between heartbeats of a process, and how long it may send none
+GRACE_S = 5.0  # for the others to see that this process ends
 _calls = itertools.count()  # all processes make the same calls in the same order
 
 
 @contextlib.contextmanager
 def joined(config: Config, identity: Mapping[str, Any]) -> Iterator[Config]:
-    """Join the other processes of the run, if there are any, and part at the end; `identity` is as in check_same.
+    """Join the other processes of the run, if there are any, and leave them at the end.
 
-    The first has the run folder; the others get settings with a folder that vanishes, and print nothing. If one fails,
-    all end, with its exit status, after the first has told why. Raises UserError if they cannot find each other.
+    Process 0 gets the settings as they are; the others get a temporary run folder, and print nothing. `identity` is
+    compared as in check_same. If one process fails, process 0 prints why, and all end with the same exit status.
+    Raises UserError if they cannot find each other.
     """
     if not _initialize(config):
         yield config
@@ -53,7 +56,7 @@ def joined(config: Config, identity: Mapping[str, Any]) -> Iterator[Config]:
     with contextlib.ExitStack() as stack:
         printed = io.StringIO()
         if is_first():
-            is_first_here()  # so that the one that shows its progress builds the caches
+            is_first_here()  # the first to ask builds the caches: process 0 shows progress
         else:
             folder = tempfile.TemporaryDirectory()
             CLEANUPS.append(folder.cleanup)
@@ -72,7 +75,7 @@ def joined(config: Config, identity: Mapping[str, Any]) -> Iterator[Config]:
                 yield config if is_first() else own
             watch.stop()
         except SystemExit as ending:  # a UserError
-            error = re.search(r"^(error: |Traceback).*", printed.getvalue(), re.M | re.S)  # behind notes and warnings
+            error = re.search(r"^(error: |Traceback).*", printed.getvalue(), re.M | re.S)  # without notes and warnings
             watch.end(int(ending.code or 0), error[0] if error else "")
         except Exception as error:
             watch.wait_for_the_cause(error)
@@ -87,16 +90,16 @@ def is_first() -> bool:
 
 
 def is_first_here() -> bool:
-    """Return whether this process is to build caches before the others of its machine; the first to ask is."""
+    """Return whether this process is the first of its machine to ask, and so builds caches before the others."""
     if global_state.client is None:
         return True
-    with contextlib.suppress(jax.errors.JaxRuntimeError):  # it has been set
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # set by another
         global_state.client.key_value_set(f"builder/{socket.gethostname()}", str(global_state.process_id))
     return global_state.client.key_value_try_get(f"builder/{socket.gethostname()}") == str(global_state.process_id)
 
 
 def from_first(value: Any) -> Any:
-    """Return the first process's value, which JSON can have."""
+    """Return the value of process 0, as JSON has it."""
     if global_state.client is None:
         return value
     key = f"first/{next(_calls)}"
@@ -108,23 +111,23 @@ def from_first(value: Any) -> Any:
 
 @slow("waiting for the other processes")
 def wait() -> None:
-    """Wait until every process is here."""
+    """Wait until every process calls this."""
     if global_state.client is not None:
         global_state.client.wait_at_barrier(f"wait/{next(_calls)}", FOREVER_MS)
 
 
 def check_same(values: Mapping[str, Any]) -> None:
-    """Raise UserError if a value, which JSON can have, is another than in the first process."""
+    """Raise UserError if a value differs from that of process 0, as JSON has both."""
     mine = json.loads(json.dumps(values))
-    for name, wanted in from_first(mine).items():
-        if mine.get(name) != wanted:
+    for name, first in from_first(mine).items():
+        if mine.get(name) != first:
             raise UserError(
-                f"{name} is {mine.get(name)!r} here, but {wanted!r} in process 0; give all processes the same"
+                f"{name} is {mine.get(name)!r} here, but {first!r} in process 0; give all processes the same"
             )
 
 
 def shared(folder: Path) -> Path:
-    """Return the first process's folder for checkpoints. Raises UserError if this one does not see it."""
+    """Return the checkpoint folder of process 0. Raises UserError if this process does not see it."""
     if global_state.client is None:
         return folder
     folder = storage.path(from_first(str(storage.absolute(folder))))
@@ -151,7 +154,11 @@ def shared(folder: Path) -> Path:
 
 
 class _Watch:
-    """Tells the others that this process lives, and ends it when one of them fails."""
+    """Sends heartbeats to the other processes, and ends this one when another fails.
+
+    JAX's own heartbeats (heartbeat_timeout_seconds) do not do: when those of a process stop, JAX 0.10 aborts all others
+    with a stack dump and status 134, without cleanups. They remain, for a process 0 that is lost.
+    """
 
     def __init__(self) -> None:
         self.rank, self.size = global_state.process_id, global_state.num_processes
@@ -159,12 +166,12 @@ class _Watch:
         self.stderr = sys.__stderr__
         self.is_ending = threading.Lock()
         self.stopped = threading.Event()
-        self.pulses: dict[str, tuple[str, float]] = {}  # by process: the last one, and when it came
+        self.heartbeats: dict[str, tuple[str, float]] = {}  # by process: the last one, and when it came
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
 
     def stop(self) -> None:
-        """Look no longer: the run is over."""
+        """Stop watching: the run is over."""
         wait()
         self.stopped.set()
         self.thread.join()
@@ -175,30 +182,30 @@ class _Watch:
         self._part()
 
     def end(self, status: int, text: str) -> None:
-        """End this process, and all others; `text` is what went wrong here. Does not return."""
+        """End this process and all others; `text` is what went wrong here. Does not return."""
         self._publish(status, text)
-        if self.rank and not self._have_left("left/0", 1):
-            print(text, end="", file=self.stderr, flush=True)  # which the first was to tell
+        if self.rank and not self._have_left("left/0", 1):  # process 0, which should have printed it
+            print(text, end="", file=self.stderr, flush=True)
         self._leave(status)
 
     def wait_for_the_cause(self, error: Exception) -> None:
-        """After an error of the network, wait for what is behind it: that of another process, or that one has gone."""
+        """After an error of the network, wait for its cause: another process has failed, or is lost."""
         if not any(word in str(error) for word in ("Gloo", "NCCL", "UNAVAILABLE", "CANCELLED", "DEADLINE_EXCEEDED")):
             return
         if self.rank:
             time.sleep(2 * SILENT_S)
-        time.sleep(4 * PULSE_S)
-        for rank, (_, heard_s) in self.pulses.items():
-            if time.monotonic() - heard_s > 3 * PULSE_S:
+        time.sleep(4 * HEARTBEAT_S)
+        for rank, (_, heard_s) in self.heartbeats.items():
+            if time.monotonic() - heard_s > 3 * HEARTBEAT_S:
                 self._lost(rank)
 
     def _run(self) -> None:
         for n in itertools.count():
             try:
-                self.client.key_value_set(f"pulse/{self.rank}", str(n), allow_overwrite=True)
+                self.client.key_value_set(f"heartbeat/{self.rank}", str(n), allow_overwrite=True)
                 if ended := self.client.key_value_dir_get("ended/"):
                     self._follow(json.loads(ended[0][1]))
-                pulses = dict(self.client.key_value_dir_get("pulse/")) if self.rank == 0 else {}
+                heartbeats = [] if self.rank else self.client.key_value_dir_get("heartbeat/")
             except jax.errors.JaxRuntimeError as error:
                 if not self.stopped.is_set():
                     print(
@@ -209,13 +216,13 @@ class _Watch:
                     )
                     os._exit(1)
                 return
-            for key, pulse in pulses.items():
+            for key, heartbeat in heartbeats:
                 rank = key.rpartition("/")[2]
-                if pulse != self.pulses.get(rank, ("", 0.0))[0]:
-                    self.pulses[rank] = (pulse, time.monotonic())
-                elif time.monotonic() - self.pulses[rank][1] > SILENT_S:
+                if heartbeat != self.heartbeats.get(rank, ("", 0.0))[0]:
+                    self.heartbeats[rank] = (heartbeat, time.monotonic())
+                elif time.monotonic() - self.heartbeats[rank][1] > SILENT_S:
                     self._lost(rank)
-            if self.stopped.wait(PULSE_S):
+            if self.stopped.wait(HEARTBEAT_S):
                 return
 
     def _lost(self, rank: str) -> None:
@@ -225,28 +232,26 @@ class _Watch:
         self._leave(1)
 
     def _publish(self, status: int, text: str) -> None:
-        told = {"rank": self.rank, "host": socket.gethostname(), "status": status, "text": text}
+        report = {"rank": self.rank, "host": socket.gethostname(), "status": status, "text": text}
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # another has ended the run before
-            self.client.key_value_set("ended/0", json.dumps(told))
+            self.client.key_value_set("ended/0", json.dumps(report))
 
-    def _follow(self, told: dict[str, Any]) -> None:
-        """End this process because another has failed; the first tells why."""
-        if told["rank"] == self.rank:
+    def _follow(self, report: dict[str, Any]) -> None:
+        """End this process because another has failed; process 0 prints why."""
+        if report["rank"] == self.rank:
             return
         if self.rank == 0:
-            time.sleep(2 * PULSE_S)  # it may have failed in the same way, and tell of that itself
+            time.sleep(2 * HEARTBEAT_S)  # it may have failed in the same way, and print that itself
             if self.is_ending.locked():
                 return
-            lines = told["text"].splitlines() or ["it ended"]
-            name = f"process {told['rank']} ({told['host']}): "
-            lines[0] = f"error: {name}{lines[0].removeprefix('error: ')}"
-            print("\n".join(lines), file=self.stderr, flush=True)
-        self._leave(told["status"])
+            text = report["text"].strip("\n").removeprefix("error: ") or "it ended"
+            print(f"error: process {report['rank']} ({report['host']}): {text}", file=self.stderr, flush=True)
+        self._leave(report["status"])
 
     def _leave(self, status: int) -> None:
         """End this process without its atexit calls, which would wait for processes that are gone."""
         if not self.is_ending.acquire(blocking=False):
-            time.sleep(FOREVER_MS)  # another thread is about to
+            time.sleep(FOREVER_MS)  # until another thread has ended it
         for clean in list(CLEANUPS):
             if clean != self.interrupted:
                 clean()
@@ -257,17 +262,17 @@ class _Watch:
         os._exit(status)
 
     def _part(self) -> None:
-        """Say that this process leaves; the first waits for the others, since what it has told goes with it."""
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # the first has gone
+        """Tell the others that this process leaves; process 0, which has the key-value store, waits for them."""
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # process 0 has gone
             self.client.key_value_set(f"left/{self.rank}", "")
         if self.rank == 0:
             self._have_left("left/", self.size)
 
     def _have_left(self, prefix: str, n: int) -> bool:
-        """Return whether so many processes leave within a while."""
-        began_s = time.monotonic()
+        """Return whether so many processes leave within GRACE_S."""
+        until_s = time.monotonic() + GRACE_S
         with contextlib.suppress(jax.errors.JaxRuntimeError):
-            while time.monotonic() - began_s < GRACE_S:
+            while time.monotonic() < until_s:
                 if sum(key.startswith(prefix) for key, _ in self.client.key_value_dir_get("left/")) >= n:
                     return True
                 time.sleep(0.1)
@@ -280,7 +285,7 @@ def _initialize(config: Config) -> bool:
     place = _place(config)
     if place is None:
         return False
-    # Its handler of SIGTERM would take the place of ours.
+    # Its handler of SIGTERM would replace ours.
     jax.config.update("jax_enable_preemption_service", False)
     if place:
         address, n_processes, process = (place[x] for x in ("coordinator_address", "num_processes", "process_id"))

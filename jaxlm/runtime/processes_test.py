@@ -60,16 +60,16 @@ def start(launch: Any, tmp_path_factory: pytest.TempPathFactory) -> Start:
     return start
 
 
-def ended(processes: list[subprocess.Popen], within_s: float = 300) -> tuple[list[int], list[str], list[str]]:
+def ended(started: list[subprocess.Popen], within_s: float = 300) -> tuple[list[int], list[str], list[str]]:
     """Return exit statuses, outputs and errors, without the lines that say what takes long on a busy machine."""
-    told = [process.communicate(timeout=within_s) for process in processes]
+    told = [process.communicate(timeout=within_s) for process in started]
     errors = [re.sub(r"^(waiting for .*|.* \.\.\.)\n", "", error, flags=re.M) for _, error in told]
-    return [process.returncode for process in processes], [out for out, _ in told], errors
+    return [process.returncode for process in started], [out for out, _ in told], errors
 
 
-def finished(processes: list[subprocess.Popen]) -> str:
-    statuses, outputs, errors = ended(processes)
-    assert statuses == [0] * len(processes), errors
+def finished(started: list[subprocess.Popen]) -> str:
+    statuses, outputs, errors = ended(started)
+    assert statuses == [0] * len(started), errors
     assert not any(re.search("step|run ", output) for output in outputs[1:]), "one tells for all"
     return outputs[0]
 
@@ -86,10 +86,10 @@ def weights(run: Path, step: int = 12) -> dict[str, np.ndarray]:
     return {f"{part}/{name}": x for part, tree in parts.items() for name, x in tree.items()}
 
 
-def wait_for(is_there: Callable[[], Any], processes: list[subprocess.Popen]) -> None:
+def wait_for(is_there: Callable[[], Any], started: list[subprocess.Popen]) -> None:
     deadline = time.monotonic() + 300
     while not is_there():
-        assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
+        assert time.monotonic() < deadline and all(process.poll() is None for process in started)
         time.sleep(0.002)
 
 
@@ -104,6 +104,7 @@ def runs(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_does(runs: Path) -> None:
     assert "device  4 x cpu in 2 processes (fsdp 4)" in (runs / "two.txt").read_text()
     rows = [metrics(runs / name) for name in ("one", "two")]
@@ -161,10 +162,10 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on(
     killed: int, start: Start, runs: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    processes = start(2, f"{SETTINGS} --run.dir {run} --mesh.data 1 --mesh.fsdp 4")
-    wait_for(lambda: checksums.is_finished(run / "checkpoints" / "4"), processes)
-    processes[killed].kill()
-    statuses, _, errors = ended(processes, within_s=processes.SILENT_S + 120)
+    started = start(2, f"{SETTINGS} --run.dir {run} --mesh.data 1 --mesh.fsdp 4")
+    wait_for(lambda: checksums.is_finished(run / "checkpoints" / "4"), started)
+    started[killed].kill()
+    statuses, _, errors = ended(started, within_s=processes.SILENT_S + 120)
     if killed:
         assert statuses == [1, -signal.SIGKILL]
         assert "error: process 1 has gone without a word; go on with --resume auto" in errors[0]
@@ -178,10 +179,10 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on(
 @pytest.mark.slow
 def test_a_save_that_one_process_does_not_end_is_none(start: Start, runs: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    processes = start(2, f"{SETTINGS} --run.dir {run} --mesh.data 1 --mesh.fsdp 4")
-    wait_for(lambda: list(run.glob("checkpoints/8*")), processes)  # begun, and not whole
-    processes[1].kill()
-    ended(processes, within_s=processes.SILENT_S + 120)
+    started = start(2, f"{SETTINGS} --run.dir {run} --mesh.data 1 --mesh.fsdp 4")
+    wait_for(lambda: list(run.glob("checkpoints/8*")), started)  # begun, and not whole
+    started[1].kill()
+    ended(started, within_s=processes.SILENT_S + 120)
     assert [step for step, _ in checksums.finished_in(run / "checkpoints")] == [4]
     resumed(start, run)
     check_same_run(run, runs)
@@ -192,10 +193,10 @@ def test_a_signal_to_one_process_saves_in_all_and_another_number_goes_on(
     start: Start, runs: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    processes = start(4, f"{SETTINGS} --run.dir {run}")
-    wait_for(lambda: checksums.is_finished(run / "checkpoints" / "4"), processes)
-    os.kill(processes[3].pid, signal.SIGTERM)
-    statuses, outputs, errors = ended(processes)
+    started = start(4, f"{SETTINGS} --run.dir {run}")
+    wait_for(lambda: checksums.is_finished(run / "checkpoints" / "4"), started)
+    os.kill(started[3].pid, signal.SIGTERM)
+    statuses, outputs, errors = ended(started)
     assert statuses == [143] * 4, errors
     assert "mlm interrupted after" in outputs[0]
     resumed(start, run, n=1, mesh="--mesh.fsdp 2")

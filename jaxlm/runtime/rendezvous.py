@@ -1,11 +1,10 @@
-"""Processes of a run meet at the port of process 0 before their framework joins them. Knows no framework.
+"""Processes of a run meet at the port of process 0 before their framework joins them. Imports no framework.
 
-What can be wrong with addresses, ports and numbers shows here, in every process, as one line within a stated time. The
-frameworks wait for minutes, or end with a stack dump.
+A wrong address, port or number ends every process with one line, within a stated time. The frameworks wait for minutes,
+or end with a stack dump.
 """
 
 import contextlib
-import errno
 import json
 import os
 import select
@@ -13,7 +12,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 from jaxlm.errors import UserError
@@ -51,6 +50,32 @@ def of_torchrun(port: int | str) -> str:
     return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
 
 
+@dataclass
+class _Meeting:
+    """What one process knows of the meeting."""
+
+    address: str
+    host: str
+    port: int
+    process: int
+    n_processes: int
+    timeout_s: float
+    setting: str  # which gives the address
+    reason: str = "no answer"  # why process 0 has not been reached
+    began_s: float = field(default_factory=time.monotonic)
+    is_announced: bool = False
+
+    def is_over(self) -> bool:
+        return time.monotonic() - self.began_s > self.timeout_s
+
+    def announce(self, what: str) -> None:
+        """Print what this process waits for, once, if that takes long."""
+        if not self.is_announced and time.monotonic() - self.began_s > ANNOUNCE_S:
+            self.is_announced = True
+            line = f"waiting for {what}; {self.timeout_s:g} s at most (distributed.timeout_s)"
+            print(line, file=sys.stderr, flush=True)
+
+
 def meet(address: str, n_processes: int, process: int, timeout_s: float, setting: str = SETTING) -> None:
     """Return when all processes have reached process 0 at its address, which `setting` gives.
 
@@ -59,59 +84,48 @@ def meet(address: str, n_processes: int, process: int, timeout_s: float, setting
     host, port = parse(address, setting)
     if not 0 <= process < n_processes:
         raise UserError(f"process {process} of {n_processes}: they are numbered from 0; see jaxlm/runtime/SHARDING.md")
-    reasons: list[str] = []
-    asked = (address, host, port, process, n_processes, timeout_s, setting, reasons)
+    meeting = _Meeting(address, host, port, process, n_processes, timeout_s, setting)
     if process:
-        _visit(*asked)
+        _visit(meeting)
         return
-    with _listening(address, port, setting) as server:
-        threading.Thread(target=_visit_itself, args=asked, daemon=True).start()
-        _gather(address, server, n_processes, timeout_s, setting, reasons)
+    with _listen(meeting) as server:
+        threading.Thread(target=_visit_itself, args=[meeting], daemon=True).start()
+        _gather(meeting, server)
 
 
-@contextlib.contextmanager
-def _listening(address: str, port: int, setting: str) -> Iterator[socket.socket]:
-    """Listen at a port of all addresses of this host, as the frameworks will."""
+def _listen(meeting: _Meeting) -> socket.socket:
+    """Listen at the port of all addresses of this host, as the frameworks will."""
+    dual: dict[str, Any] = {"family": socket.AF_INET6, "dualstack_ipv6": True} if socket.has_dualstack_ipv6() else {}
     try:
-        try:
-            server = socket.create_server(("", port), family=socket.AF_INET6, backlog=1024, dualstack_ipv6=True)
-        except (OSError, ValueError) as error:
-            if getattr(error, "errno", 0) in (errno.EADDRINUSE, errno.EACCES):
-                raise
-            server = socket.create_server(("", port), backlog=1024)  # a host without IPv6
+        return socket.create_server(("", meeting.port), backlog=1024, **dual)
     except OSError as error:
         raise UserError(
-            f"{address}: process 0 cannot listen at port {port} ({error.strerror}); give another with "
-            f"{setting}, or end the program that has it"
+            f"{meeting.address}: process 0 cannot listen at port {meeting.port} ({error.strerror}); give another with "
+            f"{meeting.setting}, or end the program that has it"
         ) from error
-    with server:
-        yield server
 
 
-def _gather(address: str, server: socket.socket, n: int, timeout_s: float, setting: str, reasons: list[str]) -> None:
+def _gather(meeting: _Meeting, server: socket.socket) -> None:
     """Wait in process 0 for all processes, itself included, and tell them how it went."""
+    address, n = meeting.address, meeting.n_processes
     came: dict[int, socket.socket] = {}
     connections: list[socket.socket] = []
-    error, wait = "", _Wait(timeout_s)
+    error = ""
     server.settimeout(RETRY_S)
     while not error:
         came = {number: connection for number, connection in came.items() if not _has_gone(connection)}
-        if len(came) == n:
+        missing = [number for number in range(n) if number not in came]
+        if not missing:
             break
-        missing = [i for i in range(n) if i not in came]
         names = f"{'process' if len(missing) == 1 else 'processes'} {', '.join(map(str, missing[:9]))} of {n}"
-        if wait.is_over():
-            error = (
-                f"{address}: {names} did not come within {timeout_s:g} s (distributed.timeout_s); start "
-                "all, or give all a lower number of processes"
-            )
+        if meeting.is_over():
+            error = f"{address}: {names} did not come within {meeting.timeout_s:g} s (distributed.timeout_s); "
+            error += "start all, or give all a lower number of processes"
             if 0 in missing:
-                error = (
-                    f"{address}: process 0 does not reach itself there ({reasons[-1] if reasons else 'no answer'}); "
-                    f"give an address of its host with {setting}"
-                )
+                error = f"{address}: process 0 does not reach itself there ({meeting.reason}); "
+                error += f"give an address of its host with {meeting.setting}"
             break
-        wait.announce(f"{names} at {address}")
+        meeting.announce(f"{names} at {address}")
         try:
             connection, _ = server.accept()
         except TimeoutError:
@@ -123,7 +137,7 @@ def _gather(address: str, server: socket.socket, n: int, timeout_s: float, setti
             connection.close()
             continue
         connections.append(connection)
-        _send(connection, {"wait_s": timeout_s})
+        _send(connection, {"wait_s": meeting.timeout_s})
         if of != n:
             error = f"{address}: process {number} is one of {of}, but process 0 one of {n}; give all the same number"
         elif number in came and not _has_gone(came[number]):
@@ -136,15 +150,13 @@ def _gather(address: str, server: socket.socket, n: int, timeout_s: float, setti
         raise UserError(error)
 
 
-def _visit(
-    address: str, host: str, port: int, process: int, n: int, timeout_s: float, setting: str, reasons: list[str]
-) -> None:
-    """Reach process 0, and wait until all are there; `reasons` get why a try failed."""
-    wait = _Wait(timeout_s)
+def _visit(meeting: _Meeting) -> None:
+    """Reach process 0, and wait until all are there."""
+    address, process = meeting.address, meeting.process
     while True:
         try:
-            with socket.create_connection((host, port), timeout=ANSWER_S) as connection:
-                _send(connection, {"process": process, "n_processes": n})
+            with socket.create_connection((meeting.host, meeting.port), timeout=ANSWER_S) as connection:
+                _send(connection, {"process": process, "n_processes": meeting.n_processes})
                 hello = _receive(connection)
                 if "wait_s" in hello:
                     connection.settimeout(hello["wait_s"] + 2 * ANSWER_S)
@@ -152,41 +164,23 @@ def _visit(
                     if error:
                         raise UserError(error)
                     return
-            reasons.append("another program answers there")
+            meeting.reason = "another program answers there"
         except (OSError, ValueError) as problem:  # ValueError: a name that no host can have
-            reasons.append(getattr(problem, "strerror", None) or str(problem))
-        if wait.is_over():
+            meeting.reason = getattr(problem, "strerror", None) or str(problem)
+        if meeting.is_over():
             raise UserError(
-                f"{address}: process {process} did not reach process 0 within {timeout_s:g} s ({reasons[-1]}); start "
-                f"process 0, and give its address, as all hosts reach it, with {setting}"
+                f"{address}: process {process} did not reach process 0 within {meeting.timeout_s:g} s "
+                f"({meeting.reason}); start process 0, and give its address, as all hosts reach it, with "
+                f"{meeting.setting}"
             )
         if process:
-            wait.announce(f"process 0 at {address} ({reasons[-1]})")
+            meeting.announce(f"process 0 at {address} ({meeting.reason})")
         time.sleep(RETRY_S)
 
 
-def _visit_itself(*asked: Any) -> None:
-    try:
-        _visit(*asked)
-    except UserError as error:  # process 0 raises its own, with this as the reason
-        asked[-1].append(str(error))
-
-
-class _Wait:
-    """A wait with an end, which is announced if it is not over soon."""
-
-    def __init__(self, timeout_s: float):
-        self.timeout_s, self.began_s, self.is_announced = timeout_s, time.monotonic(), False
-
-    def is_over(self) -> bool:
-        return time.monotonic() - self.began_s > self.timeout_s
-
-    def announce(self, what: str) -> None:
-        if not self.is_announced and time.monotonic() - self.began_s > ANNOUNCE_S:
-            self.is_announced = True
-            print(
-                f"waiting for {what}; {self.timeout_s:g} s at most (distributed.timeout_s)", file=sys.stderr, flush=True
-            )
+def _visit_itself(meeting: _Meeting) -> None:
+    with contextlib.suppress(UserError):  # process 0 raises its own, with the reason
+        _visit(meeting)
 
 
 def _send(connection: socket.socket, message: dict[str, Any]) -> None:

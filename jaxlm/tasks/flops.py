@@ -1,7 +1,7 @@
-"""How much an update has to compute: the products of matrices that the model is made of, and nothing else.
+"""Model flops of an update: the matmuls of the model, and nothing else.
 
-Model flops as in PaLM (arXiv 2204.02311, appendix B), but with a model's own width and logits only where it makes them:
-what is computed again to save memory counts nothing, and attention counts whole, also where it is causal.
+As in PaLM (arXiv 2204.02311, appendix B), but with a model's own width, and logits only at the positions that have
+them: what is recomputed to save memory does not count, and attention counts whole, also where it is causal.
 """
 
 from jaxlm.config import Config
