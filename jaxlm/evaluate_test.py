@@ -17,7 +17,7 @@ from flax import nnx
 from jaxlm import checkpoint, evaluate, loop, parallel, predict
 from jaxlm import config as configs
 from jaxlm.data import metrics
-from jaxlm.inference import load
+from jaxlm.inference import evaluation, load
 from jaxlm.testing import tiny_runs
 
 N_ARTICLES = 90
@@ -50,8 +50,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def evaluated(runs: Path, task: str, **options: Any) -> Any:
     found = load.load(runs / task)
-    samples = evaluate.part(found, "validation", {})[1]
-    return found, samples, evaluate.evaluate(found, samples, **options)
+    samples = evaluation.part(found, "validation", {})[1]
+    return found, samples, evaluation.evaluate(found, samples, **options)
 
 
 @pytest.mark.parametrize("task", tiny_runs.OF_TASK)
@@ -62,10 +62,10 @@ def test_scores_are_those_of_training(task: str, runs: Path) -> None:
     run: Any = SimpleNamespace(config=config, data=SimpleNamespace(samples={"validation": samples}))
     params = nnx.to_pure_dict(nnx.split(found.model, nnx.Param)[1])
     totals = loop.evaluate(run, compiled, params, "validation", lambda: 0)
-    assert totals is not None and result["n_counted"] == totals["count"] and len(samples) > 20
+    assert totals is not None and result.n_counted == totals["count"] and len(samples) > 20
     expected, baseline = found.task.scores(totals), found.task.baseline(samples)
-    assert list(result["scores"]) == list(expected)
-    for name, score in result["scores"].items():
+    assert list(result.scores) == list(expected)
+    for name, score in result.scores.items():
         np.testing.assert_allclose(score.value, expected[name], rtol=2e-6)
         assert score.baseline == baseline[name]
         assert score.low < score.value < score.high or name in ("matthews", "f1", "accuracy")
@@ -80,24 +80,24 @@ def test_classes_by_scikit_learn_and_calibration_by_hand(runs: Path) -> None:
     answers = predict.load(runs / "sst2")(texts)
     labels, guesses = samples.split.labels, [answer["label"] for answer in answers]
     expected = sklearn.metrics.confusion_matrix(labels, guesses, labels=range(3))
-    np.testing.assert_array_equal(np.array(result["confusion"]), np.pad(expected, ((0, 0), (0, 1))))
+    np.testing.assert_array_equal(np.array(result.confusion), np.pad(expected, ((0, 0), (0, 1))))
 
     bins: dict[int, list[tuple[float, bool]]] = {}
     for answer, label in zip(answers, labels, strict=True):
         p = max(answer["probabilities"])
         bins.setdefault(min(int(10 * p), 9), []).append((p, answer["label"] == label))
     error = 0.0
-    for told, (place, members) in zip(result["bins"], sorted(bins.items()), strict=True):
+    for told, (place, members) in zip(result.bins, sorted(bins.items()), strict=True):
         p, right = (float(np.mean([member[i] for member in members])) for i in (0, 1))
         assert (told.low, told.count, told.accuracy) == (place / 10, len(members), pytest.approx(right))
         assert told.confidence == pytest.approx(p, rel=1e-5)
         error += len(members) / len(labels) * abs(p - right)
-    assert result["calibration_error"].value == pytest.approx(error, rel=1e-4)
+    assert result.calibration_error.value == pytest.approx(error, rel=1e-4)
 
     of_label = [answer["probabilities"][label] for answer, label in zip(answers, labels, strict=True)]
     wrong = sorted((p, i) for i, p in enumerate(of_label) if guesses[i] != labels[i])
-    assert [mistake.probability for mistake in result["worst"]] == pytest.approx([p for p, _ in wrong[:10]], rel=1e-4)
-    for mistake, (_, i) in zip(result["worst"], wrong, strict=False):
+    assert [mistake.probability for mistake in result.worst] == pytest.approx([p for p, _ in wrong[:10]], rel=1e-4)
+    for mistake, (_, i) in zip(result.worst, wrong, strict=False):
         assert (mistake.label, mistake.predicted, mistake.text) == (labels[i], guesses[i], texts[i])
 
 
@@ -112,14 +112,14 @@ def test_the_calibration_of_words(task: str, runs: Path) -> None:
     sure, right = p.max(axis=-1)[is_counted], (p.argmax(axis=-1) == batch["labels"])[is_counted]
     places = np.minimum((sure * 10).astype(int), 9)
     expected = [(i / 10, np.sum(places == i), right[places == i].mean()) for i in np.unique(places)]
-    assert [(b.low, b.count) for b in result["bins"]] == [row[:2] for row in expected]
-    np.testing.assert_allclose([b.accuracy for b in result["bins"]], [row[2] for row in expected], rtol=1e-6)
+    assert [(b.low, b.count) for b in result.bins] == [row[:2] for row in expected]
+    np.testing.assert_allclose([b.accuracy for b in result.bins], [row[2] for row in expected], rtol=1e-6)
 
 
 def test_intervals_by_another_program() -> None:
     random = np.random.default_rng(0)
     right, counts = random.integers(0, 5, 120).astype(float), np.full(120, 5.0)
-    (low, high) = evaluate.bootstrap({"correct": right, "count": counts, "loss": right}, _accuracy)["accuracy"]
+    (low, high) = evaluation.bootstrap({"correct": right, "count": counts, "loss": right}, _accuracy)["accuracy"]
     mean = scipy.stats.bootstrap((right / 5,), np.mean, method="percentile", rng=random, n_resamples=20_000)
     np.testing.assert_allclose((low, high), mean.confidence_interval, atol=0.004)
     spread = 1.96 * np.std(right / 5) / 120**0.5
@@ -132,13 +132,13 @@ def _accuracy(totals: Any) -> metrics.Scores:
 
 def test_the_samples_of_an_article_are_drawn_together(runs: Path) -> None:
     found = load.load(runs / "gpt")
-    samples = evaluate.part(found, "validation", {})[1]
-    articles = evaluate._articles(samples)
+    samples = evaluation.part(found, "validation", {})[1]
+    articles = evaluation._articles(samples)
     sizes = [-(-(n + 1) // 16) for n in np.diff(samples.windows.split.offsets)]  # one label more than there are tokens
     assert np.bincount(articles).tolist() == sizes and max(sizes) > 1
-    assert evaluate._groups(articles) == (pytest.approx(articles), "articles")
-    assert evaluate._groups(articles[:5]) == (pytest.approx(np.arange(5)), "samples")  # too few to stand for others
-    (shared,) = evaluate._constants(samples, articles).values()
+    assert evaluation._groups(articles) == (pytest.approx(articles), "articles")
+    assert evaluation._groups(articles[:5]) == (pytest.approx(np.arange(5)), "samples")  # too few to stand for others
+    (shared,) = evaluation._constants(samples, articles).values()
     n_bytes = np.bincount(articles, shared)
     np.testing.assert_allclose(n_bytes, samples.windows.split.n_bytes)
 
@@ -216,7 +216,7 @@ def test_data_that_have_changed_are_refused(runs: Path, tmp_path: Path, capsys: 
     rows.write_text((runs / "rows.tsv").read_text())
     run = tiny_runs.write(tmp_path / "run", "sst2", **{"data.path": str(rows), "data.test_fraction": 0.3})
     argv = ["--checkpoint", run, "--data.cache-dir", tmp_path / "cache"]
-    source, _ = evaluate.part(load.load(run), "test", {"data.cache_dir": str(tmp_path / "cache")})
+    source, _ = evaluation.part(load.load(run), "test", {"data.cache_dir": str(tmp_path / "cache")})
     info = run / "checkpoints" / "3" / "info" / "metadata"
     info.write_text(json.dumps(json.loads(info.read_text()) | {"data": source.fingerprint}))
     checkpoint.checksums.write(info.parents[1])

@@ -12,8 +12,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from jaxlm import convert, evaluate, predict
-from jaxlm.inference import load, predictors
+from jaxlm import convert, predict
+from jaxlm.inference import evaluation, load, predictors
 from jaxlm.reporting import run_page, run_reader
 
 
@@ -55,8 +55,8 @@ def look_at_attention(run: Path) -> None:
 
 def score(run: Path) -> None:
     model = load.load(run)
-    _, samples = evaluate.part(model, "validation", {})
-    for name, x in evaluate.evaluate(model, samples)["scores"].items():
+    _, samples = evaluation.part(model, "validation", {})
+    for name, x in evaluation.evaluate(model, samples).scores.items():
         print(f"{name} {x.value:.4f}, 95% interval {x.low:.4f} to {x.high:.4f}, baseline {x.baseline:.4f}")
 
 

@@ -53,6 +53,13 @@ class Task(abc.ABC):
     def loss(self, model: Any, batch: dict[str, "Array"], key: "Array | None") -> "Totals":
         """Return sums over the batch: `loss`, `count`, and what `scores` needs. With a key, dropout is on."""
 
+    def loss_with_logits(self, model: Any, batch: dict[str, "Array"]) -> "tuple[Totals, Array]":
+        """Return what `loss` does without dropout, and the logits behind it, as jaxlm.evaluate needs them.
+
+        For tasks with probabilities. XLA runs a model once that is called twice alike.
+        """
+        return self.loss(model, batch, None), model(batch["tokens"], None, batch.get("last"))
+
     @abc.abstractmethod
     def predict(self, model: Any, batch: dict[str, "Array"]) -> "Array":
         """Return what `show` needs of the model, compiled."""

@@ -37,6 +37,12 @@ class Gpt(Task):
     def loss(self, model: "LanguageModel", batch: dict[str, "Array"], key: "Array | None") -> "Totals":
         return model.loss(batch["tokens"], batch["labels"], key)
 
+    def loss_with_logits(self, model: "LanguageModel", batch: dict[str, "Array"]) -> "tuple[Totals, Array]":
+        from jaxlm.loss import cross_entropy
+
+        logits_BTV = model(batch["tokens"])
+        return cross_entropy(logits_BTV, batch["labels"]), logits_BTV
+
     def predict(self, model: "LanguageModel", batch: dict[str, "Array"]) -> "Array":
         from jaxlm.generate import continue_greedily
 

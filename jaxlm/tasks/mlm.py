@@ -36,6 +36,11 @@ class Mlm(Task):
         # Logits only where something is masked: the same loss for a seventh of the work.
         return model.loss(batch["tokens"], batch["labels"], key, batch["positions"])
 
+    def loss_with_logits(self, model: "LanguageModel", batch: dict[str, "Array"]) -> "tuple[Totals, Array]":
+        # `loss` makes the logits in chunks and keeps none.
+        logits_BMV = model(batch["tokens"], None, batch["positions"])
+        return self.totals(logits_BMV, batch["labels"]), logits_BMV
+
     def totals(self, logits_BMV: "Array", labels_BM: "Array") -> "Totals":
         """Return what `loss` does, of logits."""
         from jaxlm.loss import cross_entropy

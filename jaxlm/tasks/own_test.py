@@ -12,11 +12,11 @@ import pytest
 from flax import nnx
 from starlette.testclient import TestClient
 
-from jaxlm import config, evaluate, predict, tasks
+from jaxlm import config, predict, tasks
 from jaxlm.data import cache
 from jaxlm.data.samples import MaskedSamples
 from jaxlm.errors import UserError
-from jaxlm.inference import http_api, load, predictors
+from jaxlm.inference import evaluation, http_api, load, predictors
 from jaxlm.inference.batching import Engine
 from jaxlm.model import Transformer
 from jaxlm.tasks import flops, parameters
@@ -265,14 +265,14 @@ def test_it_is_evaluated_with_its_worst_errors(task: str, tmp_path: Path) -> Non
     split = cache.Split(np.concatenate(ids).astype(np.uint16), offsets, n_bytes, labels)
     specials = predictors.Predict(trained).specials
     samples = trained.task.samples(split, trained.config, specials, trained.config.model.vocab_size)
-    found = evaluate.evaluate(trained, samples)
-    assert all(score.low <= score.value <= score.high for score in found["scores"].values())
-    measures = [error.loss for error in found["worst"]]
-    assert len(measures) == evaluate.N_WORST and measures == sorted(measures, reverse=True)
+    found = evaluation.evaluate(trained, samples)
+    assert all(score.low <= score.value <= score.high for score in found.scores.values())
+    measures = [error.loss for error in found.worst]
+    assert len(measures) == evaluation.N_WORST and measures == sorted(measures, reverse=True)
     if task == "stars":
-        assert found["confusion"] and found["worst"][0].probability == pytest.approx(np.exp(-measures[0]), rel=1e-4)
+        assert found.confusion and found.worst[0].probability == pytest.approx(np.exp(-measures[0]), rel=1e-4)
         return
-    worst = found["worst"][0]
+    worst = found.worst[0]
     assert worst.probability is None and (worst.predicted - worst.label) ** 2 == pytest.approx(worst.loss, rel=1e-4)
     shown = predict.load(tmp_path / task)([worst.text])[0]
     assert shown.get("rating", shown.get("prediction")) == pytest.approx(worst.predicted, abs=0.006)

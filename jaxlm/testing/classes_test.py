@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from jaxlm import convert, evaluate, predict, serve_test
+from jaxlm import convert, predict, serve_test
 from jaxlm.data import labels
-from jaxlm.inference import load
+from jaxlm.inference import evaluation, load
 from jaxlm.reporting import run_page
 from jaxlm.testing import tiny_runs
 from jaxlm.training import resume
@@ -108,19 +108,19 @@ def test_evaluation_and_report_tell_names(run: Path, tmp_path: Path) -> None:
     given = {"data.path": str(tmp_path / "other.tsv")}
     # In another order of rows and with a class less, labels are the same classes by their names.
     (tmp_path / "other.tsv").write_text("text\tlabel\na cat\tpositive\na dog\tnegative\n")
-    source, samples = evaluate.part(model, "test", given)
+    source, samples = evaluation.part(model, "test", given)
     assert source.classes == CLASSES and samples.split.labels.tolist() == [2, 0]
-    result = evaluate.evaluate(model, samples)
-    assert result["classes"] == list(CLASSES)
-    labels = {mistake.text: mistake.label for mistake in result["worst"]}
+    result = evaluation.evaluate(model, samples)
+    assert result.classes == list(CLASSES)
+    labels = {mistake.text: mistake.label for mistake in result.worst}
     assert labels.items() <= {"a cat": "positive", "a dog": "negative"}.items() and labels
-    assert all(mistake.predicted in CLASSES for mistake in result["worst"])
+    assert all(mistake.predicted in CLASSES for mistake in result.worst)
 
     (tmp_path / "other.tsv").write_text("text\tlabel\na cat\tpositive\na dog\tawful\n")
     with pytest.raises(
         resume.UserError, match="other.tsv, line 3: label 'awful' is none of the classes negative, neutral"
     ):
-        evaluate.part(model, "test", given)
+        evaluation.part(model, "test", given)
 
 
 def test_checkpoint_without_names_answers_with_numbers(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_checkpoint_without_names_answers_with_numbers(tmp_path: Path) -> None:
     assert len(answer["probabilities"]) == 3
     model = load.load(run)
     (tmp_path / "other.tsv").write_text("text\tlabel\na cat\t2\na dog\t0\n")
-    _, samples = evaluate.part(model, "test", {"data.path": str(tmp_path / "other.tsv")})
+    _, samples = evaluation.part(model, "test", {"data.path": str(tmp_path / "other.tsv")})
     assert samples.split.labels.tolist() == [2, 0]
     assert labels.numbered(3) == model.task.classes
 

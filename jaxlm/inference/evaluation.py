@@ -1,0 +1,287 @@
+"""Scores a trained model: each score with its interval, calibration, confusion matrix and worst errors.
+
+Each sample is scored for itself, so that the figures depend neither on what it shares a batch with nor on the number
+of devices, and so that what they would be on other articles of the same kind can be told.
+"""
+
+import dataclasses
+import functools
+import importlib.metadata
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm import config as configs
+from jaxlm.config import DataConfig
+from jaxlm.data import loader, prepare
+from jaxlm.data.labels import numbered
+from jaxlm.data.samples import Samples
+from jaxlm.data.sources import Source
+from jaxlm.errors import UserError, slow
+from jaxlm.inference.load import LoadedModel
+from jaxlm.tasks import Task
+from jaxlm.training.log import RunLog
+
+BATCH_SIZE = 16  # samples that a device has at once; what fits beside any model
+N_DRAWS, INTERVAL = 2000, 0.95  # of the bootstrap
+N_BINS = 10  # of the reliability table
+N_WORST = 10  # errors that are told
+FEWEST = 20  # articles that can stand for others like them; of fewer, samples are drawn
+Totals = dict[str, np.ndarray]  # as Task.loss returns them, and those of `_one`: of samples, of groups, or summed
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    value: float
+    low: float  # of the interval that has it with INTERVAL's certainty
+    high: float
+    baseline: float | None  # of the best guess that looks at no input; None: there is none
+    better: str  # lower or higher
+
+
+@dataclasses.dataclass(frozen=True)
+class Bin:
+    """The predictions that are made with a confidence from `low` to `high`."""
+
+    low: float
+    high: float
+    count: int
+    confidence: float  # mean of the probabilities that they are given
+    accuracy: float  # share of them that are right
+
+
+@dataclasses.dataclass(frozen=True)
+class Mistake:
+    text: str
+    label: int | str
+    predicted: Any  # what the task predicts; None: the original's head predicts no class
+    probability: float | None  # of the label; None for tasks without probabilities
+    loss: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What `jaxlm.evaluate --json` prints, and what a run folder keeps."""
+
+    checkpoint: str
+    task: str
+    step: int
+    split: str
+    data: str
+    n_samples: int
+    n_counted: int  # predictions that the scores are of
+    n_drawn: int
+    drawn: str  # what the intervals are a bootstrap of: articles or samples
+    scores: dict[str, Score]
+    calibration_error: Score | None  # expected, ECE (arXiv 1706.04599, eq. 3); None for tasks without probabilities
+    bins: list[Bin]
+    classes: list[str]  # their names by number; []: there are none
+    confusion: list[list[int]] | None  # [C][C + 1]: row label, column prediction, the last: no class
+    worst: list[Mistake]
+    warning: str
+    version: str
+
+
+@slow("scoring the samples")
+def evaluate(
+    trained: LoadedModel, samples: Samples, batch_size: int = BATCH_SIZE, split: str = "", data: str = ""
+) -> Evaluation:
+    """Return the evaluation of samples; `split` and `data` say in words which these are."""
+    task, articles = trained.task, _articles(samples)
+    groups, drawn = _groups(articles)
+    totals = totals_of_samples(trained, samples, batch_size) | _constants(samples, articles)
+    grouped = {name: _grouped(totals[name], groups) for name in totals.keys() - {"prediction", "probability"}}
+    sums = {name: x.sum(axis=0) for name, x in grouped.items()}
+    intervals = bootstrap(grouped, functools.partial(_scores, task))
+    baseline: Mapping[str, float] = task.baseline(samples)
+    lower = (*task.lower_is_better, "calibration_error")
+    scores = {
+        name: Score(value, *intervals[name], baseline.get(name), "lower" if name in lower else "higher")
+        for name, value in _scores(task, sums).items()
+    }
+    confusion = sums["confusion"].astype(int).tolist() if "confusion" in sums else None
+    n_classes = len(confusion or [])  # of a task of the user's own, it may be of something else
+    return Evaluation(
+        checkpoint=str(trained.start.path),
+        task=trained.config.task,
+        step=trained.start.info["step"],
+        split=split,
+        data=data,
+        n_samples=len(samples),
+        n_counted=int(sums["count"]),
+        n_drawn=int(groups.max()) + 1,
+        drawn=drawn,
+        calibration_error=scores.pop("calibration_error", None),
+        scores=scores,
+        bins=_bins(sums["reliability"]) if "reliability" in sums else [],
+        classes=list(task.classes if n_classes == len(task.classes) else numbered(n_classes)),
+        confusion=confusion,
+        worst=_worst(trained, samples, totals) if "prediction" in totals else [],
+        warning=task.warning(sums),
+        version=importlib.metadata.version("jaxlm"),
+    )
+
+
+def part(trained: LoadedModel, split: str, given: Mapping[str, Any]) -> tuple[Source, Samples]:
+    """Return the samples of a part of the run's data, or those of the file data.path in `given`, and their source.
+
+    `given` are settings that are other than the run's. Raises UserError.
+    """
+    config, task, read = trained.config, trained.task, split
+    if path := given.get("data.path"):
+        if Path(path).is_dir():
+            raise UserError(f"data.path={path}: is a folder; name the file in it that is to be scored")
+        # All of the file, with the settings that say what a sample is.
+        kept = {name: configs.get(config, f"data.{name}") for name in ("n_labels", "mask_fraction", "n_maskings")}
+        data = DataConfig(**kept, cache_dir=config.data.cache_dir, validation_fraction=0.0, test_fraction=0.0)
+        config, read = dataclasses.replace(config, data=data), "train"
+    for name, value in given.items():
+        config = configs.replace(config, name, value)
+    progress = RunLog(stderr=True).bytes_bar
+    source, samples = prepare.part(config, task.samples, task.embedded, trained.tokenizer, read, progress, task.classes)
+    stored = trained.start.info.get("data")
+    if not path and stored and stored != source.fingerprint:
+        raise UserError(
+            f"{source.description}: the data are others than those of {trained}, so that its parts may be, too; "
+            "put them back as they were, or give a file with --data.path"
+        )
+    if read == "test" and source.test_refusal:
+        raise UserError(source.test_refusal.replace("--data.test-path with", "--data.path with"))
+    if not len(samples):
+        raise UserError(f"{source.description}: its {split} part has no sample; give a file with --data.path")
+    return source, samples
+
+
+def totals_of_samples(trained: LoadedModel, samples: Samples, batch_size: int) -> Totals:
+    """Return the totals of each sample, [N, ...], in order.
+
+    Every device has the whole model and whole batches, one after the other, so that their number makes no difference.
+    """
+    devices = jax.local_devices()
+    models = [jax.device_put(trained.model, device) for device in devices]
+    compiled = jax.jit(jax.vmap(functools.partial(_one, trained), in_axes=(None, 0)))
+    ahead: list[Any] = []
+    found: list[Any] = []
+    for i, batch in enumerate(loader.evaluation_batches(samples, batch_size)):
+        k = i % len(devices)
+        ahead.append(compiled(models[k], jax.device_put(batch, devices[k])))
+        if len(ahead) > 2 * len(devices):
+            found.append(jax.device_get(ahead.pop(0)))
+    found += jax.device_get(ahead)
+    return {name: np.concatenate([totals[name] for totals in found])[: len(samples)] for name in found[0]}
+
+
+def _one(trained: LoadedModel, model: Any, sample: dict[str, Any]) -> dict[str, Any]:
+    """Return the totals of one sample; where samples have labels, also its prediction.
+
+    Of a task with probabilities, also that of a class label, and `reliability`: by bin of confidence, how many
+    predictions there are, how many are right, and their confidence.
+    """
+    task, batch = trained.task, {name: x[None] for name, x in sample.items()}
+    if not trained.has_probabilities():
+        totals = task.loss(model, batch, None)
+        return totals | ({"prediction": task.predict(model, batch)[0]} if task.samples.reads == "labels" else {})
+    totals, logits = task.loss_with_logits(model, batch)
+    p, labels = jax.nn.softmax(logits[0]), sample["labels"]
+    confidence, prediction, is_counted = p.max(axis=-1), p.argmax(axis=-1), labels >= 0
+    of_bin = jax.nn.one_hot(jnp.minimum(confidence * N_BINS, N_BINS - 1).astype(int), N_BINS) * is_counted[..., None]
+    rows = jnp.stack([jnp.ones_like(confidence), 1.0 * (prediction == labels), confidence], axis=-1)
+    # Counts, which products that round would spoil.
+    sums = jnp.matmul(of_bin.reshape(-1, N_BINS).T, rows.reshape(-1, 3), precision="highest")
+    totals = totals | {"reliability": sums}
+    if "confusion" in totals:
+        totals |= {"prediction": prediction, "probability": p[jnp.maximum(labels, 0)]}
+    return totals
+
+
+def bootstrap(
+    totals: Mapping[str, np.ndarray], scores: Callable[[Totals], Mapping[str, float]], seed: int = 0
+) -> dict[str, tuple[float, float]]:
+    """Return the interval of each score of summed totals [G, ...], if other groups of the same kind were drawn.
+
+    The percentile method: Efron, Tibshirani 1993, "An Introduction to the Bootstrap", section 13.3.
+    """
+    random = np.random.default_rng(seed)
+    n = len(next(iter(totals.values())))
+    flat = {name: np.asarray(x, np.float64).reshape(n, -1) for name, x in totals.items()}
+    found: dict[str, list[float]] = {}
+    for _ in range(N_DRAWS):
+        times = np.bincount(random.integers(n, size=n), minlength=n).astype(np.float64)
+        sums = {name: (times @ x).reshape(totals[name].shape[1:]) for name, x in flat.items()}
+        if sums["count"] > 0:  # else nothing that counts was drawn
+            for name, value in scores(sums).items():
+                found.setdefault(name, []).append(value)
+    tail = (1 - INTERVAL) / 2
+    with np.errstate(invalid="ignore"):  # a perplexity may be infinite
+        return {name: tuple(np.quantile(x, (tail, 1 - tail)).tolist()) for name, x in found.items()}
+
+
+def _articles(samples: Samples) -> np.ndarray:
+    """Return the number of the article that each sample is of, [N]."""
+    indices = np.arange(len(samples))
+    windows = getattr(samples, "windows", None)
+    return indices if windows is None else np.searchsorted(windows.ends, indices, side="right")
+
+
+def _groups(articles: np.ndarray) -> tuple[np.ndarray, str]:
+    """Return the number of what each sample is drawn with, [N], and what that is: the samples of an article together.
+
+    They are alike, and to draw them one by one would make the intervals too narrow.
+    """
+    groups = np.unique(articles, return_inverse=True)[1]
+    return (groups, "articles") if groups.max() + 1 >= FEWEST else (np.arange(len(articles)), "samples")
+
+
+def _grouped(x: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """Return the sums [G, ...] over the samples of each group."""
+    result = np.zeros((int(groups.max()) + 1, *x.shape[1:]))
+    np.add.at(result, groups, x)
+    return result
+
+
+def _constants(samples: Samples, articles: np.ndarray) -> Totals:
+    """Return what belongs to the part as a whole, shared out to the samples by the bytes of their articles."""
+    if not samples.constants:
+        return {}
+    sizes: np.ndarray = samples.windows.split.n_bytes  # type: ignore[union-attr]
+    n_bytes = sizes[articles] / np.bincount(articles)[articles]
+    return {name: total * n_bytes / n_bytes.sum() for name, total in samples.constants.items()}
+
+
+def _scores(task: Task, sums: Totals) -> dict[str, float]:
+    """Return the scores of the task, and the calibration error of one with probabilities."""
+    scores = dict(task.scores(sums))
+    if "reliability" in sums:
+        n, n_right, confidence = sums["reliability"].T
+        scores["calibration_error"] = float(np.sum(np.abs(n_right - confidence)) / np.sum(n))
+    return scores
+
+
+def _bins(reliability: np.ndarray) -> list[Bin]:
+    return [
+        Bin(i / N_BINS, (i + 1) / N_BINS, int(n), float(confidence / n), float(n_right / n))
+        for i, (n, n_right, confidence) in enumerate(reliability)
+        if n
+    ]
+
+
+def _worst(trained: LoadedModel, samples: Any, totals: Totals) -> list[Mistake]:
+    """Return the wrong predictions of the largest loss; without probabilities, all with a loss count as wrong."""
+    task, split, losses, predictions = trained.task, samples.split, totals["loss"], totals["prediction"]
+    probabilities = totals.get("probability")
+    is_wrong, order = (losses > 0, -losses) if probabilities is None else (predictions != split.labels, probabilities)
+    wrong = np.flatnonzero(is_wrong)
+    found = []
+    for i in wrong[np.argsort(order[wrong], kind="stable")][:N_WORST]:
+        text = trained.tokenizer.decode(split.tokens[split.offsets[i] : split.offsets[i + 1]].tolist())
+        label, predicted, loss = int(split.labels[i]), predictions[i].tolist(), float(losses[i])
+        if probabilities is None:
+            found.append(Mistake(text, label, predicted, None, loss))
+        else:
+            name = task.label(predicted) if predicted < len(task.classes) else None
+            found.append(Mistake(text, task.label(label), name, float(probabilities[i]), loss))
+    return found
