@@ -60,9 +60,11 @@ class Decoder:
         final_norm = model.base.final_norm if self.config.final_norm else None
         # Flattened once: it takes longer than a token of a small model.
         self.leaves, self.structure = jax.tree.flatten(Parts(model.base.embedding, blocks, final_norm, model.head))
-        self._fill = jax.jit(self._with_parts(fill), donate_argnums=1)
-        self._extend = jax.jit(self._with_parts(lambda parts, *args: extend(parts, stop, *args)), donate_argnums=1)
-        self._put = jax.jit(put, donate_argnums=0)
+        self._fill = jax.jit(lambda leaves, rows: fill(self._parts(leaves), rows), donate_argnums=1)
+        self._extend = jax.jit(lambda leaves, *args: extend(self._parts(leaves), stop, *args), donate_argnums=1)
+        self._put = jax.jit(
+            lambda rows, i, row: jax.tree.map(lambda x, new: x.at[i].set(new[0]), rows, row), donate_argnums=0
+        )
 
     def begin(self, prompts: Sequence[Sequence[int]], most_new: int) -> Rows:
         """Return rows that hold prompts of 1 to seq_len tokens, each to get `most_new` tokens or as many as fit."""
@@ -97,15 +99,12 @@ class Decoder:
         # A CPU converts bfloat16 to float32 for products with batch axes; done here, it is done once.
         dtype = matmul.sum_dtype(self.dtype) if platform() == "cpu" else self.dtype
         cache = [tuple(jnp.zeros(shape, dtype) for _ in range(config.n_layers)) for _ in range(2)]
-        return Rows(jnp.asarray(tokens_BS), jnp.asarray(n_B, jnp.int32), jnp.asarray(end_B, jnp.int32), *cache)
+        rows = Rows(tokens_BS, n_B.astype(np.int32), end_B.astype(np.int32), *cache)
+        # On the device of the model, where `extend` returns them: elsewhere, `put` would compile anew.
+        return jax.device_put(rows, self.leaves[0].sharding)
 
-    def _with_parts(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda leaves, *args: function(jax.tree.unflatten(self.structure, leaves), *args)
-
-
-def put(rows: Rows, i: Array, row: Rows) -> Rows:
-    """Return the rows with the only one of `row` as the i-th."""
-    return jax.tree.map(lambda all_, one: all_.at[i].set(one[0]), rows, row)
+    def _parts(self, leaves: list[Array]) -> Parts:
+        return jax.tree.unflatten(self.structure, leaves)
 
 
 def fill(parts: Parts, rows: Rows) -> Rows:
@@ -174,12 +173,8 @@ def sample(logits_BV: Array, sampling: Sampling, place_B: Array) -> Array:
     def drawn() -> Array:
         scaled_BV = logits_BV / jnp.where(sampling.temperature > 0, sampling.temperature, 1)[:, None]
         is_kept_BV = kept(scaled_BV, sampling.top_k, sampling.top_p)
-
-        def noise(seed: Array, place: Array) -> Array:
-            key = jax.random.fold_in(jax.random.key(seed), place)
-            return jax.random.gumbel(key, logits_BV.shape[1:])
-
-        noise_BV = jax.vmap(noise)(sampling.seed, place_B)
+        keys_B = jax.vmap(lambda seed, place: jax.random.fold_in(jax.random.key(seed), place))(sampling.seed, place_B)
+        noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, logits_BV.shape[1:]))(keys_B)
         # Not matmul.argmax: XLA may compute the sum twice, rounded otherwise, and then nothing equals the largest.
         return jnp.argmax(jnp.where(is_kept_BV, scaled_BV + noise_BV, -jnp.inf), axis=-1).astype(jnp.int32)
 
