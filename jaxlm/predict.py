@@ -6,30 +6,33 @@ or Predict. Numbers are computed in float32, whatever precision the model was tr
 
 import argparse
 import itertools
+import json
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from jaxlm.cli import Parser
-from jaxlm.errors import UserError, reported
-from jaxlm.inference import predictors
+from jaxlm.errors import UserError, os_errors, reported
 from jaxlm.io import utf8
 from jaxlm.runtime import huge_pages
 from jaxlm.terminal import dumps
 
 if TYPE_CHECKING:  # the command line is looked at before anything that takes long to import
-    pass
+    from jaxlm.inference.predictors import Answer, Continue, Predictor
+
+OPTIONS = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
+Numbered = tuple[str, str]  # what a text is called, such as "line 3: ", and the text
 
 
-def load(checkpoint: str | Path, tokenizer: str = "") -> predictors.Predictor:
+def load(checkpoint: str | Path, tokenizer: str = "") -> "Predictor":
     """Return what answers the kind of question that a model is trained for.
 
     `checkpoint` is a run, whose best checkpoint is used, or a checkpoint of any form that jaxlm.convert reads;
     `tokenizer` as in tokenizer.path, "": that of the run. Raises UserError.
     """
     from jaxlm.heads import LanguageModel
-    from jaxlm.inference import load
+    from jaxlm.inference import load, predictors
 
     found = load.load(checkpoint, tokenizer, precision="float32", needs_output=False)
     if found.task is None:
@@ -53,8 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     args = _parse(sys.argv[1:] if argv is None else argv)
     texts = _texts(args)
     predictor = load(args.checkpoint, getattr(args, "tokenizer.path"))
-    if type(predictor) is predictors.Look:
-        predictor([])
+    predictor([])  # refuses a model without answers
     options = _given_options(args, predictor)
     print(predictor.trained, file=sys.stderr, flush=True)
     if texts is None:
@@ -62,40 +64,37 @@ def main(argv: list[str] | None = None) -> int:
     return _answer_all(predictor, texts, options, args.json)
 
 
-Numbered = tuple[str, str]  # what a text is called, such as "line 3", and the text
-
-
-def _answer_all(
-    predictor: predictors.Predictor, texts: Iterable[Numbered], options: dict[str, Any], as_json: bool
-) -> int:
+def _answer_all(predictor: "Predictor", texts: Iterable[Numbered], options: dict[str, Any], as_json: bool) -> int:
     """Print the answers, some texts at a time, and which cannot be answered and why; return the exit status."""
+    from jaxlm.inference.predictors import N_ROWS, Continue
+
     status = 0
     texts = iter(texts)
-    while some := list(itertools.islice(texts, predictors.N_ROWS)):
+    while some := list(itertools.islice(texts, N_ROWS)):
         problems = {}
         for i, (name, text) in enumerate(some):
             try:
                 predictor.encode(text)
             except UserError as error:
                 status, problems[i] = 2, str(error)
-                print(f"error: {name}{error}: {predictors.start(text)}", file=sys.stderr, flush=True)
+                start = json.dumps(text if len(text) <= 40 else f"{text[:40]}...", ensure_ascii=False)
+                print(f"error: {name}{error}: {start}", file=sys.stderr, flush=True)
         fine = [text for i, (_, text) in enumerate(some) if i not in problems]
-        if isinstance(predictor, predictors.Continue) and not as_json and len(fine) == 1:
-            _tell_as_made(predictor, fine[0], options)
+        if isinstance(predictor, Continue) and not as_json and len(fine) == 1:
+            _print_as_made(predictor, fine[0], options)
             continue
-        answers = iter(predictor(fine, **options) if fine else [])
+        answers = iter(predictor(fine, **options))
         for i, (_, text) in enumerate(some):
+            answer = {"text": text, "error": problems[i]} if i in problems else next(answers)
             if as_json:
-                answer = {"text": text, "error": problems[i]} if i in problems else next(answers)
                 print(dumps(answer), flush=True)
             elif i not in problems:
-                answer = next(answers)
                 print(predictor.shown(answer), flush=True)
-                _tell_end(answer)
+                _print_end(answer)
     return status
 
 
-def _tell_as_made(predictor: predictors.Continue, text: str, options: dict[str, Any]) -> None:
+def _print_as_made(predictor: "Continue", text: str, options: dict[str, Any]) -> None:
     pieces = predictor.stream(text, **options)
     first = next(pieces)  # which raises what is wrong with the options
     print(text, end=predictor.between, flush=True)
@@ -104,17 +103,19 @@ def _tell_as_made(predictor: predictors.Continue, text: str, options: dict[str, 
             print(piece, end="", flush=True)
         else:
             print()
-            _tell_end(piece)
+            _print_end(piece)
 
 
-def _tell_end(answer: predictors.Answer) -> None:
-    """Tell how a continuation has ended, and how to have it again."""
+def _print_end(answer: "Answer") -> None:
+    """Print how a continuation has ended, and the seed by which it can be had again."""
+    from jaxlm.inference.predictors import ENDINGS
+
     if "ending" in answer:
-        told = f"[{answer['tokens']} tokens, seed {answer['seed']}; {predictors.ENDINGS[answer['ending']]}]"
-        print(told, file=sys.stderr, flush=True)
+        line = f"[{answer['tokens']} tokens, seed {answer['seed']}; {ENDINGS[answer['ending']]}]"
+        print(line, file=sys.stderr, flush=True)
 
 
-def _converse(predictor: predictors.Predictor, options: dict[str, Any], as_json: bool) -> int:
+def _converse(predictor: "Predictor", options: dict[str, Any], as_json: bool) -> int:
     """Answer what is typed, until the end of input."""
     import readline  # noqa: F401  # what is typed can be edited, and had again
 
@@ -133,10 +134,8 @@ def _texts(args: argparse.Namespace) -> Iterable[Numbered] | None:
     if args.texts:
         return [(f"text {i}: " if len(args.texts) > 1 else "", text) for i, text in enumerate(args.texts, start=1)]
     if args.file:
-        try:
+        with os_errors(f"--file {args.file}: cannot be read"):
             return _lines(f"--file {args.file}", utf8.opened(Path(args.file)))
-        except OSError as error:
-            raise UserError(f"--file {args.file}: cannot be read ({error})") from error
     return None if sys.stdin.isatty() else _lines("standard input", open(sys.stdin.fileno(), "rb", closefd=False))
 
 
@@ -149,16 +148,15 @@ def _lines(name: str, stream: IO[bytes]) -> Iterator[Numbered]:
         raise UserError(f"{name}: cannot be read ({error})") from error
 
 
-def _given_options(args: argparse.Namespace, predictor: predictors.Predictor) -> dict[str, Any]:
+def _given_options(args: argparse.Namespace, predictor: "Predictor") -> dict[str, Any]:
     """Return the options that were given. Raises UserError for one that does not go with the task."""
-    given = {name: value for name in predictors.Continue.options if (value := getattr(args, name)) is not None}
+    given = {name: value for name in OPTIONS if (value := getattr(args, name)) is not None}
+    flags = {name: f"--{name.replace('_', '-')}" for name in OPTIONS}
     for name in given:
         if name not in predictor.options:
-            others = [f"--{other.replace('_', '-')}" for other in predictor.options]
-            raise UserError(
-                f"--{name.replace('_', '-')}: does not go with {predictor.trained}"
-                + (f"; there is {', '.join(others)}" if others else "; leave it out")
-            )
+            others = ", ".join(flags[other] for other in predictor.options)
+            mend = f"there is {others}" if others else "leave it out"
+            raise UserError(f"{flags[name]}: does not go with {predictor.trained}; {mend}")
     return given
 
 

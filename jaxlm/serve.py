@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from jaxlm import predict
 from jaxlm.cli import Parser
 from jaxlm.errors import ENDINGS, UserError, reported
+from jaxlm.inference.limits import Limits
 from jaxlm.runtime import huge_pages
 
 TOKEN = "JAXLM_TOKEN"  # a variable of the environment, since every user of a host can see command lines
 N_BACKLOG = 2048  # connections that wait to be accepted, at most
-DEFAULTS = {"max_requests": 256, "max_body": 65_536, "max_new_tokens": 1000, "timeout": 30.0}
 
 
 @reported(debug=False)
@@ -42,7 +42,7 @@ def _serve(listening: socket.socket, args: argparse.Namespace, token: str) -> No
     from jaxlm.inference.batching import Engine
 
     predictor = predict.load(args.checkpoint, getattr(args, "tokenizer.path"))
-    limits = http_api.Limits(args.max_requests, args.max_body, args.max_new_tokens, args.timeout)
+    limits = Limits(args.max_requests, args.max_body, args.max_new_tokens, args.timeout)
     _tell(f"{predictor.trained}: compiles")
     with contextlib.closing(Engine(predictor)) as engine, _kept_from_ending():
         config = uvicorn.Config(
@@ -53,7 +53,7 @@ def _serve(listening: socket.socket, args: argparse.Namespace, token: str) -> No
             server_header=False,
             lifespan="off",
             backlog=N_BACKLOG,
-            timeout_graceful_shutdown=round(args.timeout) + 1,
+            timeout_graceful_shutdown=round(limits.seconds) + 1,
         )
         listening.listen(N_BACKLOG)
         _tell(f"serves http://{_name(listening)}/")
@@ -128,15 +128,18 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1: this host alone)")
     parser.add_argument("--port", type=int, default=8000, help="0: any that is free, which is told (8000)")
     group = parser.add_argument_group("limits")
-    group.add_argument("--max-requests", type=int, metavar="N", help="at once; others are told to come again (256)")
-    group.add_argument("--max-body", type=int, metavar="BYTES", help="of a request (65536)")
-    group.add_argument("--max-new-tokens", type=int, metavar="N", help="gpt: of a continuation (1000)")
-    group.add_argument("--timeout", type=float, metavar="SECONDS", help="to send a request, and to answer it (30)")
-    parser.set_defaults(**DEFAULTS)
+    for flag, default, metavar, text in (
+        ("--max-requests", Limits.requests, "N", "at once; others are told to come again"),
+        ("--max-body", Limits.body, "BYTES", "of a request"),
+        ("--max-new-tokens", Limits.new_tokens, "N", "gpt: of a continuation"),
+        ("--timeout", Limits.seconds, "SECONDS", "to send a request, and to answer it"),
+    ):
+        kind = type(default)
+        group.add_argument(flag, type=kind, default=default, metavar=metavar, help=f"{text} ({default:g})")
     args = parser.parse_args(argv)
     if not 0 <= args.port < 2**16:
         parser.error(f"--port {args.port}: has to be 0 to 65535")
-    for name in DEFAULTS:
+    for name in ("max_requests", "max_body", "max_new_tokens", "timeout"):
         if not 0 < getattr(args, name) < 2**31:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: has to be above 0, and below {2**31}")
     return args

@@ -314,6 +314,8 @@ def test_a_token_is_wanted(servers: dict[str, Server], serving: Callable[..., Se
         assert (status, headers["WWW-Authenticate"]) == (401, "Bearer")
     for path in ("/", "/health", "/docs", "/openapi.json"):
         assert server.ask("GET", path, Authorization="")[0] == 200
+    # Nor does a host that looks like such an address.
+    assert server.ask("GET", "/metrics", Authorization="", Host="localhost/health?")[0] == 401
 
 
 def sent(server: Server, request: bytes) -> tuple[int, Any, bytes]:

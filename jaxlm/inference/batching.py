@@ -13,16 +13,15 @@ import queue
 import threading
 import time
 import traceback
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from jaxlm.inference.decode import Sampling
-from jaxlm.inference.predictors import N_ROWS, Answer, Continue, FillMasks, Look, Predictor
+from jaxlm.inference.predictors import N_ROWS, Answer, Continuation, Continue, FillMasks, Look, Predictor
 
 GATHER_S = 0.002  # how long a text waits for others to go with
 AT_ONCE = 2  # tokens made of each prompt before others are let in
@@ -48,19 +47,26 @@ class Request:
     is_dropped: bool = False  # nobody waits any more
 
 
+def fail(requests: Iterable[Request]) -> None:
+    """Print the exception that is being handled, and tell those who wait that there will be no answer."""
+    traceback.print_exc()
+    for request in requests:
+        request.say(Failed())
+
+
 class Batches:
     """Answers texts that go through the model together."""
 
     gather_s = GATHER_S
     is_busy = False
+    n_waiting = 0
 
     def __init__(self, predictor: Predictor, metrics: "Metrics"):
         self.predictor, self.metrics = predictor, metrics
-        if type(predictor) is Look:
-            return
         text = "[MASK]" if isinstance(predictor, FillMasks) else ""
-        for i in range(N_ROWS.bit_length()):
-            predictor([text] * 2**i)
+        if type(predictor) is not Look:
+            for i in range(N_ROWS.bit_length()):
+                predictor([text] * 2**i)
 
     def step(self, requests: Sequence[Request]) -> None:
         """Answer all of some requests."""
@@ -72,23 +78,11 @@ class Batches:
         try:
             answers = self.predictor([request.text for request in requests], **options)
         except Exception:
-            traceback.print_exc()
-            for request in requests:
-                request.say(Failed())
-            return
+            return fail(requests)
         for request, answer in zip(requests, answers, strict=True):
             if "masks" in answer:
                 answer["masks"] = [guesses[: request.options["top_k"]] for guesses in answer["masks"]]
             request.say(answer)
-
-
-@dataclasses.dataclass(eq=False)
-class Place:
-    """A prompt that is being continued."""
-
-    request: Request
-    prompt: list[int]
-    sent: str = ""
 
 
 class Places:
@@ -109,6 +103,10 @@ class Places:
     def is_busy(self) -> bool:
         return bool(self.places or self.waiting)
 
+    @property
+    def n_waiting(self) -> int:
+        return len(self.waiting)
+
     def step(self, requests: Sequence[Request]) -> None:
         """Take some requests, and make a few tokens for each that has a place."""
         self.waiting += requests
@@ -118,14 +116,12 @@ class Places:
                 self.metrics.rows.observe(len(self.places))
                 self._extend()
         except Exception:
-            traceback.print_exc()
-            for place in self.places.values():
-                place.request.say(Failed())
+            fail(request for request, _ in self.places.values())
             self._clear()
 
     def _clear(self) -> None:
         self.rows = self.predictor.decoder.empty(N_ROWS)
-        self.places: dict[int, Place] = {}
+        self.places: dict[int, tuple[Request, Continuation]] = {}
 
     def _let_in(self) -> None:
         free = [i for i in range(N_ROWS) if i not in self.places]
@@ -134,38 +130,30 @@ class Places:
             if request.is_dropped:
                 continue
             i = free.pop()
-            place = self.places[i] = Place(request, self.predictor.encode(request.text))
-            row = self.predictor.decoder.begin([place.prompt], request.options["max_new_tokens"])
+            begun = Continuation(request.text, self.predictor.encode(request.text), request.options)
+            self.places[i] = request, begun
+            row = self.predictor.decoder.begin([begun.prompt], request.options["max_new_tokens"])
             self.rows = self.predictor.decoder.put(self.rows, i, row)
 
     def _extend(self) -> None:
         sampling = Sampling(*np.zeros((4, N_ROWS)))
-        for i, place in self.places.items():
+        for i, (request, _) in self.places.items():
             for name, values in zip(Sampling._fields, sampling, strict=True):
-                values[i] = place.request.options[name]
+                values[i] = request.options[name]
         self.rows = self.predictor.decoder.extend(self.rows, sampling, AT_ONCE)
         tokens_BS, n_B, end_B = (np.array(x) for x in (self.rows.tokens_BS, self.rows.n_B, self.rows.end_B))
-        for i, place in list(self.places.items()):
-            ids = tokens_BS[i, len(place.prompt) : n_B[i]].tolist()
-            if place.request.is_dropped:
+        for i, (request, begun) in list(self.places.items()):
+            ids = tokens_BS[i, len(begun.prompt) : n_B[i]].tolist()
+            is_over, is_dropped = bool(n_B[i] >= end_B[i]), request.is_dropped
+            if is_dropped:
                 end_B[i] = 0
-                self.rows = self.rows._replace(end_B=jnp.asarray(end_B))
-            elif n_B[i] >= end_B[i]:
-                self._finish(place, ids)
-            else:
-                if place.request.is_streamed and (piece := self.predictor.piece(place.prompt, ids, place.sent)):
-                    place.request.say(piece)
-                    place.sent += piece
-                continue
-            self.metrics.tokens.inc(len(ids))
-            del self.places[i]
-
-    def _finish(self, place: Place, ids: list[int]) -> None:
-        request = place.request
-        answer = self.predictor.answer(request.text, place.prompt, ids, request.options)
-        if request.is_streamed and (rest := answer["continuation"].removeprefix(place.sent)):
-            request.say(rest)
-        request.say(answer)
+                self.rows = self.rows._replace(end_B=jax.device_put(end_B, self.rows.end_B.sharding))
+            elif is_over or request.is_streamed:
+                for piece in self.predictor.pieces(begun, ids, is_over):
+                    request.say(piece)
+            if is_over or is_dropped:
+                self.metrics.tokens.inc(len(ids))
+                del self.places[i]
 
 
 class Metrics:
@@ -186,27 +174,29 @@ class Engine:
     def __init__(self, predictor: Predictor):
         self.predictor, self.metrics = predictor, Metrics()
         self.asked: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
-        self.metrics.waiting.set_function(self._n_waiting)
-        jax.monitoring.register_event_duration_secs_listener(self._note)
+        jax.monitoring.register_event_duration_secs_listener(self._count_compilation)
         if predictor.has_attention:
             predictor.attention("", 0, 0)
-        begun = Metrics()  # of which only the compilations are told
+        begun = Metrics()  # of what is made at first, only the compilations count
         self.work: Batches | Places = (
             Places(predictor, begun) if isinstance(predictor, Continue) else Batches(predictor, begun)
         )
         self.work.metrics = self.metrics
+        self.metrics.waiting.set_function(lambda: self.asked.qsize() + self.work.n_waiting)
         self.thread = threading.Thread(target=self._run, name="engine")
         self.thread.start()
 
-    async def answer(self, text: str, options: dict[str, Any]) -> Answer:
-        """Return the answer to a text that the predictor can take."""
-        return await self._last(text, options)
+    async def answer(
+        self, text: str, options: dict[str, Any] | None = None, look: tuple[int, int] | None = None
+    ) -> Answer:
+        """Return the answer to a text that the predictor can take; with `look`, what Predictor.attention returns."""
+        async with contextlib.aclosing(self.stream(text, options or {}, look, is_streamed=False)) as said:
+            (answer,) = [what async for what in said if not isinstance(what, str)]
+        return answer
 
-    async def attention(self, text: str, layer: int, head: int) -> Answer:
-        """Return what Predictor.attention does."""
-        return await self._last(text, {}, look=(layer, head))
-
-    async def stream(self, text: str, options: dict[str, Any], **kwargs: Any) -> AsyncGenerator[str | Answer]:
+    async def stream(
+        self, text: str, options: dict[str, Any], look: tuple[int, int] | None = None, is_streamed: bool = True
+    ) -> AsyncGenerator[str | Answer]:
         """Yield the continuation of a text in pieces, and at last its answer. To be closed where it is left.
 
         Raises Failed.
@@ -217,7 +207,7 @@ class Engine:
             with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody there to hear it
                 loop.call_soon_threadsafe(said.put_nowait, what)
 
-        request = Request(text, self.predictor.options | options, say, **({"is_streamed": True} | kwargs))
+        request = Request(text, self.predictor.options | options, say, look, is_streamed)
         self.asked.put(request)
         try:
             while isinstance(what := await said.get(), str):
@@ -227,13 +217,6 @@ class Engine:
             yield what
         finally:
             request.is_dropped = True
-
-    async def _last(self, *args: Any, **kwargs: Any) -> Answer:
-        async with contextlib.aclosing(self.stream(*args, is_streamed=False, **kwargs)) as said:
-            async for what in said:
-                if not isinstance(what, str):
-                    return what
-        raise AssertionError("the last that is said is an answer")
 
     def close(self) -> None:
         self.asked.put(None)
@@ -248,36 +231,29 @@ class Engine:
             requests = self._gathered()
             is_open = is_open and None not in requests
             wanted = [request for request in requests if request and not request.is_dropped]
-            for request in wanted:
-                if request.look:
-                    self._look(request, *request.look)
+            self._look([request for request in wanted if request.look])
             self.work.step([request for request in wanted if not request.look])
 
     def _gathered(self) -> list[Request | None]:
         """Return what was asked, at most for one batch; wait only if there is nothing else to do."""
         requests: list[Request | None] = []
         until_s = 0.0
-        try:
+        with contextlib.suppress(queue.Empty):
             if not self.work.is_busy:
                 requests.append(self.asked.get())
                 until_s = time.monotonic() + self.work.gather_s
             while len(requests) < N_ROWS and None not in requests:
                 left_s = until_s - time.monotonic()
                 requests.append(self.asked.get(timeout=left_s) if left_s > 0 else self.asked.get_nowait())
-        except queue.Empty:
-            pass
         return requests
 
-    def _look(self, request: Request, layer: int, head: int) -> None:
-        try:
-            request.say(self.predictor.attention(request.text, layer, head))
-        except Exception:
-            traceback.print_exc()
-            request.say(Failed())
+    def _look(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            try:
+                request.say(self.predictor.attention(request.text, *request.look or ()))
+            except Exception:
+                fail([request])
 
-    def _n_waiting(self) -> int:
-        return self.asked.qsize() + (len(self.work.waiting) if isinstance(self.work, Places) else 0)
-
-    def _note(self, event: str, duration_secs: float, **kwargs: Any) -> None:
+    def _count_compilation(self, event: str, duration_secs: float, **kwargs: Any) -> None:
         if event == COMPILED:
             self.metrics.compiled.inc()

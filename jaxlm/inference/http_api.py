@@ -1,19 +1,18 @@
 """The web service of `python -m jaxlm.serve`: its addresses, what they take and give, its limits. SERVE.md has them.
 
-Nothing here computes: engine.py does.
+Nothing here computes: batching.py does.
 """
 
 import asyncio
 import base64
 import contextlib
-import dataclasses
 import hashlib
 import json
 import re
 import secrets
 import time
 import traceback
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,14 +29,16 @@ from prometheus_client import (
     ProcessCollector,
     generate_latest,
 )
-from pydantic import BaseModel, ConfigDict, Field
-from starlette.datastructures import Headers
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jaxlm.errors import UserError
 from jaxlm.inference.batching import Engine, Failed
+from jaxlm.inference.limits import Limits
 from jaxlm.inference.predictors import ENDINGS, Answer, Classify, Continue, FillMasks, Look, Predict, Predictor, Reply
 from jaxlm.io import storage, utf8
 from jaxlm.reporting import html_page
@@ -46,15 +47,6 @@ from jaxlm.terminal import dumps
 PATHS = ("/", "/predict", "/generate", "/attention", "/health", "/metrics", "/docs", "/openapi.json")
 OPEN = ("/", "/health", "/docs", "/openapi.json")  # need no token
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
-# What the page of a predictor does, and its title.
-PAGES: dict[type[Predictor], tuple[str, str]] = {
-    FillMasks: ("fill", "Fill masks"),
-    Continue: ("continue", "Continue a text"),
-    Reply: ("answer", "Answer a prompt"),
-    Classify: ("classify", "Classify a text"),
-    Predict: ("predict", "Predict"),
-    Look: ("look", "Attention"),
-}
 EVENTS = "text/event-stream"
 RETRY = {"Retry-After": "1"}  # seconds
 TOO_LONG = "it has taken too long; try again, or ask for less"
@@ -65,16 +57,6 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Limits:
-    """What one client can ask for, and all of them at once."""
-
-    requests: int = 256  # at once
-    body: int = 65_536  # bytes
-    new_tokens: int = 1000  # of a continuation
-    seconds: float = 30.0  # to send a request, and again to answer it
 
 
 class Strict(BaseModel):
@@ -91,29 +73,26 @@ class Guess(BaseModel):
 
 class Filled(BaseModel):
     text: str
-    filled: Annotated[str, Field(description="the text with the likeliest tokens in")]
-    masks: Annotated[list[list[Guess]], Field(description="for each mask, the likeliest tokens, the likeliest first")]
+    filled: str = Field(description="the text with the likeliest tokens in")
+    masks: list[list[Guess]] = Field(description="for each mask, the likeliest tokens, the likeliest first")
 
 
 class Continued(BaseModel):
     prompt: str
     continuation: str
-    tokens: Annotated[int, Field(description="how many were made")]
-    ending: Annotated[str, Field(description="article, length or positions")]
-    seed: Annotated[int, Field(description="with which it can be had again")]
+    tokens: int = Field(description="how many were made")
+    ending: str = Field(description="article, length or positions")
+    seed: int = Field(description="with which it can be had again")
 
 
 class Classified(BaseModel):
     text: str
-    label: Annotated[
-        int | str | None,
-        Field(
-            description="name of the class, or its number if it has no name; null: the original's head predicts none"
-        ),
-    ]
-    probabilities: Annotated[
-        dict[str, float] | list[float], Field(description="by name of the class, or by number where there are no names")
-    ]
+    label: int | str | None = Field(
+        description="name of the class, or its number if it has no name; null: the original's head predicts none"
+    )
+    probabilities: dict[str, float] | list[float] = Field(
+        description="by name of the class, or by number where there are no names"
+    )
 
 
 class Predicted(BaseModel):
@@ -127,7 +106,7 @@ class Attended(BaseModel):
     layer: int
     head: int
     tokens: list[str]
-    weights: Annotated[list[list[float]], Field(description="for each token, how much it looks at each")]
+    weights: list[list[float]] = Field(description="for each token, how much it looks at each")
 
 
 class Error(BaseModel):
@@ -135,17 +114,19 @@ class Error(BaseModel):
 
 
 class Health(BaseModel):
-    status: Annotated[str, Field(description="ready or failed")]
+    status: str = Field(description="ready or failed")
     task: str
-    step: Annotated[int, Field(description="updates that the model was trained for")]
+    step: int = Field(description="updates that the model was trained for")
 
 
-ANSWERS: dict[type[Predictor], type[BaseModel]] = {
-    FillMasks: Filled,
-    Continue: Continued,
-    Reply: Continued,
-    Classify: Classified,
-    Predict: Predicted,
+# What the page of a predictor does, the title of the page, and the answers.
+KINDS: dict[type[Predictor], tuple[str, str, type[BaseModel]]] = {
+    FillMasks: ("fill", "Fill masks", Filled),
+    Continue: ("continue", "Continue a text", Continued),
+    Reply: ("answer", "Answer a prompt", Continued),
+    Classify: ("classify", "Classify a text", Classified),
+    Predict: ("predict", "Predict", Predicted),
+    Look: ("look", "Attention", Attended),
 }
 PLAIN = {"content": {"text/plain": {"schema": {"type": "string"}}}}
 # A host name that is not this host's, and what is no HTTP, are answered below this service, as plain text.
@@ -156,9 +137,10 @@ ERRORS: dict[int, dict[str, Any]] = {
     408: {"model": Error, "description": "the body has not arrived in time"},
     413: {"model": Error, "description": "the body is too large"},
     429: {"model": Error, "description": "too many requests at once; Retry-After says when to try again"},
-    500: {"model": Error, "description": "the model has failed; the log of the server says why"},
+    500: {"model": Error, "description": FAILED},
     503: {"model": Error, "description": "it has taken too long; Retry-After likewise"},
 }
+REFUSALS = (400, 401, 408, 413, 429)  # of each address that takes a body
 
 
 def make(engine: Engine, limits: Limits, token: str = "", is_loopback: bool = True) -> FastAPI:
@@ -178,29 +160,27 @@ def make(engine: Engine, limits: Limits, token: str = "", is_loopback: bool = Tr
     )
     secured: dict[str, Any] = {"dependencies": [Depends(HTTPBearer(auto_error=False))] if token else []}
     asked, looked = _asked(predictor, limits), _looked(predictor)
+    text_field, *_ = asked.model_fields
 
-    def errors(*others: int) -> dict[int | str, dict[str, Any]]:
-        """Return the errors of an address that takes a body, besides 422, which FastAPI describes."""
-        statuses = (400, *([401] if token else []), 408, 413, 429, 500, *others)
-        return {status: ERRORS[status] for status in statuses}
+    def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+        """Return the errors of an address, for the schema; FastAPI adds 422."""
+        return {status: ERRORS[status] for status in statuses if status != 401 or token}
 
     def parts(request: BaseModel) -> tuple[str, dict[str, Any]]:
-        """Return the text of a request, when the model can take it, and all options."""
-        name, *_ = asked.model_fields
+        """Return the text and the options of a request."""
         options = request.model_dump()
-        text = options.pop(name)
-        with _told_of(name):
-            predictor.encode(text)
+        text = options.pop(text_field)
         return text, predictor.checked(options) if isinstance(predictor, Continue) else options
 
     if type(predictor) is not Look:
 
-        @app.post("/predict", responses={200: {"model": ANSWERS[type(predictor)]}, **errors(503)}, **secured)
+        @app.post(
+            "/predict", responses={200: {"model": KINDS[type(predictor)][2]}, **errors(*REFUSALS, 500, 503)}, **secured
+        )
         async def predict(request: asked) -> Response:  # type: ignore[valid-type]
             """Answer a text: fill its masks, continue it, classify it, or what else the model is trained to do."""
-            text, options = parts(request)
             async with _in_time(limits):
-                return Json(await engine.answer(text, options))
+                return Json(await engine.answer(*parts(request)))
 
     if isinstance(predictor, Continue):
         described = {
@@ -209,7 +189,7 @@ def make(engine: Engine, limits: Limits, token: str = "", is_loopback: bool = Tr
             "content": {EVENTS: {}},
         }
 
-        @app.post("/generate", response_class=Response, responses={200: described, **errors()}, **secured)
+        @app.post("/generate", response_class=Response, responses={200: described, **errors(*REFUSALS, 500)}, **secured)
         async def generate(request: asked) -> Response:  # type: ignore[valid-type]
             """Continue a prompt, and send the continuation as it is made, by server-sent events."""
             events = _events(engine, limits, *parts(request))
@@ -217,28 +197,21 @@ def make(engine: Engine, limits: Limits, token: str = "", is_loopback: bool = Tr
 
     if predictor.has_attention:
 
-        @app.post("/attention", responses={200: {"model": Attended}, **errors(503)}, **secured)
+        @app.post("/attention", responses={200: {"model": Attended}, **errors(*REFUSALS, 500, 503)}, **secured)
         async def attention(request: looked) -> Response:  # type: ignore[valid-type]
             """Tell, for each token of a text, how much a head of attention makes it look at each."""
-            asked_for = request.model_dump()  # type: ignore[attr-defined]
-            with _told_of("text"):
-                predictor.encode_any(asked_for["text"])
             async with _in_time(limits):
-                return Json(await engine.attention(**asked_for))
+                return Json(await engine.answer(request.text, look=(request.layer, request.head)))  # type: ignore[attr-defined]
 
-    failed: dict[int | str, dict[str, Any]] = {503: {"model": Health, "description": "requests are not answered"}}
+    is_failed = {"model": Health, "description": "requests are not answered"}
 
-    @app.get("/health", responses={200: {"model": Health}, **UNREADABLE, **failed})
+    @app.get("/health", responses={200: {"model": Health}, **UNREADABLE, 503: is_failed})
     async def health() -> Response:
         """Tell whether requests are answered."""
-        info = {"task": trained.config.task, "step": trained.start.info["step"]}
-        if engine.is_alive():
-            return Json({"status": "ready", **info})
-        return Json({"status": "failed", **info}, 503)
+        status, code = ("ready", 200) if engine.is_alive() else ("failed", 503)
+        return Json({"status": status, "task": trained.config.task, "step": trained.start.info["step"]}, code)
 
-    needs_token: dict[int | str, dict[str, Any]] = {401: ERRORS[401]} if token else {}
-
-    @app.get("/metrics", response_class=Response, responses={200: PLAIN, **UNREADABLE, **needs_token}, **secured)
+    @app.get("/metrics", response_class=Response, responses={200: PLAIN, **UNREADABLE, **errors(401)}, **secured)
     async def figures() -> Response:
         """Return figures for Prometheus."""
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
@@ -247,7 +220,7 @@ def make(engine: Engine, limits: Limits, token: str = "", is_loopback: bool = Tr
     async def docs() -> Response:
         return HTMLResponse(_docs(app.openapi()), headers=HEADERS)
 
-    shown, headers = _page(predictor, limits, name, bool(token))
+    shown, headers = _page(predictor, asked, name, bool(token))
 
     @app.get("/", include_in_schema=False)
     async def index() -> Response:
@@ -267,26 +240,27 @@ def make(engine: Engine, limits: Limits, token: str = "", is_loopback: bool = Tr
 def _asked(predictor: Predictor, limits: Limits) -> type[BaseModel]:
     """Return what a request for an answer has; its first field is the text."""
     model, defaults = predictor.model, predictor.options
+    Taken = Annotated[str, _check_of(predictor.encode)]  # noqa: N806  # it is a type
     takes = f"{predictor.wants}; of {model.seq_len} tokens at most"
     if isinstance(predictor, FillMasks):
         most = min(model.vocab_size, 100)
 
         class Fill(Strict):
-            text: str = Field(description=takes)
+            text: Taken = Field(description=takes)
             top_k: int = Field(min(defaults["top_k"], most), ge=1, le=most, description="guesses for each mask")
 
         return Fill
     if isinstance(predictor, Look):
 
         class Text(Strict):
-            text: str = Field(description=takes)
+            text: Taken = Field(description=takes)
 
         return Text
     # A prompt of up to half of the positions gets as much as is asked for by default.
     length = max(1, min(defaults["max_new_tokens"], limits.new_tokens, model.seq_len // 2))
 
     class Prompt(Strict):
-        prompt: str = Field(description=takes)
+        prompt: Taken = Field(description=takes)
         max_new_tokens: int = Field(length, ge=1, le=limits.new_tokens, description="tokens to make at most")
         temperature: float = Field(
             defaults["temperature"], ge=0, allow_inf_nan=False, description="what logits are divided by; 0: likeliest"
@@ -301,22 +275,27 @@ def _asked(predictor: Predictor, limits: Limits) -> type[BaseModel]:
 
 
 def _looked(predictor: Predictor) -> type[BaseModel]:
+    Taken = Annotated[str, _check_of(predictor.encode_any)]  # noqa: N806  # it is a type
+
     class Look(Strict):
-        text: str = Field(description=f"of {predictor.model.seq_len} tokens at most")
+        text: Taken = Field(description=f"of {predictor.model.seq_len} tokens at most")
         layer: int = Field(0, ge=0, lt=predictor.model.n_layers, description="counted from 0")
         head: int = Field(0, ge=0, lt=predictor.model.n_heads, description="counted from 0")
 
     return Look
 
 
-@contextlib.contextmanager
-def _told_of(field: str) -> Iterator[None]:
-    """Have what is wrong with a text told as what is wrong with any other field."""
-    try:
-        yield
-    except UserError as error:
-        problem = {"type": "value_error", "loc": ("body", field), "msg": str(error)}
-        raise RequestValidationError([problem]) from None
+def _check_of(encode: Callable[[str], Any]) -> AfterValidator:
+    """Return what refuses a text that the model cannot take, as any other wrong field is refused."""
+
+    def check(text: str) -> str:
+        try:
+            encode(text)
+        except UserError as error:
+            raise PydanticCustomError("value_error", "{reason}", {"reason": str(error)}) from None
+        return text
+
+    return AfterValidator(check)
 
 
 @contextlib.asynccontextmanager
@@ -334,12 +313,9 @@ async def _events(engine: Engine, limits: Limits, text: str, options: dict[str, 
     until_s = time.monotonic() + limits.seconds
     async with contextlib.aclosing(engine.stream(text, options)) as said:
         try:
-            while True:
-                what = await asyncio.wait_for(anext(said), until_s - time.monotonic())
-                if not isinstance(what, str):
-                    yield _event("answer", what)
-                    return
+            while isinstance(what := await asyncio.wait_for(anext(said), until_s - time.monotonic()), str):
                 yield _event("piece", {"text": what})
+            yield _event("answer", what)
         except TimeoutError:
             yield _event("error", {"detail": TOO_LONG})
         except Failed:
@@ -384,46 +360,53 @@ class Guard:
             await send(message)
 
         try:
-            if refusal := self._refusal(scope):
-                await refusal(scope, receive, noting)
-            elif scope["method"] == "POST":
-                self.n += 1
-                try:
-                    await self._answer(scope, receive, noting)
-                finally:
-                    self.n -= 1
-            else:
-                await self.app(scope, receive, noting)
+            await self._answer(scope, receive, noting)
+        except HTTPException as error:
+            await Json({"detail": error.detail}, error.status_code, error.headers)(scope, receive, noting)
+        except ClientDisconnect:
+            pass
         except Exception:
             traceback.print_exc()
             if status == "gone":
-                await _problem(500, FAILED)(scope, receive, noting)
+                await Json({"detail": FAILED}, 500)(scope, receive, noting)
         finally:
             path = scope["path"] if scope["path"] in PATHS else "other"
             self.counted.labels(scope["method"] if path != "other" else "", path, status).inc()
             self.seconds.labels(path).observe(time.monotonic() - started_s)
 
-    def _refusal(self, scope: Scope) -> Response | None:
-        headers = Headers(scope=scope)
-        if self.token and scope["path"] not in OPEN:
-            if not secrets.compare_digest(headers.get("authorization", "").encode(), self.token):
-                return _problem(401, "the token is missing or wrong", {"WWW-Authenticate": "Bearer"})
-        if scope["method"] == "POST" and self.n >= self.limits.requests:
-            return _problem(429, f"{self.limits.requests} requests are being answered; try again soon", RETRY)
-        return None
-
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive)
+        if self.token and scope["path"] not in OPEN:  # not that of request.url, which is made of the client's Host
+            if not secrets.compare_digest(request.headers.get("authorization", "").encode(), self.token):
+                raise HTTPException(401, "the token is missing or wrong", {"WWW-Authenticate": "Bearer"})
+        if request.method != "POST":
+            return await self.app(scope, receive, send)
+        if self.n >= self.limits.requests:
+            raise HTTPException(429, f"{self.limits.requests} requests are being answered; try again soon", RETRY)
+        self.n += 1
+        try:
+            body = await self._body(request)
+            await self._answer_while_there(body, scope, receive, send)
+        finally:
+            self.n -= 1
+
+    async def _body(self, request: Request) -> bytes:
+        """Return the body, as UTF-8."""
+        body = b""
         try:
             async with asyncio.timeout(self.limits.seconds):
-                body = await self._body(receive)
+                async for piece in request.stream():
+                    body += piece
+                    if len(body) > self.limits.body:
+                        raise HTTPException(413, f"the body has more than {self.limits.body} bytes")
+            return utf8.decode(body).encode()
         except TimeoutError:
-            return await _problem(408, f"the body has not come in {self.limits.seconds:g} s")(scope, receive, send)
-        if body is None:
-            return await _problem(413, f"the body has more than {self.limits.body} bytes")(scope, receive, send)
-        try:
-            body = utf8.decode(body).encode()
+            raise HTTPException(408, f"the body has not come in {self.limits.seconds:g} s") from None
         except ValueError as error:
-            return await _problem(400, f"the body is {error}")(scope, receive, send)
+            raise HTTPException(400, f"the body is {error}") from None
+
+    async def _answer_while_there(self, body: bytes, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request; leave it where the client goes away."""
         messages = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def receive_again() -> Message:
@@ -439,17 +422,6 @@ class Guard:
             leaving.cancel()
             answering.cancel()
 
-    async def _body(self, receive: Receive) -> bytes | None:
-        """Return the body; None if it is too large."""
-        body, has_more = b"", True
-        while has_more:
-            message = await receive()
-            body += message.get("body", b"")
-            has_more = message.get("more_body", False)
-            if len(body) > self.limits.body:
-                return None
-        return body
-
 
 def _run_name(predictor: Predictor) -> str:
     start = predictor.trained.start
@@ -458,19 +430,15 @@ def _run_name(predictor: Predictor) -> str:
     return storage.absolute(path).name
 
 
-def _problem(status: int, detail: str, headers: dict[str, str] | None = None) -> Response:
-    return Json({"detail": detail}, status, headers)
-
-
-def _page(predictor: Predictor, limits: Limits, name: str, wants_token: bool) -> tuple[str, dict[str, str]]:
+def _page(predictor: Predictor, asked: type[BaseModel], name: str, wants_token: bool) -> tuple[str, dict[str, str]]:
     """Return the page for people, and its headers. `name` is that of the run, "": the page does not give it."""
-    kind, title = PAGES[type(predictor)]
-    options = _asked(predictor, limits).model_json_schema()["properties"]
+    kind, title, _ = KINDS[type(predictor)]
+    fields = asked.model_json_schema()["properties"]
     about = {
         "kind": kind,
-        "options": {name: field for name, field in options.items() if "default" in field},
+        "options": {name: field for name, field in fields.items() if "default" in field},
         "between": getattr(predictor, "between", ""),
-        "isByteLevel": predictor.is_byte_level(),
+        "isByteLevel": predictor.is_byte_level,
         "layers": predictor.model.n_layers if predictor.has_attention else 0,
         "heads": predictor.model.n_heads,
         "positions": predictor.model.seq_len,
@@ -494,19 +462,20 @@ def _docs(schema: dict[str, Any]) -> str:
     parts = ['<p>For programs: <a href="openapi.json">openapi.json</a>. For people: <a href="./">the page</a>.</p>']
     for path, methods in schema["paths"].items():
         for method, told in methods.items():
-            parts.append(
-                f"<h2>{method.upper()} {html_page.text(path)}</h2><p>{html_page.text(told['description'])}</p>"
-            )
+            heading = f"{method.upper()} {html_page.text(path)}"
+            parts.append(f"<h2>{heading}</h2><p>{html_page.text(told['description'])}</p>")
             if "requestBody" in told:
-                asked = types[_type(told["requestBody"]["content"]["application/json"]["schema"])]
-                parts.append(_fields("takes", asked))
+                parts.append(_fields("takes", types[_content(told["requestBody"])]))
             for status, answer in told["responses"].items():
-                content = answer.get("content", {}).get("application/json", {}).get("schema", {})
-                name = _type(content)
                 parts.append(f"<p><b>{status}</b> {html_page.text(answer['description'])}</p>")
-                if name in types and status == "200":
+                if status == "200" and (name := _content(answer)) in types:
                     parts.append(_fields("gives", types[name]))
     return html_page.page(schema["info"]["title"], parts)
+
+
+def _content(described: dict[str, Any]) -> str:
+    """Return the name of the type of a body; "": it is no JSON."""
+    return _type(described.get("content", {}).get("application/json", {}).get("schema", {}))
 
 
 def _type(schema: dict[str, Any]) -> str:

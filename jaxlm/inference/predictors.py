@@ -1,23 +1,26 @@
 """What a trained model makes of texts: masks filled, texts continued, prompts answered, texts classified."""
 
+import dataclasses
 import itertools
 import json
 import secrets
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import jax
 import numpy as np
+from jax import Array
+from tokenizers import decoders
 
+from jaxlm.data import tokenization
 from jaxlm.data.samples import IGNORED, marks
 from jaxlm.data.sources import PROMPT_END
 from jaxlm.errors import UserError
+from jaxlm.inference import attention_maps, load
+from jaxlm.inference.decode import Decoder, Sampling
+from jaxlm.inference.load import LoadedModel
 from jaxlm.io import utf8
-
-if TYPE_CHECKING:  # the command line is looked at before anything that takes long to import
-    from jax import Array
-
-    from jaxlm.inference.load import LoadedModel
-
+from jaxlm.model import Transformer
 
 N_ROWS = 16  # texts that go through the model together, at most
 N_MASKS = 16  # masks that are guessed together, whatever texts they are of
@@ -40,15 +43,10 @@ class Predictor:
     options: dict[str, Any] = {}  # with their defaults
     __call__: Callable[..., list[Answer]]
 
-    def __init__(self, trained: "LoadedModel"):
-        import jax
-
-        from jaxlm.data import tokenization
-        from jaxlm.inference import attention_maps
-        from jaxlm.model import Transformer
-
-        self.has_attention = isinstance(trained.model.base, Transformer)
+    def __init__(self, trained: LoadedModel):
         self.trained, self.tokenizer, self.model = trained, trained.tokenizer, trained.config.model
+        self.has_attention = isinstance(trained.model.base, Transformer)
+        self.is_byte_level = isinstance(self.tokenizer.decoder, decoders.ByteLevel)  # a space is in the word behind it
         self.specials = tokenization.special_ids(self.tokenizer)
         self.compiled_attention = jax.jit(attention_maps.weights)
 
@@ -76,12 +74,6 @@ class Predictor:
         """Return an answer for a person."""
         raise NotImplementedError
 
-    def is_byte_level(self) -> bool:
-        """Return whether tokens are of bytes, the space before a word among them."""
-        from tokenizers import decoders
-
-        return isinstance(self.tokenizer.decoder, decoders.ByteLevel)
-
     def _ids(self, text: str) -> list[int]:
         try:
             utf8.check(text)
@@ -97,13 +89,13 @@ class Predictor:
             )
         return ids
 
-    def _batches(self, texts: Sequence[str]) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
-        """Yield which texts are in a batch, their ids [B, T] and last positions [B], filled up to one of few shapes."""
+    def _batches(self, texts: Sequence[str]) -> Iterator[tuple[Sequence[str], np.ndarray, np.ndarray]]:
+        """Yield some texts at a time, their ids [B, T] and last positions [B], filled up to one of few shapes."""
         all_ids = [self.encode(text) for text in texts]
         for first in range(0, len(texts), N_ROWS):
             rows = _filled_up(all_ids[first : first + N_ROWS])
             last_B = np.array([len(ids) - 1 for ids in rows], np.int32)
-            yield slice(first, first + N_ROWS), self._padded(rows), last_B
+            yield texts[first : first + N_ROWS], self._padded(rows), last_B
 
     def _padded(self, rows: Sequence[list[int]]) -> np.ndarray:
         ids_BT = np.full((len(rows), self.model.seq_len), max(self.model.pad_id, 0), np.int32)
@@ -121,9 +113,7 @@ class FillMasks(Predictor):
     wants = "a text with [MASK] for each word to guess"
     options = {"top_k": 5}
 
-    def __init__(self, trained: "LoadedModel"):
-        import jax
-
+    def __init__(self, trained: LoadedModel):
         super().__init__(trained)
         self.mask = self.specials["mask"]
         self.compiled_base = jax.jit(lambda model, ids_BT: model.base(ids_BT))
@@ -136,7 +126,7 @@ class FillMasks(Predictor):
         for some, ids_BT, _ in self._batches(texts):
             x_BTD = self.compiled_base(self.trained.model, ids_BT)
             guesses = self._guesses(x_BTD, np.argwhere(ids_BT == self.mask), top_k)
-            for text, ids_T in zip(texts[some], ids_BT, strict=False):
+            for text, ids_T in zip(some, ids_BT, strict=False):
                 masks = list(itertools.islice(guesses, int((ids_T == self.mask).sum())))
                 filled = self._filled(text, [guesses[0]["token"] for guesses in masks])
                 answers.append({"text": text, "filled": filled, "masks": masks})
@@ -162,16 +152,14 @@ class FillMasks(Predictor):
 
     def _parts(self, text: str) -> list[str]:
         """Return the text around its masks, by whichever name the user calls them."""
-        from jaxlm.data.tokenization import NAMES
-
-        first, *others = NAMES["mask"]
+        first, *others = tokenization.NAMES["mask"]
         for name in others:
             text = text.replace(name, first)
         *before, last = text.split(first)
         # A byte-level token has the space before its word in it, and a mask stands for the whole token.
-        return [part.rstrip() if self.is_byte_level() else part for part in before] + [last]
+        return [part.rstrip() if self.is_byte_level else part for part in before] + [last]
 
-    def _guesses(self, x_BTD: "Array", places_N2: np.ndarray, top_k: int) -> Iterator[list[Answer]]:
+    def _guesses(self, x_BTD: Array, places_N2: np.ndarray, top_k: int) -> Iterator[list[Answer]]:
         """Yield the likeliest tokens at each place, a row and a position."""
         for first in range(0, len(places_N2), N_MASKS):
             some = places_N2[first : first + N_MASKS]
@@ -194,8 +182,6 @@ class Look(Predictor):
     wants = "a text"
 
     def __call__(self, texts: Sequence[str]) -> list[Answer]:
-        from jaxlm.inference import load
-
         raise UserError(load.no_output(self.trained.start))
 
     def encode(self, text: str) -> list[int]:
@@ -206,29 +192,30 @@ class Look(Predictor):
 class Predict(Look):
     """Tells what the task makes of a text."""
 
-    wants = "a text"
-
-    def __init__(self, trained: "LoadedModel"):
-        import jax
-
+    def __init__(self, trained: LoadedModel):
         super().__init__(trained)
-        self.compiled = jax.jit(trained.task.predict)
+        self.compiled = jax.jit(self._outputs)
 
     def __call__(self, texts: Sequence[str]) -> list[Answer]:
         answers = []
         for some, ids_BT, last_B in self._batches(texts):
             batch = {"tokens": ids_BT, "labels": np.full_like(last_B, IGNORED)}
             batch |= {"last": last_B} if self.model.pooling == "last" else {}
-            predictions = np.asarray(self.compiled(self.trained.model, batch))
-            for text, prediction in zip(texts[some], predictions, strict=False):
-                # A task may answer with numbers and arrays of NumPy, which JSON does not have.
-                answer = json.dumps(self.trained.task.answer(prediction), default=lambda x: np.asarray(x).tolist())
-                answers.append({"text": text, **json.loads(answer)})
+            outputs = np.asarray(self.compiled(self.trained.model, batch))
+            answers += [{"text": text, **self._answer(output)} for text, output in zip(some, outputs, strict=False)]
         return answers
 
     def shown(self, answer: Answer) -> str:
         values = {name: f"{x:.4g}" if isinstance(x, float) else x for name, x in answer.items() if name != "text"}
         return f"{'  '.join(f'{name} {x}' for name, x in values.items())}  {answer['text']}"
+
+    def _outputs(self, model: Any, batch: dict[str, Array]) -> Array:
+        return self.trained.task.predict(model, batch)
+
+    def _answer(self, output: np.ndarray) -> Answer:
+        # A task may answer with numbers and arrays of NumPy, which JSON does not have.
+        answer = json.dumps(self.trained.task.answer(output), default=lambda x: np.asarray(x).tolist())
+        return dict(json.loads(answer))
 
 
 class Classify(Predict):
@@ -236,32 +223,30 @@ class Classify(Predict):
 
     wants = "a text to classify"
 
-    def __init__(self, trained: "LoadedModel"):
-        import jax
+    def _outputs(self, model: Any, batch: dict[str, Array]) -> Array:
+        return jax.nn.softmax(model(batch["tokens"], None, batch.get("last")))
 
-        super().__init__(trained)
-        self.compiled = jax.jit(lambda model, *args: jax.nn.softmax(model(*args)))
-
-    def __call__(self, texts: Sequence[str]) -> list[Answer]:
-        answers = []
-        task = self.trained.task
-        n_labels = len(task.classes)
-        is_last = self.model.pooling == "last"
-        for some, ids_BT, last_B in self._batches(texts):
-            p_BC = np.asarray(self.compiled(self.trained.model, ids_BT, None, last_B if is_last else None))
-            for text, p_C in zip(texts[some], p_BC, strict=False):
-                # The original's head has an output for each token of the vocabulary: those are no class.
-                label = task.label(int(p_C.argmax())) if p_C.argmax() < n_labels else None
-                p = p_C[:n_labels].tolist()
-                named = p if task.has_numbers() else dict(zip(task.classes, p, strict=True))
-                answers.append({"text": text, "label": label, "probabilities": named})
-        return answers
+    def _answer(self, output: np.ndarray) -> Answer:
+        # The original's head has an output for each token of the vocabulary: those are no class.
+        task, i, p = self.trained.task, int(output.argmax()), output[: len(self.trained.task.classes)].tolist()
+        named = p if task.has_numbers() else dict(zip(task.classes, p, strict=True))
+        return {"label": task.label(i) if i < len(p) else None, "probabilities": named}
 
     def shown(self, answer: Answer) -> str:
         p = answer["probabilities"]
         told = "  ".join(f"{name}: {x:.3f}" for name, x in (p.items() if isinstance(p, dict) else enumerate(p)))
         label = "none" if answer["label"] is None else answer["label"]
         return f"label {label}  ({told})  {answer['text']}"
+
+
+@dataclasses.dataclass(eq=False)
+class Continuation:
+    """A prompt that is being continued."""
+
+    text: str
+    prompt: list[int]
+    options: dict[str, Any]  # all there are
+    told: str = ""  # what is told of it already
 
 
 class Continue(Predictor):
@@ -271,9 +256,7 @@ class Continue(Predictor):
     between = ""  # what stands between a prompt and what continues it
     options = {"max_new_tokens": 100, "temperature": 0.8, "top_k": 0, "top_p": 0.95, "seed": None}
 
-    def __init__(self, trained: "LoadedModel"):
-        from jaxlm.inference.decode import Decoder
-
+    def __init__(self, trained: LoadedModel):
         super().__init__(trained)
         self.stop = self.specials["article"]
         self.decoder = Decoder(trained.model, self.stop)
@@ -281,13 +264,12 @@ class Continue(Predictor):
     def __call__(self, texts: Sequence[str], **options: Any) -> list[Answer]:
         """Continue each text as it would be alone. `options` as in `stream`; the default seed is another each time."""
         options = self.checked(options)
-        prompts = [self.encode(text) for text in texts]
+        begun = [Continuation(text, self.encode(text), options) for text in texts]
         answers = []
         for first in range(0, len(texts), N_ROWS):
-            some = prompts[first : first + N_ROWS]
-            *_, made = self._made(_filled_up(some), options, options["max_new_tokens"])
-            for text, prompt, ids in zip(texts[first:], prompts[first:], made[: len(some)], strict=False):
-                answers.append(self.answer(text, prompt, ids, options))
+            some = begun[first : first + N_ROWS]
+            *_, (made, _) = self._made(_filled_up(some), options["max_new_tokens"])
+            answers += [self._answer(one, ids) for one, ids in zip(some, made, strict=False)]
         return answers
 
     def stream(self, text: str, **options: Any) -> Iterator[str | Answer]:
@@ -297,16 +279,9 @@ class Continue(Predictor):
         always. `top_k`: draw from so many likeliest tokens; 0: from all. `top_p`: draw from the fewest likeliest tokens
         whose probabilities sum to this. `seed`: of the random numbers.
         """
-        options = self.checked(options)
-        prompt, sent = self.encode(text), ""
-        for (ids,) in self._made([prompt], options, STREAMED):
-            if piece := self.piece(prompt, ids, sent):
-                yield piece
-                sent += piece
-        answer = self.answer(text, prompt, ids, options)
-        if rest := answer["continuation"].removeprefix(sent):
-            yield rest
-        yield answer
+        begun = Continuation(text, self.encode(text), self.checked(options))
+        for (ids,), is_over in self._made([begun], STREAMED):
+            yield from self.pieces(begun, ids, is_over)
 
     def encode(self, text: str) -> list[int]:
         return self._checked([self.stop, *self._ids(text + self.between)])
@@ -314,44 +289,45 @@ class Continue(Predictor):
     def shown(self, answer: Answer) -> str:
         return f"{answer['prompt']}{self.between}{answer['continuation']}"
 
-    def _made(self, prompts: Sequence[list[int]], options: dict[str, Any], n_at_once: int) -> Iterator[list[list[int]]]:
-        """Yield what has been made so far of each prompt, again and again."""
-        from jaxlm.inference.decode import Sampling
+    def pieces(self, begun: Continuation, ids: list[int], is_over: bool) -> Iterator[str | Answer]:
+        """Yield the text that is new and final now that a continuation has come to `ids`, and at its end the answer."""
+        text = self._text(begun, ids)
+        ready = text if is_over else self._ready(text)
+        if ready.startswith(begun.told) and ready != begun.told:
+            yield ready[len(begun.told) :]
+            begun.told = ready
+        if is_over:
+            yield self._answer(begun, ids)
 
-        names = ("temperature", "top_k", "top_p", "seed")
-        sampling = Sampling(*([options[name]] * len(prompts) for name in names))
-        rows = self.decoder.begin(prompts, options["max_new_tokens"])
-        while True:
+    def _made(self, begun: Sequence[Continuation], n_at_once: int) -> Iterator[tuple[list[list[int]], bool]]:
+        """Yield what has been made so far of each continuation, all with the same options, and whether that is all."""
+        prompts, options = [one.prompt for one in begun], begun[0].options
+        sampling = Sampling(*([options[name]] * len(prompts) for name in Sampling._fields))
+        rows, is_over = self.decoder.begin(prompts, options["max_new_tokens"]), False
+        while not is_over:
             rows = self.decoder.extend(rows, sampling, n_at_once)
             tokens_BS, n_B = np.asarray(rows.tokens_BS), np.asarray(rows.n_B)
-            yield [row[len(p) : n].tolist() for row, p, n in zip(tokens_BS, prompts, n_B, strict=True)]
-            if np.all(n_B >= np.asarray(rows.end_B)):
-                return
+            is_over = bool(np.all(n_B >= np.asarray(rows.end_B)))
+            yield [row[len(p) : n].tolist() for row, p, n in zip(tokens_BS, prompts, n_B, strict=True)], is_over
 
-    def piece(self, prompt: list[int], ids: list[int], sent: str) -> str:
-        """Return what of a continuation, of which `sent` is sent, can be sent now that it has come to `ids`."""
-        ready = self._ready(self._continuation(prompt, ids))
-        return ready[len(sent) :] if ready.startswith(sent) else ""
-
-    def answer(self, text: str, prompt: list[int], ids: list[int], options: dict[str, Any]) -> Answer:
-        """Return the answer to a text that `ids` continue."""
-        ending = "length" if len(ids) == options["max_new_tokens"] else "positions"
+    def _answer(self, begun: Continuation, ids: list[int]) -> Answer:
+        ending = "length" if len(ids) == begun.options["max_new_tokens"] else "positions"
         return {
-            "prompt": text,
-            "continuation": self._continuation(prompt, ids),
+            "prompt": begun.text,
+            "continuation": self._text(begun, ids),
             "tokens": len(ids),
             "ending": "article" if ids[-1] == self.stop else ending,
-            "seed": options["seed"],
+            "seed": begun.options["seed"],
         }
 
-    def _continuation(self, prompt: list[int], ids: list[int]) -> str:
+    def _text(self, begun: Continuation, ids: list[int]) -> str:
         # What stands between two tokens is known only from both of them.
-        before, whole = self.tokenizer.decode(prompt[1:]), self.tokenizer.decode(prompt[1:] + ids)
+        before, whole = (self.tokenizer.decode(begun.prompt[1:] + more) for more in ([], ids))
         return whole[len(before) :] if whole.startswith(before) else self.tokenizer.decode(ids)
 
     def _ready(self, text: str) -> str:
         """Return what of a text stays as it is, whatever comes next."""
-        if self.is_byte_level():
+        if self.is_byte_level:
             return text.rstrip("\ufffd")  # a character has several bytes, and a token may have the first of them
         return text[: max(text.rfind(" "), 0)]  # a piece of a word, or a point, is put to the word before
 
@@ -378,10 +354,8 @@ class Reply(Continue):
     options = Continue.options | {"temperature": 0.0}
 
 
-def _probabilities(model: Any, x_BTD: "Array", places_N2: "Array") -> "Array":
+def _probabilities(model: Any, x_BTD: Array, places_N2: Array) -> Array:
     """Return the probabilities of the tokens at each place, [N, V]."""
-    import jax
-
     x_ND = x_BTD[places_N2[:, 0], places_N2[:, 1]]
     return jax.nn.softmax(model.head(x_ND[None], model.base.embedding.token.embedding[...])[0])
 
@@ -393,12 +367,4 @@ def check(name: str, value: Any, is_fine: bool, rule: str) -> None:
 
 def _filled_up(rows: list[Any]) -> list[Any]:
     """Return rows, the last of them repeated, so that there are few numbers of rows to compile for."""
-    return rows + rows[-1:] * (_next_power(len(rows)) - len(rows))
-
-
-def _next_power(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
-def start(text: str, most: int = 40) -> str:
-    return json.dumps(text if len(text) <= most else f"{text[:most]}...", ensure_ascii=False)
+    return rows + rows[-1:] * ((1 << (len(rows) - 1).bit_length()) - len(rows))
