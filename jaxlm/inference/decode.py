@@ -99,7 +99,7 @@ class Decoder:
         # A CPU converts bfloat16 to float32 for products with batch axes; done here, it is done once.
         dtype = matmul.sum_dtype(self.dtype) if platform() == "cpu" else self.dtype
         cache = [tuple(jnp.zeros(shape, dtype) for _ in range(config.n_layers)) for _ in range(2)]
-        rows = Rows(tokens_BS, n_B.astype(np.int32), end_B.astype(np.int32), *cache)
+        rows = Rows(jnp.asarray(tokens_BS), jnp.asarray(n_B, jnp.int32), jnp.asarray(end_B, jnp.int32), *cache)
         # On the device of the model, where `extend` returns them: elsewhere, `put` would compile anew.
         return jax.device_put(rows, self.leaves[0].sharding)
 
