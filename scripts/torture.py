@@ -325,10 +325,10 @@ def unmounted(folder: Path, is_quick: bool) -> Iterator[Trial]:
         yield f"{program}: the folder is back", "the run resumes from the same checkpoints", wrong
 
         run, disk, log = place / "run2", place / "disk2", place / "log3"
-        # Saves are far apart, so that the folder disappears between two of them.
-        long = f"{TINY} --train.max-steps 1000000 --train.eval-interval 600 --run.dir {run} --run.checkpoint-dir {disk}"
+        long = f"{TINY} --train.max-steps 1000000 --run.dir {run} --run.checkpoint-dir {disk}"
         process = start(command(program, long), log)
         wait(lambda disk=disk: any([*disk.glob("*/checksums.json"), *disk.glob("*.pt")]), process, log)  # type: ignore[misc]
+        time.sleep(random.uniform(0, 1))  # so that the folder goes between two saves, or during one
         disk.rename(away)
         disk.write_text("in the way")  # a folder that cannot be made again
         wait(lambda log=log: "could not be saved" in log.read_text(), process, log)  # type: ignore[misc]
