@@ -207,6 +207,9 @@ for i, now in enumerate(MOMENTS):
         checkpoints.save(state, INFO | {{"step": 2}}, {{}})
         checkpoints.wait()
         assert moment is None, now
+        for thread in threading.enumerate():  # of the save: one may be about to make the folder again
+            if not thread.daemon and not thread.name.startswith(("MainThread", "metadata_store")):
+                threading.Thread.join(thread)  # those of Orbax have their own, which raises
         folder.rename(folder.with_name("other")) if folder.exists() else None
         folder.with_name("away").rename(folder)
         checkpoints.save(state_at(3), INFO | {{"step": 3}}, {{}})
