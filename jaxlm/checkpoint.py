@@ -59,7 +59,6 @@ class Checkpoints:
         self.checkpointer = new_checkpointer()
         self.finishing: threading.Thread | None = None
         self.n_saved, self.stalled_s = 0, 0.0  # saves that are whole, and how long training stood still for all
-        self.needs_frozen = False
         self.failed: tuple[int, str] | None = None  # step of the save that failed, if it was the last one, and why
         self.failure: UserError | None = None
         self.own: set[int] = set()
@@ -86,8 +85,8 @@ class Checkpoints:
         step = int(state.step)
         if step not in self.steps():
             try:
-                self._start(step, state, info | {"val_loss": losses.get(step)})
-                self.finishing = threading.Thread(target=self._finish, args=(step, dict(losses)))
+                needs_frozen = self._start(step, state, info | {"val_loss": losses.get(step)})
+                self.finishing = threading.Thread(target=self._finish, args=(step, dict(losses), needs_frozen))
                 self.finishing.start()
             except Exception as error:  # whatever Orbax and the system raise: a run outlives it
                 self._failed(step, error)
@@ -167,7 +166,8 @@ class Checkpoints:
         if checksums.is_finished(self.folder / str(step)):
             raise OSError(f"{self.folder / str(step)} is of another run; give each its own folder")
 
-    def _start(self, step: int, state: TrainState, info: dict[str, Any]) -> None:
+    def _start(self, step: int, state: TrainState, info: dict[str, Any]) -> bool:
+        """Start to write a checkpoint; return whether it needs the weights that are not trained beside it."""
         items = parts_of(state)
         kept = frozen_of(state)
         if processes.is_first():
@@ -181,11 +181,11 @@ class Checkpoints:
         # Once, before the first; what lies there without one is of a run that never had one.
         if kept and not (self.steps() and processes.from_first(checksums.is_finished(self.folder / checksums.FROZEN))):
             self._save_frozen(kept)
-        self.needs_frozen = bool(kept)
         saved: dict[str, Any] = {name: ocp.args.PyTreeSave(tree) for name, tree in items.items()}
         self.checkpointer.save(
             self.place / str(step), args=ocp.args.Composite(**saved, info=ocp.args.JsonSave(info)), force=True
         )
+        return bool(kept)
 
     def _save_frozen(self, kept: dict[str, Any]) -> None:
         folder = self.folder / checksums.FROZEN
@@ -196,13 +196,13 @@ class Checkpoints:
             checksums.write(folder)
         processes.wait()
 
-    def _finish(self, step: int, losses: Mapping[int, float]) -> None:
+    def _finish(self, step: int, losses: Mapping[int, float], needs_frozen: bool) -> None:
         """Make the checkpoint whole, and only then remove those that it replaces."""
         try:
             self.checkpointer.wait_until_finished()
             if processes.is_first():
                 layout.check_opens(self.folder / str(step))
-                checksums.write(self.folder / str(step), self.needs_frozen)
+                checksums.write(self.folder / str(step), needs_frozen)
                 self.own.add(step)
                 self.record(step)
             self.n_saved, self.failed = self.n_saved + 1, None
@@ -352,11 +352,9 @@ def _abstract(x: Any, n_rows: int) -> jax.ShapeDtypeStruct:
 
 def _shapes(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
     """Return shape and type of each array in a tree, by its path."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
-    return {
-        "/".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path): (tuple(x.shape), str(x.dtype))
-        for path, x in leaves
-    }
+    leaves = jax.tree.leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
+    name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+    return {name(path): (tuple(x.shape), str(x.dtype)) for path, x in leaves}
 
 
 def _check(source: str, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
