@@ -58,7 +58,7 @@ class Task(abc.ABC):
 
         For tasks with probabilities. XLA runs a model once that is called twice alike.
         """
-        return self.loss(model, batch, None), model(batch["tokens"], None, batch.get("last"))
+        return self.loss(model, batch, None), model(batch["tokens"], None, batch.get("positions", batch.get("last")))
 
     @abc.abstractmethod
     def predict(self, model: Any, batch: dict[str, "Array"]) -> "Array":

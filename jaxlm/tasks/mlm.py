@@ -37,6 +37,8 @@ class Mlm(Task):
         return model.loss(batch["tokens"], batch["labels"], key, batch["positions"])
 
     def loss_with_logits(self, model: "LanguageModel", batch: dict[str, "Array"]) -> "tuple[Totals, Array]":
+        if type(self).loss is not Mlm.loss:  # of a task that is made of this one
+            return super().loss_with_logits(model, batch)
         # `loss` makes the logits in chunks and keeps none.
         logits_BMV = model(batch["tokens"], None, batch["positions"])
         return self.totals(logits_BMV, batch["labels"]), logits_BMV

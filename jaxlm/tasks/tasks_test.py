@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import sklearn.metrics as sklearn
+from flax import nnx
 
 from jaxlm import config as configs
 from jaxlm import loop, parallel
@@ -148,6 +150,25 @@ def test_evaluation_counts_every_sample_once_at_any_batch_size(name: str, prepar
         batch = run.data.samples["validation"].batch(np.arange(23), np.zeros(23, int))
         guesses = np.asarray(jax.jit(compiled.predict)(state.params, batch))
         assert np.sum(guesses == batch["labels"]) == results[0]["correct"]
+
+
+@pytest.mark.parametrize("name", ["mlm", "gpt"])
+def test_a_task_with_a_loss_of_its_own_is_scored_by_it(name: str) -> None:
+    class Doubled(TASKS[name]):  # type: ignore[name-defined,misc]
+        def loss(self, model: Any, batch: Any, key: Any) -> Any:
+            totals = super().loss(model, batch, key)
+            return totals | {"loss": 2 * totals["loss"]}
+
+    sizes = {"vocab_size": 11, "d_model": 12, "n_heads": 3, "n_layers": 1, "seq_len": 6, "dropout": 0.0}
+    config = configs.build({"task": name} | {f"model.{key}": x for key, x in sizes.items()})
+    batch: dict[str, Any] = {"tokens": jnp.array([[1, 2, 3, 4, 5, 6]]), "labels": jnp.array([[2, 3, 4, 5, 6, 7]])}
+    if name == "mlm":
+        batch |= {"positions": jnp.array([[1, 4]]), "labels": jnp.array([[7, 8]])}
+    model = TASKS[name](config).build_model(nnx.Rngs(0))
+    totals, logits = TASKS[name](config).loss_with_logits(model, batch)
+    doubled, same = Doubled(config).loss_with_logits(model, batch)
+    assert float(doubled["loss"]) == pytest.approx(2 * float(totals["loss"]), rel=1e-6)
+    np.testing.assert_array_equal(logits, same)
 
 
 # Baselines
