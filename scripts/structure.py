@@ -38,7 +38,9 @@ CORE = (
     *("train", "loop", "step", "loss", "model", "heads", "optim", "schedule", "checkpoint", "parallel", "generate"),
     *("distill", "tasks"),
 )
-MOST_CORE, MOST_LINES = 2_500, 13_700  # lines
+MOST_CORE = 2_500  # lines
+MOST_LINES = 16_400  # of the whole package: to be lowered whenever a room shrinks, down to GOAL
+GOAL = 13_700
 
 
 def modules(package: str) -> dict[str, Path]:
