@@ -72,8 +72,10 @@ def edited(function: Function, *edits: Edit) -> Iterator[None]:
     """Replace fragments of a function. Raises ValueError if it does not have each exactly once."""
     function = inspect.unwrap(function)
     free = function.__code__.co_freevars  # `__class__`, where a method calls super()
-    outer = ast.parse(f"def outer({', '.join(free)}):\n    return {function.__name__}")
-    outer.body[0].body.insert(0, rewritten(parsed(function), *edits))  # type: ignore[attr-defined]
+    outer = ast.parse(f"def outer({', '.join(free)}):\n    return planted")
+    inner: Any = rewritten(parsed(function), *edits)
+    inner.name = "planted"  # so that a function that calls itself calls the one that gets this code
+    outer.body[0].body.insert(0, inner)  # type: ignore[attr-defined]
     namespace: dict[str, Any] = {}
     # As text, which knows nothing of Load and Store: a wildcard may stand on either side of an assignment.
     exec(compile(ast.unparse(outer), f"<fault in {function.__qualname__}>", "exec"), function.__globals__, namespace)
