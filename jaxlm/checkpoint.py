@@ -234,10 +234,9 @@ class Checkpoints:
 
 
 def new_checkpointer() -> ocp.AsyncCheckpointer:
-    """Return what writes arrays while training goes on, once the folders for them are made.
+    """Return an asynchronous checkpointer of Orbax that makes its folders before `save` returns.
 
-    Orbax can make the folders meanwhile, too; but where one cannot be made, its threads wait 300 s for it, and the
-    process does not end before.
+    Orbax can make them in a thread as well. If that fails, its other threads wait 300 s, and the process cannot end.
     """
     options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
     handler = ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(async_options=options))

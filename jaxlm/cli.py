@@ -9,7 +9,7 @@ from jaxlm.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """Of the commands on runs and their files: what is wrong with a command line is told as any other bad input."""
+    """An argument parser that raises UserError for a bad command line: it is reported as other bad input is."""
 
     color = False  # Python 3.14 has colours, which a safe stream would show as escapes
 

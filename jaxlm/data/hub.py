@@ -13,7 +13,7 @@ from jaxlm.data.parts import STEMS, Part, Reads, Row, Table, Wanted
 from jaxlm.data.tables import BATCH, batch_rows, grouped
 from jaxlm.errors import UserError
 
-PROBE_S = 2  # that the hub has to answer; bad input is told within 5
+PROBE_S = 2  # seconds to wait for the hub, so that bad input is reported within 5
 
 
 def name_of(config: DataConfig) -> str:

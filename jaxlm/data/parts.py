@@ -72,7 +72,7 @@ def guarded(rows: Callable[[], Iterator[Any]], failure: str) -> Iterator[Any]:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is wanted of a part: settings, what is read of the source, and the split that the part is for."""
+    """How to read a part: the settings of the data, the columns to use, and the split of the part."""
 
     config: DataConfig
     reads: Reads
