@@ -136,9 +136,9 @@ def made_and_restored(folder: Path, names: Sequence[str] = tuple(MESHES)) -> dic
     return found
 
 
-def run_with_8_devices(call: str, module: str = "parallel_test") -> Any:
+def run_with_8_devices(call: str, module: str = "jaxlm.parallel_test") -> Any:
     """Return what a function of a module of tests returns, called in a process of 8 devices."""
-    script = f"import json; from jaxlm import {module}; print(json.dumps({module}.{call}))"
+    script = f"import json, {module}; print(json.dumps({module}.{call}))"
     env = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",

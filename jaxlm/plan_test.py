@@ -63,7 +63,7 @@ def held(names: list[str]) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_weights_and_moments_are_what_a_device_holds_in_training() -> None:
-    found = run_with_8_devices(f"held({['fsdp 8', 'fsdp 2 x tensor 2 x data 2']})", "plan_test")
+    found = run_with_8_devices(f"held({['fsdp 8', 'fsdp 2 x tensor 2 x data 2']})", "jaxlm.plan_test")
     for name, sizes in found.items():
         (weights, moments, batches), planned = sizes["real"], sizes["planned"]
         counts = 2 * 4  # of updates, in the states of Adam and of the rate
@@ -96,7 +96,7 @@ def peak() -> dict[str, int]:
 
 @pytest.mark.slow
 def test_temporary_memory_is_what_a_step_adds_to_its_process() -> None:
-    found = run_with_8_devices("peak()", "plan_test")
+    found = run_with_8_devices("peak()", "jaxlm.plan_test")
     assert found["added"] == pytest.approx(found["temporary"], rel=0.2)
     assert 0.4 < found["activations"] / found["temporary"] < 1  # the rest are gradients and the logits'
 

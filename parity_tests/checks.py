@@ -148,6 +148,8 @@ def _checks() -> dict[str, Callable[[], list[Row]]]:
     add("transformers: BERT", references.bert)
     add("dropout statistics", drift.dropout_statistics)
     for task in TASKS:
+        if task == "cola":  # sst2's model and loss with other scores: the recorded and the further cases have them
+            continue
         for name, (layers, changes) in _BLOCKS.items():
             add(f"{name}: {task}", references.blocks, task, layers, **changes)
         add(f"finite differences: {task}", references.finite_differences, task)

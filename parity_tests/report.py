@@ -29,7 +29,7 @@ from jaxlm.params.names import Arrays
 from jaxlm.reporting import html_page, line_chart
 from parity_tests import case as cases
 from parity_tests import packages, replay, trajectory
-from parity_tests.drift import N_DRIFTS, SEEDS, Drift, bfloat16, bfloat16_rows, config_of
+from parity_tests.drift import DRIFT_UPDATES, N_DRIFTS, SEEDS, Drift, bfloat16, bfloat16_rows, config_of
 from parity_tests.plan import random_plan
 from parity_tests.tolerances import BFLOAT16_FACTOR, FLOAT32, FLOAT64
 from parity_tests.trajectory import Row, Trajectory, worst
@@ -358,7 +358,7 @@ def main(argv: list[str]) -> int:
         if not args.quick:
             steps += [(f"{tasks[0]} in float32, {N_SHORT} updates", partial(pair, tasks[0], "float32", N_SHORT))]
             steps += [
-                (f"{task} in bfloat16, {N_DRIFTS} starts of {n_updates} updates", partial(bfloat16, task, n_updates))
+                (f"{task} in bfloat16, {N_DRIFTS} starts of {DRIFT_UPDATES} updates", partial(bfloat16, task))
                 for task in tasks
             ]
         steps += [(f"recorded case {folder.name}", partial(replay.check, cases.load(folder))) for folder in folders]

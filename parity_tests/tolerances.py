@@ -98,6 +98,9 @@ FLOAT64 = Tolerances(
     eval_loss=1e-12,
 )
 
+# Of products, in the recorded cases: the bounds hold for sums up to it.
+LONGEST_SUM = 128
+
 # jaxlm's drift in bfloat16 over that of torch.autocast.
 BFLOAT16_FACTOR = 1.25
 

@@ -93,7 +93,7 @@ def sent(task: str, meshes: list[str]) -> dict[str, list[list[Any]]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["gpt", "mlm"])
 def test_an_update_sends_what_theory_says_and_no_more(task: str) -> None:
-    found = run_with_8_devices(f"sent({task!r}, {list(MESHES)})", "hlo_test")
+    found = run_with_8_devices(f"sent({task!r}, {list(MESHES)})", "jaxlm.cost.hlo_test")
     for mesh in MESHES:
         sums: dict[tuple[str, str], int] = defaultdict(int)
         for kind, axes, n in rows(task, mesh):
