@@ -6,7 +6,7 @@ Parameters are float32; `dtype` is what products compute in, summed in float32 a
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +21,31 @@ from jaxlm.ops.dropout import dropout
 from jaxlm.parallel import BATCH, constrain, is_one_cpu, is_one_device, platform
 from jaxlm.params.names import lora_products
 
-Attend = Callable[[Array, Array, Array], Array]  # queries, keys and values [B, T, H, K] -> what each position takes
 DROPOUTS = 3  # of a block: attention weights and output, and inside the feed-forward
 REMAT = {  # what is kept of a block for its gradients
     "dots": jax.checkpoint_policies.save_only_these_names("product"),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+
+
+class Places(NamedTuple):
+    """What is known of positions. None: there are no pads, a row is one document, positions are 0 to T - 1."""
+
+    is_pad_BT: Array | None = None
+    segments_BT: Array | None = None  # the document that each position is of; one follows the other in a row
+    positions_BT: Array | None = None  # where in its document each position is
+
+
+class Mask(NamedTuple):
+    """What hides keys from queries. None: nothing of the kind does."""
+
+    is_pad_BS: Array | None = None  # the keys that are pads
+    segments_BT: Array | None = None  # of keys and queries: those of other documents are hidden
+    is_causal: bool = False  # keys behind a query are hidden
+    queries_BT: Array | None = None  # where the queries are among the keys; None: they are 0 to T - 1
+
+
+Attend = Callable[[Array, Array, Array, Mask], Array]  # queries, keys, values [B, T, H, K] -> what each position takes
 
 
 class Linear(nnx.Linear):
@@ -117,18 +136,36 @@ def future(T: int) -> np.ndarray:
     return np.triu(np.ones((T, T), bool), k=1)[None]
 
 
+def restarting(segments_BT: Array) -> Array:
+    """Return where in its document each position is, [B, T]."""
+    index_BT = jnp.broadcast_to(jnp.arange(segments_BT.shape[1], dtype=jnp.int32), segments_BT.shape)
+    is_first_BT = segments_BT != jnp.pad(segments_BT, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
+    return index_BT - jax.lax.cummax(jnp.where(is_first_BT, index_BT, 0), axis=1)
+
+
+def hidden(mask: Mask, T: int, S: int) -> Any:
+    """Return which of S keys are hidden from each of T queries for another reason than being pads, [B or 1, T, S]."""
+    is_hidden_BTS: Any = None
+    if mask.is_causal:
+        queries_BT = mask.queries_BT
+        is_hidden_BTS = future(T) if queries_BT is None else jnp.arange(S)[None, None] > queries_BT[:, :, None]
+    if mask.segments_BT is not None:
+        is_other_BTS = mask.segments_BT[:, :, None] != mask.segments_BT[:, None, :]
+        is_hidden_BTS = is_other_BTS if is_hidden_BTS is None else is_hidden_BTS | is_other_BTS
+    return is_hidden_BTS
+
+
 def attend(
     q_BTHK: Array,
     k: Array,
     v: Array,
-    is_pad_BS: Array | None,
-    is_future_BTS: Any,
+    mask: Mask,
     drop: Callable[[Array], Array] = lambda weights_BHTS: weights_BHTS,
     axes: str = "BSHK",
 ) -> Array:
     """Return what each of T positions takes from S values, [B, T, H, K]: the plain attention, which all others equal.
 
-    Keys and values have the given axes. What the future hides and what pads hide is masked; None: nothing is.
+    Keys and values have the given axes. `drop` gets the weights [B, H, T, S], and may change them.
     """
 
     def multiply(subscripts: str, a: Array, b: Array) -> Array:
@@ -136,10 +173,11 @@ def attend(
 
     scores_BHTS = multiply(f"BTHK,{axes}->BHTS", q_BTHK, k) / q_BTHK.shape[-1] ** 0.5
     # Pads mask keys only: a query at a pad position still attends, and a row of pads stays finite.
-    if is_pad_BS is not None:
-        scores_BHTS = jnp.where(is_pad_BS[:, None, None, :], -1e9, scores_BHTS)
-    if is_future_BTS is not None:
-        scores_BHTS = jnp.where(is_future_BTS[:, None], -jnp.inf, scores_BHTS)
+    if mask.is_pad_BS is not None:
+        scores_BHTS = jnp.where(mask.is_pad_BS[:, None, None, :], -1e9, scores_BHTS)
+    is_hidden_BTS = hidden(mask, *scores_BHTS.shape[2:])
+    if is_hidden_BTS is not None:
+        scores_BHTS = jnp.where(is_hidden_BTS[:, None], -jnp.inf, scores_BHTS)
     return multiply(f"BHTS,{axes}->BTHK", drop(jax.nn.softmax(scores_BHTS)), v)
 
 
@@ -194,27 +232,27 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x_BTD: Array,
-        is_pad_BT: Array | None,
+        places: Places,
         keys: Sequence[Array | None],
-        positions_BT: Array | None = None,
         attend_to: Attend | None = None,
     ) -> Array:
-        """Return [B, T, D]. Cached decoding gives positions and its own `attend_to`, and so do maps of attention."""
+        """Return [B, T, D]. Cached decoding and maps of attention give their own `attend_to`."""
         B, T, D = x_BTD.shape
         H = self.config.n_heads
         weights_key, output_key = keys
         q_BTHK, k_BTHK, v_BTHK = (f(x_BTD).reshape(B, T, H, D // H) for f in (self.query, self.key, self.value))
         if self.config.positions == "rotary":
-            seq_len = 0 if positions_BT is None else self.config.seq_len
-            q_BTHK, k_BTHK = (rotate(x, positions_BT, seq_len) for x in (q_BTHK, k_BTHK))
+            seq_len = 0 if places.positions_BT is None else self.config.seq_len
+            q_BTHK, k_BTHK = (rotate(x, places.positions_BT, seq_len) for x in (q_BTHK, k_BTHK))
         q_BTHK, k_BTHK, v_BTHK = (x.astype(self.dtype) for x in (q_BTHK, k_BTHK, v_BTHK))
+        mask = Mask(places.is_pad_BT, places.segments_BT, self.is_causal)
         if attend_to is not None:
-            x_BTHK = attend_to(q_BTHK, k_BTHK, v_BTHK)
-        elif not flash_attention.hindrance(self.config, self.dtype, T):
-            x_BTHK = flash_attention.attend(q_BTHK, k_BTHK, v_BTHK, is_pad_BT, self.is_causal)
+            x_BTHK = attend_to(q_BTHK, k_BTHK, v_BTHK, mask)
+        elif not flash_attention.hindrance(self.config, self.dtype, T, mask.segments_BT is not None):
+            x_BTHK = flash_attention.attend(q_BTHK, k_BTHK, v_BTHK, mask)
         else:
             x_BTHK = attend(
-                *(q_BTHK, k_BTHK, v_BTHK, is_pad_BT, future(T) if self.is_causal else None),
+                *(q_BTHK, k_BTHK, v_BTHK, mask),
                 lambda weights_BHTT: dropout(weights_BHTT, self.config.dropout, weights_key),
             )
         return dropout(self.output(x_BTHK.reshape(B, T, D)), self.config.dropout, output_key)
@@ -247,13 +285,12 @@ class Block(nnx.Module):
     def __call__(
         self,
         x_BTD: Array,
-        is_pad_BT: Array | None,
+        places: Places,
         keys: Array | None,
-        positions_BT: Array | None = None,
         attend_to: Attend | None = None,
     ) -> Array:
         *attention_keys, feed_forward_key = [None] * DROPOUTS if keys is None else keys
-        how = (is_pad_BT, attention_keys, positions_BT, attend_to)
+        how = (places, attention_keys, attend_to)
         if self.config.post_norm:
             x_BTD = self.layernorm1(x_BTD + self.attention(x_BTD, *how))
             return self.layernorm2(x_BTD + self.feed_forward(x_BTD, feed_forward_key))
@@ -262,7 +299,7 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """Token ids [B, T] to hidden states float32 [B, T, D].
+    """Token ids [B, T] to hidden states float32 [B, T, D]; `segments_BT` says which document of a row each token is of.
 
     The blocks are one Block whose parameters have a leading axis of n_layers, run by a scan.
     """
@@ -275,17 +312,18 @@ class Transformer(nnx.Module):
         if config.final_norm:
             self.final_norm = layernorm(config, rngs)
 
-    def __call__(self, tokens_BT: Array, key: Array | None = None) -> Array:
+    def __call__(self, tokens_BT: Array, key: Array | None = None, segments_BT: Array | None = None) -> Array:
         is_pad_BT = tokens_BT == self.config.pad_id if self.config.pad_id >= 0 else None
+        places = Places(is_pad_BT, segments_BT, None if segments_BT is None else restarting(segments_BT))
         embedding_key, keys = None, None
         if key is not None:  # at once: to split a key takes 64 operations, however many it gives
             all_keys = jax.random.split(key, 1 + DROPOUTS * self.config.n_layers)
             embedding_key, keys = all_keys[0], all_keys[1:].reshape(-1, DROPOUTS)
-        x_BTD = self.embedding(tokens_BT, embedding_key)
+        x_BTD = self.embedding(tokens_BT, embedding_key, places.positions_BT)
 
         def run_block(x_BTD: Array, layer: tuple[Block, Array | None]) -> tuple[Array, None]:
             block, block_keys = layer
-            return constrain(block(x_BTD, is_pad_BT, block_keys), BATCH), None
+            return constrain(block(x_BTD, places, block_keys), BATCH), None
 
         if self.config.remat != "none":
             run_block = jax.checkpoint(run_block, policy=REMAT[self.config.remat], prevent_cse=False)

@@ -27,8 +27,8 @@ def build(is_causal: bool = False, dtype: Any = jnp.float32, **changes: Any) -> 
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def run(graphdef: Any, params: dict, tokens: Any, key: Any = None) -> jax.Array:
-    return nnx.merge(graphdef, params)(tokens, key)
+def run(graphdef: Any, params: dict, tokens: Any, key: Any = None, segments: Any = None) -> jax.Array:
+    return nnx.merge(graphdef, params)(tokens, key, segments)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -161,6 +161,16 @@ def test_which_positions_an_output_depends_on(is_causal: bool) -> None:
     is_future = np.triu(np.ones((T, T), bool), k=1)
     assert np.all(depends[~is_future] > 1e-3)
     assert np.all(depends[is_future] == 0) if is_causal else np.all(depends[is_future] > 1e-3)
+
+
+@pytest.mark.parametrize(("positions", "is_causal"), [("fixed", False), ("learned", True), ("rotary", False)])
+def test_each_document_of_a_packed_row_is_as_if_it_was_alone(positions: Any, is_causal: bool) -> None:
+    graphdef, params = build(is_causal, positions=positions)
+    packed, first, second = [3, 1, 4, 2, 0], [3, 1, 4, 0, 0], [2, 0, 0, 0, 0]
+    rows, segments = np.array([packed, first, second]), np.array([[1, 1, 1, 2, 0], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]])
+    found, alone = run(graphdef, params, rows, None, segments), run(graphdef, params, rows)
+    np.testing.assert_allclose(found[0, :4], np.concatenate([alone[1, :3], alone[2, :1]]), rtol=0, atol=1e-5)
+    assert np.isfinite(found).all() and not np.allclose(found[0, 3], alone[0, 3], atol=1e-2)
 
 
 @pytest.mark.parametrize("is_causal", [False, True])

@@ -28,7 +28,7 @@ MIRRORED = (
 ONLY_JAX = {
     "model": {
         "gelu": "PyTorch has it",
-        "Attend": "keys and values of a cache, which only jaxlm has",
+        **dict.fromkeys(("Attend", "Mask.queries_BT"), "keys and values of a cache, which only jaxlm has"),
         "DROPOUTS": "explicit keys",
     },
     "heads": {"LanguageModel.loss": "logits and loss in one pass that never has all logits"},
@@ -81,6 +81,7 @@ ONLY_TORCH = {
 JAX_ARGUMENTS = {"dtype", "key", "keys", "rngs", "positions_BT", "seq_len", "attend_to", "axes"}
 ARGUMENTS = {  # (jaxlm's, torchlm's) where they differ otherwise
     "model.future": (["T"], ["T", "device"]),
+    "model.hidden": (["mask", "T", "S"], ["mask", "T", "device"]),
     "optim.adamw": (["config", "rate", "n_layers"], ["config", "model"]),
     "optim.layer_shares": (["params", "layer_decay", "n_layers"], ["model", "layer_decay"]),
     "optim.is_decayed": (["params"], ["parameter"]),

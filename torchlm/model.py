@@ -7,7 +7,7 @@ Parameters are float32; products compute in bfloat16 inside `torch.autocast`, wh
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +21,22 @@ REMAT: dict[str, list[Any]] = {  # what is kept of a block for its gradients
     "dots": [torch.ops.aten.mm.default, torch.ops.aten.addmm.default],
     "full": [],
 }
+
+
+class Places(NamedTuple):
+    """What is known of positions. None: there are no pads, a row is one document, positions are 0 to T - 1."""
+
+    is_pad_BT: Tensor | None = None
+    segments_BT: Tensor | None = None  # the document that each position is of; one follows the other in a row
+    positions_BT: Tensor | None = None  # where in its document each position is
+
+
+class Mask(NamedTuple):
+    """What hides keys from queries. None: nothing of the kind does."""
+
+    is_pad_BS: Tensor | None = None  # the keys that are pads
+    segments_BT: Tensor | None = None  # of keys and queries: those of other documents are hidden
+    is_causal: bool = False  # keys behind a query are hidden
 
 
 class Linear(nn.Linear):
@@ -83,12 +99,17 @@ def fixed_positions(seq_len: int, d_model: int) -> np.ndarray:
     return np.where(column % 2 == 0, np.sin(angle_TD), np.cos(angle_TD)).astype(np.float32)
 
 
-def rotate(x_BTHK: Tensor) -> Tensor:
-    """Turn each pair (k, k + K/2) by position * 10000^(-2k/K). Source: RoFormer, arXiv 2104.09864, eq. 34."""
+def rotate(x_BTHK: Tensor, positions_BT: Tensor | None = None) -> Tensor:
+    """Turn each pair (k, k + K/2) by position * 10000^(-2k/K). Source: RoFormer, arXiv 2104.09864, eq. 34.
+
+    Positions are 0 to T - 1, or `positions_BT`.
+    """
     T, K = x_BTHK.shape[1], x_BTHK.shape[3]
     angle_TK = np.arange(T)[:, None] * 10000.0 ** (-np.arange(0, K, 2) / K)
     cos, sin = (torch.tensor(f(angle_TK)[None, :, None, :], dtype=torch.float32) for f in (np.cos, np.sin))
     cos, sin = cos.to(x_BTHK.device), sin.to(x_BTHK.device)
+    if positions_BT is not None:
+        cos, sin = cos[0][positions_BT], sin[0][positions_BT]
     first, second = x_BTHK.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
@@ -98,17 +119,34 @@ def future(T: int, device: torch.device) -> Tensor:
     return torch.ones(T, T, dtype=torch.bool, device=device).triu(diagonal=1)[None]
 
 
+def restarting(segments_BT: Tensor) -> Tensor:
+    """Return where in its document each position is, [B, T]."""
+    index_BT = torch.arange(segments_BT.shape[1], device=segments_BT.device).expand(segments_BT.shape)
+    is_first_BT = segments_BT != nn.functional.pad(segments_BT, (1, 0), value=-1)[:, :-1]
+    return index_BT - torch.where(is_first_BT, index_BT, 0).cummax(dim=1).values
+
+
+def hidden(mask: Mask, T: int, device: torch.device) -> Tensor | None:
+    """Return which keys are hidden from each of T queries for another reason than being pads, [B or 1, T, T]."""
+    is_hidden_BTS = None
+    if mask.is_causal:
+        is_hidden_BTS = future(T, device)
+    if mask.segments_BT is not None:
+        is_other_BTS = mask.segments_BT[:, :, None] != mask.segments_BT[:, None, :]
+        is_hidden_BTS = is_other_BTS if is_hidden_BTS is None else is_hidden_BTS | is_other_BTS
+    return is_hidden_BTS
+
+
 def attend(
     q_BTHK: Tensor,
     k: Tensor,
     v: Tensor,
-    is_pad_BS: Tensor | None,
-    is_future_BTS: Tensor | None,
+    mask: Mask,
     drop: Callable[[Tensor], Tensor] = lambda weights_BHTS: weights_BHTS,
 ) -> Tensor:
     """Return what each of T positions takes from S values, [B, T, H, K].
 
-    Keys and values are [B, S, H, K]. What the future hides and what pads hide is masked; None: nothing is.
+    Keys and values are [B, S, H, K]. `drop` gets the weights [B, H, T, S], and may change them.
     """
 
     def multiply(subscripts: str, a: Tensor, b: Tensor) -> Tensor:
@@ -117,10 +155,11 @@ def attend(
 
     scores_BHTS = multiply("BTHK,BSHK->BHTS", q_BTHK, k) / q_BTHK.shape[-1] ** 0.5
     # Pads mask keys only: a query at a pad position still attends, and a row of pads stays finite.
-    if is_pad_BS is not None:
-        scores_BHTS = torch.where(is_pad_BS[:, None, None, :], -1e9, scores_BHTS)
-    if is_future_BTS is not None:
-        scores_BHTS = torch.where(is_future_BTS[:, None], -torch.inf, scores_BHTS)
+    if mask.is_pad_BS is not None:
+        scores_BHTS = torch.where(mask.is_pad_BS[:, None, None, :], -1e9, scores_BHTS)
+    is_hidden_BTS = hidden(mask, q_BTHK.shape[1], q_BTHK.device)
+    if is_hidden_BTS is not None:
+        scores_BHTS = torch.where(is_hidden_BTS[:, None], -torch.inf, scores_BHTS)
     return multiply("BHTS,BSHK->BTHK", drop(scores_BHTS.softmax(dim=-1)), v)
 
 
@@ -148,13 +187,14 @@ class Embedding(nn.Module):
         if config.embedding_norm:
             self.layernorm = layernorm(config)
 
-    def forward(self, tokens_BT: Tensor) -> Tensor:
+    def forward(self, tokens_BT: Tensor, positions_BT: Tensor | None = None) -> Tensor:
+        """Return [B, T, D]; positions are 0 to T - 1, or `positions_BT`."""
         T = tokens_BT.shape[1]
         x_BTD = self.token(tokens_BT)
         if self.config.positions == "fixed":
-            x_BTD = x_BTD + self.table_TD[None, :T]
+            x_BTD = x_BTD + (self.table_TD[None, :T] if positions_BT is None else self.table_TD[positions_BT])
         elif self.config.positions == "learned":
-            x_BTD = x_BTD + self.position[None, :T]
+            x_BTD = x_BTD + (self.position[None, :T] if positions_BT is None else self.position[positions_BT])
         if self.config.embedding_norm:
             x_BTD = self.layernorm(x_BTD)
         return dropout(x_BTD, self.config.dropout, self.training)
@@ -171,15 +211,15 @@ class Attention(nn.Module):
         self.value = linear(config.d_model, config.d_model, rngs)
         self.output = linear(config.d_model, config.d_model, rngs)
 
-    def forward(self, x_BTD: Tensor, is_pad_BT: Tensor | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, places: Places) -> Tensor:
         B, T, D = x_BTD.shape
         H = self.config.n_heads
         q_BTHK, k_BTHK, v_BTHK = (f(x_BTD).reshape(B, T, H, D // H) for f in (self.query, self.key, self.value))
         if self.config.positions == "rotary":
-            q_BTHK, k_BTHK = rotate(q_BTHK), rotate(k_BTHK)
-        is_future = future(T, x_BTD.device) if self.is_causal else None
+            q_BTHK, k_BTHK = (rotate(x, places.positions_BT) for x in (q_BTHK, k_BTHK))
+        mask = Mask(places.is_pad_BT, places.segments_BT, self.is_causal)
         x_BTHK = attend(
-            *(q_BTHK, k_BTHK, v_BTHK, is_pad_BT, is_future),
+            *(q_BTHK, k_BTHK, v_BTHK, mask),
             lambda weights_BHTT: dropout(weights_BHTT, self.config.dropout, self.training),
         )
         return dropout(self.output(x_BTHK.reshape(B, T, D)), self.config.dropout, self.training)
@@ -210,16 +250,16 @@ class Block(nn.Module):
         self.layernorm2 = layernorm(config)
         self.feed_forward = FeedForward(config, rngs)
 
-    def forward(self, x_BTD: Tensor, is_pad_BT: Tensor | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, places: Places) -> Tensor:
         if self.config.post_norm:
-            x_BTD = self.layernorm1(x_BTD + self.attention(x_BTD, is_pad_BT))
+            x_BTD = self.layernorm1(x_BTD + self.attention(x_BTD, places))
             return self.layernorm2(x_BTD + self.feed_forward(x_BTD))
-        x_BTD = x_BTD + self.attention(self.layernorm1(x_BTD), is_pad_BT)
+        x_BTD = x_BTD + self.attention(self.layernorm1(x_BTD), places)
         return x_BTD + self.feed_forward(self.layernorm2(x_BTD))
 
 
 class Transformer(nn.Module):
-    """Token ids [B, T] to hidden states float32 [B, T, D].
+    """Token ids [B, T] to hidden states float32 [B, T, D]; `segments_BT` says which document of a row each token is of.
 
     The blocks are n_layers modules in a list, run by a loop.
     """
@@ -235,13 +275,14 @@ class Transformer(nn.Module):
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(is_trained(config, f"base.{name}"))
 
-    def forward(self, tokens_BT: Tensor) -> Tensor:
+    def forward(self, tokens_BT: Tensor, segments_BT: Tensor | None = None) -> Tensor:
         is_pad_BT = tokens_BT == self.config.pad_id if self.config.pad_id >= 0 else None
-        x_BTD = self.embedding(tokens_BT)
+        places = Places(is_pad_BT, segments_BT, None if segments_BT is None else restarting(segments_BT))
+        x_BTD = self.embedding(tokens_BT, places.positions_BT)
         run_block: Any = nn.Module.__call__
         if self.config.remat != "none" and torch.is_grad_enabled():
             kept = functools.partial(create_selective_checkpoint_contexts, REMAT[self.config.remat])
             run_block = functools.partial(checkpoint, use_reentrant=False, context_fn=kept)
         for block in self.blocks:
-            x_BTD = run_block(block, x_BTD, is_pad_BT)
+            x_BTD = run_block(block, x_BTD, places)
         return self.final_norm(x_BTD) if self.config.final_norm else x_BTD

@@ -70,6 +70,18 @@ def test_which_positions_an_output_depends_on(is_causal: bool) -> None:
     assert torch.all(depends[is_future] == 0) if is_causal else torch.all(depends[is_future] > 1e-3)
 
 
+@pytest.mark.parametrize(("positions", "is_causal"), [("fixed", False), ("learned", True), ("rotary", False)])
+@torch.no_grad()
+def test_each_document_of_a_packed_row_is_as_if_it_was_alone(positions: Any, is_causal: bool) -> None:
+    model = build(is_causal, positions=positions)
+    packed, first, second = [3, 1, 4, 2, 0], [3, 1, 4, 0, 0], [2, 0, 0, 0, 0]
+    rows = torch.tensor([packed, first, second])
+    segments = torch.tensor([[1, 1, 1, 2, 0], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]])
+    found, alone = model(rows, segments), model(rows)
+    torch.testing.assert_close(found[0, :4], torch.cat([alone[1, :3], alone[2, :1]]), rtol=0, atol=1e-5)
+    assert found.isfinite().all() and not torch.allclose(found[0, 3], alone[0, 3], atol=1e-2)
+
+
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_a_row_of_pads_and_its_gradients_stay_finite(is_causal: bool) -> None:
     model = build(is_causal)

@@ -8,7 +8,7 @@ from flax import nnx
 
 from jaxlm import config as configs
 from jaxlm.inference import attention_maps
-from jaxlm.model import Transformer
+from jaxlm.model import Places, Transformer
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def test_the_weights_are_the_models(is_causal: bool, settings: dict) -> None:
     def both(base: Transformer) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array]]]:
         of_head = jax.vmap(lambda layer, head: attention_maps.weights(base, tokens_BT, layer, head), (None, 0))
         weights_LHBTS = jax.vmap(of_head, (0, None))(jnp.arange(2), jnp.arange(3))
-        is_pad_BT = tokens_BT == 0 if config.pad_id == 0 else None
+        places = Places(tokens_BT == 0 if config.pad_id == 0 else None)
         x_BTD = base.embedding(tokens_BT, None)
         found = []
         for layer in range(2):
@@ -38,8 +38,8 @@ def test_the_weights_are_the_models(is_causal: bool, settings: dict) -> None:
             value_BTHK = block.attention.value(seen_BTD).reshape(2, 7, 3, 4)
             by_head_BTHK = jnp.einsum("HBTS,BSHK->BTHK", weights_LHBTS[layer], value_BTHK)
             output_BTD = block.attention.output(by_head_BTHK.reshape(2, 7, 12))
-            found.append((output_BTD, block.attention(seen_BTD, is_pad_BT, [None, None])))
-            x_BTD = block(x_BTD, is_pad_BT, None)
+            found.append((output_BTD, block.attention(seen_BTD, places, [None, None])))
+            x_BTD = block(x_BTD, places, None)
         return weights_LHBTS, found
 
     weights_LHBTS, found = both(base)

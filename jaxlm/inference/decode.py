@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array
 
 from jaxlm.heads import LanguageModel
-from jaxlm.model import attend
+from jaxlm.model import Mask, Places, attend
 from jaxlm.ops import matmul
 from jaxlm.parallel import platform
 
@@ -149,19 +149,19 @@ def forward(parts: Parts, tokens_BC: Array, positions_BC: Array, rows: Rows) -> 
 
     Transformer.__call__ for a part of the positions: those before are known by their keys and values alone.
     """
-    pad_id, S = parts.embedding.config.pad_id, rows.tokens_BS.shape[1]
+    pad_id = parts.embedding.config.pad_id
     x_BCD = parts.embedding(tokens_BC, None, positions_BC)
     is_pad_BS = rows.tokens_BS == pad_id if pad_id >= 0 else None
-    is_future_BCS = jnp.arange(S)[None, None] > positions_BC[:, :, None]
     keys, values = list(rows.keys), list(rows.values)
 
-    def attend_to(q_BCHK: Array, k_BCHK: Array, v_BCHK: Array, i: int) -> Array:
+    def attend_to(q_BCHK: Array, k_BCHK: Array, v_BCHK: Array, mask: Mask, i: int) -> Array:
         keys[i] = _put(keys[i], k_BCHK, positions_BC)
         values[i] = _put(values[i], v_BCHK, positions_BC)
-        return attend(q_BCHK, keys[i], values[i], is_pad_BS, is_future_BCS, axes="BHSK")
+        mask = mask._replace(is_pad_BS=is_pad_BS, queries_BT=positions_BC)
+        return attend(q_BCHK, keys[i], values[i], mask, axes="BHSK")
 
     for i, block in enumerate(parts.blocks):
-        x_BCD = block(x_BCD, None, None, positions_BC, functools.partial(attend_to, i=i))
+        x_BCD = block(x_BCD, Places(positions_BT=positions_BC), None, functools.partial(attend_to, i=i))
     if parts.final_norm is not None:
         x_BCD = parts.final_norm(x_BCD)
     return x_BCD, rows._replace(keys=tuple(keys), values=tuple(values))

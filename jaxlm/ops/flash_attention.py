@@ -17,8 +17,8 @@ from jaxlm.parallel import BATCH, platform
 TILE = 128  # the TPU kernel takes multiples of so many positions
 
 
-def hindrance(config: ModelConfig, dtype: Any, seq_len: int) -> str:
-    """Return why attention cannot be fused on this platform; "" if it can."""
+def hindrance(config: ModelConfig, dtype: Any, seq_len: int, is_packed: bool = False) -> str:
+    """Return why attention cannot be fused on this platform; "" if it can. `is_packed`: rows have several documents."""
     if config.attention == "plain":
         return "it is to be plain"
     where = platform()
@@ -28,23 +28,24 @@ def hindrance(config: ModelConfig, dtype: Any, seq_len: int) -> str:
         return "it needs train.precision=bfloat16"
     if config.dropout:
         return "it has no dropout on attention weights; set model.dropout=0"
+    if where == "gpu" and is_packed:
+        return "cuDNN's attends across the documents of packed rows; set data.pack=none"
     size = config.d_model // config.n_heads
     if where == "gpu" and (size % 8 or size > 128):
         return f"heads of {size} dimensions are none of 8, 16, ... 128"
     return f"{seq_len} positions are no multiple of {TILE}" if where == "tpu" and seq_len % TILE else ""
 
 
-def attend(q_BTHK: Array, k_BTHK: Array, v_BTHK: Array, is_pad_BT: Array | None, is_causal: bool) -> Array:
-    """Return the values [B, T, H, K] that each position attends to, of bfloat16 arrays."""
+def attend(q_BTHK: Array, k_BTHK: Array, v_BTHK: Array, mask: Any) -> Array:
+    """Return the values [B, T, H, K] that each position attends to, of bfloat16 arrays; `mask` is one of model.py."""
     if platform() == "tpu":
-        return splash(q_BTHK, k_BTHK, v_BTHK, is_pad_BT, is_causal)
-    return by_xla(q_BTHK, k_BTHK, v_BTHK, is_pad_BT, is_causal, "cudnn")
+        return splash(q_BTHK, k_BTHK, v_BTHK, mask)
+    return by_xla(q_BTHK, k_BTHK, v_BTHK, mask, "cudnn")
 
 
-def by_xla(
-    q_BTHK: Array, k_BTHK: Array, v_BTHK: Array, is_pad_BT: Array | None, is_causal: bool, implementation: Any
-) -> Array:
-    lengths_B = None
+def by_xla(q_BTHK: Array, k_BTHK: Array, v_BTHK: Array, mask: Any, implementation: Any) -> Array:
+    assert mask.segments_BT is None, "hindrance() says so"
+    lengths_B, is_pad_BT = None, mask.is_pad_BS
     if is_pad_BT is not None:
         # As lengths, since cuDNN would compute a gradient of any other mask. Pads are at the ends of rows. A pad among
         # tokens is attended to, and so is the first of a row of pads, which no loss counts.
@@ -55,19 +56,12 @@ def by_xla(
         k_BTHK,
         v_BTHK,
         key_value_seq_lengths=lengths_B,
-        is_causal=is_causal,
+        is_causal=mask.is_causal,
         implementation=implementation,
     )
 
 
-def splash(
-    q_BTHK: Array,
-    k_BTHK: Array,
-    v_BTHK: Array,
-    is_pad_BT: Array | None,
-    is_causal: bool,
-    interpreted: bool = False,
-) -> Array:
+def splash(q_BTHK: Array, k_BTHK: Array, v_BTHK: Array, mask: Any, interpreted: bool = False) -> Array:
     """Attend by Pallas; `interpreted` runs the kernel where there is no TPU."""
     # Not at the top: importing it takes half a second.
     from jax.experimental.pallas.ops.tpu import splash_attention
@@ -77,22 +71,29 @@ def splash(
     blocks = splash_attention.BlockSizes(
         block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, use_fused_bwd_kernel=True
     )
-    mask = (splash_attention.CausalMask if is_causal else splash_attention.FullMask)((T, T))
+    mask_TT = (splash_attention.CausalMask if mask.is_causal else splash_attention.FullMask)((T, T))
 
     def on_device(*arrays: Array) -> Array:
         q_BHTK, k_BHTK, v_BHTK = (x.transpose(0, 2, 1, 3) for x in arrays[:3])
-        masks = splash_attention.MultiHeadMask([mask] * q_BHTK.shape[1])
+        masks = splash_attention.MultiHeadMask([mask_TT] * q_BHTK.shape[1])
         kernel = splash_attention.make_splash_mha(
             masks, block_sizes=blocks, head_shards=1, q_seq_shards=1, interpret=interpreted
         )
-        # A query attends to keys of its segment: all queries are in segment 0, and pads are keys of segment 1.
-        segments = [splash_attention.SegmentIds(jnp.zeros_like(x), x) for x in arrays[3:]]
+        segments = [splash_attention.SegmentIds(*arrays[3:])] if arrays[3:] else []
         return jax.vmap(kernel)(q_BHTK, k_BHTK, v_BHTK, *segments).transpose(0, 2, 1, 3)
 
-    arrays = [q_BTHK * K**-0.5, k_BTHK, v_BTHK, *([] if is_pad_BT is None else [is_pad_BT.astype(jnp.int32)])]
+    arrays = [q_BTHK * K**-0.5, k_BTHK, v_BTHK]
+    if mask.is_pad_BS is not None or mask.segments_BT is not None:
+        # A query attends to keys of its segment, and pads are keys of a segment that no query has. Those behind the
+        # documents of a packed row are a document of their own, so that each query has a key.
+        of_queries_BT = jnp.zeros(q_BTHK.shape[:2], jnp.int32) if mask.segments_BT is None else mask.segments_BT
+        is_pad_BT = False if mask.is_pad_BS is None else mask.is_pad_BS
+        if mask.segments_BT is not None:
+            is_pad_BT &= mask.segments_BT > 0
+        arrays += [of_queries_BT, jnp.where(is_pad_BT, -1, of_queries_BT)]
     if jax.sharding.get_abstract_mesh().empty:
         return on_device(*arrays)
     # XLA cannot partition a kernel: each device runs it on its own samples and heads.
     of_heads, of_rows = PartitionSpec(BATCH, None, "tensor"), PartitionSpec(BATCH)
-    specs = (of_heads, of_heads, of_heads, of_rows)[: len(arrays)]
+    specs = (of_heads, of_heads, of_heads, of_rows, of_rows)[: len(arrays)]
     return jax.shard_map(on_device, in_specs=specs, out_specs=of_heads, check_vma=False)(*arrays)

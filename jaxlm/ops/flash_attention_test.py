@@ -21,16 +21,24 @@ LENGTHS = np.array([T, 60, 1])
 
 
 @functools.cache
-def outputs(by: str, is_causal: bool, dtype: str = "float32") -> tuple[Array, Any]:
-    """Return what a layer of attention makes of random input, and the gradients of it and of the layer."""
+def outputs(by: str, is_causal: bool, dtype: str = "float32", is_packed: bool = False) -> tuple[Array, Any]:
+    """Return what a layer of attention makes of random input, and the gradients of it and of the layer.
+
+    Rows are one document each, or, if they are packed, several.
+    """
     config = ModelConfig(d_model=32, n_heads=2, vocab_size=9, dropout=0.0)
     layer = models.Attention(config, is_causal, jnp.dtype(dtype), nnx.Rngs(0))
     x_BTD = jax.random.normal(jax.random.key(1), (3, T, 32))
     is_pad_BT = np.arange(T)[None] >= LENGTHS[:, None]
     weights_BTD = jax.random.normal(jax.random.key(2), x_BTD.shape)
+    places = models.Places(is_pad_BT)
+    if is_packed:
+        segments_BT = np.where(is_pad_BT, 0, 1 + np.searchsorted([5, 40, 100], np.arange(T), side="right"))
+        places = models.Places(is_pad_BT, jnp.asarray(segments_BT))
+        weights_BTD = jnp.where(is_pad_BT[..., None], 0, weights_BTD)  # no loss counts what pads attend to
 
     def loss(layer: models.Attention, x_BTD: Array) -> tuple[Array, Array]:
-        out_BTD = layer(x_BTD, is_pad_BT, [None, None])
+        out_BTD = layer(x_BTD, places, [None, None])
         return jnp.sum(out_BTD * weights_BTD), out_BTD
 
     attend = {
@@ -49,7 +57,19 @@ def outputs(by: str, is_causal: bool, dtype: str = "float32") -> tuple[Array, An
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("by", ["splash", "XLA"])
 def test_fused_attention_and_its_gradients_are_those_of_the_plain_one(by: str, is_causal: bool) -> None:
-    (expected, expected_grads), (found, grads) = outputs("plain", is_causal), outputs(by, is_causal)
+    assert_same(outputs("plain", is_causal), outputs(by, is_causal))
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_fused_attention_keeps_to_the_documents_of_packed_rows(is_causal: bool) -> None:
+    expected, found = (outputs(by, is_causal, is_packed=True) for by in ("plain", "splash"))
+    is_real_BT = np.arange(T)[None] < LENGTHS[:, None]
+    assert_same(*((jnp.where(is_real_BT[..., None], out_BTD, 0), grads) for out_BTD, grads in (expected, found)))
+    assert not np.allclose(expected[0], outputs("plain", is_causal)[0], atol=1e-2)
+
+
+def assert_same(expected_and_grads: tuple[Array, Any], found_and_grads: tuple[Array, Any]) -> None:
+    (expected, expected_grads), (found, grads) = expected_and_grads, found_and_grads
     np.testing.assert_allclose(found, expected, rtol=0, atol=5e-6)
     scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected_grads))
     for x, y in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):
@@ -74,6 +94,7 @@ def test_what_keeps_attention_from_being_fused_is_told() -> None:
         dtype: Any = jnp.bfloat16,
         capability: str = "9.0",
         seq_len: int = 64,
+        is_packed: bool = False,
         **settings: Any,
     ) -> str:
         device = SimpleNamespace(compute_capability=capability)
@@ -82,7 +103,7 @@ def test_what_keeps_attention_from_being_fused_is_told() -> None:
             mock.patch.object(flash_attention, "platform", lambda: platform),
         ):
             values: dict[str, Any] = {"d_model": 64, "n_heads": 4, "dropout": 0.0} | settings
-            return flash_attention.hindrance(ModelConfig(**values), dtype, seq_len)
+            return flash_attention.hindrance(ModelConfig(**values), dtype, seq_len, is_packed)
 
     assert why() == why(attention="fused") == why("tpu", seq_len=256) == why("tpu", seq_len=128, n_heads=16) == ""
     assert why(attention="plain") == "it is to be plain"
@@ -90,4 +111,5 @@ def test_what_keeps_attention_from_being_fused_is_told() -> None:
     assert "train.precision" in why(dtype=jnp.float32)
     assert "model.dropout=0" in why(dropout=0.1)
     assert "heads of 256" in why(d_model=1024) and "heads of 4" in why(n_heads=16)
+    assert "data.pack=none" in why(is_packed=True) and why("tpu", seq_len=128, is_packed=True) == ""
     assert why("tpu", seq_len=200) == "200 positions are no multiple of 128"
