@@ -57,7 +57,9 @@ class DataConfig:
     n_labels: Count = 0  # number of classes; 0: as many as the training split has
     validation_fraction: Share = 0.1  # share of articles for validation, if the source has no such split
     test_fraction: Share = 0.1  # share of articles for the test, if the source has no such split
-    split_seed: Count = 0  # seed of the hash that assigns articles to splits
+    split_seed: Count = 0  # seed of the hash that assigns articles to splits, and of what validation_tokens chooses
+    validation_tokens: Count = 100_000  # gpt, mlm, pairs: tokens that a validation in training scores; 0: all
+    final_tokens: Count = 0  # the same of the last validation and the test, at the end; 0: all
     mask_fraction: Annotated[float, Meta(gt=0, lt=1)] = 0.15  # share of positions that mlm masks
     n_maskings: Count = 0  # number of distinct maskings, one per epoch in turn; 0: a new one each epoch
     cache_dir: str = ""  # folder of token caches and trained tokenizers; "": the user's cache folder
@@ -201,6 +203,8 @@ TRANSIENT = (
     *("distributed.coordinator", "distributed.n_processes", "distributed.process", "distributed.timeout_s"),
 )
 BARE = {"profile": "5"}  # values of flags that are given without one
+# What runs of a version without these settings did; their checkpoints do not store them.
+BEFORE = {"data.validation_tokens": 0}
 AXES = ("data", "fsdp", "tensor")  # of the mesh of devices
 BASE = "base"  # in place of the task of a model without an output layer, and the kind of that model
 LORA_PRODUCTS = ("query", "key", "value", "output", "fc1", "fc2")

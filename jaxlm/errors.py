@@ -27,6 +27,7 @@ OUT_OF_MEMORY = (
 )
 LONGEST = 6000  # characters of an error; a path has up to 4096
 SLOW_S = 5.0  # a step that takes longer says what it does
+AGAIN_S = 30.0  # and says so again after each of these
 
 
 class UserError(Exception):
@@ -65,14 +66,20 @@ def warn(text: str) -> None:
 
 @contextlib.contextmanager
 def slow(step: str) -> Iterator[None]:
-    """Print on stderr what the `with` block does, once, if it takes more than SLOW_S."""
-    timer = threading.Timer(SLOW_S, lambda: print(f"{step} ...", file=sys.stderr, flush=True))
-    timer.daemon = True
-    timer.start()
+    """Print on stderr what the `with` block does if it takes more than SLOW_S, and then how long every AGAIN_S."""
+    is_over, began_s = threading.Event(), time.monotonic()
+
+    def tell() -> None:
+        wait_s, text = SLOW_S, f"{step} ..."
+        while not is_over.wait(wait_s):
+            print(text, file=sys.stderr, flush=True)
+            wait_s, text = AGAIN_S, f"{step} ... {time.monotonic() - began_s + AGAIN_S:.0f} s"
+
+    threading.Thread(target=tell, daemon=True).start()
     try:
         yield
     finally:
-        timer.cancel()
+        is_over.set()
 
 
 @contextlib.contextmanager

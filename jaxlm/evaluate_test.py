@@ -16,9 +16,10 @@ from flax import nnx
 
 from jaxlm import checkpoint, evaluate, loop, parallel, predict
 from jaxlm import config as configs
-from jaxlm.data import metrics
+from jaxlm.data import loader, metrics
 from jaxlm.inference import evaluation, load
 from jaxlm.testing import tiny_runs
+from jaxlm.training.log import RunLog
 
 N_ARTICLES = 90
 WORDS = sorted({word.strip(",:") for text in tiny_runs.TEXTS for word in text.split()})
@@ -59,7 +60,9 @@ def test_scores_are_those_of_training(task: str, runs: Path) -> None:
     found, samples, result = evaluated(runs, task)
     config = configs.replace(found.config, "train.batch_size", 8)
     _, compiled = loop.build(config, found.task, parallel.make_mesh(config))
-    run: Any = SimpleNamespace(config=config, data=SimpleNamespace(samples={"validation": samples}))
+    chosen = {"validation": loader.choose(samples, "validation", 0, 0)}
+    data = SimpleNamespace(samples={"validation": samples})
+    run: Any = SimpleNamespace(config=config, data=data, chosen=chosen, log=RunLog())
     params = nnx.to_pure_dict(nnx.split(found.model, nnx.Param)[1])
     totals = loop.evaluate(run, compiled, params, "validation", lambda: 0)
     assert totals is not None and result.n_counted == totals["count"] and len(samples) > 20

@@ -26,7 +26,7 @@ from jaxlm.tasks import TASKS, Task, flops, parameters
 from jaxlm.training import rollback, run_dir, signals, summary
 from jaxlm.training.meter import Meter
 from jaxlm.training.resume import Start
-from jaxlm.training.run import UNSAVED, Run, has_test, identity, identity_at_start, info, started
+from jaxlm.training.run import UNSAVED, Run, identity, identity_at_start, info, started
 from jaxlm.training.teacher import Teacher
 from jaxlm.weights import formats, snapshots
 
@@ -226,22 +226,25 @@ def roll_back(
     return checkpoints.restore(step, state), rollback.without(run, position, step, bad)
 
 
-@slow("scoring the samples of a split")
-def evaluate(run: Run, compiled: Compiled, params: Any, split: str, status: Callable[[], int]) -> dict[str, Any] | None:
-    """Return the totals over every sample of a split, once each, summed in float64 on the host; None after a signal."""
+def evaluate(run: Run, compiled: Compiled, params: Any, name: str, status: Callable[[], int]) -> dict[str, Any] | None:
+    """Return the totals over the samples run.chosen[name], summed in float64 on the host; None after a signal."""
     sums: dict[str, Any] = {}
     ahead: list[Any] = []
-    samples, batch_size = run.data.samples[split], run.config.train.batch_size
-    rows = parallel.rows(compiled.mesh, batch_size)
-    for batch in loader.evaluation_batches(samples, batch_size, rows, run.config.train.group_by_length):
-        ahead.append(compiled.totals(params, parallel.put_batch(compiled.mesh, batch)))
-        if len(ahead) > 1:
-            _add(sums, ahead.pop(0))
-        if status():
-            return None
+    chosen, batch_size = run.chosen[name], run.config.train.batch_size
+    samples, rows = run.data.samples[chosen.split], parallel.rows(compiled.mesh, batch_size)
+    are_cut = run.config.train.group_by_length
+    with run.log.pass_bar(f"scoring {chosen.split}", len(chosen.indices)) as show:
+        batches = loader.evaluation_batches(samples, batch_size, rows, are_cut, chosen.indices)
+        for i, batch in enumerate(batches):
+            ahead.append(compiled.totals(params, parallel.put_batch(compiled.mesh, batch)))
+            if len(ahead) > 1:
+                _add(sums, ahead.pop(0))
+            show(i * batch_size)
+            if status():
+                return None
     for totals in ahead:
         _add(sums, totals)
-    return sums | samples.constants
+    return sums | chosen.constants(samples)
 
 
 def evaluate_and_show(run: Run, compiled: Compiled, state: TrainState, i: int, status: Callable[[], int]) -> None:
@@ -258,14 +261,14 @@ def evaluate_and_show(run: Run, compiled: Compiled, state: TrainState, i: int, s
 
 
 def finish(run: Run, compiled: Compiled, state: TrainState, checkpoints: Checkpoints, status: Callable[[], int]) -> int:
-    """Score the test part with the best checkpoint, for the only time, print the summary, return the exit status."""
+    """Score the best checkpoint: all of validation and, for the only time, test; sum up; return the exit status."""
     last, saved = int(state.step), checkpoints.steps()
     first, _, _ = optim.moments(state.opt_state)
     n_all, n_trained = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (state.params, first))
-    totals = None
-    if run.validation and has_test(run) and not status():
+    totals: dict[str, Any] = {}
+    if run.validation and run.ending and not status():
         state = summary.best_state(run, last, saved, state, checkpoints.restore)
-        totals = evaluate(run, compiled, state.params, "test", status)
+        totals = {name: evaluate(run, compiled, state.params, name, status) for name in run.ending}
     is_saved = summary.sum_up(run, last, saved, (n_all, n_trained), totals, checkpoints.summary(), bool(status()))
     return status() or (0 if is_saved else UNSAVED)
 

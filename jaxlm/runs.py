@@ -66,10 +66,12 @@ def show(paths: Sequence[Path]) -> int:
         lines.append(f"size         {run_reader.size(run.n_bytes())}")
         if speed := run.speed():
             lines.append(f"speed        {speed:,.0f} tokens/s, the median")
-        for split, step in (("validation", run.best_score_step()), ("test", run.tested_step())):
+        final = run.best_score_step("final_validation")
+        steps = {"validation": run.best_score_step(), "final_validation": final, "test": run.tested_step()}
+        for split, step in steps.items():
             if step is not None:
                 scores = "  ".join(f"{name} {metrics.number(name, x)}" for name, x in run.scores(split).items())
-                lines.append(f"{split:<11}  {scores}  (step {step:,})")
+                lines.append(f"{split.replace('_', ' '):<11}  {scores}  (step {step:,})")
         lines.append("settings that are no defaults:")
         lines += [f"  {name} = {value!r}" for name, value in run.changed_settings().items()]
         lines.append("checkpoints:")

@@ -63,8 +63,8 @@ def runs(launch: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, d
     cwd = tmp_path_factory.mktemp("runs")
 
     def run(task: str) -> tuple[str, str]:
-        logger = "--log.tensorboard" if task == "cola" else ""
-        process = launch(f"--task {task} {SHORT} {logger}", cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        more = {"cola": "--log.tensorboard", "gpt": "--data.validation-tokens 300"}.get(task, "")
+        process = launch(f"--task {task} {SHORT} {more}", cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         return finished(process)
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
@@ -116,6 +116,21 @@ def test_metrics_have_one_object_a_line(task: str, runs: Any) -> None:
     assert [row["rate"] for row in train][:2] == [0, pytest.approx(5e-4)]  # warmup of 2 updates to 1e-3
     for row in rows(folder):
         assert row["loss"] > 0 and 0 <= row.get("accuracy", 0) <= 1
+
+
+def test_a_bounded_validation_is_a_sample_and_the_last_one_whole(runs: Any) -> None:
+    folder, (stdout, _) = run_dir(runs, "gpt"), runs[1]["gpt"]
+    (final,) = rows(folder, "final_validation")
+    at_best = min(rows(folder, "validation"), key=lambda row: row["loss"])
+    assert final["step"] == at_best["step"] and final["loss"] == pytest.approx(at_best["loss"], rel=0.05)
+    assert final["loss"] != at_best["loss"]
+    n, n_all, n_tokens, ending = re.search(
+        r"\nscores  (\d+) of ([\d,]+) validation samples \((\d+) tokens\) every 3 updates, .*\n {8}(.*)\n", stdout
+    ).groups()
+    assert int(n) < int(n_all.replace(",", "")) and 300 <= int(n_tokens) < 316
+    assert ending.startswith(f"all {n_all} validation samples (") and "test samples (" in ending
+    assert f" {final['loss']:.4f} " in stdout
+    assert not rows(run_dir(runs, "mlm"), "final_validation")  # its validation is whole each time
 
 
 @pytest.mark.parametrize("task", TASKS)

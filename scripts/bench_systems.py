@@ -87,7 +87,7 @@ class Jaxlm:
         """Score the validation part."""
         from jaxlm import loop
 
-        run: Any = SimpleNamespace(data=self.data, config=self.config)
+        run = _run(self.config, self.data)
         started_s = time.perf_counter()
         totals = loop.evaluate(run, self.compiled, self.state.params, "validation", lambda: 0)
         assert totals is not None, "no signal was given"
@@ -206,7 +206,7 @@ class Torchlm(InTorch):
         """Score the validation part."""
         from torchlm import loop
 
-        run: Any = SimpleNamespace(data=self.data, config=self.config)
+        run = _run(self.config, self.data)
         started_s = time.perf_counter()
         totals = loop.evaluate(run, self.compiled, self.state.model, "validation", lambda: 0)
         assert totals is not None, "no signal was given"
@@ -300,6 +300,15 @@ def prompts(data: prepare.Data, n_rows: int, n_prompt: int) -> np.ndarray:
     """Return the first tokens of samples, int64 [n_rows, n_prompt]."""
     indices = np.arange(n_rows) % len(data.samples["validation"])
     return data.samples["validation"].batch(indices, np.zeros(n_rows, int))["tokens"][:, :n_prompt].astype(np.int64)
+
+
+def _run(config: Config, data: prepare.Data) -> Any:
+    """Return what an evaluation of all of the validation part needs of a run."""
+    from jaxlm.data import loader
+    from jaxlm.training.log import RunLog
+
+    chosen = {"validation": loader.choose(data.samples["validation"], "validation", 0, 0)}
+    return SimpleNamespace(data=data, config=config, chosen=chosen, log=RunLog())
 
 
 def scored(totals: Any, seconds: float, data: prepare.Data) -> Reply:

@@ -21,7 +21,7 @@ from jaxlm.tasks import flops, parameters
 from jaxlm.training import rollback, run_dir, signals, summary
 from jaxlm.training.meter import Meter
 from jaxlm.training.resume import Start
-from jaxlm.training.run import UNSAVED, Run, has_test, info, started
+from jaxlm.training.run import UNSAVED, Run, info, started
 from jaxlm.training.teacher import Teacher
 from jaxlm.weights import snapshots
 from torchlm import checkpoint, distill, optim, parallel, schedule, step
@@ -195,24 +195,27 @@ def roll_back(
     return restored(Checkpoints(folder).path(step), state), rollback.without(run, position, step, bad)
 
 
-@slow("scoring the samples of a split")
 def evaluate(
-    run: Run, compiled: Compiled, model: nn.Module, split: str, status: Callable[[], int]
+    run: Run, compiled: Compiled, model: nn.Module, name: str, status: Callable[[], int]
 ) -> dict[str, Any] | None:
-    """Return the totals over every sample of a split, once each, summed in float64 on the host; None after a signal."""
+    """Return the totals over the samples run.chosen[name], summed in float64 on the host; None after a signal."""
     sums: dict[str, Any] = {}
     ahead: list[Any] = []
-    samples, batch_size = run.data.samples[split], run.config.train.batch_size
-    rows = parallel.rows(compiled.mesh, batch_size)
-    for batch in loader.evaluation_batches(samples, batch_size, rows, run.config.train.group_by_length):
-        ahead.append(compiled.totals(model, parallel.put_batch(compiled.mesh, batch)))
-        if len(ahead) > 1:
-            _add(sums, ahead.pop(0))
-        if status():
-            return None
+    chosen, batch_size = run.chosen[name], run.config.train.batch_size
+    samples, rows = run.data.samples[chosen.split], parallel.rows(compiled.mesh, batch_size)
+    are_cut = run.config.train.group_by_length
+    with run.log.pass_bar(f"scoring {chosen.split}", len(chosen.indices)) as show:
+        batches = loader.evaluation_batches(samples, batch_size, rows, are_cut, chosen.indices)
+        for i, batch in enumerate(batches):
+            ahead.append(compiled.totals(model, parallel.put_batch(compiled.mesh, batch)))
+            if len(ahead) > 1:
+                _add(sums, ahead.pop(0))
+            show(i * batch_size)
+            if status():
+                return None
     for totals in ahead:
         _add(sums, totals)
-    return sums | samples.constants
+    return sums | chosen.constants(samples)
 
 
 def evaluate_and_show(run: Run, compiled: Compiled, state: TrainState, i: int, status: Callable[[], int]) -> None:
@@ -227,16 +230,16 @@ def evaluate_and_show(run: Run, compiled: Compiled, state: TrainState, i: int, s
 
 
 def finish(run: Run, compiled: Compiled, state: TrainState, checkpoints: Checkpoints, status: Callable[[], int]) -> int:
-    """Score the test part with the best checkpoint, for the only time, print the summary, return the exit status."""
+    """Score the best checkpoint: all of validation and, for the only time, test; sum up; return the exit status."""
     last, saved = state.step, parallel.from_first(checkpoints.steps())
     tensors = list(state.model.parameters())
     sizes = sum(x.numel() for x in tensors), sum(x.numel() for x in tensors if x.requires_grad)
-    totals = None
-    if run.validation and has_test(run) and not status():
+    totals: dict[str, Any] = {}
+    if run.validation and run.ending and not status():
         if not compiled.mesh.rank:
             state = summary.best_state(run, last, saved, state, lambda i, like: restored(checkpoints.path(i), like))
         parallel.copy_from_first(compiled.mesh, state.model)
-        totals = evaluate(run, compiled, state.model, "test", status)
+        totals = {name: evaluate(run, compiled, state.model, name, status) for name in run.ending}
     is_saved = summary.sum_up(run, last, saved, sizes, totals, checkpoints.summary(), bool(status()))
     return parallel.from_first(status() or (0 if is_saved else UNSAVED))
 

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from jaxlm import config as configs
+from jaxlm.data import loader
+from jaxlm.training.log import RunLog
 from torchlm import loop, parallel, step
 from torchlm.tasks import TASKS
 
@@ -41,7 +43,8 @@ def built() -> tuple[configs.Config, Any, step.TrainState, loop.Compiled]:
 
 def run_of(config: configs.Config) -> Any:
     data = types.SimpleNamespace(samples={"validation": Sentences()})
-    return types.SimpleNamespace(config=config, data=data)
+    chosen = {"validation": loader.Chosen("validation", np.arange(10), 0, 1.0)}
+    return types.SimpleNamespace(config=config, data=data, chosen=chosen, log=RunLog())
 
 
 def test_evaluation_covers_every_sample_once_without_dropout(built: tuple) -> None:
@@ -55,6 +58,18 @@ def test_evaluation_covers_every_sample_once_without_dropout(built: tuple) -> No
     assert totals["loss"] == pytest.approx(float(expected["loss"]), rel=1e-6)
     np.testing.assert_array_equal(totals["confusion"], expected["confusion"])
     assert all(value.dtype == np.float64 for name, value in totals.items() if name != "bytes")
+
+
+def test_evaluation_scores_the_chosen_samples(built: tuple) -> None:
+    config, task, state, compiled = built
+    run, chosen = run_of(config), np.array([1, 2, 4, 7, 9])
+    run.chosen["validation"] = loader.Chosen("validation", chosen, 0, 0.5)
+    totals = loop.evaluate(run, compiled, state.model, "validation", lambda: False)
+    batch = {name: torch.from_numpy(x).long() for name, x in Sentences().batch(chosen, None).items()}
+    with torch.no_grad():
+        expected = task.loss(state.model.eval(), batch, None)
+    assert (totals["count"], totals["bytes"]) == (5, 3.5)
+    assert totals["loss"] == pytest.approx(float(expected["loss"]), rel=1e-6)
 
 
 def test_evaluation_ends_when_interrupted(built: tuple) -> None:

@@ -92,8 +92,8 @@ ARGUMENTS = {  # (jaxlm's, torchlm's) where they differ otherwise
     "parallel.make_mesh": (["config", "devices"], ["config"]),
     "parallel.put_batch": (["mesh", "batch", "axis"], ["mesh", "batch"]),
     "loop.evaluate": (
-        ["run", "compiled", "params", "split", "status"],
-        ["run", "compiled", "model", "split", "status"],
+        ["run", "compiled", "params", "name", "status"],
+        ["run", "compiled", "model", "name", "status"],
     ),
 }
 

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import grain
 import numpy as np
@@ -54,20 +55,57 @@ def training_batches(
     return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """The samples of a split that an evaluation scores."""
+
+    split: str
+    indices: np.ndarray  # ascending
+    n_tokens: int
+    share: float  # of all tokens of the split; 1.0: every sample is chosen
+
+    def constants(self, samples: Samples) -> dict[str, float]:
+        """Return the constants of the samples, such as bytes, in the proportion of the tokens that are scored."""
+        return {name: x if self.share == 1 else x * self.share for name, x in samples.constants.items()}
+
+
+def choose(samples: Samples, split: str, n_tokens: int, seed: int) -> Chosen:
+    """Return samples of `n_tokens` or a little more, drawn at random; all if there are fewer, or if `n_tokens` is 0.
+
+    They depend on the samples and the seed alone, so that they are the same in each process and after a resume.
+    """
+    indices = np.arange(len(samples))
+    lengths = samples.lengths(indices)
+    total = int(lengths.sum())
+    if not 0 < n_tokens < total:
+        return Chosen(split, indices, total, 1.0)
+    order = np.argsort(uniform(seed, np.zeros_like(indices), indices, 1)[:, 0], kind="stable")
+    n = int(np.searchsorted(np.cumsum(lengths[order]), n_tokens)) + 1
+    indices = np.sort(order[:n])
+    n_tokens = int(lengths[indices].sum())
+    return Chosen(split, indices, n_tokens, n_tokens / total)
+
+
 def evaluation_batches(
-    samples: Samples, batch_size: int, rows: np.ndarray | None = None, are_cut: bool = False
+    samples: Samples,
+    batch_size: int,
+    rows: np.ndarray | None = None,
+    are_cut: bool = False,
+    chosen: np.ndarray | None = None,
 ) -> Iterator[Batch]:
     """Yield batches [B, ...] with every sample once, in order; the last is filled up with rows that count nothing.
 
     `rows` as in training_batches. If they `are_cut`, each has no more positions than its longest sample needs.
+    `chosen` are the indices of the samples, all by default.
     """
     rows = np.arange(batch_size) if rows is None else rows
-    for start in range(0, len(samples), batch_size):
-        indices = np.minimum(start + rows, len(samples) - 1)
+    chosen = np.arange(len(samples)) if chosen is None else chosen
+    for start in range(0, len(chosen), batch_size):
+        indices = chosen[np.minimum(start + rows, len(chosen) - 1)]
         batch = samples.batch(indices, np.zeros_like(indices))
-        batch["labels"][start + rows >= len(samples)] = -1
+        batch["labels"][start + rows >= len(chosen)] = -1
         if are_cut:
-            batch = samples.cut(batch, _shape(samples, np.arange(start, min(start + batch_size, len(samples)))))
+            batch = samples.cut(batch, _shape(samples, chosen[start : start + batch_size]))
         yield batch
 
 

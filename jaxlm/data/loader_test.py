@@ -123,6 +123,48 @@ def test_evaluation_counts_every_label_once_on_an_uneven_split(split, kind):
     assert all(np.array_equal(a[name], b[name]) for a, b in zip(batches, again, strict=True) for name in a)
 
 
+def uneven(n_articles: int) -> CausalSamples:
+    """Samples of articles of 1 to 40 tokens."""
+    sizes = np.random.default_rng(0).integers(1, 41, n_articles)
+    tokens = np.arange(sizes.sum()) % 90 + 100
+    labels = np.full(n_articles, -1, np.int32)
+    offsets = np.concatenate([[0], np.cumsum(sizes)])
+    return make(CausalSamples, Split(tokens.astype(np.uint16), offsets, labels, 7 * sizes))  # type: ignore[return-value]
+
+
+def test_a_bounded_evaluation_scores_a_sample_that_only_the_seed_changes():
+    samples = uneven(300)
+    lengths = samples.lengths(np.arange(len(samples)))
+    chosen = loader.choose(samples, "validation", 1000, seed=3)
+    assert 1000 <= chosen.n_tokens < 1000 + 12 and chosen.n_tokens == lengths[chosen.indices].sum()
+    assert np.all(np.diff(chosen.indices) > 0) and len(chosen.indices) < len(samples) / 3
+    assert chosen.share == chosen.n_tokens / lengths.sum()
+    assert np.array_equal(loader.choose(samples, "validation", 1000, seed=3).indices, chosen.indices)
+    assert not np.array_equal(loader.choose(samples, "validation", 1000, seed=4).indices, chosen.indices)
+    more = loader.choose(samples, "validation", 2000, seed=3)
+    assert set(chosen.indices) < set(more.indices)  # another bound keeps what it can
+    # Spread over the whole split: about as many in each third of it.
+    assert np.bincount(3 * chosen.indices // len(samples)).min() > len(chosen.indices) / 4
+
+    batches = list(evaluation_batches(samples, 4, chosen=chosen.indices))
+    tokens = np.concatenate([batch["tokens"] for batch in batches])[: len(chosen.indices)]
+    assert np.array_equal(tokens, samples.batch(chosen.indices, np.zeros_like(chosen.indices))["tokens"])
+    assert sum(np.count_nonzero(batch["labels"] >= 0) for batch in batches) == chosen.n_tokens
+    shares = evaluation_batches(samples, 4, np.array([1]), chosen=chosen.indices)
+    own = np.concatenate([batch["tokens"] for batch in shares])
+    assert np.array_equal(own[:-1], tokens[1::4][: len(own) - 1])  # the rows of one process of four
+
+    assert chosen.constants(samples)["bytes"] == pytest.approx(samples.constants["bytes"] * chosen.share)
+
+
+@pytest.mark.parametrize("n_tokens", [0, 10_000])
+def test_an_evaluation_without_a_bound_or_below_it_scores_everything(n_tokens):
+    samples = uneven(300)
+    chosen = loader.choose(samples, "test", n_tokens, seed=0)
+    assert chosen.share == 1 and np.array_equal(chosen.indices, np.arange(len(samples)))
+    assert chosen.constants(samples) == samples.constants
+
+
 def test_evaluation_of_nothing_is_no_batch(split):
     empty = Split(split.tokens[:0], split.offsets[:1], split.labels[:0], split.n_bytes[:0])
     assert list(evaluation_batches(make(ClassifiedSamples, empty), 4)) == []

@@ -185,6 +185,9 @@ def _notes(config: Config, samples: dict[str, Samples], source: Source, is_embed
             if getattr(config.data, name) != getattr(DataConfig(), name):
                 value = getattr(config.data, name)
                 yield f"data.{name}={value} has no effect: the embedded sentences have parts of their own"
+    for name in ("validation_tokens", "final_tokens"):
+        if samples["train"].reads == "labels" and getattr(config.data, name) != getattr(DataConfig(), name):
+            yield f"data.{name}={getattr(config.data, name)} has no effect: all samples of a classification are scored"
     if not len(samples["test"]) and not source.test_refusal:
         yield "there is no test part, so there will be no test score"
     yield from length_notes(config, samples.values())

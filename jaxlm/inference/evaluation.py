@@ -141,7 +141,7 @@ def part(trained: LoadedModel, split: str, given: Mapping[str, Any]) -> tuple[So
         config, read = dataclasses.replace(config, data=data), "train"
     for name, value in given.items():
         config = configs.replace(config, name, value)
-    progress = RunLog(stderr=True).bytes_bar
+    progress = RunLog(stderr=True).pass_bar
     source, samples = prepare.part(config, task.samples, task.embedded, trained.tokenizer, read, progress, task.classes)
     stored = trained.start.info.get("data")
     if not path and stored and stored != source.fingerprint:
@@ -166,11 +166,13 @@ def totals_of_samples(trained: LoadedModel, samples: Samples, batch_size: int) -
     compiled = jax.jit(jax.vmap(functools.partial(_one, trained), in_axes=(None, 0)))
     ahead: list[Any] = []
     found: list[Any] = []
-    for i, batch in enumerate(loader.evaluation_batches(samples, batch_size)):
-        k = i % len(devices)
-        ahead.append(compiled(models[k], jax.device_put(batch, devices[k])))
-        if len(ahead) > 2 * len(devices):
-            found.append(jax.device_get(ahead.pop(0)))
+    with RunLog(stderr=True).pass_bar("scoring the samples", len(samples)) as show:
+        for i, batch in enumerate(loader.evaluation_batches(samples, batch_size)):
+            k = i % len(devices)
+            ahead.append(compiled(models[k], jax.device_put(batch, devices[k])))
+            if len(ahead) > 2 * len(devices):
+                found.append(jax.device_get(ahead.pop(0)))
+            show(i * batch_size)
     found += jax.device_get(ahead)
     return {name: np.concatenate([totals[name] for totals in found])[: len(samples)] for name in found[0]}
 

@@ -70,14 +70,18 @@ def _head(run: RunRecord) -> str:
         figures.append(("tokens/s, the median", f"{speed:,.0f}"))
     if step is None:
         return html_page.totals(figures)
-    splits = [split for split in ("validation", "test") if run.scores(split)]
+    splits = [split for split in ("validation", *history.ENDING) if run.scores(split)]
     lower = run.baseline.get("lower_is_better")
     lines = []
     for name in run.scores("validation"):
         better = ["lower" if name in lower else "higher"] if isinstance(lower, list) else []
         pairs = [(run.scores(split).get(name), run.baselines(split).get(name)) for split in splits]
         lines.append([name, *(metrics.number(name, x) for pair in pairs for x in pair), *better])
-    heads = [f"score of step {step:,}, the best", *(x for split in splits for x in (split, "baseline")), "better"]
+    heads = [
+        f"score of step {step:,}, the best",
+        *(x for split in splits for x in (split.replace("_", " "), "baseline")),
+        "better",
+    ]
     guess = run.baseline.get("name", "not recorded in this run")
     below = note(f"Best step: the lowest validation loss. Baseline: {guess}.")
     return html_page.totals(figures) + table(heads[: len(lines[0])], lines, "scores") + below

@@ -72,7 +72,7 @@ class RunRecord:
 
     def baselines(self, split: str) -> Row:
         """Return the scores of the best guess without input, {} if they are not recorded."""
-        found = self.baseline.get(split)
+        found = self.baseline.get(split.removeprefix("final_"))
         found = found if isinstance(found, dict) else {}
         return {k: x for k, x in found.items() if isinstance(x, int | float) and abs(x) < 1e300}  # finite, as a float
 
@@ -237,12 +237,13 @@ def results(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
         "tokens/s, median": [f"{speed:,.0f}" if (speed := run.speed()) else "-" for run in runs],
         "best step": ["-" if run.best_score_step() is None else f"{run.best_score_step():,}" for run in runs],
     }
-    for split in ("validation", "test"):
+    for split in ("validation", *history.ENDING):
         of_runs = [run.scores(split) for run in runs]
         for name in dict.fromkeys(name for scores in of_runs for name in scores):
-            found[f"{split} {name}"] = [metrics.number(name, scores.get(name)) for scores in of_runs]
+            figure = f"{split.replace('_', ' ')} {name}"
+            found[figure] = [metrics.number(name, scores.get(name)) for scores in of_runs]
             if any(baselines := [run.baselines(split) for run in runs]):
-                found[f"{split} {name}, baseline"] = [metrics.number(name, scores.get(name)) for scores in baselines]
+                found[f"{figure}, baseline"] = [metrics.number(name, scores.get(name)) for scores in baselines]
     return found
 
 

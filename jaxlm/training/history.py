@@ -22,6 +22,7 @@ from jaxlm.weights import formats
 FILES = METRICS, SAMPLES = "metrics.jsonl", "samples.txt"
 BASELINE = "baseline.json"  # scores of the best guess that looks at no input, by split
 SAVED = "saved.json"  # {"step": that of the last whole checkpoint, 0 before the first}
+ENDING = ("final_validation", "test")  # rows of the evaluations at the end of a run
 KEYS = ("step", "split")  # of a row, besides its scores
 MOST_LINE = 1 << 20  # bytes of a line that is parsed
 MOST_STEP = 2**31  # steps are int32
@@ -46,15 +47,15 @@ def restore(run_dir: Path, step: int, source: Path, checkpoints: Path, warn: War
 def restore_to(run_dir: Path, step: int, source: Path | None = None, warn: Warn = warn_once) -> dict[int, Scores]:
     """Copy the logs of the run `source` up to a step; without `source`, truncate those of the run itself.
 
-    The test score of a run that had ended is dropped, too. Returns the validation scores by step. Raises UserError if a
-    file cannot be written.
+    The scores at the end of a run that had ended are dropped, too. Returns the validation scores by step. Raises
+    UserError if a file cannot be written.
     """
     source = source or run_dir
     problems: list[str] = []
     kept = [
         (line, row)
         for line, row in _last_rows(source / METRICS, problems.append)
-        if row["step"] <= step and row["split"] != "test"
+        if row["step"] <= step and row["split"] not in ENDING
     ]
     _replace(run_dir / METRICS, b"".join(line for line, _ in kept), problems, warn)
     problems = []

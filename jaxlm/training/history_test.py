@@ -25,7 +25,7 @@ def row(step: int, split: str = "train", loss: float | None = None) -> dict[str,
 
 ROWS = [
     *(row(1), row(2), row(3), row(3, "validation"), row(4), row(5), row(6)),
-    *(row(6, "validation"), row(3, "test"), row(7)),
+    *(row(6, "validation"), row(3, "final_validation"), row(3, "test"), row(7)),
 ]
 
 
@@ -51,9 +51,9 @@ def test_what_came_after_the_checkpoint_is_dropped(folder: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["checkpoints", "metrics.jsonl", "samples.txt"]
 
 
-def test_the_test_score_of_a_run_that_had_ended_is_dropped(folder: Path) -> None:
+def test_the_last_scores_of_a_run_that_had_ended_are_dropped(folder: Path) -> None:
     assert history.restore(folder, 7, folder, folder / "checkpoints") == {3: {"loss": 0.75}, 6: {"loss": 1.5}}
-    assert rows(folder) == [x for x in ROWS if x["split"] != "test"]
+    assert rows(folder) == [x for x in ROWS if x["split"] in ("train", "validation")]
     assert (folder / "samples.txt").read_text().count("what") == 2
 
 
@@ -62,7 +62,7 @@ def test_a_line_cut_short_is_none(n_bytes: int, folder: Path) -> None:
     path = folder / "metrics.jsonl"
     path.write_bytes(path.read_bytes()[:-n_bytes])
     history.restore(folder, 7, folder, folder / "checkpoints")
-    kept = [x for x in ROWS if x["split"] != "test"]
+    kept = [x for x in ROWS if x["split"] in ("train", "validation")]
     assert rows(folder) == (kept if n_bytes == 1 else kept[:-1])  # of one byte less, only the end of the line is gone
 
 

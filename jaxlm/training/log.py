@@ -21,12 +21,13 @@ from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeE
 
 from jaxlm import config as configs
 from jaxlm.config import Config
-from jaxlm.errors import UserError
+from jaxlm.errors import SLOW_S, UserError
 from jaxlm.io.console import Console
 from jaxlm.terminal import shown
 
 LEAST_BAR = 8  # columns of a progress bar in a narrow terminal, before the text beside it is cut
 PLAIN_INTERVAL_S = 5  # between lines that stand in for the progress bar where there is no terminal
+PASS_INTERVAL_S = 30  # between those of a pass over data
 MOST_WAITING = 32 << 20  # bytes for one file that cannot be written
 
 
@@ -279,16 +280,29 @@ class RunLog:
             )
 
     @contextlib.contextmanager
-    def bytes_bar(self, title: str, n_bytes: int) -> Iterator[Callable[[int], None]]:
-        """Show progress through `n_bytes` of text, in plain lines without a terminal."""
-        if not self.console.is_interactive:
-            self.last_plain_s = time.monotonic()  # what is done sooner needs no line
-            yield lambda done: self._plain_line(f"{title}: {done / max(n_bytes, 1):.0%}")
+    def pass_bar(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Show progress through a pass over data, of `total` bytes or samples, if it takes more than SLOW_S.
+
+        The yielded function takes how many are done. Without a terminal and within a training bar, print plain lines,
+        one every PASS_INTERVAL_S.
+        """
+        if not self.console.is_interactive or self.has_bar:
+            began_s = time.monotonic()
+            due_s = began_s + SLOW_S
+
+            def tell(done: int) -> None:
+                nonlocal due_s
+                if 0 < done and due_s <= (now := time.monotonic()):
+                    due_s = now + PASS_INTERVAL_S
+                    left = (now - began_s) * (total / done - 1)
+                    self.say(f"{title}: {done / max(total, 1):.0%}, about {max(left, 0):.0f} s left")
+
+            yield tell
             return
         fitting = _fitting(title, self.console.width - len(" 100% 0:00:00 ") - LEAST_BAR, between=" ")
         text = TextColumn("{task.percentage:.0f}%")
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), text, TimeElapsedColumn())
-        with self._bar(fitting, n_bytes, columns, transient=True) as update:
+        with self._bar(fitting, total, columns, transient=True) as update:
             yield lambda done: update(completed=done)
 
     @contextlib.contextmanager

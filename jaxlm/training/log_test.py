@@ -22,6 +22,7 @@ from jaxlm import config as configs
 from jaxlm.config import Config
 from jaxlm.errors import UserError
 from jaxlm.training import log
+from jaxlm.training.log import RunLog
 
 # Some lines, a bar of 100 updates, and a warning in the middle of it.
 SCRIPT = """
@@ -42,7 +43,7 @@ with log.training_bar(100) as show:
         show(step, "")
         if step == 50:
             log.warn("something is odd")
-with log.bytes_bar("tokenizing", 10) as done:
+with log.pass_bar("tokenizing", 10) as done:
     done(10)
 log.say("the end")
 """
@@ -107,6 +108,24 @@ def test_a_narrow_terminal_keeps_bar_and_time_and_whole_words(tmp_path: Path, co
     words = set("model.d_model = 32 (a setting of the command line)".split())
     assert words <= set(text.split()), "no word is broken"
     assert f"/a/{'long/' * 20}path" in text, "nor a path"
+
+
+def test_a_pass_that_takes_long_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    now_s = 100.0
+    monkeypatch.setattr("jaxlm.training.log.time.monotonic", lambda: now_s)
+    with RunLog().pass_bar("scoring test", 1000) as show:
+        for done in range(0, 1000, 10):  # 10 a second
+            show(done)
+            now_s += 1
+    assert capsys.readouterr().out.splitlines() == [
+        "scoring test: 5%, about 95 s left",
+        "scoring test: 35%, about 65 s left",
+        "scoring test: 65%, about 35 s left",
+        "scoring test: 95%, about 5 s left",
+    ]
+    with RunLog().pass_bar("scoring test", 1000) as show:
+        show(500)
+    assert capsys.readouterr().out == ""
 
 
 def test_no_color_is_respected(tmp_path: Path) -> None:

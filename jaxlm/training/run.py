@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import math
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxlm import config as configs
 from jaxlm.config import Config
-from jaxlm.data import cache, metrics, prepare, tokenization
+from jaxlm.data import cache, loader, metrics, prepare, tokenization
 from jaxlm.data.labels import listed
 from jaxlm.data.position import Position
 from jaxlm.errors import CLEANUPS, UserError, slow
@@ -66,6 +66,30 @@ class Run:
         splits = ("validation", *(["test"] if has_test(self) else []))
         return {split: self.task.baseline(self.data.samples[split]) for split in splits}
 
+    @functools.cached_property
+    @slow("choosing the samples to score")
+    def chosen(self) -> dict[str, loader.Chosen]:
+        """The samples of each evaluation: "validation" in training, and at the end "final_validation" and "test".
+
+        There is no final validation of the samples that each validation has scored.
+        """
+        data, samples = self.config.data, self.data.samples
+        in_training, at_end = (
+            (0, 0) if self.task.samples.reads == "labels" else (data.validation_tokens, data.final_tokens)
+        )
+        found = {"validation": loader.choose(samples["validation"], "validation", in_training, data.split_seed)}
+        final = loader.choose(samples["validation"], "validation", at_end, data.split_seed)
+        if final.n_tokens != found["validation"].n_tokens:
+            found["final_validation"] = final
+        if has_test(self):
+            found["test"] = loader.choose(samples["test"], "test", at_end, data.split_seed)
+        return found
+
+    @property
+    def ending(self) -> list[str]:
+        """The names in `chosen` of the evaluations at the end."""
+        return [name for name in self.chosen if name != "validation"]
+
     def __enter__(self) -> "Run":
         return self
 
@@ -115,7 +139,7 @@ def started(
     try:
         claim.add_checkpoints(config.run.checkpoint_dir)
         config, data = prepare.prepare(
-            config, task_class.samples, task_class(config).embedded, run_log.bytes_bar, start.known_classes()
+            config, task_class.samples, task_class(config).embedded, run_log.pass_bar, start.known_classes()
         )
         start.check(data)
 
@@ -159,6 +183,8 @@ def _announce(run: Run, origins: dict[str, str], device: str, task_settings: set
         counts = np.bincount(labels, minlength=len(data.source.classes))
         shown = [f"{name} ({n:,})" for name, n in zip(data.source.classes, counts, strict=True)]
         say(f"classes {listed(shown, N_CLASSES)}")
+    for i, line in enumerate(_cost(run)):
+        say(f"{'' if i else 'scores':<7} {line}")
     say(f"device  {device}")
     if start.teacher:
         n = start.teacher.config().model.n_layers
@@ -179,6 +205,27 @@ def _announce(run: Run, origins: dict[str, str], device: str, task_settings: set
         say(f"note: {note}")
     for line in configs.warnings(config, origins, task_settings.difference(run.task.settings)):
         run.log.warn(line)
+
+
+def _cost(run: Run) -> Iterator[str]:
+    """Yield what is scored when, and what that costs beside training, whose update passes a batch three times."""
+    train, chosen = run.config.train, run.chosen
+
+    def updates(names: Iterable[str]) -> int:
+        n_batches = sum(-(-len(chosen[name].indices) // train.batch_size) for name in names)
+        return max(1, round(n_batches / (3 * train.accumulate)))
+
+    def counted(name: str) -> str:
+        what, n_all = chosen[name], len(run.data.samples[chosen[name].split])
+        n = f"{len(what.indices):,} of {n_all:,}" if what.share < 1 else f"all {n_all:,}"
+        return f"{n} {what.split} samples ({what.n_tokens:,} tokens)"
+
+    often = f"every {train.eval_interval:,} updates, in the time of about {updates(['validation']):,}"
+    yield f"{counted('validation')} {often}"
+    if run.ending:
+        n = updates(run.ending)
+        bound = " (data.final_tokens bounds it)" if n > train.max_steps and run.task.samples.reads != "labels" else ""
+        yield f"{' and '.join(map(counted, run.ending))} at the end, in the time of about {n:,} updates{bound}"
 
 
 def _baseline_json(run: Run) -> str:

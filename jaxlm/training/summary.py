@@ -83,12 +83,19 @@ def best_state(run: Run, last: int, saved: list[int], state: T, restore: Callabl
 
 
 def sum_up(
-    run: Run, last: int, saved: list[int], sizes: tuple[int, int], test_totals: Any, saves: str, is_interrupted: bool
+    run: Run,
+    last: int,
+    saved: list[int],
+    sizes: tuple[int, int],
+    totals: Mapping[str, Any],
+    saves: str,
+    is_interrupted: bool,
 ) -> bool:
     """Print the summary of a run that ended after update `last`; return whether the state of that update is saved.
 
     `saved` are the steps on the disk, and `saves` is a line about saving. `sizes` are the numbers of all parameters and
-    of trained ones. `test_totals` are those of `best_step`; None if it was not tested.
+    of trained ones. `totals` are those of `best_step` in the evaluations at the end, by their names in run.chosen; None
+    after a signal.
     """
     say = run.log.say
     _say_ending(run, last, sizes, is_interrupted)
@@ -97,7 +104,7 @@ def sum_up(
     if lowest is None:
         say("There are no scores: the run ended before its first evaluation.")
     else:
-        _say_result(run, lowest if best is None else best, test_totals)
+        _say_result(run, lowest if best is None else best, totals)
         if lowest not in saved:
             loss = metrics.number("loss", run.losses()[lowest])
             say(f"Step {lowest:,} has the lowest validation loss, {loss}, but no checkpoint in {folder}.")
@@ -140,14 +147,16 @@ def _say_ending(run: Run, last: int, sizes: tuple[int, int], is_interrupted: boo
     )
 
 
-def _say_result(run: Run, best: int, test_totals: Any) -> None:
-    """Print the scores of the best checkpoint beside the baseline, and log those of the test split."""
+def _say_result(run: Run, best: int, totals: Mapping[str, Any]) -> None:
+    """Print the scores of the best checkpoint beside the baseline, and log those of the evaluations at the end."""
     scores = {"validation": run.validation[best]}
-    if test_totals is not None:
-        scores["test"] = run.task.scores(test_totals)
-        run.log.row(best, "test", scores["test"])
-        if warning := run.task.warning(test_totals):
-            run.log.warn(f"test: {warning}")
+    for name, found in totals.items():
+        if found is not None:
+            split = run.chosen[name].split
+            scores[split] = run.task.scores(found)
+            run.log.row(best, name, scores[split])
+            if split == "test" and (warning := run.task.warning(found)):
+                run.log.warn(f"test: {warning}")
     left = " of those that are left" if min(run.losses().values()) < run.losses()[best] else ""
     title = f"scores of step {best}, the best by validation loss{left}; baseline: {run.task.baseline_name}"
     table = Table("", *(column for split in scores for column in (split, "baseline")), title=title, title_style="")

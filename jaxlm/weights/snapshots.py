@@ -113,7 +113,10 @@ def to_snapshot(stored: StoredFile, config: Config | None) -> Snapshot:
 
 
 def config_of(settings: Mapping[str, Any], path: Path) -> Config:
-    """Return stored settings, {dotted name: value}, as Config; those that did not exist then have their defaults."""
+    """Return stored settings, {dotted name: value}, as Config; those that did not exist then have their defaults.
+
+    Where a default has changed what a run does, they are what it did (configs.BEFORE).
+    """
     for name, value in settings.items():
         if name not in configs.SETTINGS:
             raise UserError(
@@ -123,7 +126,7 @@ def config_of(settings: Mapping[str, Any], path: Path) -> Config:
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{path}: its setting {name} is no finite number; {MEND}")
     try:
-        config = msgspec.convert(configs.nested(settings), Config)
+        config = msgspec.convert(configs.nested({**configs.BEFORE, **settings}), Config)
         configs.check_model(config)
     except msgspec.ValidationError as error:
         raise UserError(f"{path}: in its settings: {error}; {MEND}") from error
