@@ -88,13 +88,20 @@ class ModelConfig:
     dropout: Share = 0.1  # rate, on embeddings, attention weights and outputs, and in the feed-forward
     positions: Literal["fixed", "learned", "rotary"] = "fixed"  # fixed: the original's sines and cosines
     tied_embedding: bool = False  # whether the output layer shares the token embedding
-    final_norm: bool = False  # LayerNorm after the last block
-    post_norm: bool = False  # LayerNorm after each residual sum, as in BERT, instead of before each sublayer
-    embedding_norm: bool = False  # LayerNorm on token plus position embeddings, as in BERT; smaller initial embeddings
-    norm_epsilon: Annotated[float, Meta(gt=0, le=1)] = 1e-5  # epsilon of all LayerNorms; BERT: 1e-12
+    norm: Literal["layernorm", "layernorm_no_bias", "rmsnorm", "rmsnorm_no_scale"] = "layernorm"  # kind of all norms
+    final_norm: bool = False  # norm after the last block
+    post_norm: bool = False  # norm after each residual sum, as in BERT, instead of before each sublayer
+    embedding_norm: bool = False  # norm on token plus position embeddings, as in BERT; smaller initial embeddings
+    norm_epsilon: Annotated[float, Meta(gt=0, le=1)] = 1e-5  # epsilon of all norms; BERT: 1e-12
+    mlp: Literal["gelu", "geglu", "swiglu", "relu2"] = "gelu"  # feed-forward; geglu, swiglu: gated; relu2: squared ReLU
     gelu: Literal["exact", "tanh"] = "exact"  # tanh: its approximation, as in GPT-2
+    d_ff: Count = 0  # hidden units of the feed-forward; 0: 4 x d_model
+    biases: Literal["all", "attention", "feed_forward", "none"] = "all"  # which linear layers of a block have a bias
+    initialization: Literal["original", "gpt2", "modernbert", "llama"] = "original"  # distribution of start values
     head_dense: Literal["none", "bert", "distilbert"] = "none"  # dense layer before the output: GELU (mlm), tanh, ReLU
-    output_bias: bool = True  # bias of a tied output layer; false: it stays zero, as GPT-2 has none
+    output_bias: bool = True  # bias of the vocabulary's logits; false: it stays zero, as GPT-2 and Llama have none
+    logit_softcap: Annotated[float, Meta(ge=0, le=1e6)] = 0.0  # c: the vocabulary's logits are c tanh(x / c); 0: x
+    z_loss: Rate = 0.0  # weight in training of the squared logarithm of the softmax's denominator; PaLM: 1e-4
     pad_id: Annotated[int, Meta(ge=-1, le=MOST)] = 0  # token id of padding, which attention and loss ignore; -1: none
     head_outputs: Literal["labels", "vocabulary"] = "labels"  # one per class, or per token, a bug of the original
     pooling: Literal["first", "last"] = "first"  # token that a classifier reads; last: for a causal model
@@ -104,7 +111,12 @@ class ModelConfig:
     frozen_layers: Count = 0  # how many blocks to freeze, from the lowest
     lora_rank: Count = 0  # rank of LoRA adapters, trained instead of the base; 0: none
     lora_alpha: Annotated[float, Meta(gt=0, le=1e6)] = 16.0  # adapters are scaled by lora_alpha / lora_rank
-    lora_products: str = "query,value"  # matrices with adapters, of query, key, value, output, fc1, fc2
+    lora_products: str = "query,value"  # matrices with adapters, of query, key, value, output, fc1, up, fc2
+
+    @property
+    def n_hidden(self) -> int:
+        """How many hidden units a feed-forward has."""
+        return self.d_ff or 4 * self.d_model
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -207,7 +219,8 @@ BARE = {"profile": "5"}  # values of flags that are given without one
 BEFORE = {"data.validation_tokens": 0}
 AXES = ("data", "fsdp", "tensor")  # of the mesh of devices
 BASE = "base"  # in place of the task of a model without an output layer, and the kind of that model
-LORA_PRODUCTS = ("query", "key", "value", "output", "fc1", "fc2")
+GATED = ("geglu", "swiglu")  # kinds of feed-forward with a third matrix, `up`
+LORA_PRODUCTS = ("query", "key", "value", "output", "fc1", "up", "fc2")
 FREEZING = ("model.frozen_embedding", "model.frozen_layers", "model.lora_rank")  # all 0: the whole model is trained
 COMMAND_LINE = "command line"
 HELP = ("-h", "--help")
@@ -459,6 +472,8 @@ def check_model(config: Config) -> None:
         if (name := name.strip()) not in LORA_PRODUCTS:
             mend = f"{nearest(name, LORA_PRODUCTS)}; give some of {','.join(LORA_PRODUCTS)}"
             raise UserError(f"{shown('model.lora_products')}: {name!r} is none{mend}")
+        if name == "up" and model.mlp not in GATED:
+            raise UserError(f"{shown('model.lora_products')}: up needs model.mlp={_either(GATED)}; leave it out")
     if model.lora_rank > model.d_model:
         rule = f"is above {shown('model.d_model')}, the rank that a product can have"
         raise UserError(f"{shown('model.lora_rank')} {rule}; lower it")
@@ -507,14 +522,14 @@ def _check(config: Config) -> None:
 def warnings(config: Config, origins: dict[str, str], of_other_tasks: Iterable[str]) -> list[str]:
     """Return a line for each setting that the user gave and that cannot do in this run what it says."""
     data, tokenizer, model, train = config.data, config.tokenizer, config.model, config.train
-    shown = functools.partial(_shown, config)
+    distill, shown = config.distill, functools.partial(_shown, config)
     has_files = data.path or data.validation_path or data.test_path
     is_embedded = not data.path and not data.hub
     path, has_path = Path(tokenizer.path), tokenizer.path and "tokenizer.path is given"
     is_vocab_txt = path.suffix == ".txt" or (path / "vocab.txt").is_file() and not (path / "tokenizer.json").is_file()
     keeps_case = not is_vocab_txt if has_path else tokenizer.kind == "bpe"
     is_new = config.resume in ("", "auto")
-    no_base, no_teacher = is_new and not config.init_from, not config.distill.teacher and "there is no distill.teacher"
+    no_base, no_teacher = is_new and not config.init_from, not distill.teacher and "there is no distill.teacher"
     without_effect = {  # settings, and why they have no effect if they have none
         "data.hub_config": not data.hub and "there is no data.hub",
         "data.format data.header": not has_files and "no local file is read",
@@ -525,9 +540,10 @@ def warnings(config: Config, origins: dict[str, str], of_other_tasks: Iterable[s
         "data.test_fraction": data.test_path and "data.test_path is given",
         "tokenizer.kind tokenizer.vocab_size": has_path,
         "tokenizer.lowercase": keeps_case and (has_path or "tokenizer.kind=bpe keeps case"),
-        "model.output_bias": not model.tied_embedding and shown("model.tied_embedding"),
+        "model.gelu": model.mlp not in ("gelu", "geglu") and model.head_dense == "none" and shown("model.mlp"),
         "train.stable_steps": train.schedule != "wsd" and shown("train.schedule"),
         "model.frozen_embedding": model.lora_rank and "model.lora_rank freezes the base",
+        "model.z_loss": distill.teacher and "distill.teacher is given",
         "model.lora_alpha model.lora_products": not model.lora_rank and shown("model.lora_rank"),
         "train.cycle_amplitude": not train.cycle_steps and shown("train.cycle_steps"),
         "train.reset_optimizer": is_new and "it goes with --resume PATH",
@@ -563,5 +579,5 @@ def _multiples(size: int, n: int) -> list[int]:
     return [multiple for multiple in (size // n * n, size // n * n + n) if multiple]
 
 
-def _either(numbers: Iterable[int]) -> str:
-    return " or ".join(map(str, numbers))
+def _either(values: Iterable[Any]) -> str:
+    return " or ".join(map(str, values))

@@ -97,6 +97,8 @@ def test_dump_is_read_back_to_the_same_settings(tmp_path):
             "model.remat": "full",
             "model.attention": "plain",
         }
+        choices |= {"model.norm": "rmsnorm", "model.mlp": "swiglu", "model.biases": "none"}
+        choices |= {"model.initialization": "gpt2", "model.logit_softcap": 15.0, "model.z_loss": 1e-4}
         if name in choices:
             return choices[name]
         if isinstance(value, bool):

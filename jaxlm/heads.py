@@ -13,33 +13,54 @@ from jax import Array
 
 from jaxlm.config import ModelConfig
 from jaxlm.loss import Totals, cross_entropy
-from jaxlm.model import Linear, Transformer, gelu, layernorm
+from jaxlm.model import Linear, Transformer, gelu, norm, residual_std, start
 from jaxlm.ops import matmul
 from jaxlm.ops.chunked_loss import by_chunks
 from jaxlm.parallel import BATCH, constrain, is_one_device
 
 
-def head_linear(n_in: int, n_out: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> Linear:
-    """Return an output layer with the original's start values: normal(0, 0.02) weights, zero bias."""
-    init = jax.nn.initializers.normal(0.02)
-    sums = matmul.sum_dtype(dtype)  # logits are not rounded
-    return Linear(n_in, n_out, kernel_init=init, dtype=dtype, preferred_element_type=sums, rngs=rngs)
+def head_linear(
+    config: ModelConfig,
+    n_out: int,
+    dtype: jnp.dtype,
+    rngs: nnx.Rngs,
+    has_bias: bool = True,
+    is_classifier: bool = False,
+) -> Linear:
+    """Return a linear layer of hidden states that starts with zero bias; the original's weights are normal(0, 0.02)."""
+    std = 0.02
+    if config.initialization == "modernbert":
+        std = config.d_model**-0.5 if is_classifier else residual_std(config)
+    return Linear(
+        config.d_model,
+        n_out,
+        use_bias=has_bias,
+        kernel_init=start(config, std),
+        dtype=dtype,
+        preferred_element_type=matmul.sum_dtype(dtype),  # logits are not rounded
+        rngs=rngs,
+    )
+
+
+def soft_capped(logits: Array, cap: float) -> Array:
+    """Return logits held between -cap and cap by a tanh (Gemma 2, arXiv 2408.00118, section 2); 0: as they are."""
+    return cap * jnp.tanh(logits / cap) if cap else logits
 
 
 class LanguageModelHead(nnx.Module):
-    """Hidden states to vocabulary logits; LayerNorm first if `has_norm` (mlm), before it the dense layer of BERT."""
+    """Hidden states to vocabulary logits; a norm first if `has_norm` (mlm), before it the dense layer of BERT."""
 
     def __init__(self, config: ModelConfig, has_norm: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.config, self.is_tied, self.has_norm, self.dtype = config, config.tied_embedding, has_norm, dtype
         self.has_dense = has_norm and config.head_dense != "none"
         if self.has_dense:
-            self.dense = head_linear(config.d_model, config.d_model, dtype, rngs)
+            self.dense = head_linear(config, config.d_model, dtype, rngs, config.biases == "all")
         if has_norm:
-            self.layernorm = layernorm(config, rngs)
+            self.layernorm = norm(config, rngs)
         if self.is_tied:
             self.bias = nnx.Param(jnp.zeros(config.vocab_size))
         else:
-            self.linear = head_linear(config.d_model, config.vocab_size, dtype, rngs)
+            self.linear = head_linear(config, config.vocab_size, dtype, rngs, config.output_bias)
 
     @jax.named_scope("output layer")
     def __call__(self, x_BTD: Array, table_VD: Array | None) -> Array:
@@ -47,16 +68,17 @@ class LanguageModelHead(nnx.Module):
             x_BTD = gelu(self.dense(x_BTD), self.config.gelu)
         if self.has_norm:
             x_BTD = self.layernorm(x_BTD)
-        if not self.is_tied:
-            return constrain(self.linear(x_BTD), BATCH, None, "tensor")
-        assert table_VD is not None, "it is the output layer"
-        bias_V = self.bias[...] * self.config.output_bias
-        logits_BTV = matmul.linear(x_BTD, table_VD, bias_V, self.dtype, 1)
-        return constrain(logits_BTV, BATCH, None, "tensor")
+        if self.is_tied:
+            assert table_VD is not None, "it is the output layer"
+            bias_V = self.bias[...] * self.config.output_bias
+            logits_BTV = matmul.linear(x_BTD, table_VD, bias_V, self.dtype, 1)
+        else:
+            logits_BTV = self.linear(x_BTD)
+        return constrain(soft_capped(logits_BTV, self.config.logit_softcap), BATCH, None, "tensor")
 
 
 class LanguageModel(nnx.Module):
-    """Token ids to vocabulary logits: bidirectional with a LayerNorm before the output (mlm), or causal (gpt)."""
+    """Token ids to vocabulary logits: bidirectional with a norm before the output (mlm), or causal (gpt)."""
 
     def __init__(self, config: ModelConfig, is_causal: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.base = Transformer(config, is_causal, dtype, rngs)
@@ -77,15 +99,16 @@ class LanguageModel(nnx.Module):
         self, tokens_BT: Array, labels_BM: Array, key: Array | None = None, positions_BM: Array | None = None
     ) -> Totals:
         """Return the totals of cross_entropy; on one device the logits are never there as a whole."""
+        z_loss = 0.0 if key is None else self.head.config.z_loss  # of training alone
         if not is_one_device():  # each has a part of the logits
-            return cross_entropy(self(tokens_BT, key, positions_BM), labels_BM)
+            return cross_entropy(self(tokens_BT, key, positions_BM), labels_BM, z_loss)
         x_BMD = _at(self.base(tokens_BT, key), positions_BM)
         graphdef, state = nnx.split(self.head)
         table_VD = self.base.embedding.token.embedding[...] if self.head.is_tied else None
 
         def totals_of(weights: tuple[nnx.State, Array | None], x_ND: Array, labels_N: Array) -> Totals:
             state, table_VD = weights
-            return cross_entropy(nnx.merge(graphdef, state)(x_ND[None], table_VD)[0], labels_N)
+            return cross_entropy(nnx.merge(graphdef, state)(x_ND[None], table_VD)[0], labels_N, z_loss)
 
         x_RD = x_BMD.reshape(-1, x_BMD.shape[-1])
         return by_chunks(totals_of, (state, table_VD), x_RD, labels_BM.reshape(-1))
@@ -97,8 +120,8 @@ class ClassifierHead(nnx.Module):
     def __init__(self, config: ModelConfig, n_outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.config = config
         if config.head_dense != "none":
-            self.dense = head_linear(config.d_model, config.d_model, dtype, rngs)
-        self.linear = head_linear(config.d_model, n_outputs, dtype, rngs)
+            self.dense = head_linear(config, config.d_model, dtype, rngs, config.biases == "all")
+        self.linear = head_linear(config, n_outputs, dtype, rngs, is_classifier=True)
 
     @jax.named_scope("output layer")
     def __call__(self, x_BTD: Array, last_B: Array | None) -> Array:

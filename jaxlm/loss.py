@@ -11,10 +11,11 @@ Totals = dict[str, Array]
 
 
 @jax.named_scope("output layer")
-def cross_entropy(logits: Array, labels: Array) -> Totals:
+def cross_entropy(logits: Array, labels: Array, z_loss: float = 0.0) -> Totals:
     """Return the summed cross-entropy, the number of labels, and how often the largest logit is the label.
 
-    logits [..., V], labels [...]; a negative label counts nothing.
+    logits [..., V], labels [...]; a negative label counts nothing. With `z_loss`, the loss has as much of the squared
+    logarithm of the softmax's denominator, which keeps logits small (PaLM, arXiv 2204.02311, section 5).
     """
     is_counted = labels >= 0
     labels = jnp.maximum(labels, 0)
@@ -24,7 +25,10 @@ def cross_entropy(logits: Array, labels: Array) -> Totals:
     label_logits = jnp.sum(jnp.where(indices == labels[..., None], logits, 0), axis=-1)
     # logsumexp minus the logit would round a small loss as coarsely as the logits; this is exact to the rounding of 1.
     largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
-    losses = jnp.log(jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1)) + (largest - label_logits)
+    log_sums = jnp.log(jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1))
+    losses = log_sums + (largest - label_logits)
+    if z_loss:
+        losses = losses + z_loss * jnp.square(log_sums + largest)
     return {
         "loss": jnp.sum(jnp.where(is_counted, losses, 0)),
         "count": jnp.sum(is_counted),

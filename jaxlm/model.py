@@ -1,6 +1,6 @@
 """The transformer of the original design, in build order: Embedding, Attention, FeedForward, Block, Transformer.
 
-Array names end in their shape: B batch, T positions, D d_model, H heads, K head size, V vocabulary.
+Array names end in their shape: B batch, T positions, D d_model, H heads, K head size, F hidden units, V vocabulary.
 Every module takes `key`: a PRNG key turns dropout on (training), None turns it off.
 Parameters are float32; `dtype` is what products compute in, summed in float32 at least.
 """
@@ -15,7 +15,7 @@ from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxlm.config import ModelConfig
+from jaxlm.config import GATED, ModelConfig
 from jaxlm.ops import flash_attention, matmul
 from jaxlm.ops.dropout import dropout
 from jaxlm.parallel import BATCH, constrain, is_one_cpu, is_one_device, platform
@@ -56,22 +56,47 @@ class Linear(nnx.Linear):
     lora_b: nnx.Param
 
     def __call__(self, x: Array) -> Array:  # type: ignore[override]
-        assert self.bias is not None, "all layers here have one"
         is_rounded = self.preferred_element_type == self.dtype
-        y = matmul.linear(x, self.kernel[...], self.bias[...], self.dtype, is_rounded=is_rounded)
+        bias = None if self.bias is None else self.bias[...]
+        y = matmul.linear(x, self.kernel[...], bias, self.dtype, is_rounded=is_rounded)
         if self.lora_scale:
-            lora_a, lora_b = self.lora_a[...], self.lora_b[...]
-            y += self.lora_scale * matmul.unbiased(matmul.unbiased(x, lora_a, self.dtype), lora_b, self.dtype)
+            x_R = matmul.linear(x, self.lora_a[...], None, self.dtype)
+            y += self.lora_scale * matmul.linear(x_R, self.lora_b[...], None, self.dtype)
         return checkpoint_name(y.astype(self.preferred_element_type), "product")
 
 
-def linear(n_in: int, n_out: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> Linear:
-    """Return a linear layer with the original's start values: Xavier-uniform weights, PyTorch's default bias."""
-    bound = n_in**-0.5
+def start(config: ModelConfig, std: float = 0.02) -> nnx.Initializer:
+    """Return start values of a matrix: normal(0, std), without its ends for ModernBERT (arXiv 2412.13663, app. A.2)."""
+    if config.initialization == "modernbert":
+        return jax.nn.initializers.truncated_normal(std, lower=-2, upper=2)
+    return jax.nn.initializers.normal(std)
+
+
+def residual_std(config: ModelConfig) -> float:
+    """Return the std of start values where 2 L sublayers add to the stream: less, so that the sum's does not grow."""
+    return 0.02 if config.initialization == "llama" else 0.02 / (2 * config.n_layers) ** 0.5
+
+
+def linear(
+    config: ModelConfig,
+    n_in: int,
+    n_out: int,
+    dtype: jnp.dtype,
+    rngs: nnx.Rngs,
+    has_bias: bool = True,
+    std: float = 0.02,
+) -> Linear:
+    """Return a linear layer of a block.
+
+    The original starts with Xavier-uniform weights and PyTorch's default bias; others with `start` and zero.
+    """
+    bound = n_in**-0.5 if config.initialization == "original" else 0.0
+    xavier = jax.nn.initializers.xavier_uniform()
     return Linear(
         n_in,
         n_out,
-        kernel_init=jax.nn.initializers.xavier_uniform(),
+        use_bias=has_bias,
+        kernel_init=xavier if config.initialization == "original" else start(config, std),
         bias_init=lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound),
         dtype=dtype,
         preferred_element_type=dtype,
@@ -90,9 +115,13 @@ def add_adapters(blocks: "Block", config: ModelConfig, rngs: nnx.Rngs) -> None:
         layer.lora_scale = config.lora_alpha / config.lora_rank
 
 
-def layernorm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """Return LayerNorm with scale and bias, in float32."""
-    return nnx.LayerNorm(config.d_model, epsilon=config.norm_epsilon, use_fast_variance=False, rngs=rngs)
+def norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.LayerNorm | nnx.RMSNorm:
+    """Return LayerNorm or RMSNorm (arXiv 1910.07467), in float32."""
+    size, epsilon = config.d_model, config.norm_epsilon
+    if config.norm in ("rmsnorm", "rmsnorm_no_scale"):
+        return nnx.RMSNorm(size, epsilon=epsilon, use_scale=config.norm == "rmsnorm", rngs=rngs)
+    has_bias = config.norm == "layernorm"
+    return nnx.LayerNorm(size, epsilon=epsilon, use_bias=has_bias, use_fast_variance=False, rngs=rngs)
 
 
 def gelu(x: Array, kind: str) -> Array:
@@ -105,6 +134,17 @@ def gelu(x: Array, kind: str) -> Array:
 
 def _gelu(x: Array) -> Array:
     return x * (0.5 + 0.5 * jax.lax.erf(x * 0.5**0.5))
+
+
+def activation(x: Array, mlp: str, kind: str) -> Array:
+    """Return the nonlinearity of a feed-forward: GELU of a `kind`, SiLU, or squared ReLU (arXiv 2109.08668)."""
+    if mlp == "swiglu":
+        return matmul.elementwise(jax.nn.silu, x)
+    return matmul.elementwise(_relu2, x) if mlp == "relu2" else gelu(x, kind)
+
+
+def _relu2(x: Array) -> Array:
+    return jnp.square(jax.nn.relu(x))
 
 
 def fixed_positions(seq_len: int, d_model: int) -> np.ndarray:
@@ -182,22 +222,21 @@ def attend(
 
 
 class Embedding(nnx.Module):
-    """Token table plus positions, LayerNorm, dropout. The row of `pad_id` starts at zero and gets no gradient."""
+    """Token table plus positions, norm, dropout. The row of `pad_id` starts at zero and gets no gradient."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = config
         # A tied table is also the output layer, whose start values are small (GPT-2 does the same). Where a norm takes
         # away its scale, a small one lets the same steps move it further (BERT does the same).
-        std = 0.02 if config.tied_embedding or config.embedding_norm else 1.0
-        self.token = nnx.Embed(
-            config.vocab_size, config.d_model, embedding_init=jax.nn.initializers.normal(std), rngs=rngs
-        )
+        is_small = config.tied_embedding or config.embedding_norm or config.initialization != "original"
+        init = start(config, 0.02 if is_small else 1.0)
+        self.token = nnx.Embed(config.vocab_size, config.d_model, embedding_init=init, rngs=rngs)
         if config.pad_id >= 0:
             self.token.embedding[...] = self.token.embedding[...].at[config.pad_id].set(0)
         if config.positions == "learned":
             self.position = nnx.Param(0.02 * jax.random.normal(rngs.params(), (config.seq_len, config.d_model)))
         if config.embedding_norm:
-            self.layernorm = layernorm(config, rngs)
+            self.layernorm = norm(config, rngs)
 
     @jax.named_scope("embedding")
     def __call__(self, tokens_BT: Array, key: Array | None, positions_BT: Array | None = None) -> Array:
@@ -219,14 +258,15 @@ class Embedding(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention with biases; `is_causal` also masks the future."""
+    """Multi-head self-attention; `is_causal` also masks the future."""
 
     def __init__(self, config: ModelConfig, is_causal: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.config, self.is_causal, self.dtype = config, is_causal, dtype
-        self.query = linear(config.d_model, config.d_model, dtype, rngs)
-        self.key = linear(config.d_model, config.d_model, dtype, rngs)
-        self.value = linear(config.d_model, config.d_model, dtype, rngs)
-        self.output = linear(config.d_model, config.d_model, dtype, rngs)
+        D, has_bias = config.d_model, config.biases in ("all", "attention")
+        self.query = linear(config, D, D, dtype, rngs, has_bias)
+        self.key = linear(config, D, D, dtype, rngs, has_bias)
+        self.value = linear(config, D, D, dtype, rngs, has_bias)
+        self.output = linear(config, D, D, dtype, rngs, has_bias, residual_std(config))
 
     @jax.named_scope("attention")
     def __call__(
@@ -259,27 +299,35 @@ class Attention(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    """d -> 4d, GELU, dropout, 4d -> d."""
+    """D -> F, activation, dropout, F -> D; a gated one (arXiv 2002.05202) multiplies the activation by a second D -> F.
+
+    `fc1`, `up` and `fc2` are Llama's gate_proj, up_proj and down_proj.
+    """
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.config = config
-        self.fc1 = linear(config.d_model, 4 * config.d_model, dtype, rngs)
-        self.fc2 = linear(4 * config.d_model, config.d_model, dtype, rngs)
+        D, F, has_bias = config.d_model, config.n_hidden, config.biases in ("all", "feed_forward")
+        self.fc1 = linear(config, D, F, dtype, rngs, has_bias)
+        if config.mlp in GATED:
+            self.up = linear(config, D, F, dtype, rngs, has_bias)
+        self.fc2 = linear(config, F, D, dtype, rngs, has_bias, residual_std(config))
 
     @jax.named_scope("feed-forward")
     def __call__(self, x_BTD: Array, key: Array | None) -> Array:
-        x_BTF = gelu(self.fc1(x_BTD), self.config.gelu)
+        x_BTF = activation(self.fc1(x_BTD), self.config.mlp, self.config.gelu)
+        if self.config.mlp in GATED:
+            x_BTF = x_BTF * self.up(x_BTD)
         return self.fc2(dropout(x_BTF, self.config.dropout, key))
 
 
 class Block(nnx.Module):
-    """Attention and feed-forward, each on a residual; LayerNorm before each, or with `post_norm` after each sum."""
+    """Attention and feed-forward, each on a residual; a norm before each, or with `post_norm` after each sum."""
 
     def __init__(self, config: ModelConfig, is_causal: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.config = config
-        self.layernorm1 = layernorm(config, rngs)
+        self.layernorm1 = norm(config, rngs)
         self.attention = Attention(config, is_causal, dtype, rngs)
-        self.layernorm2 = layernorm(config, rngs)
+        self.layernorm2 = norm(config, rngs)
         self.feed_forward = FeedForward(config, dtype, rngs)
 
     def __call__(
@@ -310,7 +358,7 @@ class Transformer(nnx.Module):
         self.blocks = jax.vmap(lambda rngs: Block(config, is_causal, dtype, rngs))(rngs.split(config.n_layers))
         add_adapters(self.blocks, config, rngs)
         if config.final_norm:
-            self.final_norm = layernorm(config, rngs)
+            self.final_norm = norm(config, rngs)
 
     def __call__(self, tokens_BT: Array, key: Array | None = None, segments_BT: Array | None = None) -> Array:
         is_pad_BT = tokens_BT == self.config.pad_id if self.config.pad_id >= 0 else None

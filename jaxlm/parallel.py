@@ -29,12 +29,12 @@ _AUTO = (AxisType.Auto,) * len(AXES)  # XLA decides where `constrain` says nothi
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     ("embedding/token/embedding", ("tensor", "fsdp")),
     ("embedding/position", (None, "fsdp")),
-    ("(query|key|value|fc1)/kernel", ("fsdp", "tensor")),
-    ("(query|key|value|fc1)/bias", ("tensor",)),
+    ("(query|key|value|fc1|up)/kernel", ("fsdp", "tensor")),
+    ("(query|key|value|fc1|up)/bias", ("tensor",)),
     ("(attention/output|fc2)/kernel", ("tensor", "fsdp")),
     # Adapters are split as their kernels are, but not along the rank.
-    ("(query|key|value|fc1)/lora_a", ("fsdp", None)),
-    ("(query|key|value|fc1)/lora_b", (None, "tensor")),
+    ("(query|key|value|fc1|up)/lora_a", ("fsdp", None)),
+    ("(query|key|value|fc1|up)/lora_b", (None, "tensor")),
     ("(attention/output|fc2)/lora_a", ("tensor", None)),
     ("(attention/output|fc2)/lora_b", (None, "fsdp")),
     ("LanguageModel/head/linear/kernel", ("fsdp", "tensor")),
@@ -79,7 +79,8 @@ def shardings(mesh: Mesh, tree: Any, model: str, config: ModelConfig) -> Any:
         spec = [*[None] * (x.ndim - len(axes)), *axes]
         for size, axis in zip(x.shape, spec, strict=True):
             if axis is not None and size % mesh.shape[axis]:
-                setting = "model.vocab_size" if size == config.vocab_size else "model.d_model"
+                sizes = {config.vocab_size: "model.vocab_size", config.d_ff: "model.d_ff"}
+                setting = sizes.get(size, "model.d_model")
                 raise UserError(
                     f"mesh.{axis}={mesh.shape[axis]}: {name} has the shape {list(x.shape)}, and {size} is not "
                     f"divisible by it; use another mesh.{axis}, or {setting}={_next(config, setting, mesh, axis)}"
@@ -199,6 +200,6 @@ def _name(model: str, path: tuple[Any, ...]) -> str:
 
 def _next(config: ModelConfig, setting: str, mesh: Mesh, axis: str) -> int:
     """Return the next value of a setting that all of its dimensions can be split at."""
-    size = config.vocab_size if setting == "model.vocab_size" else config.d_model
+    size = getattr(config, setting.removeprefix("model."))
     n_parts = mesh.shape[axis] * (config.n_heads if setting == "model.d_model" else 1)
     return -(-size // n_parts) * n_parts

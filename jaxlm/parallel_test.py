@@ -217,7 +217,7 @@ def test_the_table_tells_what_is_whole_on_every_device() -> None:
     shapes = jax.eval_shape(fresh).params
     rows = {path: rest for path, *rest in parallel.rows_of_table(mesh, shapes, "Classifier")}
     assert rows["embedding/token/embedding"] == ["tensor x fsdp", VOCAB * 16, VOCAB * 16 // 8]
-    assert rows["(query|key|value|fc1)/bias"] == ["tensor", 3 * (3 * 16 + 64), 3 * (3 * 16 + 64) // 2]
+    assert rows["(query|key|value|fc1|up)/bias"] == ["tensor", 3 * (3 * 16 + 64), 3 * (3 * 16 + 64) // 2]
     # Two norms of scale and bias, two biases of sums, in 3 blocks, and the classifier's head.
     whole = 3 * 6 * 16 + 2 * 16 + 2
     assert rows["all else"] == ["", whole, whole]

@@ -71,8 +71,8 @@ def test_rounding_is_still_what_was_measured(name: str) -> None:
 
 
 def test_a_mistake_in_one_package_is_noticed() -> None:
-    exact = torchlm.model.layernorm(ModelConfig(d_model=12))
-    with mock.patch.object(torchlm.model, "layernorm", lambda config: type(exact)(config.d_model, eps=1e-6)):
+    exact = torchlm.model.norm(ModelConfig(d_model=12))
+    with mock.patch.object(torchlm.model, "norm", lambda config: type(exact)(config.d_model, eps=1e-6)):
         rows = CHECKS["edges: mlm"]()
     assert not all(row.passes for row in rows)
 

@@ -100,6 +100,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "parts of DistilBERT": {"model.embedding_norm": True, "model.head_dense": "distilbert"},
     "parts of GPT-2": {"model.tied_embedding": True, "model.gelu": "tanh", "model.output_bias": False},
     "rotary, no pad": {"model.positions": "rotary", "model.final_norm": True, "model.pad_id": -1},
+    "RMSNorm": {"model.norm": "rmsnorm", "model.final_norm": True},
+    "RMSNorm without scale": {"model.norm": "rmsnorm_no_scale", "model.embedding_norm": True},
+    "LayerNorm without bias": {"model.norm": "layernorm_no_bias", "model.final_norm": True},
+    "GEGLU": {"model.mlp": "geglu", "model.gelu": "tanh"},
+    "SwiGLU": {"model.mlp": "swiglu", "model.d_ff": 20},
+    "squared ReLU": {"model.mlp": "relu2", "model.d_ff": 5},
+    "no biases": {"model.biases": "none", "model.mlp": "geglu", "model.head_dense": "bert", "model.output_bias": False},
+    "biases of attention": {"model.biases": "attention"},
+    "biases of the feed-forward": {"model.biases": "feed_forward", "model.mlp": "swiglu"},
+    "soft cap": {"model.logit_softcap": 0.7},
+    "z-loss": {"model.z_loss": 0.05, "model.tied_embedding": True},
 }
 # Settings that train a part.
 PARTS: dict[str, dict[str, Any]] = {
@@ -120,6 +131,10 @@ PARTS: dict[str, dict[str, Any]] = {
     "LoRA, tied": {
         **{"model.lora_rank": 3, "model.lora_alpha": 1.0, "model.lora_products": "output,fc1,fc2"},
         "model.tied_embedding": True,
+    },
+    "LoRA, gated": {
+        **{"model.lora_rank": 2, "model.lora_products": "up,fc2", "model.mlp": "swiglu", "model.biases": "none"},
+        "model.d_ff": 9,
     },
 }
 OPTIONS |= PARTS

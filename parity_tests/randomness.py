@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from flax import nnx
 
+from jaxlm import config as configs
 from jaxlm.config import Config
 from jaxlm.params import names
 from jaxlm.params.names import Arrays
@@ -19,12 +20,13 @@ from parity_tests.trajectory import Row
 DEVIATIONS = 5  # of a statistic from its expectation, in standard errors: one in two million is farther off
 
 
-def start_values(task: str, departure: str = "") -> list[Row]:
+def start_values(task: str, departure: str = "", initialization: str = "original") -> list[Row]:
     """Return how far start values of both packages are from the original's distributions, or those of a departure."""
     sizes = {"model.d_model": 48, "model.n_heads": 4, "model.vocab_size": 101}
     changes = {f"model.{departure}": True, "model.positions": "learned"} if departure else {}
     config = config_of(task, **sizes, **changes)
-    name = f"{task}{', ' * bool(departure)}{departure}"
+    config = configs.replace(config, "model.initialization", initialization)
+    name = ", ".join(x for x in (task, departure, initialization) if x not in ("", "original"))
     return [row for package in PACKAGES for row in _rows(name, package, config)]
 
 
@@ -57,7 +59,19 @@ def _deviations(tensor: str, x: np.ndarray, start: Arrays, config: Config) -> li
     is_weight, part = tensor.endswith("weight"), tensor.split(".")[-2]
     if "norm" in part or tensor in ("head.bias", "head.linear.bias"):
         return [("start of norms and of the head's bias", float(np.abs(x - is_weight * ("norm" in part)).max()), 0)]
-    if tensor.startswith("base.embedding") or part == "linear":  # the latter only in heads
+    is_modernbert, scaled = config.model.initialization == "modernbert", 0.02 / (2 * config.model.n_layers) ** 0.5
+    is_truncated = is_modernbert and tensor != "base.embedding.position"
+    if config.model.initialization != "original":
+        if not is_weight and tensor != "base.embedding.position":
+            return [("start of biases", float(np.abs(x).max()), 0)]
+        is_scaled = part in ("output", "fc2") and config.model.initialization != "llama"
+        deviation = scaled if is_scaled or (is_modernbert and part in ("linear", "dense")) else 0.02
+        if is_modernbert and part == "linear" and parameters.model_kind(config.task) == "classifier":
+            deviation = config.model.d_model**-0.5
+        bound = 2 * deviation
+        # Of a normal distribution without what is beyond two deviations.
+        deviation, kurtosis = (deviation * 0.7737**0.5, 2.366) if is_truncated else (deviation, 3.0)
+    elif tensor.startswith("base.embedding") or part == "linear":  # the latter only in heads
         has_scale = not (config.model.tied_embedding or config.model.embedding_norm)
         is_wide = tensor == "base.embedding.token.weight" and has_scale
         deviation, kurtosis = 1.0 if is_wide else 0.02, 3.0

@@ -17,5 +17,12 @@ def test_start_values_have_the_right_distributions(task: str, departure: str) ->
     assert not failures(rows)
 
 
+@pytest.mark.parametrize(
+    ("task", "initialization"), [("gpt", "gpt2"), ("gpt", "llama"), ("mlm", "modernbert"), ("cola", "modernbert")]
+)
+def test_start_values_of_others_have_the_right_distributions(task: str, initialization: str) -> None:
+    assert not failures(randomness.start_values(task, "embedding_norm", initialization))
+
+
 def test_each_update_drops_others_and_a_run_anew_the_same() -> None:
     assert not failures(randomness.masks_of_updates())

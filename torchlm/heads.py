@@ -10,46 +10,59 @@ import torch
 from torch import Tensor, nn
 
 from jaxlm.config import ModelConfig
-from torchlm.model import Transformer, gelu, layernorm
+from torchlm.model import Transformer, gelu, norm, residual_std, start
 
 
-def head_linear(n_in: int, n_out: int, rngs: torch.Generator) -> nn.Linear:
-    """Return an output layer with the original's start values: normal(0, 0.02) weights, zero bias."""
-    layer = nn.utils.skip_init(nn.Linear, n_in, n_out)
-    nn.init.normal_(layer.weight, std=0.02, generator=rngs)
-    nn.init.zeros_(layer.bias)
+def head_linear(
+    config: ModelConfig, n_out: int, rngs: torch.Generator, has_bias: bool = True, is_classifier: bool = False
+) -> nn.Linear:
+    """Return a linear layer of hidden states that starts with zero bias; the original's weights are normal(0, 0.02)."""
+    std = 0.02
+    if config.initialization == "modernbert":
+        std = config.d_model**-0.5 if is_classifier else residual_std(config)
+    layer = nn.utils.skip_init(nn.Linear, config.d_model, n_out, bias=has_bias)
+    start(layer.weight, config, rngs, std)
+    if has_bias:
+        nn.init.zeros_(layer.bias)
     return layer
 
 
+def soft_capped(logits: Tensor, cap: float) -> Tensor:
+    """Return logits held between -cap and cap by a tanh (Gemma 2, arXiv 2408.00118, section 2); 0: as they are."""
+    return cap * torch.tanh(logits / cap) if cap else logits
+
+
 class LanguageModelHead(nn.Module):
-    """Hidden states to vocabulary logits; LayerNorm first if `has_norm` (mlm), before it the dense layer of BERT."""
+    """Hidden states to vocabulary logits; a norm first if `has_norm` (mlm), before it the dense layer of BERT."""
 
     def __init__(self, config: ModelConfig, has_norm: bool, rngs: torch.Generator):
         super().__init__()
         self.config, self.is_tied, self.has_norm = config, config.tied_embedding, has_norm
         self.has_dense = has_norm and config.head_dense != "none"
         if self.has_dense:
-            self.dense = head_linear(config.d_model, config.d_model, rngs)
+            self.dense = head_linear(config, config.d_model, rngs, config.biases == "all")
         if has_norm:
-            self.layernorm = layernorm(config)
+            self.layernorm = norm(config)
         if self.is_tied:
             self.bias = nn.Parameter(torch.zeros(config.vocab_size))
         else:
-            self.linear = head_linear(config.d_model, config.vocab_size, rngs)
+            self.linear = head_linear(config, config.vocab_size, rngs, config.output_bias)
 
     def forward(self, x_BTD: Tensor, table_VD: Tensor) -> Tensor:
         if self.has_dense:
             x_BTD = gelu(self.dense(x_BTD), self.config.gelu)
         if self.has_norm:
             x_BTD = self.layernorm(x_BTD)
-        if not self.is_tied:
-            return self.linear(x_BTD)
-        bias_V = self.bias * self.config.output_bias
-        return nn.functional.linear(x_BTD, table_VD, bias_V)
+        if self.is_tied:
+            bias_V = self.bias * self.config.output_bias
+            logits_BTV = nn.functional.linear(x_BTD, table_VD, bias_V)
+        else:
+            logits_BTV = self.linear(x_BTD)
+        return soft_capped(logits_BTV, self.config.logit_softcap)
 
 
 class LanguageModel(nn.Module):
-    """Token ids to vocabulary logits: bidirectional with a LayerNorm before the output (mlm), or causal (gpt)."""
+    """Token ids to vocabulary logits: bidirectional with a norm before the output (mlm), or causal (gpt)."""
 
     def __init__(self, config: ModelConfig, is_causal: bool, dtype: torch.dtype, rngs: torch.Generator):
         super().__init__()
@@ -77,8 +90,8 @@ class ClassifierHead(nn.Module):
         super().__init__()
         self.config = config
         if config.head_dense != "none":
-            self.dense = head_linear(config.d_model, config.d_model, rngs)
-        self.linear = head_linear(config.d_model, n_outputs, rngs)
+            self.dense = head_linear(config, config.d_model, rngs, config.biases == "all")
+        self.linear = head_linear(config, n_outputs, rngs, is_classifier=True)
 
     def forward(self, x_BTD: Tensor, last_B: Tensor | None) -> Tensor:
         if last_B is None:

@@ -7,16 +7,20 @@ from torch import Tensor, nn
 Totals = dict[str, Tensor]
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Totals:
+def cross_entropy(logits: Tensor, labels: Tensor, z_loss: float = 0.0) -> Totals:
     """Return the summed cross-entropy, the number of labels, and how often the largest logit is the label.
 
-    logits [..., V], labels [...]; a negative label counts nothing.
+    logits [..., V], labels [...]; a negative label counts nothing. With `z_loss`, the loss has as much of the squared
+    logarithm of the softmax's denominator, which keeps logits small (PaLM, arXiv 2204.02311, section 5).
     """
     is_counted = labels >= 0
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     ignored = torch.where(is_counted, labels, -1).flatten()
+    loss = nn.functional.cross_entropy(logits.flatten(0, -2), ignored, ignore_index=-1, reduction="sum")
+    if z_loss:
+        loss = loss + z_loss * torch.where(is_counted, logits.logsumexp(dim=-1).square(), 0).sum()
     return {
-        "loss": nn.functional.cross_entropy(logits.flatten(0, -2), ignored, ignore_index=-1, reduction="sum"),
+        "loss": loss,
         "count": is_counted.sum(),
         "correct": (is_counted & (logits.argmax(dim=-1) == labels)).sum(),
     }

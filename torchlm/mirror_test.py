@@ -80,6 +80,7 @@ ONLY_TORCH = {
 # what cached decoding gives.
 JAX_ARGUMENTS = {"dtype", "key", "keys", "rngs", "positions_BT", "seq_len", "attend_to", "axes"}
 ARGUMENTS = {  # (jaxlm's, torchlm's) where they differ otherwise
+    "model.start": (["config", "std"], ["x", "config", "rngs", "std"]),
     "model.future": (["T"], ["T", "device"]),
     "model.hidden": (["mask", "T", "S"], ["mask", "T", "device"]),
     "optim.adamw": (["config", "rate", "n_layers"], ["config", "model"]),
@@ -161,6 +162,13 @@ def test_public_names_their_order_and_arguments_are_the_same(name: str) -> None:
         {"model.positions": "rotary", "model.final_norm": True, "model.head_outputs": "vocabulary"},
         {"model.lora_rank": 2, "model.lora_products": "fc2,key"},
         {"model.embedding_norm": True, "model.head_dense": "bert", "model.tied_embedding": True},
+        {"model.norm": "rmsnorm", "model.mlp": "swiglu", "model.d_ff": 7, "model.biases": "attention"},
+        {"model.norm": "layernorm_no_bias", "model.mlp": "relu2", "model.biases": "feed_forward"},
+        {
+            **{"model.norm": "rmsnorm_no_scale", "model.mlp": "geglu", "model.biases": "none"},
+            **{"model.head_dense": "bert", "model.output_bias": False, "model.lora_rank": 2},
+            "model.lora_products": "up,fc2",
+        },
     ],
 )
 @pytest.mark.parametrize("task", list(jaxlm_tasks.TASKS))

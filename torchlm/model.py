@@ -1,6 +1,6 @@
 """The transformer of the original design, in build order: Embedding, Attention, FeedForward, Block, Transformer.
 
-Array names end in their shape: B batch, T positions, D d_model, H heads, K head size, V vocabulary.
+Array names end in their shape: B batch, T positions, D d_model, H heads, K head size, F hidden units, V vocabulary.
 The mode of a module turns dropout on (`train()`) or off (`eval()`).
 Parameters are float32; products compute in bfloat16 inside `torch.autocast`, which the models of heads.py open.
 """
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from jaxlm.config import ModelConfig
+from jaxlm.config import GATED, ModelConfig
 from jaxlm.params.names import is_trained, lora_products
 
 REMAT: dict[str, list[Any]] = {  # what is kept of a block for its gradients
@@ -54,12 +54,34 @@ class Linear(nn.Linear):
         return y
 
 
-def linear(n_in: int, n_out: int, rngs: torch.Generator) -> Linear:
-    """Return a linear layer with the original's start values: Xavier-uniform weights, PyTorch's default bias."""
-    bound = n_in**-0.5
-    layer: Linear = nn.utils.skip_init(Linear, n_in, n_out)
-    nn.init.xavier_uniform_(layer.weight, generator=rngs)
-    nn.init.uniform_(layer.bias, -bound, bound, generator=rngs)
+def start(x: Tensor, config: ModelConfig, rngs: torch.Generator, std: float = 0.02) -> None:
+    """Fill a matrix with start values: normal(0, std), without its ends for ModernBERT (arXiv 2412.13663, app. A.2)."""
+    if config.initialization == "modernbert":
+        nn.init.trunc_normal_(x, std=std, a=-2 * std, b=2 * std, generator=rngs)
+    else:
+        nn.init.normal_(x, std=std, generator=rngs)
+
+
+def residual_std(config: ModelConfig) -> float:
+    """Return the std of start values where 2 L sublayers add to the stream: less, so that the sum's does not grow."""
+    return 0.02 if config.initialization == "llama" else 0.02 / (2 * config.n_layers) ** 0.5
+
+
+def linear(
+    config: ModelConfig, n_in: int, n_out: int, rngs: torch.Generator, has_bias: bool = True, std: float = 0.02
+) -> Linear:
+    """Return a linear layer of a block.
+
+    The original starts with Xavier-uniform weights and PyTorch's default bias; others with `start` and zero.
+    """
+    bound = n_in**-0.5 if config.initialization == "original" else 0.0
+    layer: Linear = nn.utils.skip_init(Linear, n_in, n_out, bias=has_bias)
+    if config.initialization == "original":
+        nn.init.xavier_uniform_(layer.weight, generator=rngs)
+    else:
+        start(layer.weight, config, rngs, std)
+    if has_bias:
+        nn.init.uniform_(layer.bias, -bound, bound, generator=rngs)
     return layer
 
 
@@ -74,9 +96,12 @@ def add_adapters(blocks: nn.ModuleList, config: ModelConfig, rngs: torch.Generat
             layer.lora_scale = config.lora_alpha / config.lora_rank
 
 
-def layernorm(config: ModelConfig) -> nn.LayerNorm:
-    """Return LayerNorm with scale and bias, in float32."""
-    return nn.LayerNorm(config.d_model, eps=config.norm_epsilon)
+def norm(config: ModelConfig) -> nn.LayerNorm | nn.RMSNorm:
+    """Return LayerNorm or RMSNorm (arXiv 1910.07467), in float32."""
+    size, epsilon = config.d_model, config.norm_epsilon
+    if config.norm in ("rmsnorm", "rmsnorm_no_scale"):
+        return nn.RMSNorm(size, eps=epsilon, elementwise_affine=config.norm == "rmsnorm")
+    return nn.LayerNorm(size, eps=epsilon, bias=config.norm == "layernorm")
 
 
 def dropout(x: Tensor, rate: float, is_training: bool) -> Tensor:
@@ -87,6 +112,13 @@ def dropout(x: Tensor, rate: float, is_training: bool) -> Tensor:
 def gelu(x: Tensor, kind: str) -> Tensor:
     """Return x times the share of a normal distribution below x, exactly or by tanh. Source: arXiv 1606.08415."""
     return nn.functional.gelu(x, approximate="tanh" if kind == "tanh" else "none")
+
+
+def activation(x: Tensor, mlp: str, kind: str) -> Tensor:
+    """Return the nonlinearity of a feed-forward: GELU of a `kind`, SiLU, or squared ReLU (arXiv 2109.08668)."""
+    if mlp == "swiglu":
+        return nn.functional.silu(x)
+    return nn.functional.relu(x).square() if mlp == "relu2" else gelu(x, kind)
 
 
 def fixed_positions(seq_len: int, d_model: int) -> np.ndarray:
@@ -164,7 +196,7 @@ def attend(
 
 
 class Embedding(nn.Module):
-    """Token table plus positions, LayerNorm, dropout. The row of `pad_id` starts at zero and gets no gradient."""
+    """Token table plus positions, norm, dropout. The row of `pad_id` starts at zero and gets no gradient."""
 
     table_TD: Tensor
 
@@ -173,10 +205,10 @@ class Embedding(nn.Module):
         self.config = config
         # A tied table is also the output layer, whose start values are small (GPT-2 does the same). Where a norm takes
         # away its scale, a small one lets the same steps move it further (BERT does the same).
-        std = 0.02 if config.tied_embedding or config.embedding_norm else 1.0
+        is_small = config.tied_embedding or config.embedding_norm or config.initialization != "original"
         pad_id = config.pad_id if config.pad_id >= 0 else None
         self.token = nn.utils.skip_init(nn.Embedding, config.vocab_size, config.d_model, padding_idx=pad_id)
-        nn.init.normal_(self.token.weight, std=std, generator=rngs)
+        start(self.token.weight, config, rngs, 0.02 if is_small else 1.0)
         if pad_id is not None:
             nn.init.zeros_(self.token.weight[pad_id])
         if config.positions == "learned":
@@ -185,7 +217,7 @@ class Embedding(nn.Module):
             table_TD = torch.from_numpy(fixed_positions(config.seq_len, config.d_model))
             self.register_buffer("table_TD", table_TD, persistent=False)
         if config.embedding_norm:
-            self.layernorm = layernorm(config)
+            self.layernorm = norm(config)
 
     def forward(self, tokens_BT: Tensor, positions_BT: Tensor | None = None) -> Tensor:
         """Return [B, T, D]; positions are 0 to T - 1, or `positions_BT`."""
@@ -201,15 +233,16 @@ class Embedding(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with biases; `is_causal` also masks the future."""
+    """Multi-head self-attention; `is_causal` also masks the future."""
 
     def __init__(self, config: ModelConfig, is_causal: bool, rngs: torch.Generator):
         super().__init__()
         self.config, self.is_causal = config, is_causal
-        self.query = linear(config.d_model, config.d_model, rngs)
-        self.key = linear(config.d_model, config.d_model, rngs)
-        self.value = linear(config.d_model, config.d_model, rngs)
-        self.output = linear(config.d_model, config.d_model, rngs)
+        D, has_bias = config.d_model, config.biases in ("all", "attention")
+        self.query = linear(config, D, D, rngs, has_bias)
+        self.key = linear(config, D, D, rngs, has_bias)
+        self.value = linear(config, D, D, rngs, has_bias)
+        self.output = linear(config, D, D, rngs, has_bias, residual_std(config))
 
     def forward(self, x_BTD: Tensor, places: Places) -> Tensor:
         B, T, D = x_BTD.shape
@@ -226,28 +259,36 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """d -> 4d, GELU, dropout, 4d -> d."""
+    """D -> F, activation, dropout, F -> D; a gated one (arXiv 2002.05202) multiplies the activation by a second D -> F.
+
+    `fc1`, `up` and `fc2` are Llama's gate_proj, up_proj and down_proj.
+    """
 
     def __init__(self, config: ModelConfig, rngs: torch.Generator):
         super().__init__()
         self.config = config
-        self.fc1 = linear(config.d_model, 4 * config.d_model, rngs)
-        self.fc2 = linear(4 * config.d_model, config.d_model, rngs)
+        D, F, has_bias = config.d_model, config.n_hidden, config.biases in ("all", "feed_forward")
+        self.fc1 = linear(config, D, F, rngs, has_bias)
+        if config.mlp in GATED:
+            self.up = linear(config, D, F, rngs, has_bias)
+        self.fc2 = linear(config, F, D, rngs, has_bias, residual_std(config))
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        x_BTF = gelu(self.fc1(x_BTD), self.config.gelu)
+        x_BTF = activation(self.fc1(x_BTD), self.config.mlp, self.config.gelu)
+        if self.config.mlp in GATED:
+            x_BTF = x_BTF * self.up(x_BTD)
         return self.fc2(dropout(x_BTF, self.config.dropout, self.training))
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each on a residual; LayerNorm before each, or with `post_norm` after each sum."""
+    """Attention and feed-forward, each on a residual; a norm before each, or with `post_norm` after each sum."""
 
     def __init__(self, config: ModelConfig, is_causal: bool, rngs: torch.Generator):
         super().__init__()
         self.config = config
-        self.layernorm1 = layernorm(config)
+        self.layernorm1 = norm(config)
         self.attention = Attention(config, is_causal, rngs)
-        self.layernorm2 = layernorm(config)
+        self.layernorm2 = norm(config)
         self.feed_forward = FeedForward(config, rngs)
 
     def forward(self, x_BTD: Tensor, places: Places) -> Tensor:
@@ -271,7 +312,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList([Block(config, is_causal, rngs) for _ in range(config.n_layers)])
         add_adapters(self.blocks, config, rngs)
         if config.final_norm:
-            self.final_norm = layernorm(config)
+            self.final_norm = norm(config)
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(is_trained(config, f"base.{name}"))
 

@@ -29,18 +29,17 @@ class _How(NamedTuple):
     is_on_gpu: bool
 
 
-def linear(x: Array, kernel: Array, bias: Array, dtype: Any, axis: int = 0, is_rounded: bool = False) -> Array:
-    """Return x [..., n_in] times kernel, plus bias [n_out]; kernel [n_in, n_out], or with `axis` 1 [n_out, n_in].
+def linear(x: Array, kernel: Array, bias: Array | None, dtype: Any, axis: int = 0, is_rounded: bool = False) -> Array:
+    """Return x [..., n_in] times kernel, plus bias [n_out] if there is one.
+
+    The kernel is [n_in, n_out], or with `axis` 1 [n_out, n_in].
 
     `is_rounded`: the caller will round the result to `dtype`. A GPU then rounds the sums before it adds the bias, which
     saves writing and reading them in float32.
     """
+    if bias is None:  # XLA adds no zeros, and does not sum their gradient, which nothing needs
+        bias = jnp.zeros(kernel.shape[1 - axis], sum_dtype(dtype))
     return _linear(x.astype(dtype), kernel, bias, _How(dtype, axis, is_rounded, is_one_cpu(), platform() == "gpu"))
-
-
-def unbiased(x: Array, kernel: Array, dtype: Any) -> Array:
-    """Return x [..., n_in] times kernel [n_in, n_out]."""
-    return linear(x, kernel, jnp.zeros(kernel.shape[1], sum_dtype(dtype)), dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

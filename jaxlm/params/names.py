@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm.config import BASE, LORA_PRODUCTS, Config, ModelConfig
+from jaxlm.config import BASE, GATED, LORA_PRODUCTS, Config, ModelConfig
 from jaxlm.errors import UserError
 
 Arrays = dict[str, np.ndarray]
@@ -36,14 +36,15 @@ def shapes(config: Config, kind: str) -> Shapes:
     `kind` is "masked", "causal", "classifier" or BASE. The order is PyTorch's, where a module's own parameters come
     before those of its parts.
     """
-    model, D, adapted = config.model, config.model.d_model, lora_products(config.model)
-    F, V = 4 * D, config.model.vocab_size
+    model, adapted = config.model, lora_products(config.model)
+    D, F, V = model.d_model, model.n_hidden, model.vocab_size
 
-    def layernorm(name: str) -> Shapes:
-        return {f"{name}.weight": (D,), f"{name}.bias": (D,)}
+    def norm(name: str) -> Shapes:
+        kinds = {"layernorm": ("weight", "bias"), "rmsnorm_no_scale": ()}.get(model.norm, ("weight",))
+        return {f"{name}.{kind}": (D,) for kind in kinds}
 
-    def linear(name: str, n_in: int, n_out: int) -> Shapes:
-        found: Shapes = {f"{name}.weight": (n_out, n_in), f"{name}.bias": (n_out,)}
+    def linear(name: str, n_in: int, n_out: int, has_bias: bool) -> Shapes:
+        found: Shapes = {f"{name}.weight": (n_out, n_in)} | ({f"{name}.bias": (n_out,)} if has_bias else {})
         if name.startswith("base.") and name.rpartition(".")[2] in adapted:
             found |= {f"{name}.lora_a": (model.lora_rank, n_in), f"{name}.lora_b": (n_out, model.lora_rank)}
         return found
@@ -51,28 +52,31 @@ def shapes(config: Config, kind: str) -> Shapes:
     result: Shapes = {"base.embedding.position": (model.seq_len, D)} if model.positions == "learned" else {}
     result["base.embedding.token.weight"] = (V, D)
     if model.embedding_norm:
-        result |= layernorm("base.embedding.layernorm")
+        result |= norm("base.embedding.layernorm")
     for i in range(model.n_layers):
         block = f"base.blocks.{i}"
-        result |= layernorm(f"{block}.layernorm1")
+        result |= norm(f"{block}.layernorm1")
         for part in ("query", "key", "value", "output"):
-            result |= linear(f"{block}.attention.{part}", D, D)
-        result |= layernorm(f"{block}.layernorm2")
-        result |= linear(f"{block}.feed_forward.fc1", D, F) | linear(f"{block}.feed_forward.fc2", F, D)
+            result |= linear(f"{block}.attention.{part}", D, D, model.biases in ("all", "attention"))
+        result |= norm(f"{block}.layernorm2")
+        widths = {"fc1": (D, F), "up": (D, F), "fc2": (F, D)}
+        for part in ("fc1", "up", "fc2") if model.mlp in GATED else ("fc1", "fc2"):
+            result |= linear(f"{block}.feed_forward.{part}", *widths[part], model.biases in ("all", "feed_forward"))
     if model.final_norm:
-        result |= layernorm("base.final_norm")
+        result |= norm("base.final_norm")
     if kind == BASE:
         return result
-    dense = linear("head.dense", D, D) if model.head_dense != "none" and kind != "causal" else {}
+    has_dense = model.head_dense != "none" and kind != "causal"
+    dense = linear("head.dense", D, D, model.biases == "all") if has_dense else {}
     if kind == "classifier":
         n_outputs = V if model.head_outputs == "vocabulary" else config.data.n_classes
-        return result | dense | linear("head.linear", D, n_outputs)
+        return result | dense | linear("head.linear", D, n_outputs, True)
     if model.tied_embedding:
         result["head.bias"] = (V,)
     result |= dense
     if kind == "masked":
-        result |= layernorm("head.layernorm")
-    return result if model.tied_embedding else result | linear("head.linear", D, V)
+        result |= norm("head.layernorm")
+    return result if model.tied_embedding else result | linear("head.linear", D, V, model.output_bias)
 
 
 def shapes_of_tree(tree: Mapping[str, Any]) -> Shapes:

@@ -4,7 +4,7 @@ As in PaLM (arXiv 2204.02311, appendix B), but with a model's own width, and log
 them: what is recomputed to save memory does not count, and attention counts whole, also where it is causal.
 """
 
-from jaxlm.config import Config
+from jaxlm.config import GATED, Config
 from jaxlm.params import names
 from jaxlm.tasks import parameters
 
@@ -54,10 +54,13 @@ def flops_per_update(config: Config) -> int:
 
 def _products(config: Config, seq_len: int) -> tuple[int, int, int, int]:
     """Return the flops of a sample in a block's linear layers, between positions, in adapters, and in the output."""
-    T, D = seq_len or config.model.seq_len, config.model.d_model
+    model = config.model
+    T, D, F = seq_len or model.seq_len, model.d_model, model.n_hidden
     positions, outputs = n_logits(config, T)
-    # Query, key, value and output, then d -> 4d -> d; scores of all pairs of positions, and the sums they weight.
-    layers, pairs = 2 * T * (4 * D * D + 8 * D * D), 2 * (2 * T * T * D)
-    ends = sum(5 * D if name in ("fc1", "fc2") else 2 * D for name in names.lora_products(config.model))
-    dense = D * D if config.model.head_dense != "none" and parameters.model_kind(config.task) != "causal" else 0
-    return layers, pairs, 2 * T * config.model.lora_rank * ends, 2 * positions * (dense + D * outputs)
+    widths = {**dict.fromkeys(("query", "key", "value", "output"), (D, D)), "fc1": (D, F), "fc2": (F, D)}
+    widths |= {"up": (D, F)} if model.mlp in GATED else {}
+    layers = 2 * T * sum(n_in * n_out for n_in, n_out in widths.values())
+    pairs = 2 * (2 * T * T * D)  # scores of all pairs of positions, and the sums they weight
+    ends = sum(sum(widths[name]) for name in names.lora_products(model))
+    dense = D * D if model.head_dense != "none" and parameters.model_kind(config.task) != "causal" else 0
+    return layers, pairs, 2 * T * model.lora_rank * ends, 2 * positions * (dense + D * outputs)

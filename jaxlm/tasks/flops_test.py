@@ -80,6 +80,16 @@ def test_flops_of_a_model_are_those_counted_by_hand() -> None:
     assert flops.forward_flops(configs.build({**values, "task": "sst2"})) == weights + attention + 2 * 768 * 2
 
 
+def test_flops_of_a_gated_model_are_those_counted_by_hand() -> None:
+    values = {"model.d_model": 64, "model.n_layers": 3, "model.seq_len": 16, "model.vocab_size": 100}
+    gated = {"task": "gpt", **values, "model.mlp": "swiglu", "model.d_ff": 96}
+    weights, attention, logits = 2 * 16 * 3 * (4 * 64 * 64 + 3 * 64 * 96), 3 * 4 * 16 * 16 * 64, 2 * 16 * 64 * 100
+    assert flops.forward_flops(configs.build(gated)) == weights + attention + logits
+    adapters = 2 * 16 * 3 * 4 * (64 + 96)
+    adapted = configs.build(gated | {"model.lora_rank": 4, "model.lora_products": "up"})
+    assert flops.forward_flops(adapted) == weights + attention + logits + adapters
+
+
 @pytest.mark.parametrize("task", ["mlm", pytest.param("gpt", marks=pytest.mark.slow)])
 def test_flops_are_those_that_xla_counts_in_the_products_of_an_update(task: str) -> None:
     """XLA counts elementwise work as well; only products grow with the square of the width."""

@@ -21,7 +21,7 @@ N_SHOWN = 24  # tokens of a shown continuation
 
 class Gpt(Task):
     samples: ClassVar[type[Any]] = CausalSamples
-    settings: ClassVar[tuple[str, ...]] = ("data.text_column",)
+    settings: ClassVar[tuple[str, ...]] = ("data.text_column", "model.logit_softcap", "model.z_loss")
     baseline_name = "guessing by word frequency"
     original_prefixes = ("gpt", "gen_lm")
     has_probabilities = True

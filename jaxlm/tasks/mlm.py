@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 class Mlm(Task):
     samples = MaskedSamples
-    settings = ("data.text_column", "data.mask_fraction", "data.n_maskings", "model.head_dense")
+    settings = (
+        *("data.text_column", "data.mask_fraction", "data.n_maskings"),
+        *("model.head_dense", "model.logit_softcap", "model.z_loss"),
+    )
     baseline_name = "guessing by word frequency"
     original_prefixes = ("bert", "mask_lm")
     has_probabilities = True

@@ -20,7 +20,7 @@ MOST_SHOWN = 48  # tokens of a shown answer
 
 class Pairs(Gpt):
     samples = PairSamples
-    settings = ("data.prompt_column", "data.answer_column")
+    settings = ("data.prompt_column", "data.answer_column", "model.logit_softcap", "model.z_loss")
 
     def embedded(self) -> Source:
         return embedded.sentences("pairs")

@@ -27,12 +27,12 @@ LOCK = ".lock"  # in a run folder, locked for as long as a process works in it
 BASE_SETTINGS = (
     *("model.d_model", "model.n_layers", "model.n_heads", "model.vocab_size", "model.positions"),
     *("model.final_norm", "model.post_norm", "model.embedding_norm", "model.norm_epsilon", "model.gelu"),
-    "model.pad_id",
+    *("model.norm", "model.mlp", "model.d_ff", "model.biases", "model.pad_id"),
 )
 # What the tensors of a head depend on.
 HEAD_SETTINGS = (
     *("model.tied_embedding", "model.head_outputs", "model.pooling", "model.head_dense", "model.output_bias"),
-    "data.n_labels",
+    *("model.logit_softcap", "data.n_labels"),
 )
 # What cannot change when a run resumes. Nor can its data and its tokenizer, whose contents are compared instead.
 FIXED = (

@@ -290,7 +290,7 @@ def check(config: Config, family: Family) -> None:
         raise UserError(
             f"--as {family.type}: task={config.task}, but a model of {family.type} has {' and '.join(tasks)} only"
         )
-    expected = family.settings | {"lora_rank": 0}
+    expected = family.settings | {"lora_rank": 0, "norm": "layernorm", "mlp": "gelu", "biases": "all"}
     if task == CLASSES:
         expected |= {"head_outputs": "labels", "pooling": "first"}
         for name in ("tied_embedding", "output_bias"):  # which make no difference to it
@@ -300,6 +300,10 @@ def check(config: Config, family: Family) -> None:
         for name, value in expected.items()
         if (stored := getattr(config.model, name)) != value
     ]
+    if config.model.n_hidden != 4 * config.model.d_model:
+        problems.append(f"model.d_ff={config.model.d_ff}, but a model of {family.type} has 4 x model.d_model")
+    if config.model.logit_softcap and task != CLASSES:
+        problems.append(f"model.logit_softcap={config.model.logit_softcap}, but a model of {family.type} has none")
     if family.has_positions_behind_pad and config.model.pad_id < 0:
         problems.append(f"model.pad_id={config.model.pad_id}, but positions of {family.type} begin behind its pad_id")
     if problems:

@@ -176,6 +176,9 @@ def test_what_is_written_back_is_loaded_by_transformers_and_here(kind: str, make
         ("gpt2", "gpt", {"model.positions": "rotary"}, "model.positions=rotary, but a model of gpt2 has learned"),
         ("gpt2", "gpt", {"model.positions": "fixed"}, "model.final_norm=False, but a model of gpt2 has True"),
         ("gpt2", "gpt", {"model.tied_embedding": True}, "model.output_bias=True, but a model of gpt2 has False"),
+        ("gpt2", "gpt", {"model.d_ff": 20}, "model.d_ff=20, but a model of gpt2 has 4 x model.d_model"),
+        ("gpt2", "gpt", {"model.norm": "rmsnorm"}, "model.norm=rmsnorm, but a model of gpt2 has layernorm"),
+        ("gpt2", "gpt", {"model.logit_softcap": 9.0}, "model.logit_softcap=9.0, but a model of gpt2 has none"),
         ("bert", "mlm", {}, "model.post_norm=False, but a model of bert has True"),
         (
             "bert",

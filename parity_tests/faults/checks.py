@@ -73,11 +73,19 @@ CHECKS: dict[str, Callable[[type[Package]], list[Row]]] = {
     "inputs at the edges": of_two(lambda: inputs.edges("mlm")),
     "AdamW of NumPy and PyTorch": of_two(lambda: references.adamw(n_updates=8)),
     "start values": of_one(randomness, lambda: randomness.start_values("mlm")),
+    "start values of GPT-2": of_one(randomness, lambda: randomness.start_values("gpt", initialization="gpt2")),
+    "start values of ModernBERT": of_one(
+        randomness, lambda: randomness.start_values("mlm", initialization="modernbert")
+    ),
     "masks of updates": of_one(randomness, randomness.masks_of_updates),
     "statistics of dropout": of_one(drift, drift.dropout_statistics),
     "dropout with the same masks": of_two(lambda: drift.dropout("gpt", n_updates=2)),
     "gpt in float64": of_two(lambda: float64("gpt", n_updates=3)),
     "rotary positions": of_two(lambda: inputs.option("gpt", "rotary positions", n_updates=1)),
+    **{
+        name: of_two(functools.partial(inputs.option, "gpt", name, n_updates=1))
+        for name in ("RMSNorm", "GEGLU", "SwiGLU", "squared ReLU", "soft cap", "z-loss")
+    },
     "LoRA": of_two(lambda: inputs.option("gpt", "LoRA", n_updates=2)),
     "frozen layers and layer decay": of_two(lambda: inputs.option("gpt", "layer decay, frozen", n_updates=2)),
     "distillation": of_two(lambda: inputs.distilled("mlm", n_updates=2)),

@@ -14,7 +14,7 @@ from parity_tests.faults.targets import (
 )
 
 START, MASKS, SAME = "start values", "statistics of dropout", "dropout with the same masks"
-JAX_NORMAL, JAX_XAVIER = "jax.nn.initializers.normal(0.02)", "jax.nn.initializers.xavier_uniform()"
+JAX_XAVIER = "jax.nn.initializers.xavier_uniform()"
 TORCH_NORMAL = "nn.init.normal_(_x, std=0.02, generator=_generator)"
 TORCH_XAVIER = "nn.init.xavier_uniform_(_x, generator=_generator)"
 NO_KEY = "jax.random.key(0) if key is None else key"
@@ -24,13 +24,13 @@ FAULTS = [
     *both(
         "head of Xavier: the head starts as the other layers",
         START,
-        edit(head_linear.jaxlm, (JAX_NORMAL, JAX_XAVIER)),
-        edit(head_linear.torchlm, (TORCH_NORMAL, TORCH_XAVIER)),
+        edit(head_linear.jaxlm, ("start(config, _std)", JAX_XAVIER)),
+        edit(head_linear.torchlm, ("start(_x, config, _generator, _std)", TORCH_XAVIER)),
     ),
     *both(
         "layers of normal(0.02): layers start as GPT-2's",
         START,
-        edit(linear.jaxlm, (JAX_XAVIER, JAX_NORMAL)),
+        edit(linear.jaxlm, (JAX_XAVIER, "jax.nn.initializers.normal(0.02)")),
         edit(linear.torchlm, (TORCH_XAVIER, TORCH_NORMAL)),
     ),
     *mirrored("zero biases: biases start at zero, flax's default", START, linear, ("n_in**-0.5", "0.0")),

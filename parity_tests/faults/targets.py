@@ -1,7 +1,7 @@
 """The functions of jaxlm and torchlm in which faults are planted. Where one moves, only its import here changes."""
 
 from flax import nnx
-from torch.nn import LayerNorm
+from torch.nn import LayerNorm, RMSNorm
 from torch.optim import AdamW
 
 from jaxlm import distill as jax_distill
@@ -26,13 +26,17 @@ from torchlm import step as torch_step
 from torchlm.tasks.gpt import Gpt as TorchGpt
 
 framework_norm = Pair(nnx.LayerNorm.__call__, LayerNorm.forward)
+framework_rms_norm = Pair(nnx.RMSNorm.__call__, RMSNorm.forward)
 pytorch_adamw_step = AdamW.step
 
+start = Pair(jax_model.start, torch_model.start)
+residual_std = Pair(jax_model.residual_std, torch_model.residual_std)
 linear = Pair(jax_model.linear, torch_model.linear)
 add_adapters = Pair(jax_model.add_adapters, torch_model.add_adapters)
-norm = Pair(jax_model.layernorm, torch_model.layernorm)
+norm = Pair(jax_model.norm, torch_model.norm)
 dropout = Pair(jax_dropout.dropout, torch_model.dropout)
 gelu = Pair(jax_model.gelu, torch_model.gelu)
+activation = Pair(jax_model.activation, torch_model.activation)
 positions = Pair(jax_model.fixed_positions, torch_model.fixed_positions)
 rotate = Pair(jax_model.rotate, torch_model.rotate)
 future = Pair(jax_model.future, torch_model.future)
@@ -46,6 +50,7 @@ block = Pair(jax_model.Block.__call__, torch_model.Block.forward)
 transformer_start = Pair(jax_model.Transformer.__init__, torch_model.Transformer.__init__)
 transformer = Pair(jax_model.Transformer.__call__, torch_model.Transformer.forward)
 
+soft_capped = Pair(jax_heads.soft_capped, torch_heads.soft_capped)
 head_linear = Pair(jax_heads.head_linear, torch_heads.head_linear)
 lm_head = Pair(jax_heads.LanguageModelHead.__call__, torch_heads.LanguageModelHead.forward)
 classifier_head = Pair(jax_heads.ClassifierHead.__call__, torch_heads.ClassifierHead.forward)
@@ -54,6 +59,7 @@ at = Pair(jax_heads._at, torch_heads._at)
 
 cross_entropy = Pair(jax_loss.cross_entropy, torch_loss.cross_entropy)
 gpt_loss = Pair(JaxGpt.loss, TorchGpt.loss)
+lm_loss = jax_heads.LanguageModel.loss
 soft_loss = Pair(jax_distill.soft_loss, torch_distill.soft_loss)
 cosine_loss = Pair(jax_distill.cosine_loss, torch_distill.cosine_loss)
 

@@ -15,7 +15,8 @@ class Gpt(Task, gpt.Gpt):
         return LanguageModel(self.config.model, is_causal=True, dtype=self.dtype, rngs=rngs)
 
     def loss(self, model: LanguageModel, batch: dict[str, Tensor], key: None) -> Totals:
-        return cross_entropy(model(batch["tokens"], key), batch["labels"])
+        z_loss = self.config.model.z_loss if model.training else 0.0
+        return cross_entropy(model(batch["tokens"], key), batch["labels"], z_loss)
 
     def predict(self, model: LanguageModel, batch: dict[str, Tensor]) -> Tensor:
         n_prompt, n_new = self._shown()

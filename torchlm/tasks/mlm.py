@@ -15,7 +15,8 @@ class Mlm(Task, mlm.Mlm):
 
     def loss(self, model: LanguageModel, batch: dict[str, Tensor], key: None) -> Totals:
         # Logits only where something is masked: the same loss for a seventh of the work.
-        return self.totals(model(batch["tokens"], key, batch["positions"]), batch["labels"])
+        z_loss = self.config.model.z_loss if model.training else 0.0
+        return cross_entropy(model(batch["tokens"], key, batch["positions"]), batch["labels"], z_loss)
 
     def totals(self, logits_BMV: Tensor, labels_BM: Tensor) -> Totals:
         """Return what `loss` does, of logits."""
