@@ -12,8 +12,8 @@ import torch
 from jaxlm.tasks import TASKS, parameters
 from parity_tests import case as cases
 from parity_tests import drift, inputs, original, references, replay, trajectory
-from parity_tests.tolerances import FLOAT32
-from parity_tests.trajectory import Row
+from parity_tests.compare.rows import Row
+from parity_tests.compare.tolerances import FLOAT32
 
 # Cases of the form of the recorded ones, of other sizes, seeds and settings.
 FURTHER: dict[str, dict[str, Any]] = {

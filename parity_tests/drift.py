@@ -15,10 +15,11 @@ from jaxlm.config import Config
 from jaxlm.ops.dropout import keeps
 from jaxlm.tasks import parameters
 from parity_tests import trajectory
+from parity_tests.compare.rows import Row, norm
+from parity_tests.compare.tolerances import BFLOAT16_FACTOR, DEVIATIONS, FLOAT32, FLOAT64
 from parity_tests.packages import PACKAGES, Jaxlm, Precision, Torchlm
 from parity_tests.plan import Plan, random_plan
-from parity_tests.tolerances import BFLOAT16_FACTOR, DEVIATIONS, FLOAT32, FLOAT64
-from parity_tests.trajectory import Row, Trajectory
+from parity_tests.trajectory import Trajectory
 
 CLIP_NORM = 1.5  # amid the norms that gradients have here: some updates are clipped and some are not
 SEEDS = {"mlm": 1, "gpt": 2, "sst2": 3, "cola": 4, "pairs": 5}
@@ -194,7 +195,7 @@ def bfloat16(task: str, n_updates: int = DRIFT_UPDATES) -> Drift:
         for plan in plans:
             single, half = trajectory.run(package, plan, "float32"), trajectory.run(package, plan, "bfloat16")
             apart, moved = (
-                trajectory.norm({name: np.asarray(x, np.float64) - other[name] for name, x in single.final.items()})
+                norm({name: np.asarray(x, np.float64) - other[name] for name, x in single.final.items()})
                 for other in (half.final, plan.start)
             )
             shares.append(apart / moved)

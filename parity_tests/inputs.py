@@ -12,11 +12,12 @@ from jaxlm.params import names
 from jaxlm.tasks import parameters
 from jaxlm.training.teacher import Teacher
 from parity_tests import original, rounding, trajectory
+from parity_tests.compare.rows import Row
+from parity_tests.compare.tolerances import FLOAT32, FLOAT64, LONGEST_SUM
 from parity_tests.drift import config_of
 from parity_tests.packages import PACKAGES, Precision
 from parity_tests.plan import Batch, Plan, random_batch, random_plan, random_weights
-from parity_tests.tolerances import FLOAT32, FLOAT64, LONGEST_SUM
-from parity_tests.trajectory import First, Row
+from parity_tests.trajectory import First
 from torchlm.original import from_original, to_original
 
 

@@ -12,10 +12,10 @@ from jaxlm.config import Config
 from jaxlm.params import names
 from jaxlm.params.names import Arrays
 from jaxlm.tasks import parameters
+from parity_tests.compare.rows import Row
 from parity_tests.drift import config_of
 from parity_tests.packages import PACKAGES, Jaxlm, Package
 from parity_tests.plan import random_plan
-from parity_tests.trajectory import Row
 
 DEVIATIONS = 5  # of a statistic from its expectation, in standard errors: one in two million is farther off
 

@@ -3,7 +3,7 @@
 import pytest
 
 from parity_tests import randomness
-from parity_tests.trajectory import Row
+from parity_tests.compare.rows import Row
 
 
 def failures(rows: list[Row]) -> list[Row]:

@@ -22,12 +22,13 @@ from jaxlm.params.names import Arrays
 from jaxlm.tasks import parameters
 from jaxlm.tasks.parameters import model_kind
 from parity_tests import trajectory
+from parity_tests.compare.rows import Row, norm
+from parity_tests.compare.tolerances import FLOAT64, SLOPE
 from parity_tests.drift import config_of
 from parity_tests.original import position_table
 from parity_tests.packages import PACKAGES
 from parity_tests.plan import Batch, random_batch, random_weights
-from parity_tests.tolerances import FLOAT64, SLOPE
-from parity_tests.trajectory import First, Row
+from parity_tests.trajectory import First
 from torchlm import optim as torch_optim
 from torchlm import schedule as torch_schedule
 from torchlm import step as torch_step
@@ -317,7 +318,7 @@ def adamw(n_updates: int = 30) -> list[Row]:
         {name: scale * random.normal(size=shape) for name, shape in shapes.items()}
         for scale in np.geomspace(0.005, 0.5, n_updates)
     ]
-    norms = [trajectory.norm(gradient) for gradient in gradients]
+    norms = [norm(gradient) for gradient in gradients]
     assert min(norms) < config.train.clip_norm < max(norms)
     found = {"jaxlm": _adamw_of_jaxlm, "torchlm": _adamw_of_torchlm}
     wanted = {"NumPy": _adamw_of_numpy, "PyTorch": _adamw_of_pytorch}
@@ -426,7 +427,7 @@ def finite_differences(task: str, **changes: Any) -> list[Row]:
     for package in PACKAGES:
         state = package(config, weights, "float64")
         gradients = trajectory.first(state, batch).gradients
-        whole = trajectory.norm(gradients)
+        whole = norm(gradients)
         for name, x in weights.items():
             direction = random.normal(size=x.shape)
             if name == "base.embedding.token.weight" and pad_id >= 0:

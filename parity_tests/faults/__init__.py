@@ -15,12 +15,11 @@ from dataclasses import dataclass
 
 import jax
 
-from parity_tests import trajectory
+from parity_tests.compare.rows import Row, badness
 from parity_tests.faults import checkpoint, data, heads, loss, model, modern, optimizer, randomness, schedule, tuning
 from parity_tests.faults.checks import CHECKS, once
 from parity_tests.faults.planting import Fault
 from parity_tests.packages import PACKAGES, Package
-from parity_tests.trajectory import Row
 
 _SUBJECTS = (model, modern, heads, data, checkpoint, loss, tuning, optimizer, schedule, randomness)
 FAULTS: list[Fault] = [fault for subject in _SUBJECTS for fault in subject.FAULTS]
@@ -47,7 +46,7 @@ def check(package: type[Package], name: str) -> Row | None:
     except Exception as error:
         return Row(name, package.name, f"raises {type(error).__name__}", float("inf"), 0.0)
     failed = [row for row in rows if not row.passes]
-    return max(failed, key=trajectory._badness) if failed else None
+    return max(failed, key=badness) if failed else None
 
 
 def catch(fault: Fault) -> Result:

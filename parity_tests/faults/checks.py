@@ -10,10 +10,10 @@ import jax
 
 from parity_tests import case as cases
 from parity_tests import drift, inputs, randomness, references, trajectory
+from parity_tests.compare.rows import Row
+from parity_tests.compare.tolerances import FLOAT32
 from parity_tests.faults.planting import Function
 from parity_tests.packages import PACKAGES, Package
-from parity_tests.tolerances import FLOAT32
-from parity_tests.trajectory import Row
 
 
 def first_of(name: str, package: type[Package]) -> list[Row]:

@@ -1,4 +1,4 @@
-"""`python -m parity_tests.compare A.npz B.npz`: are two training runs the same? For any model, in any framework.
+"""Two runs as arrays that the user has written: are they the same? For any model, in any framework.
 
 A run is a file of numpy.savez; what it has is up to you:
 
@@ -15,28 +15,24 @@ A run is a file of numpy.savez; what it has is up to you:
 A key is a regular expression that the whole name in A matches; the first that does counts. Names that match none are
 the same in both. `axes` is what numpy.transpose makes of A's tensor, so that it is laid out as B's.
 
-Prints a row for each kind of number. Exit status 1 if any is farther apart than parity_tests/tolerances.py allows for
-the lower precision of the two, 2 if a file cannot be read. `--html FILE` writes curves and all tensors to a page.
+Nothing may be farther apart than tolerances.py allows for the lower precision of the two.
 """
 
-import argparse
 import json
 import math
 import re
-import sys
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxlm.errors import UserError, reported
+from jaxlm.errors import UserError
 from jaxlm.io import utf8
-from jaxlm.params.names import Arrays
-from parity_tests import trajectory
-from parity_tests.tolerances import FLOAT32, FLOAT64, Tolerances
-from parity_tests.trajectory import Row
+from parity_tests.compare.rows import Row, ratio
+from parity_tests.compare.tolerances import FLOAT32, FLOAT64, Tolerances
 
+Arrays = dict[str, np.ndarray]
 Names = dict[str, Any]  # regular expression -> name, or {"name": name, "axes": [...]}
 
 
@@ -132,46 +128,10 @@ def _bound(kind: str, tensor: str, rank: int, is_moved: bool, bounds: Tolerances
 def _difference(kind: str, tensor: str, a: np.ndarray, b: np.ndarray, start: np.ndarray) -> tuple[float, str]:
     """Return how far two arrays are apart, and where."""
     if tensor:
-        return _ratio(float(np.linalg.norm(a - b)), float(np.linalg.norm(b - start))), tensor
+        return ratio(float(np.linalg.norm(a - b)), float(np.linalg.norm(b - start))), tensor
     if a.ndim > 1:
-        return _ratio(float(np.abs(a - b).max()), float(np.abs(b).max())), kind
+        return ratio(float(np.abs(a - b).max()), float(np.abs(b).max())), kind
     scale = np.full(b.shape, np.abs(b).max()) if kind.startswith("rate") else np.abs(b)
-    ratios = [_ratio(*pair) for pair in zip(np.abs(a - b).ravel(), scale.ravel(), strict=True)]
+    ratios = [ratio(*pair) for pair in zip(np.abs(a - b).ravel(), scale.ravel(), strict=True)]
     worst = max(range(len(ratios)), key=lambda i: math.inf if math.isnan(ratios[i]) else ratios[i])
     return ratios[worst], f"update {worst}"
-
-
-def _ratio(difference: float, scale: float) -> float:
-    if difference == 0:
-        return 0.0
-    return float(difference / scale) if scale else math.inf
-
-
-def main(argv: list[str]) -> int:
-    """Compare the runs of a command line; return the exit status."""
-    parser = argparse.ArgumentParser("python -m parity_tests.compare", description="Compare two training runs.")
-    parser.add_argument("a", type=Path, help="file of numpy.savez")
-    parser.add_argument("b", type=Path, help="another one, the reference")
-    parser.add_argument("--names", type=Path, help="JSON: regular expressions of names in A, and their names in B")
-    parser.add_argument("--html", type=Path, help="file to write a page to")
-    with reported(debug=False):
-        args = parser.parse_args(argv)
-        a, b = read(args.a), read(args.b)
-        names = read_names(args.names) if args.names else {}
-        rows = compare(a, b, names)
-        if args.html:
-            from parity_tests import report  # which needs matplotlib
-
-            args.html.write_text(
-                report.page_of_two(args.a.name, args.b.name, renamed(a, names), b, rows), encoding="utf-8"
-            )
-        worst = trajectory.worst(rows)
-        print(trajectory.table(worst))
-        failed = sum(not row.passes for row in rows)
-        print(f"\n{failed} of {len(rows)} numbers FAIL" if failed else f"\nall {len(rows)} numbers pass")
-        return 1 if failed else 0
-    raise AssertionError("reported() exits on the errors it does not pass on")
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

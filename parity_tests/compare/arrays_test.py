@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from jaxlm.errors import UserError
-from parity_tests import compare
-from parity_tests.compare import Arrays
+from parity_tests.compare import arrays as of_arrays
+from parity_tests.compare.arrays import Arrays
+from parity_tests.compare.command import main
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def run(**changes: Any) -> Arrays:
@@ -40,10 +41,10 @@ def test_the_example_of_another_model_passes_and_notices_a_change(tmp_path: Path
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("all 14 numbers pass\n")
-    arrays = compare.read(tmp_path / "flax.npz")
+    arrays = of_arrays.read(tmp_path / "flax.npz")
     arrays["grad0/layers_2/kernel"] = arrays["grad0/layers_2/kernel"] * np.float32(1 + 3e-5)
-    names = compare.read_names(tmp_path / "names.json")
-    failed = [row for row in compare.compare(compare.read(tmp_path / "torch.npz"), arrays, names) if not row.passes]
+    names = of_arrays.read_names(tmp_path / "names.json")
+    failed = [row for row in of_arrays.compare(of_arrays.read(tmp_path / "torch.npz"), arrays, names) if not row.passes]
     assert [(row.quantity, row.where) for row in failed] == [("grad0", "layers_2/kernel")]
 
 
@@ -59,8 +60,8 @@ def test_the_example_of_another_model_passes_and_notices_a_change(tmp_path: Path
     ],
 )
 def test_each_kind_of_number_fails_beyond_its_tolerance(key: str, factor: float, where: str) -> None:
-    assert all(row.passes and row.difference == 0 for row in compare.compare(run(), run()))
-    failed = [row for row in compare.compare(run(**{key: run()[key] * np.float32(factor)}), run()) if not row.passes]
+    assert all(row.passes and row.difference == 0 for row in of_arrays.compare(run(), run()))
+    failed = [row for row in of_arrays.compare(run(**{key: run()[key] * np.float32(factor)}), run()) if not row.passes]
     assert [row.quantity for row in failed] == [key.partition("/")[0]]
     assert failed[0].where.startswith(where)
 
@@ -69,22 +70,22 @@ def test_weights_are_compared_by_their_way_where_the_start_is_known() -> None:
     b = run()
     start = {"start/b": b["weights/b"] * np.float32(1 - 1e-3)}
     a = b | {"weights/b": b["weights/b"] * np.float32(1 + 5e-6)}
-    assert all(row.passes for row in compare.compare(a, b))
-    assert [row.where for row in compare.compare(a | start, b | start) if not row.passes] == ["b"]
+    assert all(row.passes for row in of_arrays.compare(a, b))
+    assert [row.where for row in of_arrays.compare(a | start, b | start) if not row.passes] == ["b"]
 
 
 def test_runs_in_float64_have_its_tolerances() -> None:
     a, b = ({name: np.float64(x) for name, x in run().items()} for _ in range(2))
     a["loss"][3] *= 1 + 1e-7
-    failed = [row for row in compare.compare(a, b) if not row.passes]
+    failed = [row for row in of_arrays.compare(a, b) if not row.passes]
     assert [(row.quantity, row.where) for row in failed] == [("loss", "update 3")]
-    assert all(row.passes for row in compare.compare(a, run()))
+    assert all(row.passes for row in of_arrays.compare(a, run()))
 
 
 def test_names_and_axes_of_a_map() -> None:
     a = {"weights/h.0.w": np.ones((2, 3)), "weights/h.11.w": np.full((2, 3), 2.0), "weights/h.0.b": np.arange(3.0)}
     names = {r"h\.(\d+)\.w": {"name": r"layer_\1/kernel", "axes": [1, 0]}, r"h\.0\.b": "bias", "h.*": "never"}
-    found = compare.renamed(a, names)
+    found = of_arrays.renamed(a, names)
     assert {name: x.shape for name, x in found.items()} == {
         "weights/layer_0/kernel": (3, 2),
         "weights/layer_11/kernel": (3, 2),
@@ -96,7 +97,7 @@ def test_names_and_axes_of_a_map() -> None:
 def test_what_one_run_lacks_or_has_in_another_shape_fails() -> None:
     a = run(loss=run()["loss"][:4], extra=np.ones(2))
     del a["weights/b"]
-    failed = {row.quantity: row.where for row in compare.compare(a, run()) if not row.passes}
+    failed = {row.quantity: row.where for row in of_arrays.compare(a, run()) if not row.passes}
     assert failed == {
         "loss": "loss has the shapes [4] and [5]",
         "extra": "extra is only in A",
@@ -107,12 +108,12 @@ def test_what_one_run_lacks_or_has_in_another_shape_fails() -> None:
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     np.savez(tmp_path / "a.npz", **run())
     np.savez(tmp_path / "b.npz", **run(loss=run()["loss"] * np.float32(1.1)))
-    assert compare.main([str(tmp_path / "a.npz"), str(tmp_path / "a.npz")]) == 0
-    assert compare.main([str(tmp_path / "a.npz"), str(tmp_path / "b.npz")]) == 1
+    assert main([str(tmp_path / "a.npz"), str(tmp_path / "a.npz")]) == 0
+    assert main([str(tmp_path / "a.npz"), str(tmp_path / "b.npz")]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert sum("FAIL" in line for line in lines) == 2 and lines[-1] == "1 of 6 numbers FAIL"
     with pytest.raises(SystemExit) as error:
-        compare.main([str(tmp_path / "a.npz"), str(tmp_path / "none.npz")])
+        main([str(tmp_path / "a.npz"), str(tmp_path / "none.npz")])
     assert error.value.code == 2
 
 
@@ -130,15 +131,15 @@ def test_a_bad_map_is_told(text: str, message: str, tmp_path: Path) -> None:
     file = tmp_path / "names.json"
     file.write_text(text)
     with pytest.raises(UserError, match=message):
-        compare.read_names(file)
+        of_arrays.read_names(file)
 
 
 def test_runs_with_nothing_in_common_are_told() -> None:
     with pytest.raises(UserError, match="nothing in common: a/b in the one, loss in the other"):
-        compare.compare({"a/b": np.ones(2)}, {"loss": np.ones(2)})
+        of_arrays.compare({"a/b": np.ones(2)}, {"loss": np.ones(2)})
 
 
 @pytest.mark.parametrize("names", [{"b": {"name": "b", "axes": [1, 0]}}, {"b": r"\7"}])
-def test_a_map_that_does_not_fit_is_told(names: compare.Names) -> None:
+def test_a_map_that_does_not_fit_is_told(names: of_arrays.Names) -> None:
     with pytest.raises(UserError, match=r"does not fit weights/b \[6\]"):
-        compare.renamed(run(), names)
+        of_arrays.renamed(run(), names)

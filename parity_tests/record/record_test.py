@@ -1,0 +1,220 @@
+"""Records: the format, both recorders in jit, scan, vmap and remat, bfloat16 and shards, sketches, and bad files."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import linen, nnx
+
+from jaxlm.errors import UserError
+from parity_tests import record
+from parity_tests.record import sketch
+from parity_tests.record.files import Writer, read
+
+ROOT = Path(__file__).parents[2]
+X = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
+
+
+class Block(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.norm, self.linear = nnx.LayerNorm(4, rngs=rngs), nnx.Linear(4, 4, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x + jax.nn.gelu(self.linear(self.norm(x)))
+
+
+class Stacked(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.blocks = jax.vmap(Block)(rngs.split(3))
+        self.output = nnx.Linear(4, 2, rngs=rngs)
+
+    def __call__(self, x: jax.Array, unroll: int = 1) -> jax.Array:
+        body = jax.checkpoint(lambda x, block: (block(x), None))
+        return self.output(jax.lax.scan(body, x, self.blocks, unroll=unroll)[0])
+
+
+def test_stacked_layers_in_a_scan_are_told_apart_and_recorded_as_they_are() -> None:
+    model = Stacked(nnx.Rngs(0))
+    graph, params = nnx.split(model)
+    expected = []
+    x = jnp.asarray(X)
+    for i in range(3):
+        x = jax.tree.map(lambda leaf, i=i: leaf[i], model.blocks)(x)
+        expected.append(np.asarray(x))
+    with record.jax(model) as b:
+        for unroll in (1, 3):
+            loss, grads = jax.jit(
+                jax.value_and_grad(lambda p, n=unroll: (nnx.merge(graph, p)(jnp.asarray(X), n) ** 2).mean())
+            )(params)
+            b.step(loss=loss, grads=grads, params=params)
+    found = b.read()
+    for update in (0, 1):
+        outputs = [e for e in found.all("activation") if e.update == update]
+        names = [f"blocks.{i}{part}" for i in range(3) for part in (".norm", ".linear", "")]
+        assert [e.name for e in outputs] == [*names, "output", ""]
+        for i in range(3):
+            (entry,) = [e for e in outputs if e.name == f"blocks.{i}"]
+            np.testing.assert_allclose(entry.array(), expected[i], rtol=1e-5, atol=1e-6)
+        assert outputs[-1].line["same"] == outputs[-2].number  # the model returns what its last layer does
+    gradients = {e.name: e.array() for e in found.all("gradient") if e.update == 0}
+    np.testing.assert_array_equal(gradients["output.kernel"], grads["output"]["kernel"][...])
+
+
+def test_linen_and_functions_with_tags_and_vmap() -> None:
+    model = linen.Sequential([linen.Dense(3), linen.relu, linen.Dense(2)])
+    params = model.init(jax.random.key(0), X)
+    with record.jax(model) as b:
+        value = jax.jit(model.apply)(params, X)
+    assert [e.name for e in b.read().all("activation")] == ["layers_0", "layers_2", ""]
+    np.testing.assert_array_equal([*b.read().all("activation")][-1].array(), value)
+    with record.jax() as b:
+        jax.jit(jax.vmap(lambda x: record.tag("doubled", 2 * x)))(X)
+    (entry,) = b.read().entries
+    assert entry.name == "doubled"
+    np.testing.assert_array_equal(entry.array(), 2 * X)
+    assert record.tag("outside", 3) == 3
+
+
+def test_a_torch_loop_is_recorded_without_a_change() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.GELU(), torch.nn.Linear(3, 1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    start = model[0].weight.detach().clone()
+    with record.torch(model, optimizer) as a:
+        for _ in range(2):
+            optimizer.zero_grad()
+            loss = model(torch.from_numpy(X)).square().mean()
+            loss.backward()
+            gradient = model[0].weight.grad.clone()
+            optimizer.step()
+    found = a.read()
+    by = {(e.update, e.kind, e.name): e.array() for e in found.entries if e.kind != "setting"}
+    np.testing.assert_array_equal(by[0, "parameter", "0.weight"], start)
+    np.testing.assert_array_equal(by[2, "parameter", "0.weight"], model[0].weight.detach())
+    np.testing.assert_array_equal(by[1, "gradient", "0.weight"], gradient)
+    np.testing.assert_array_equal(by[1, "moment", "exp_avg/0.weight"], optimizer.state[model[0].weight]["exp_avg"])
+    assert by[1, "loss", "loss"] == loss.item() and by[0, "rate", "group 0"] == 0.1
+    assert [e.name for e in found.all("activation") if e.update == 1] == ["0", "1", "2", ""]
+    (group,) = [e.info for e in found.all("setting") if e.update == 0]
+    assert group["weight_decay"] == 0.01 and group["parameters"] == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    assert torch.Tensor.backward.__qualname__ == "Tensor.backward" and not model[0]._forward_hooks
+
+
+def test_bfloat16_is_recorded_as_it_is_by_both() -> None:
+    half = jnp.asarray(X, jnp.bfloat16)
+    with record.jax() as b:
+        record.tag("x", half)
+        b.batch(y=half)
+    layer = torch.nn.Identity()
+    with record.torch(layer) as a:
+        layer(torch.from_numpy(X).bfloat16())
+    for entry in [*b.read().entries, *a.read().all("activation")]:
+        assert entry.dtype == "bfloat16" and entry.source.line["bytes"] == 2 * X.size
+        np.testing.assert_array_equal(entry.array(), np.asarray(half, np.float32))
+
+
+def test_a_sketch_sees_each_element_and_goes_with_a_transpose() -> None:
+    large = np.random.default_rng(1).normal(size=(300, 200)).astype(np.float32)
+    rows, columns = sketch.axes(large.shape)
+    assert len(rows) * len(columns) <= sketch.KEPT and np.array_equal(sketch.axes((200, 300))[0], columns)
+    changed = large.copy()
+    changed[next(i for i in range(300) if i not in rows), 0] += 1
+    entries = []
+    for x in (large, changed, large.T.copy()):
+        layer = torch.nn.Identity()
+        with record.torch(layer, whole=1000) as a:
+            layer(torch.from_numpy(x))
+        with record.jax(whole=1000) as b:
+            jax.jit(lambda x: record.tag("x", x))(x)
+        entries.append([next(c.read().all("activation")) for c in (a, b)])
+        assert entries[-1][0].shape == x.shape
+        np.testing.assert_array_equal(entries[-1][0].array(), entries[-1][1].array())
+        one, two = ([e.sketch["norm"], *e.sketch["projections"]] for e in entries[-1])
+        np.testing.assert_allclose(one, two, rtol=2e-4, atol=1e-2)
+    projections = [np.array(one.sketch["projections"]) for one, _ in entries]
+    assert np.abs(projections[0] - projections[1]).min() > 0.9
+    np.testing.assert_allclose(projections[0], projections[2])
+    np.testing.assert_array_equal(entries[0][0].array().T, entries[2][0].array())
+
+
+PROGRAM = """
+import sys
+for name in {hidden!r}:
+    sys.modules[name] = None
+from parity_tests import compare, record
+{body}
+"""
+OF_TORCH = """
+import torch
+layer = torch.nn.Linear(3, 2)
+with record.torch(layer, path=sys.argv[1]) as a:
+    layer(torch.ones(1, 3))
+"""
+OF_JAX = """
+import jax
+from jax.sharding import NamedSharding, PartitionSpec as P
+jax.config.update("jax_num_cpu_devices", 4)
+mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+x = jax.device_put(jax.numpy.arange(24.0).reshape(8, 3), NamedSharding(mesh, P("x")))
+with record.jax(path=sys.argv[1]) as b:
+    y = jax.jit(lambda x: record.tag("doubled", 2 * x))(x)
+    b.step(params={"w": y})
+"""
+
+
+@pytest.mark.parametrize(
+    ("hidden", "body"),
+    [(("jax", "jaxlib", "flax", "optax"), OF_TORCH), (("torch", "flax", "optax", "transformers"), OF_JAX)],
+)
+def test_each_recorder_runs_without_the_other_framework(hidden: Any, body: str, tmp_path: Path) -> None:
+    program = PROGRAM.format(hidden=hidden, body=body)
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "run")], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    found = read(tmp_path / "run")
+    if body == OF_JAX:
+        doubled, sharded = found.entries
+        assert len(sharded.line["shards"]) == 4
+        for entry in (doubled, sharded):
+            np.testing.assert_array_equal(entry.array(), 2 * np.arange(24.0).reshape(8, 3))
+    else:
+        assert next(found.all("activation")).array().shape == (1, 2)
+
+
+def test_a_run_that_was_stopped_can_be_read(tmp_path: Path) -> None:
+    writer = Writer(tmp_path, "test")
+    for i in range(2):
+        writer.add(0, "activation", f"layer {i}", **writer.array(X))
+    writer.close()
+    lines = tmp_path / "entries.jsonl"
+    lines.write_text(lines.read_text()[:-5])
+    (entry,) = read(tmp_path).entries
+    np.testing.assert_array_equal(entry.array(), X)
+
+
+def test_bad_records_are_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no record"):
+        read(tmp_path)
+    writer = Writer(tmp_path / "a", "test")
+    writer.add(0, "activation", "layer", **writer.array(X))
+    writer.close()
+    with pytest.raises(UserError, match="has a record already"):
+        Writer(tmp_path / "a", "test")
+    line = json.loads((tmp_path / "a" / "entries.jsonl").read_text())
+    for changed, message in (({"kind": "activity"}, "unknown kind activity"), ({"bytes": 999}, "ends too early")):
+        (tmp_path / "a" / "entries.jsonl").write_text(json.dumps(line | changed) + "\n")
+        with pytest.raises(UserError, match=message):
+            read(tmp_path / "a").entries[0].array()
+    (tmp_path / "a" / "record.json").write_text('{"format": "parity-record", "version": 2}')
+    with pytest.raises(UserError, match="no record of version 1"):
+        read(tmp_path / "a")
+    with pytest.raises(TypeError, match="no module of NNX, Linen or Equinox"), record.jax(3):
+        pass
