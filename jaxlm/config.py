@@ -49,6 +49,9 @@ class DataConfig:
     hub: str = ""  # data set on the Hugging Face hub, such as wikitext or nyu-mll/glue
     hub_config: str = ""  # its configuration, such as wikitext-2-raw-v1 or sst2
     format: Literal["auto", "text", "wikitext", "csv", "tsv", "jsonl", "parquet"] = "auto"  # auto: by name and content
+    # What separates documents in plain text; file: nothing, each file is one; auto: what the files look like.
+    documents: Literal["auto", "file", "blank_line", "line", "wikitext", "column"] = "auto"
+    stride: Count = 0  # gpt, mlm: tokens between the starts of training windows of a document; 0: a window's
     header: Literal["auto", "yes", "no"] = "auto"  # whether the first row of CSV and TSV files names the columns
     text_column: str = ""  # name, or number from 0, of the column with the text; "": by usual names
     label_column: str = ""  # name, or number from 0, of the column with the label; "": by usual names
@@ -216,7 +219,7 @@ TRANSIENT = (
 )
 BARE = {"profile": "5"}  # values of flags that are given without one
 # What runs of a version without these settings did; their checkpoints do not store them.
-BEFORE = {"data.validation_tokens": 0}
+BEFORE = {"data.validation_tokens": 0, "data.documents": "line"}
 AXES = ("data", "fsdp", "tensor")  # of the mesh of devices
 BASE = "base"  # in place of the task of a model without an output layer, and the kind of that model
 GATED = ("geglu", "swiglu")  # kinds of feed-forward with a third matrix, `up`
@@ -510,6 +513,9 @@ def _check(config: Config) -> None:
         raise UserError(f"{'=-1 and '.join(free)}=-1: only one can be what is left; give a number for the others")
     if len({bool(distributed.coordinator), distributed.n_processes > 0, distributed.process >= 0}) > 1:
         raise UserError("distributed.coordinator, .n_processes and .process go together; give all three, or none")
+    if data.stride > config.model.seq_len:
+        rule = f"is above {shown('model.seq_len')}, so that text between windows would be left out"
+        raise UserError(f"{shown('data.stride')} {rule}; lower it, or leave it out")
     if data.n_labels == 1:
         raise UserError("data.n_labels=1: a classifier has two classes or more; leave it out to have those of the data")
     if data.path and data.hub:
@@ -532,7 +538,7 @@ def warnings(config: Config, origins: dict[str, str], of_other_tasks: Iterable[s
     no_base, no_teacher = is_new and not config.init_from, not distill.teacher and "there is no distill.teacher"
     without_effect = {  # settings, and why they have no effect if they have none
         "data.hub_config": not data.hub and "there is no data.hub",
-        "data.format data.header": not has_files and "no local file is read",
+        "data.format data.header data.documents": not has_files and "no local file is read",
         "data.text_column data.label_column": is_embedded and "the data is the embedded default",
         "data.prompt_column data.answer_column": is_embedded and "the data is the embedded default",
         "data.validation_path data.test_path": is_embedded and "the data is the embedded default (give data.path too)",

@@ -76,7 +76,8 @@ def test_each_file_of_the_presets_folder_can_be_read(path):
 def test_dump_is_read_back_to_the_same_settings(tmp_path):
     def other(name: str) -> object:
         value = configs.get(Config(), name)
-        choices = {"data.format": "tsv", "data.header": "no", "model.positions": "rotary", "tokenizer.kind": "bpe"}
+        choices = {"data.format": "tsv", "data.header": "no", "data.documents": "file", "data.stride": 3}
+        choices |= {"model.positions": "rotary", "tokenizer.kind": "bpe"}
         choices |= {"model.head_outputs": "vocabulary", "model.pooling": "last", "model.gelu": "tanh"}
         choices |= {
             "model.lora_products": "fc1,key",

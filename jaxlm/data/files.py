@@ -16,6 +16,7 @@ from jaxlm.io import utf8
 
 PARQUET = b"PAR1"  # how such a file begins
 FORMATS = {"txt": "text", "csv": "csv", "tsv": "tsv", "jsonl": "jsonl", "json": "jsonl", "parquet": "parquet"}
+HEAD = 1 << 18  # bytes by which the look of a text is told
 MOST_HEAD = 1 << 23  # characters in which the first row of a table ends
 CHECK_PATH = "check the path and its permissions"
 
@@ -31,7 +32,12 @@ def find(config: DataConfig) -> tuple[list[tuple[str, Path]], list[str]]:
     if config.path:
         path = _existing("data.path", config.path, Path())
         folder = path if path.is_dir() else path.parent
-        found = _folder_files(path, config, notes) if path.is_dir() else [("train", path)]
+        files, unused = tree(config) if config.documents in ("file", "blank_line") else ([], [])
+        if files and unused:
+            notes.append(f"not used (hidden, binary or empty): {_some(unused)}")
+        found = [("train", file) for file in files or [path]]
+        if path.is_dir() and not files:
+            found = _folder_files(path, config, notes)
     named = {
         split: _existing(f"data.{split}_path", value, folder)
         for split, value in (("validation", config.validation_path), ("test", config.test_path))
@@ -70,6 +76,42 @@ def _existing(setting: str, value: str, beside: Path) -> Path:
     raise UserError(f"{setting}={value}: no such file or folder{hint or '; check the name'}")
 
 
+def tree(config: DataConfig) -> tuple[list[Path], list[Path]]:
+    """Return the files below the folder data.path that have text, whatever they are called, if each may be a document.
+
+    There are none where that is no folder, or where the names of the files in it tell splits or tables. Also returns
+    what is left out: hidden files and folders, and files that are binary or empty. Links to folders are not followed.
+    Raises UserError for a folder that cannot be read.
+    """
+    folder = _existing("data.path", config.path, Path())
+    if not folder.is_dir() or config.format not in ("auto", "text"):
+        return [], []
+    with os_errors(f"data.path={folder}: cannot be read", CHECK_PATH):
+        children = [file for file in folder.iterdir() if file.is_file() and not file.name.startswith(".")]
+        are_tables = config.format == "auto" and any(_format_by_name(file) not in ("", "text") for file in children)
+        named = [file for file in children if _stem(file) in STEMS and file.suffix != ".py"]
+        if are_tables or any(_format_by_name(file) or STEMS[_stem(file)] == "train" for file in named):
+            return [], []
+        found: list[Path] = []
+        unused: list[Path] = []
+        for parent, folders, names in os.walk(folder, onerror=_raised):
+            unused += [Path(parent, name) for name in folders if name.startswith(".")]
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            for path in (Path(parent, name) for name in sorted(names)):
+                has_text = not path.name.startswith(".") and path.is_file() and _has_text(path)
+                (found if has_text else unused).append(path)
+    is_table = [_format_by_name(file) not in ("", "text") for file in found]
+    return ([], []) if 2 * sum(is_table) > len(found) else (found, unused)
+
+
+def _raised(error: OSError) -> None:
+    raise error
+
+
+def _stem(file: Path) -> str:
+    return file.name.partition(".")[0].lower()
+
+
 def _folder_files(folder: Path, config: DataConfig, notes: list[str]) -> list[tuple[str, Path]]:
     """Return (split, file) pairs by the names of the files in a folder; all are for training where no name says
     a split. If no name tells a format, all files that have text are used.
@@ -92,7 +134,7 @@ def _folder_files(folder: Path, config: DataConfig, notes: list[str]) -> list[tu
         notes.append(f"not used ({why}): {_some(unused)}")
     found: dict[str, list[Path]] = {}
     for file in usable:
-        found.setdefault(STEMS.get(file.name.partition(".")[0].lower(), ""), []).append(file)
+        found.setdefault(STEMS.get(_stem(file), ""), []).append(file)
     unnamed = found.pop("", [])
     if not found:
         return [("train", file) for file in unnamed]
@@ -119,20 +161,48 @@ def open_part(path: Path, wanted: Wanted) -> Part:
     """Return the part that a file is. Raises UserError for a file that cannot be read or lacks a wanted column."""
     if not path.is_file():
         raise UserError(f"{path}: is not a regular file; write its content to one, and name that")
-    config, reads = wanted.config, wanted.reads
-    is_auto = config.format == "auto"
-    kind: str = config.format
-    if is_auto:
-        kind = "parquet" if _is_parquet(_start(path)) else _format_by_name(path)
+    reads = wanted.reads
+    kind = _named_kind(path, wanted.config)
     content, size, head = _scan(path, kind)
-    if not kind or (kind == "text" and reads != "text" and is_auto):
-        kind = tables.guess(head, wanted) or "text"
-    if kind == "text" and is_auto and any(tables.TITLE.fullmatch(line) for line in head.splitlines()[:50]):
-        kind = "wikitext"
+    kind = _kind(kind, head, wanted)
+    documents = wanted.config.documents if reads == "text" else "auto"
+    if kind in ("text", "wikitext") and documents == "column" and wanted.split == "train":
+        mend = "give a table (csv, tsv, jsonl, parquet), or leave data.documents out"
+        raise UserError(f"data.documents=column: {path} is plain text; {mend}")
+    if kind in ("text", "wikitext") and documents in ("file", "blank_line", "wikitext"):
+        kind = documents
     if reads != "text" and kind in ("text", "wikitext"):
         needed = "a label column" if reads == "labels" else "a column of prompts and one of answers"
         raise UserError(f"{path}: a {kind} file has no {reads}; give a table (csv, tsv, jsonl, parquet) with {needed}")
     return Part(str(path), wanted.split, kind, content, size, tables.open_table(path, kind, head, wanted))
+
+
+def kind_of(path: Path, config: DataConfig) -> str:
+    """Return the format of a file that is read for its texts, by its name and its start."""
+    return _kind(_named_kind(path, config), start_of(path), Wanted(config, "text", "train"))
+
+
+def start_of(path: Path) -> str:
+    """Return the start of a text file, HEAD bytes of it; "" of one that cannot be read, which reading it tells."""
+    with contextlib.suppress(OSError, *utf8.DAMAGED), utf8.opened(path) as stream:
+        text = stream.read(HEAD).decode("utf-8", "ignore").removeprefix("\ufeff")
+        return text.replace("\r\n", "\n").replace("\r", "\n")
+    return ""
+
+
+def _named_kind(path: Path, config: DataConfig) -> str:
+    if config.format != "auto":
+        return config.format
+    return "parquet" if _is_parquet(_start(path)) else _format_by_name(path)
+
+
+def _kind(kind: str, head: str, wanted: Wanted) -> str:
+    """Return the format of a file, given that by its name, "" for none, and its start."""
+    is_auto = wanted.config.format == "auto"
+    if not kind or (kind == "text" and wanted.reads != "text" and is_auto):
+        kind = tables.guess(head, wanted) or "text"
+    is_titled = kind == "text" and is_auto and any(tables.TITLE.fullmatch(line) for line in head.splitlines()[:50])
+    return "wikitext" if is_titled else kind
 
 
 def _format_by_name(path: Path) -> str:

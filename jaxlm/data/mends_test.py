@@ -298,11 +298,13 @@ CASES: dict[str, Case] = {
         {"a.txt": one("train")},
         "these are too few: put some of the text into a file of its own, and name it with data.validation_path",
         with_validation,
+        {"data.documents": "line"},
     ),
     "one document, to test on": Case(
         {"a.txt": one("test")},
         "all fall into other parts by hash; name other text with data.validation_path and set data.test_fraction=0",
         with_validation_alone,
+        {"data.documents": "line"},
     ),
     "a few documents": Case(
         {"a.txt": "\n".join([line for line in LINES if split_of(line, DataConfig()) == "train"][:4])},

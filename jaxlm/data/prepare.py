@@ -55,6 +55,7 @@ def prepare(
     source = _source(config, samples_class, embedded, classes)
     if source.classes:
         config = configs.replace(config, "data.n_labels", len(source.classes))
+    config = configs.replace(config, "data.documents", source.documents)
     cache_dir = cache.user_cache_dir(config.data.cache_dir)
 
     last = ""
@@ -79,7 +80,8 @@ def prepare(
         splits = cache.open_cache(source, tokenizer, cache_dir, on_progress)
     n_ids = tokenization.n_ids(tokenizer)
     with slow("cutting the texts into samples"):
-        samples = {name: samples_class(split, config, specials, n_ids) for name, split in splits.items()}
+        configs_of = {"train": config, **dict.fromkeys(("validation", "test"), _without_overlap(config))}
+        samples = {name: samples_class(split, configs_of[name], specials, n_ids) for name, split in splits.items()}
     _check_sizes(config, splits, samples)
     notes = (*source.notes, *_long_words_note(long_words), *_notes(config, samples, source, is_embedded))
     return config, Data(source, tokenizer, samples, (*notes, document_note(config, splits["train"], samples["train"])))
@@ -102,7 +104,12 @@ def part(
     specials = _specials(config, tokenizer, samples_class)
     with progress("tokenizing", source.n_bytes) as on_progress:
         splits = cache.open_cache(source, tokenizer, cache.user_cache_dir(config.data.cache_dir), on_progress)
-    return source, samples_class(splits[split], config, specials, tokenization.n_ids(tokenizer))
+    return source, samples_class(splits[split], _without_overlap(config), specials, tokenization.n_ids(tokenizer))
+
+
+def _without_overlap(config: Config) -> Config:
+    """Return the settings of samples that are scored: each token once."""
+    return configs.replace(config, "data.stride", 0)
 
 
 @slow("reading the data")
@@ -185,6 +192,10 @@ def _notes(config: Config, samples: dict[str, Samples], source: Source, is_embed
             if getattr(config.data, name) != getattr(DataConfig(), name):
                 value = getattr(config.data, name)
                 yield f"data.{name}={value} has no effect: the embedded sentences have parts of their own"
+    if samples["train"].reads != "text" and not is_embedded:
+        for name in ("documents", "stride"):
+            if getattr(config.data, name) != getattr(DataConfig(), name):
+                yield f"data.{name}={getattr(config.data, name)} has no effect: these samples are rows of a table"
     for name in ("validation_tokens", "final_tokens"):
         if samples["train"].reads == "labels" and getattr(config.data, name) != getattr(DataConfig(), name):
             yield f"data.{name}={getattr(config.data, name)} has no effect: all samples of a classification are scored"

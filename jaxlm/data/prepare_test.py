@@ -148,7 +148,19 @@ def test_a_long_word_is_named_with_its_line(folder, tmp_path):
     )
     assert expected in data.notes
     _, again = prepared(tmp_path, data__path=path, data__test_fraction=0.0, data__validation_path=other)
-    assert not any("characters" in note for note in again.notes)  # it is in the cache
+    assert not any("cut into pieces" in note for note in again.notes)  # it is in the cache
+
+
+def test_a_stride_is_for_training_and_what_separates_documents_is_kept(tmp_path):
+    path = write(tmp_path / "book.txt", "\n\n".join(LINES))
+    _, plain = prepared(tmp_path, "gpt", data__path=path)
+    config, data = prepared(tmp_path, "gpt", data__path=path, data__stride=4)
+    assert config.data.documents == "file" and len(data.samples["train"].split) == 1
+    assert len(data.samples["train"]) == pytest.approx(4 * len(plain.samples["train"]), rel=0.01)
+    assert len(data.samples["validation"]) == len(plain.samples["validation"])  # each token is scored once
+    config = configs.replace(config, "data.cache_dir", str(tmp_path / "cache"))
+    arguments = (config, CausalSamples, lambda: None, data.tokenizer, "test", no_progress)
+    assert len(prepare.part(*arguments)[1]) == len(plain.samples["test"])
 
 
 def test_hidden_test_labels_are_told(tmp_path):

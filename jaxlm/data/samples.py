@@ -90,7 +90,8 @@ class CausalSamples(_Samples):
     def __init__(self, split: Split, config: Config, specials: dict[str, int], vocab_size: int):
         super().__init__(split, config)
         self.pad_id, self.article = config.model.pad_id, specials["article"]
-        self.windows = Windows(split, self.seq_len + 1, self.seq_len, before=self.article, after=self.article)
+        stride = config.data.stride or self.seq_len
+        self.windows = Windows(split, self.seq_len + 1, stride, before=self.article, after=self.article)
         self.constants = {"bytes": int(np.sum(split.n_bytes))}
 
     def __len__(self) -> int:
@@ -134,7 +135,7 @@ class MaskedSamples(_Samples):
         self.config, self.specials = config, specials
         self.n_start, self.n_end = int("start" in specials), int("end" in specials)
         content = self.seq_len - self.n_start - self.n_end
-        self.windows = Windows(split, content, content)
+        self.windows = Windows(split, content, min(content, config.data.stride or content))
         self.n_masks = max(1, int(config.data.mask_fraction * self.seq_len))
         self.replacements = np.setdiff1d(np.arange(vocab_size), list(specials.values())).astype(np.int32)
 

@@ -113,6 +113,18 @@ def test_windows_of_seq_len_and_one_overlap_by_one():
     assert batch["labels"].tolist() == [[10, 11, 12, 13], [END, IGNORED, IGNORED, IGNORED]]
 
 
+def test_a_stride_makes_windows_of_a_long_document_overlap():
+    config = config_of(task="gpt", model__seq_len=4, model__pad_id=-1, data__stride=2)
+    samples = CausalSamples(split_of([[10, 11, 12, 13, 14, 15, 16], [20, 21]]), config, {"article": END}, 100)
+    tokens, labels = (every(samples)[name].tolist() for name in ("tokens", "labels"))
+    assert tokens == [[END, 10, 11, 12], [11, 12, 13, 14], [13, 14, 15, 16], [END, 20, 21, END]]
+    assert labels == [[10, 11, 12, 13], [12, 13, 14, 15], [14, 15, 16, END], [20, 21, END, IGNORED]]
+    config = config_of(model__seq_len=6, data__stride=3, data__mask_fraction=0.01)
+    masked = MaskedSamples(split_of([list(range(10, 20))]), config, BERT, 500)
+    windows = [[10, 11, 12, 13], [13, 14, 15, 16], [16, 17, 18, 19]]
+    assert unmasked(every(masked))[:, 1:-1].tolist() == windows
+
+
 def test_id_0_is_a_real_token_unless_it_is_the_pad():
     articles = [[0, 7, 0, 0, 8, 0]]
     batch = every(causal(articles, seq_len=4))

@@ -10,7 +10,7 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from jaxlm.config import DataConfig
-from jaxlm.data import files, hub, labels
+from jaxlm.data import documents, files, hub, labels
 from jaxlm.data.parts import SPLITS, Part, Reads, Wanted, no_article
 from jaxlm.errors import UserError
 
@@ -35,6 +35,7 @@ class Source:
     test_refusal: str = ""  # why there can be no test score, else ""
     place: Callable[[str], str] = lambda text: ""  # file and line of an article, for people; a pass over the source
     classes: tuple[str, ...] = ()  # their names by number; (): there are no labels, or they are such numbers
+    documents: str = "auto"  # what separates them, as in data.documents
 
 
 def open_source(config: DataConfig, reads: Reads, classes: Sequence[str] = ()) -> Source:
@@ -44,7 +45,9 @@ def open_source(config: DataConfig, reads: Reads, classes: Sequence[str] = ()) -
     read for that. Raises UserError for what cannot be found, read or understood, and for a label of no class.
     """
     assert config.path or config.hub, "the embedded data is not a source"
-    root = config.path or hub.name_of(config)
+    root, why = config.path or hub.name_of(config), ""
+    if reads == "text" and config.path:
+        config, why = documents.resolved(config)
     found, notes = files.find(config)
     parts = hub.open_parts(config, reads, {split for split, _ in found}, notes) if config.hub else []
     parts += [files.open_part(path, Wanted(config, reads, split)) for split, path in found]
@@ -53,14 +56,16 @@ def open_source(config: DataConfig, reads: Reads, classes: Sequence[str] = ()) -
     if "train" not in given:
         raise UserError(f"{root}: no train part, only {', '.join(sorted(given))}; choose a source that has one")
     shares = _shares(config, given)
-    notes += _notes(config, parts, shares)
-    reading = _Reading(reads, shares, config.split_seed)
+    are_divided = documents.are_divided(parts, shares)
+    notes += _notes(config, parts, shares, are_divided)
+    notes += documents.notes(parts, why, shares)
+    reading = _Reading(reads, shares, config.split_seed, are_divided=are_divided)
     counts: Counter[str] = Counter()
     if reads == "labels":
         classes, reading.ids = _classes(reading, parts, config, classes, counts, notes)
     refusal = _check(reading, parts, counts, notes)
     n_bytes = sum(part.size for part in parts)
-    kinds = {part.format for part in parts}
+    kinds = {"text" if part.format in documents.WHOLE else part.format for part in parts}
     kind = f"{kinds.pop()} " if len(kinds) == 1 else ""
     size = f"{len(parts)} {kind}{'files' if len(parts) > 1 else 'file'}, {n_bytes / 1e6:.1f} MB"
     if config.hub:
@@ -74,6 +79,7 @@ def open_source(config: DataConfig, reads: Reads, classes: Sequence[str] = ()) -
         test_refusal=refusal,
         place=partial(_place, parts),
         classes=tuple(classes),
+        documents=config.documents,
     )
 
 
@@ -86,15 +92,18 @@ def _fingerprint(config: DataConfig, parts: list[Part], reading: "_Reading") -> 
     numbers = {name: i for part in parts for i, name in enumerate(part.table.names)}
     if other := {name: i for name, i in reading.ids.items() if str(numbers.get(name, name)) != str(i)}:
         settings.append(other)
+    if reading.are_divided:
+        settings.append("divided")
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
 
-def _notes(config: DataConfig, parts: list[Part], shares: dict[str, float]) -> Iterator[str]:
+def _notes(config: DataConfig, parts: list[Part], shares: dict[str, float], are_divided: bool) -> Iterator[str]:
     """Yield what to say of the parts and the settings of their shares."""
-    for split, share in shares.items():
+    for split, share in shares.items() if not are_divided else ():
         yield f"no {split} part: {100 * share:g} % of articles split off by hash (data.{split}_fraction)"
-    if any(part.format == "text" for part in parts):
-        yield "each line of a text file is a document of its own"
+    are_tables = not any(part.format in ("text", "wikitext", *documents.WHOLE) for part in parts)
+    if are_tables and config.documents in (*documents.WHOLE, "wikitext"):
+        yield f"data.documents={config.documents} has no effect: a table has a document a row (data.format=text: lines)"
     for part in parts:
         for delimiter in part.table.columns[3:]:
             yield f"{part.name}: its columns are separated by {delimiter!r}"
@@ -144,11 +153,16 @@ class _Reading:
     shares: dict[str, float]  # of the splits that articles for training are split off to
     seed: int
     ids: Mapping[str, int] = field(default_factory=dict)  # number of each label
+    are_divided: bool = False  # documents for training into splits
 
     def articles(self, part: Part) -> Iterator[Article]:
         """Yield the articles of a part. Raises UserError for a bad row."""
         if self.reads == "pairs":
             yield from self._pairs(part)
+            return
+        if self.are_divided and part.split == "train":
+            for _, _, text, _ in self.rows(part):
+                yield from (Article(split, block, -1) for split, block in documents.divided(text, self.shares))
             return
         hidden_at = 0  # number of the first row of a test part, if its label is hidden; then all must be
         for index, (number, split, text, label) in enumerate(self.rows(part)):

@@ -33,8 +33,8 @@ BATCH_BYTES = 1 << 30  # of a column in one batch, at most, if a row is no large
 
 def open_table(path: Path, kind: str, head: str, wanted: Wanted) -> Table:
     """Return the table that a file of a format is; `head` is its start, as text. Raises UserError for a bad one."""
-    if kind in ("text", "wikitext"):
-        return Table(partial(_line_rows, path, kind))
+    if kind in ("text", "wikitext", "blank_line", "file"):
+        return Table(partial(_text_rows, path, kind))
     if kind in ("csv", "tsv"):
         return _csv_table(path, kind, head, wanted)
     first = partial(_json_columns if kind == "jsonl" else _parquet_columns, path)
@@ -75,9 +75,31 @@ def _lines(path: Path, keep_ends: bool = False) -> Iterator[tuple[int, str]]:
         yield number, line
 
 
-def _line_rows(path: Path, kind: str) -> Iterator[Row]:
+def _text_rows(path: Path, kind: str) -> Iterator[Row]:
     rows = ((number, line, None) for number, line in _lines(path))
-    return grouped(rows) if kind == "wikitext" else rows
+    if kind == "text":
+        return rows
+    return grouped(rows) if kind == "wikitext" else _blocks(path, rows, kind == "blank_line")
+
+
+def _blocks(path: Path, lines: Iterable[Row], ends_at_blank_lines: bool) -> Iterator[Row]:
+    """Join lines to documents, up to each blank line or to the end. Raises UserError for one that is too long."""
+    block: list[str] = []
+    start, size = 1, 0
+    for number, line, _ in lines:
+        if ends_at_blank_lines and not line.strip():
+            if block:
+                yield start, "\n".join(block), None
+            block, size = [], 0
+            continue
+        start = start if block else number
+        block.append(line)
+        size += len(line) + 1
+        if size > utf8.LONGEST:
+            mend = "separate documents by lines with --data.documents line, or by more files"
+            raise UserError(f"{path}: the document at line {start} is {utf8.TOO_LONG}, or {mend}")
+    if block:
+        yield start, "\n".join(block), None
 
 
 def grouped(lines: Iterable[Row]) -> Iterator[Row]:
