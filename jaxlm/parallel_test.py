@@ -162,7 +162,7 @@ def test_every_mesh_trains_as_one_device_does() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", ["mlm", "gpt", "sst2", "cola"])
+@pytest.mark.parametrize("task", ["mlm", "gpt", "cola"])
 def test_every_mesh_trains_as_one_device_does_over_50_updates(task: str) -> None:
     double, single = run_with_8_devices(f"in_both_precisions('{task}', 50)")
     check(double, 1e-10, 1e-9)

@@ -134,7 +134,7 @@ class Start:
             if storage.absolute(storage.path(folder)) != storage.absolute(self.path.parent):
                 raise UserError(
                     f"run.checkpoint_dir={folder}: the checkpoints of {self.run_dir} are in {self.path.parent}; "
-                    "leave it, or go on in a new folder with --run.dir"
+                    "leave this setting out, or go on in a new folder with --run.dir"
                 )
         changed = [(name, old, configs.get(config, name)) for name, old in self.settings().items()]
         changed = [(name, old, new) for name, old, new in changed if old != new]
@@ -142,7 +142,7 @@ class Start:
         for name, old, new in changed:
             if name in fixed and not (name == "model.vocab_size" and old == 0):
                 raise UserError(
-                    f"{name}={new}, but {self.path} has {old}, which cannot change; leave it, or start a new run"
+                    f"{name}={new}, but {self.path} has {old}, which cannot change; leave this setting out, or start a new run"
                 )
         return changed if self.kind == "resume" else []
 

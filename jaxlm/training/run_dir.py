@@ -69,7 +69,7 @@ def make(config: Config, start: Start) -> tuple[Path, list[Path]]:
     if checkpoint_dir and not start.run_dir and checksums.finished_in(storage.path(checkpoint_dir)):
         raise UserError(
             f"run.checkpoint_dir={checkpoint_dir}: there are checkpoints of a run already; "
-            "go on with it by --resume auto, or give a new folder"
+            "go on with that run by --run.dir RUN --resume auto, or give a new folder"
         )
     with os_errors(f"run.dir={run_dir or 'runs'}: cannot be written", "give another with --run.dir"):
         if not run_dir:
