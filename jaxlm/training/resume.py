@@ -142,7 +142,8 @@ class Start:
         for name, old, new in changed:
             if name in fixed and not (name == "model.vocab_size" and old == 0):
                 raise UserError(
-                    f"{name}={new}, but {self.path} has {old}, which cannot change; leave this setting out, or start a new run"
+                    f"{name}={new}, but {self.path} has {old}, which cannot change; "
+                    "leave this setting out, or start a new run"
                 )
         return changed if self.kind == "resume" else []
 

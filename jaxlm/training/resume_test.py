@@ -253,6 +253,7 @@ OTHER = {
     "model.biases": "none",
     "model.logit_softcap": 15.0,
     "data.n_labels": 3,
+    "data.stride": 2,
     "train.seed": 1,
     "model.frozen_embedding": "true",
     "model.frozen_layers": 1,
@@ -265,7 +266,7 @@ OTHER = {
 @pytest.mark.parametrize("name", resume.FIXED)
 def test_what_cannot_change_is_refused_by_name(name: str, run: Path) -> None:
     flag = f"--{name.replace('_', '-')}"
-    with pytest.raises(UserError, match=f"^{name}=.*, but .*checkpoints/9 has .*, which cannot change; leave it"):
+    with pytest.raises(UserError, match=f"^{name}=.*, but .*checkpoints/9 has .*, which cannot change; leave this"):
         loaded("--resume", run, flag, OTHER[name])
     if name in resume.BASE_SETTINGS:
         with pytest.raises(UserError, match=f"^{name}=.*, which cannot change"):
