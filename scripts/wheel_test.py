@@ -39,6 +39,7 @@ def test_the_wheel_works_outside_of_the_checkout(tmp_path: Path) -> None:
         "jaxlm/data/grammar.toml",
         "jaxlm/inference/page.html",
         "jaxlm/reporting/page.css",
+        "jaxlm/weights/families.toml",
     }
     imported = run("-c", IMPORT_ALL).splitlines()
     assert {Path(name) for name in imported} <= {tmp_path / "installed" / name for name in modules}
