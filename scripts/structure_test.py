@@ -1,6 +1,7 @@
 """The rooms of jaxlm: no import cycle, imports downwards only, no framework where none is needed, and sizes."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,12 @@ def test_what_knows_no_framework_imports_none(room: str) -> None:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
             assert not [name for name in names if name.split(".")[0] in FRAMEWORKS], path
+
+
+def test_private_names_of_jax_are_imported_in_one_file() -> None:
+    paths = [path for package in structure.PACKAGES for path in structure.modules(package).values()]
+    private = [path for path in paths if re.search(r"\bjax\._src|jax\.interpreters", path.read_text(encoding="utf-8"))]
+    assert private == [ROOT / "jaxlm" / "runtime" / "jax_private.py"]
 
 
 def test_no_import_alias_hides_a_module() -> None:

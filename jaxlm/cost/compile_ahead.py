@@ -20,7 +20,6 @@ import numpy as np
 from flax import nnx
 from jax.experimental import topologies
 from jax.extend.core import ClosedJaxpr, Jaxpr
-from jax.interpreters.partial_eval import dce_jaxpr
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jaxlm import config as configs
@@ -33,6 +32,7 @@ from jaxlm.errors import UserError, outside
 from jaxlm.params import frozen
 from jaxlm.runtime import backend
 from jaxlm.runtime.chips import GIB, Chip, chip
+from jaxlm.runtime.jax_private import dce_jaxpr
 from jaxlm.tasks import TASKS, Task
 
 SPECIAL_TOKENS = ("pad", "mask", "start", "end", "article")  # that a sample may need

@@ -25,15 +25,12 @@ from typing import Any
 
 import jax
 
-# All private names of JAX are in this file: its address in Slurm, and the key-value store of the processes.
-from jax._src.clusters import SlurmCluster
-from jax._src.distributed import global_state
-
 from jaxlm import config as configs
 from jaxlm.config import Config, LogConfig
 from jaxlm.errors import CLEANUPS, UserError, reported, slow
 from jaxlm.io import storage
 from jaxlm.runtime import rendezvous
+from jaxlm.runtime.jax_private import SlurmCluster, global_state
 from jaxlm.runtime.rendezvous import variable
 
 FOREVER_MS = 7 * 24 * 3600 * 1000  # a wait has no limit of its own: where another process fails, _Watch ends this one
