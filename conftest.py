@@ -13,8 +13,8 @@ import pytest
 # Read by JAX and PyTorch when they are imported.
 XLA_FLAGS = "--xla_cpu_parallel_codegen_split_count=1"
 if importlib.metadata.version("jaxlib").startswith("0.10."):
-    # Half of the time to compile goes into emitters of fused operations. XLA of jaxlib 0.11.2 and later ends the process
-    # at this flag, which it does not know.
+    # Half of the time to compile goes into emitters of fused operations. The XLA of jaxlib 0.11.2 and later ends the
+    # process, because it does not know this flag.
     XLA_FLAGS += " --xla_cpu_use_fusion_emitters=false"
 os.environ |= {
     "JAX_NUMPY_RANK_PROMOTION": "raise",  # no silent broadcasting

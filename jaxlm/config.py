@@ -336,10 +336,15 @@ def _file(path: Path) -> list[Layer]:
     return [(name, value, str(path)) for name, value in settings.items()]
 
 
-def _preset(task: Any) -> list[Layer]:
-    """Return the settings of the task's preset, the TOML file of its name whose `task` it is."""
+def task_presets() -> dict[str, list[Layer]]:
+    """Return the settings of the presets that have the name of their task."""
     presets = {path.stem: _file(path) for path in sorted(presets_dir().glob("*.toml"))}
-    presets = {name: layers for name, layers in presets.items() if any(x[:2] == ("task", name) for x in layers)}
+    return {name: layers for name, layers in presets.items() if any(x[:2] == ("task", name) for x in layers)}
+
+
+def _preset(task: Any) -> list[Layer]:
+    """Return the settings of the task's preset; of a task of one's own, none."""
+    presets = task_presets()
     if str(task) in presets:
         return presets[str(task)]
     is_own = str(task).isidentifier() and (Path(__file__).parent / "tasks" / f"{task}.py").is_file()

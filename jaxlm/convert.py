@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from jaxlm import cli
+from jaxlm import cli, terminal
 from jaxlm import config as configs
 from jaxlm.config import TokenizerConfig
 from jaxlm.data import tokenization
@@ -62,9 +62,10 @@ def inspect(stored: StoredFile) -> None:
     console.print(table)
 
 
-def _parse(argv: list[str]) -> argparse.Namespace:
+def make_parser() -> cli.Parser:
+    """Return the parser of the terminal.command line."""
     parser = cli.Parser(
-        prog="python -m jaxlm.convert",
+        prog=terminal.command("convert"),
         usage="%(prog)s SOURCE TARGET [--config FILE] [--state-dict | --as FAMILY]\n       %(prog)s --inspect FILE",
         description=(
             "Converts a training state between jaxlm, torchlm, the original's checkpoint file 1.2 and safetensors: "
@@ -89,6 +90,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     forms.add_argument("--state-dict", action="store_true", help="write TARGET as torchlm's state dict: weights alone")
     forms.add_argument("--as", dest="family", metavar="FAMILY", choices=FAMILIES, help=f"write {', '.join(FAMILIES)}")
     parser.add_argument("--inspect", metavar="FILE", help=inspected)
+    return parser
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = make_parser()
     args = parser.parse_args(argv)
     if args.inspect and (args.source or args.config or args.state_dict or args.family):
         parser.error("--inspect FILE goes alone")

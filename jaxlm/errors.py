@@ -119,7 +119,7 @@ def outside(error: Exception) -> str:
         return (
             f"too little memory ({text[:200] or type(error).__name__}); free some, or for a training lower "
             "train.batch_size (train.accumulate keeps the samples of an update), model.seq_len or the size of the "
-            "model, or set model.remat=full; python -m jaxlm.plan tells what a run needs"
+            f"model, or set model.remat=full; {terminal.command('plan')} tells what a run needs"
         )
     if "can't start new thread" in text:
         return f"the system starts no more threads ({text[:200]}); end other programs, or raise the limit (ulimit -u)"

@@ -14,7 +14,7 @@ from jaxlm.data.metrics import number
 from jaxlm.errors import UserError, note, reported, warn
 from jaxlm.io import storage
 from jaxlm.runtime import huge_pages
-from jaxlm.terminal import dumps
+from jaxlm.terminal import command, dumps
 
 if TYPE_CHECKING:  # the command line is looked at before anything that takes long to import
     from rich.table import Table
@@ -118,10 +118,10 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
-def _parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
-    """Return the arguments, and the settings among them by name."""
+def make_parser() -> Parser:
+    """Return the parser of the command line."""
     parser = Parser(
-        prog="python -m jaxlm.evaluate",
+        prog=command("evaluate"),
         description="Scores a trained model on a part of its run's data, or on a file.",
         epilog="Settings that say how a file is read, or where to, can be given as for jaxlm.train: --data.format, "
         "--data.header, --data.text-column, --data.label-column, --data.cache-dir, --tokenizer.path.",
@@ -133,7 +133,12 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     parser.add_argument("--data.path", dest="path", metavar="FILE", help="score all of this file instead")
     parser.add_argument("--train.batch-size", dest="size", metavar="N", help="samples that a device has at once (16)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    args, rest = parser.parse_known_args(argv)
+    return parser
+
+
+def _parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """Return the arguments, and the settings among them by name."""
+    args, rest = make_parser().parse_known_args(argv)
     rest += [f"--data.path={args.path}"] if args.path is not None else []
     rest += [f"--train.batch-size={args.size}"] if args.size is not None else []
     given = configs.given(rest)

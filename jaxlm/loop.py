@@ -23,6 +23,7 @@ from jaxlm.params import layout, names
 from jaxlm.runtime import backend, chips, processes, profile
 from jaxlm.step import TrainState
 from jaxlm.tasks import TASKS, Task, flops, parameters
+from jaxlm.terminal import command
 from jaxlm.training import rollback, run_dir, signals, summary
 from jaxlm.training.meter import Meter
 from jaxlm.training.resume import Start
@@ -52,7 +53,7 @@ def run(config: Config, origins: dict[str, str], start: Start, started_s: float)
         builds_caches = processes.is_first_here()
         if not builds_caches:
             processes.wait()
-        with started(config, origins, start, TASKS, _describe(mesh, config), started_s) as this:
+        with started(config, origins, start, TASKS, _describe(mesh, config), started_s, command("train")) as this:
             if builds_caches:
                 processes.wait()
             processes.check_same(identity(this))

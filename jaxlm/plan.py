@@ -20,7 +20,7 @@ from jaxlm.cost import roofline, search
 from jaxlm.cost.roofline import LOCAL, Plan, Step
 from jaxlm.errors import UserError, nearest, os_errors, reported, warn
 from jaxlm.reporting.run_reader import size
-from jaxlm.terminal import dumps
+from jaxlm.terminal import command, dumps
 from jaxlm.training.log import Console
 
 TOO_LARGE = 1  # exit status where the step does not fit
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     with reported(debug="--debug" in argv):
         args, rest = _parse(argv)
-        config = search.with_vocab_size(configs.load(rest, "python -m jaxlm.plan")[0])
+        config = search.with_vocab_size(configs.load(rest, command("plan"))[0])
         return sweep(config, args) if args.sweep else plan(config, args)
     raise AssertionError("reported() exits on the errors it does not pass on")
 
@@ -76,7 +76,7 @@ def sweep(config: Config, args: argparse.Namespace) -> int:
         print("nothing fits; use more chips, or a smaller model", file=sys.stderr)
         return TOO_LARGE
     if args.write:
-        note = f"# The fastest of {len(tried)} that python -m jaxlm.plan --sweep has tried for {args.topology}.\n"
+        note = f"# The fastest of {len(tried)} that {command('plan')} --sweep has tried for {args.topology}.\n"
         with os_errors(f"--write {args.write}: cannot be written", "name a new file"):
             with open(args.write, "x", encoding="utf-8") as file:
                 file.write(note + configs.dump(fitting[0][0]))
@@ -220,10 +220,10 @@ def _time(seconds: float | None) -> str:
     return f"{seconds * 1e3:.3g} ms"
 
 
-def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Return the arguments, and the words that are settings."""
+def make_parser() -> Parser:
+    """Return the parser of the command line."""
     parser = Parser(
-        prog="python -m jaxlm.plan",
+        prog=command("plan"),
         description="Compiles the training step of some settings for a TPU that need not be there, or for the "
         "devices of this machine, and tells memory, time and cost before anything is paid for.",
         epilog="All settings of jaxlm.train can be given, too: --config FILE, --train.batch-size 512. Exit status: 0 "
@@ -236,7 +236,12 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--sweep", metavar="mesh,batch,remat", help="try all combinations of one or more of these")
     parser.add_argument("--write", metavar="FILE", help="with --sweep: write the best as a configuration")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    args, rest = parser.parse_known_args(argv)
+    return parser
+
+
+def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Return the arguments, and the words that are settings."""
+    args, rest = make_parser().parse_known_args(argv)
     args.sweep = args.sweep.split(",") if args.sweep is not None else None
     for name in args.sweep or ():
         if name not in search.SWEPT:

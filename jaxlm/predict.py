@@ -16,7 +16,7 @@ from jaxlm.cli import Parser
 from jaxlm.errors import UserError, os_errors, reported
 from jaxlm.io import utf8
 from jaxlm.runtime import huge_pages
-from jaxlm.terminal import dumps
+from jaxlm.terminal import command, dumps
 
 if TYPE_CHECKING:  # the command line is looked at before anything that takes long to import
     from jaxlm.inference.predictors import Answer, Continue, Predictor
@@ -160,9 +160,10 @@ def _given_options(args: argparse.Namespace, predictor: "Predictor") -> dict[str
     return given
 
 
-def _parse(argv: list[str]) -> argparse.Namespace:
+def make_parser() -> Parser:
+    """Return the parser of the command line."""
     parser = Parser(
-        prog="python -m jaxlm.predict",
+        prog=command("predict"),
         description="Uses a trained model: mlm fills [MASK]s, gpt continues a text, pairs replies, sst2, cola label; "
         "a task of your own does as its file says.",
         epilog="Without a text, lines of standard input are read; in a terminal, they are asked for.",
@@ -184,6 +185,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     group.add_argument("--temperature", type=float, metavar="X", help="what logits are divided by; 0: likeliest (0.8)")
     group.add_argument("--top-p", type=float, metavar="P", help="1: all (0.95)")
     group.add_argument("--seed", type=int, metavar="N", help="(another each time, and told)")
+    return parser
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = make_parser()
     args = parser.parse_args(argv)
     if args.texts and args.file:
         parser.error("--text and --file name two sources; give one")

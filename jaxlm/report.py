@@ -11,22 +11,13 @@ from jaxlm.cli import Parser
 from jaxlm.errors import os_errors, reported
 from jaxlm.io import storage
 from jaxlm.reporting import html_page, run_page, run_reader
+from jaxlm.terminal import command
 
 
 @reported(debug=False)
 def main(argv: list[str] | None = None) -> int:
     """Write the page of a command line; return the exit status. Bad input exits with 2."""
-    parser = Parser(
-        prog="python -m jaxlm.report",
-        description="Writes one page, a file that needs nothing else, about a run, or about several beside each other.",
-    )
-    parser.add_argument("runs", nargs="+", type=storage.run_path, metavar="RUN", help="run folder, of jaxlm or torchlm")
-    parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="page to write (report.html in the run, or here for several)"
-    )
-    parser.add_argument("--open", action="store_true", help="show it in the browser")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="picture of the page to write, by Chromium")
-    args = parser.parse_args(argv)
+    args = make_parser().parse_args(argv)
     runs = [run_reader.read(path) for path in args.runs]
     out = args.out or (runs[0].path / "report.html" if len(runs) == 1 else Path("report.html"))
     page = run_page.page(runs)
@@ -39,6 +30,21 @@ def main(argv: list[str] | None = None) -> int:
     if args.open:
         webbrowser.open(out.absolute().as_uri())
     return 0
+
+
+def make_parser() -> Parser:
+    """Return the parser of the command line."""
+    parser = Parser(
+        prog=command("report"),
+        description="Writes one page, a file that needs nothing else, about a run, or about several beside each other.",
+    )
+    parser.add_argument("runs", nargs="+", type=storage.run_path, metavar="RUN", help="run folder, of jaxlm or torchlm")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="page to write (report.html in the run, or here for several)"
+    )
+    parser.add_argument("--open", action="store_true", help="show it in the browser")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="picture of the page to write, by Chromium")
+    return parser
 
 
 if __name__ == "__main__":

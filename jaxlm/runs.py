@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.table import Table
 
+from jaxlm import terminal
 from jaxlm.cli import Parser
 from jaxlm.data import metrics
 from jaxlm.errors import UserError, nearest, reported
@@ -28,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
         if argv and not Path(argv[0]).exists():
             raise UserError(f"{argv[0]}: neither a command nor a folder{nearest(argv[0], COMMANDS)}")
         argv = ["list", *argv]
-    args = vars(_parser().parse_args(argv))
+    args = vars(make_parser().parse_args(argv))
     command, _ = COMMANDS[args.pop("command")]
     status = command(**args)
     return status
@@ -42,7 +43,9 @@ def list_all(paths: Sequence[Path]) -> int:
     runs = run_reader.find(paths)
     if not runs:
         names = ", ".join(map(str, paths))
-        raise UserError(f"{names}: there is no run that can be read; train one with python -m jaxlm.train --task mlm")
+        raise UserError(
+            f"{names}: there is no run that can be read; train one with {terminal.command('train')} --task mlm"
+        )
     table = Table("run", "task", "steps", "best score", "age", "size", "state")
     for run in runs:
         step, best = run.best_score_step(), ""
@@ -174,10 +177,10 @@ COMMANDS: dict[str, tuple[Callable[..., int], dict[str, Any]]] = {
 }
 
 
-def _parser() -> Parser:
+def make_parser() -> Parser:
     """Return the parser of the command line, whose help are the docstrings of the commands."""
     parser = Parser(
-        prog="python -m jaxlm.runs",
+        prog=terminal.command("runs"),
         description="Lists, shows, compares, verifies and cleans up runs. The default command is `list`.",
     )
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)

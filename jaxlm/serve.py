@@ -15,6 +15,7 @@ from jaxlm.cli import Parser
 from jaxlm.errors import ENDINGS, UserError, reported
 from jaxlm.inference.limits import Limits
 from jaxlm.runtime import huge_pages
+from jaxlm.terminal import command
 
 TOKEN = "JAXLM_TOKEN"  # a variable of the environment, since every user of a host can see command lines
 N_BACKLOG = 2048  # connections that wait to be accepted, at most
@@ -115,9 +116,10 @@ def _tell(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _parse(argv: list[str]) -> argparse.Namespace:
+def make_parser() -> Parser:
+    """Return the parser of the command line."""
     parser = Parser(
-        prog="python -m jaxlm.serve",
+        prog=command("serve"),
         description="Serves a page and a JSON interface to a trained model.",
         epilog=f"On another host than loopback, clients need the token in the environment variable {TOKEN}.",
     )
@@ -136,6 +138,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     ):
         kind = type(default)
         group.add_argument(flag, type=kind, default=default, metavar=metavar, help=f"{text} ({default:g})")
+    return parser
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = make_parser()
     args = parser.parse_args(argv)
     if not 0 <= args.port < 2**16:
         parser.error(f"--port {args.port}: has to be 0 to 65535")

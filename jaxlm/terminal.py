@@ -8,15 +8,26 @@ import io
 import json
 import os
 import re
+import shlex
+import shutil
 import sys
 import textwrap
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 # C0 but for tab and newline, DEL, C1, marks and overrides of text direction, and surrogates, which cannot be encoded.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 _WHOLE: Any = {"break_long_words": False, "break_on_hyphens": False, "replace_whitespace": False, "expand_tabs": False}
+
+
+def command(name: str) -> str:
+    """Return what to type for a command of jaxlm: `jaxlm NAME` in a process started so, else `python -m jaxlm.NAME`."""
+    program = sys.argv[0]
+    if Path(program).stem != "jaxlm":
+        return f"python -m jaxlm.{name}"
+    return f"{'jaxlm' if shutil.which('jaxlm') == program else shlex.quote(program)} {name}"
 
 
 def shown(text: str) -> str:

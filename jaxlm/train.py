@@ -5,6 +5,7 @@ import time
 
 from jaxlm.errors import interruptible, outlive_full_disks, reported
 from jaxlm.runtime import huge_pages
+from jaxlm.terminal import command
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -18,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
             from jaxlm.training import resume
             from jaxlm.weights import formats
 
-            config, origins, start = resume.load(argv, "python -m jaxlm.train", formats.RUN)
+            config, origins, start = resume.load(argv, command("train"), formats.RUN)
         print(f"jaxlm: task {config.task}; loading JAX", flush=True)
         with reported(config.debug):
             from jaxlm import loop

@@ -31,7 +31,7 @@ PAGES = sorted(
 MARK = re.compile(
     r"\((accelerator|network|cloud)\b.*?\)"
 )  # in a comment behind a command, or before the rest of a block
-STARTS = r"(\$ |#|export |python|pip |pytest|curl |docker |diff |torchrun |sbatch |gcloud |\.ci/run)"
+STARTS = r"(\$ |#|export |python|pip |pytest|curl |docker |diff |jaxlm |torchrun |sbatch |gcloud |\.ci/run)"
 # Commands that run elsewhere in the tests or in CI, by what runs them.
 ELSEWHERE = {
     r"pip install": ".ci/run",
@@ -44,6 +44,7 @@ ELSEWHERE = {
     r"python -m jaxlm\.plan .*--topology v5e": "jaxlm/plan_test.py",
     r"python -m jaxlm\.\w+ .*\brating\b": "jaxlm/tasks/readme_test.py",
     r"python -m jaxlm\.report .*--png": "jaxlm/report_test.py",  # where there is Chromium
+    r"jaxlm completion (bash|zsh|fish) ": "jaxlm/completion_test.py",
     r"python scripts/launch_": "scripts/launch_page_test.py",
     r"python scripts/benchmark\.py": "scripts/benchmark_test.py",
     r"python scripts/torture\.py": "scripts/torture_test.py",

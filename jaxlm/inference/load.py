@@ -19,6 +19,7 @@ from jaxlm.heads import BaseModel
 from jaxlm.io import storage
 from jaxlm.runtime import backend
 from jaxlm.tasks import TASKS, Task, flops, parameters
+from jaxlm.terminal import command
 from jaxlm.training import resume
 from jaxlm.training.resume import Start
 from jaxlm.weights import formats, snapshots
@@ -68,8 +69,8 @@ def no_output(found: Start) -> str:
     """Return what can be done with a model without an output layer."""
     name = shlex.quote(str(found.path))
     return (
-        f"{found.path}: it has no output layer; train one with python -m jaxlm.train --task TASK --init-from {name}, "
-        f"see its attention with python -m jaxlm.serve --checkpoint {name}, or convert it with jaxlm.convert"
+        f"{found.path}: it has no output layer; train one with {command('train')} --task TASK --init-from {name}, "
+        f"see its attention with {command('serve')} --checkpoint {name}, or convert it with {command('convert')}"
     )
 
 

@@ -17,7 +17,7 @@ from jaxlm.cli import Parser
 from jaxlm.config import Config
 from jaxlm.errors import UserError, reported
 from jaxlm.io.console import Console
-from jaxlm.terminal import shown
+from jaxlm.terminal import command, shown
 
 
 class Phase(NamedTuple):
@@ -49,10 +49,7 @@ def phases(files: Sequence[str]) -> list[Phase]:
 @reported(debug=False)
 def main(argv: list[str] | None = None) -> int:
     """Draw the phases of a command line; return the exit status. Bad input exits with 2."""
-    parser = Parser("python -m jaxlm.schedule", description=__doc__.partition("\n")[0])
-    parser.add_argument("--config", nargs="+", required=True, metavar="FILE", help="settings of each phase, in order")
-    parser.add_argument("--png", metavar="FILE", help="picture to write")
-    args = parser.parse_args(argv)
+    args = make_parser().parse_args(argv)
     try:
         import matplotlib.figure
         import plotext
@@ -88,6 +85,16 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"--png {args.png}: cannot be written: {error}") from error
         print(f"picture: {args.png}")
     return 0
+
+
+def make_parser() -> Parser:
+    """Return the parser of the command line."""
+    parser = Parser(
+        command("schedule"), description="Draws the learning rate over all phases of a training, before it."
+    )
+    parser.add_argument("--config", nargs="+", required=True, metavar="FILE", help="settings of each phase, in order")
+    parser.add_argument("--png", metavar="FILE", help="picture to write")
+    return parser
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from jaxlm.reporting.html_page import folded, note, table, text
 from jaxlm.reporting.line_chart import BOUND, COLOURS, DASHES, Curve, chart
 from jaxlm.reporting.run_reader import RunRecord
 from jaxlm.tasks.parameters import BUILT_IN
+from jaxlm.terminal import command
 from jaxlm.training import environment, history
 
 MOST_STEPS = 8  # evaluations whose samples are shown
@@ -179,8 +180,8 @@ def _evaluations(runs: Runs) -> list[str]:
             parts += [f"<h2>Evaluation of the {split} part</h2>", *_evaluation(runs, split, found)]
     if not parts:
         run = str(next(iter(runs.values())).path) if len(runs) == 1 else "RUN"
-        command = text(f"python -m jaxlm.evaluate --checkpoint {run}")
-        parts = ["<h2>Evaluation</h2>", f"<p>None is kept yet: <code>{command}</code> makes one.</p>"]
+        line = text(f"{command('evaluate')} --checkpoint {run}")
+        parts = ["<h2>Evaluation</h2>", f"<p>None is kept yet: <code>{line}</code> makes one.</p>"]
     return parts
 
 

@@ -19,6 +19,7 @@ from jaxlm.errors import UserError, slow
 from jaxlm.io import checksums, storage
 from jaxlm.params import layout
 from jaxlm.tasks.parameters import model_kind
+from jaxlm.terminal import command
 from jaxlm.training import history, teacher
 from jaxlm.weights import formats, huggingface, snapshots
 
@@ -391,7 +392,7 @@ def _read(path: Path, source: Path, parts: tuple[str, ...]) -> Start:
         stored = snapshots.load(path)
         if not stored.info:
             raise UserError(
-                f"{path}: bare weights without settings; python -m jaxlm.convert {shlex.quote(str(path))} NEW "
+                f"{path}: bare weights without settings; {command('convert')} {shlex.quote(str(path))} NEW "
                 "--config FILE makes a run of them, with the config.toml of theirs"
             )
         form, info = stored.form, stored.info

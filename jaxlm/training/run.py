@@ -115,7 +115,7 @@ def started(
     tasks: dict[str, Any],
     device: str,
     started_s: float,
-    program: str = "python -m jaxlm.train",
+    program: str,
 ) -> Iterator[Run]:
     """Make the run folder, prepare the data, and print what is about to run; `tasks` are the task classes by name.
 

@@ -13,6 +13,7 @@ from jaxlm.data import metrics
 from jaxlm.data.samples import Batch
 from jaxlm.errors import UserError
 from jaxlm.params import layout
+from jaxlm.terminal import command
 from jaxlm.training import meter, run_dir
 from jaxlm.training.resume import Start
 from jaxlm.training.run import Run
@@ -120,7 +121,7 @@ def sum_up(
     _list_files(run, {run.config.run.checkpoint_dir or "checkpoints": _steps(saved, best, last)} if saved else {})
     where = shlex.quote(str(run.dir))
     if saved:
-        say(f"Use it: python -m jaxlm.predict --checkpoint {where}; see it: python -m jaxlm.report {where}")
+        say(f"Use it: {command('predict')} --checkpoint {where}; see it: {command('report')} {where}")
     if last in saved:
         resume = f"go on with it: {run.program} --resume {where}"
         say(f"Next, {resume if last < run.config.train.max_steps else _next_command(run)}")
