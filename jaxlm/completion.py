@@ -1,9 +1,6 @@
 """The command `jaxlm completion`: a script by which a shell completes the commands, their options and values."""
 
 import argparse
-import dataclasses
-import inspect
-import re
 import sys
 import typing
 from collections.abc import Iterable
@@ -66,7 +63,7 @@ def all_commands() -> Parser:
 
 def _add_settings(parser: Parser, names: Iterable[str]) -> None:
     """Add an option for each setting that the parser does not have."""
-    texts = _comments()
+    texts = configs.comments()
     for name in names:
         flag, hint = f"--{name.replace('_', '-')}", configs.SETTINGS[name]
         if flag in parser._option_string_actions:
@@ -82,19 +79,6 @@ def _add_settings(parser: Parser, names: Iterable[str]) -> None:
             action.metavar = "PATH"
         if hint is bool or name in configs.BARE:
             action.nargs = "?"
-
-
-def _comments() -> dict[str, str]:
-    """Return what the source says of each setting, by dotted name."""
-    sections: dict[str, type] = {"": configs.Config}
-    for name, hint in typing.get_type_hints(configs.Config).items():
-        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-            sections[f"{name}."] = hint
-    return {
-        section + name: text
-        for section, kind in sections.items()
-        for name, text in re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(kind), re.M)
-    }
 
 
 def _actions(parser: argparse.ArgumentParser) -> Iterable[argparse.Action]:

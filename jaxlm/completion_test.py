@@ -13,7 +13,6 @@ import pytest
 
 from jaxlm import __main__ as commands
 from jaxlm import completion
-from jaxlm.config import SETTINGS
 
 BASH = """
 source {script}
@@ -93,7 +92,3 @@ def test_zsh_completes(scripts: Path) -> None:
         os.kill(shell, signal.SIGKILL)
         os.waitpid(shell, 0)
         os.close(terminal)
-
-
-def test_each_setting_is_described() -> None:
-    assert completion._comments().keys() == SETTINGS.keys()

@@ -7,9 +7,11 @@ A run's settings are layers; a later layer wins: the defaults below, then the pr
 import contextlib
 import dataclasses
 import functools
+import inspect
 import math
 import operator
 import os
+import re
 import shutil
 import sys
 import typing
@@ -189,7 +191,7 @@ class Config:
     resume: str = ""  # run or checkpoint to resume; auto: the run in run.dir, or a new one if there is none
     init_from: str = ""  # run, checkpoint, or public model (folder or hub name) whose base model the run starts from
     debug: bool = False  # show the traceback of input errors
-    profile: Count = 0  # updates to trace; writes a trace for the viewers of JAX and prints a table of where time goes
+    profile: Count = 0  # updates to trace, 5 without a number; writes a trace, and prints a table of where time goes
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -199,6 +201,19 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     log: LogConfig = field(default_factory=LogConfig)
+
+
+def comments() -> dict[str, str]:
+    """Return {dotted name: what the comment beside it says} of all settings."""
+    sections: dict[str, type] = {"": Config}
+    for name, hint in typing.get_type_hints(Config).items():
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            sections[f"{name}."] = hint
+    return {
+        section + name: text
+        for section, kind in sections.items()
+        for name, text in re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(kind), re.M)
+    }
 
 
 def _settings(kind: type, section: str = "") -> dict[str, Any]:
@@ -217,7 +232,7 @@ TRANSIENT = (
     *("train.reset_optimizer", "train.switch_training"),
     *("distributed.coordinator", "distributed.n_processes", "distributed.process", "distributed.timeout_s"),
 )
-BARE = {"profile": "5"}  # values of flags that are given without one
+BARE = {"profile": "5"}  # values of numbers that are given without one, as their comments say
 # What runs of a version without these settings did; their checkpoints do not store them.
 BEFORE = {"data.validation_tokens": 0, "data.documents": "line"}
 AXES = ("data", "fsdp", "tensor")  # of the mesh of devices
@@ -305,7 +320,8 @@ def _command_line(argv: list[str]) -> Iterator[Layer]:
             has_value = bool(args) and not args[0].startswith("--")
             bare = "true" if SETTINGS.get(name) is bool else BARE.get(name)
             if not has_value and not bare:
-                raise UserError(f"{flag}: value is missing; write {flag} VALUE")
+                meaning = "" if name == "config" else f" ({comments()[name]}; default: {get(Config(), name)})"
+                raise UserError(f"{flag}: value is missing{meaning}; write {flag} VALUE")
             value = args.pop(0) if has_value else bare or ""
         if name == "config":
             yield from _file(Path(value))
@@ -379,13 +395,15 @@ def _print_help(config: Config, prog: str) -> None:
         prog = prog.rpartition(" ")[2]
     description = terminal.wrapped(
         "Trains a small language model. Settings come in layers, later wins: the preset of the task, then "
-        "--config FILE (TOML, or the name of a preset; repeatable) and --section.key VALUE in the order given.",
+        "--config FILE (TOML, or the name of a preset; repeatable) and --section.key VALUE in the order given. The "
+        f"defaults below are those of task {config.task}; for others, name another with --task.",
         width,
     )
     options = (tyro.conf.FlagConversionOff,)
     os.environ["COLUMNS"] = str(width)  # for tyro
-    with contextlib.redirect_stdout(terminal.raw(sys.stdout)):  # the help has colours
+    with contextlib.redirect_stdout(terminal.raw(sys.stdout)), contextlib.suppress(SystemExit):  # it has colours
         tyro.cli(Config, args=["--help"], default=config, prog=prog, description=description, config=options)
+    sys.stdout.flush()  # here, where it is known what to do if nobody reads it
     sys.exit(0)
 
 

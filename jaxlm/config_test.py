@@ -163,7 +163,7 @@ def test_names_that_scripts_use_exist():
         (["--zzzzzzzzzzzz", "3"], ["--zzzzzzzzzzzz: unknown setting (--help lists them)"]),
         (["mlm"], ["argument 'mlm' is not a setting", "--help"]),
         (["-x"], ["argument '-x' is not a setting"]),
-        (["--train.max-steps"], ["--train.max-steps: value is missing"]),
+        (["--train.max-steps"], ["--train.max-steps: value is missing (optimizer updates; default: 1000)"]),
         (["--data.path", "--task", "mlm"], ["--data.path: value is missing"]),
         (["--config"], ["--config: value is missing"]),
         (["--train.max-steps", "many"], ["--train.max-steps many: expected int", "default: 1000"]),
@@ -372,7 +372,8 @@ def test_help_lists_sections_with_defaults_and_imports_no_framework():
     for section in dataclasses.fields(Config)[5:]:
         assert f" {section.name} options " in text
     assert "(default: gpt)" in text and "(default: 96)" in text and "(default: bpe)" in text  # after all layers
-    assert "optimizer updates (default: " in text
+    assert "optimizer updates (default: " in text and "defaults below are those of task gpt" in text
+    assert f"updates to trace, {configs.BARE['profile']} without a number" in text
     assert "--config FILE" in text and "\x1b" not in text
 
 

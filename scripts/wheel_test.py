@@ -40,6 +40,7 @@ def test_the_wheel_works_outside_of_the_checkout(tmp_path: Path) -> None:
         "jaxlm/inference/page.html",
         "jaxlm/reporting/page.css",
         "jaxlm/weights/families.toml",
+        *("jaxlm/py.typed", "torchlm/py.typed"),
     }
     imported = run("-c", IMPORT_ALL).splitlines()
     assert {Path(name) for name in imported} <= {tmp_path / "installed" / name for name in modules}
