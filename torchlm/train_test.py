@@ -227,4 +227,5 @@ def test_a_run_goes_on_in_the_other_package_with_the_same_losses(
             assert (row["step"], row.get("accuracy")) == (row_2["step"], row_2.get("accuracy"))
             assert row_2["loss"] == pytest.approx(row["loss"], rel=5e-6)
             if split == "train":
-                assert row_2["rate"] == pytest.approx(row["rate"], rel=1e-6)
+                # Near its end, the cosine is a small difference of float32 numbers of the size of the peak rate, 0.01.
+                assert row_2["rate"] == pytest.approx(row["rate"], rel=1e-6, abs=1.2e-7 * 0.01)
