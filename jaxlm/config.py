@@ -87,14 +87,25 @@ class TokenizerConfig:
 class ModelConfig:
     d_model: Positive = 128  # width of the residual stream
     n_layers: Positive = 2  # blocks
-    n_heads: Positive = 4  # attention heads; must divide d_model
+    n_heads: Positive = 4  # attention heads; must divide d_model, unless head_dim is given
+    n_kv_heads: Count = 0  # heads of keys and values, each shared by n_heads / n_kv_heads queries; 0: n_heads
+    head_dim: Count = 0  # dimensions of a head; 0: d_model / n_heads
+    qk_norm: bool = False  # norm of the queries and keys of each head, as in Qwen3
+    window: Count = 0  # local layers attend to so many positions on either side (causal: before); 0: all are global
+    global_every: Count = 0  # with a window, each n-th layer is global; 0: none is
+    global_first: bool = True  # global layers are 0, n, 2 n ... as in ModernBERT; false: n - 1, 2 n - 1 ...
     seq_len: Annotated[int, Meta(ge=4, le=MOST)] = 64  # tokens of one sample
     vocab_size: Count = 0  # rows of the token embedding; 0: the size of the tokenizer
     dropout: Share = 0.1  # rate, on embeddings, attention weights and outputs, and in the feed-forward
     positions: Literal["fixed", "learned", "rotary"] = "fixed"  # fixed: the original's sines and cosines
+    rotary_base: Annotated[float, Meta(gt=1, le=1e12)] = 10000.0  # base of rotary positions; larger: for longer texts
+    rotary_base_local: Annotated[float, Meta(ge=0, le=1e12)] = 0.0  # that of local layers; 0: rotary_base
+    rotary_scaling: Annotated[float, Meta(ge=1, le=1e6)] = 1.0  # slows the slow turns, as in Llama 3.1 (8) and 3.2 (32)
+    rotary_scaling_len: Positive = 8192  # positions before that scaling
     tied_embedding: bool = False  # whether the output layer shares the token embedding
     norm: Literal["layernorm", "layernorm_no_bias", "rmsnorm", "rmsnorm_no_scale"] = "layernorm"  # kind of all norms
     final_norm: bool = False  # norm after the last block
+    first_norm: bool = True  # norm before the attention of the first block; false: none, as in ModernBERT
     post_norm: bool = False  # norm after each residual sum, as in BERT, instead of before each sublayer
     embedding_norm: bool = False  # norm on token plus position embeddings, as in BERT; smaller initial embeddings
     norm_epsilon: Annotated[float, Meta(gt=0, le=1)] = 1e-5  # epsilon of all norms; BERT: 1e-12
@@ -122,6 +133,28 @@ class ModelConfig:
     def n_hidden(self) -> int:
         """How many hidden units a feed-forward has."""
         return self.d_ff or 4 * self.d_model
+
+    @property
+    def head_size(self) -> int:
+        """How many dimensions a head has."""
+        return self.head_dim or self.d_model // self.n_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """How many heads of keys and values there are."""
+        return self.n_kv_heads or self.n_heads
+
+    @property
+    def period(self) -> int:
+        """After how many layers their kinds repeat."""
+        return self.global_every if self.window and self.global_every else 1
+
+    def window_of(self, layer: int) -> int:
+        """Return how far a layer attends to either side; 0: to all positions."""
+        is_global = self.global_every and layer % self.global_every == (
+            0 if self.global_first else self.global_every - 1
+        )
+        return 0 if is_global else self.window
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -474,21 +507,33 @@ def mesh_sizes(config: Config, n_devices: int) -> dict[str, int]:
         heads = [n for n in _multiples(config.model.n_heads, n_tensor) if config.model.d_model % n == 0]
         mend = f"{_either(heads)} heads, or another mesh.tensor" if heads else "another mesh.tensor"
         raise UserError(f"{shown('model.n_heads')} is not divisible by mesh.tensor={n_tensor}; use {mend}")
+    if config.model.kv_heads % n_tensor:
+        mend = "a multiple of it, or another mesh.tensor"
+        raise UserError(f"{shown('model.n_kv_heads')} is not divisible by mesh.tensor={n_tensor}; use {mend}")
     return sizes
 
 
 def check_model(config: Config) -> None:
     """Raise UserError for settings that no model can have together."""
     model, shown = config.model, functools.partial(_shown, config)
-    head_size = model.d_model // model.n_heads
-    if model.d_model % model.n_heads:
+    head_size = model.head_size
+    if model.d_model % model.n_heads and not model.head_dim:
         fits = _either(_multiples(model.d_model, model.n_heads))
         raise UserError(f"{shown('model.d_model')} is not divisible by {shown('model.n_heads')}; use {fits}")
+    if model.n_heads % model.kv_heads:
+        rule = f"does not divide {shown('model.n_heads')}, whose queries share its keys"
+        raise UserError(f"{shown('model.n_kv_heads')} {rule}; use a divisor, or 0")
+    if model.window and model.global_every == 1:
+        raise UserError("model.global_every=1: all layers are global, none has the window; raise it, or set window=0")
+    if not model.first_norm and (model.post_norm or model.n_layers == 1):
+        rule = "goes with several blocks that have norms before their sublayers"
+        raise UserError(f"model.first_norm=False {rule}; set it to true, or model.post_norm=false and more n_layers")
     if model.positions == "fixed" and model.d_model % 2:
         rule = "is odd, but model.positions=fixed needs pairs of columns"
         raise UserError(f"{shown('model.d_model')} {rule}; use an even one, or --model.positions learned")
     if model.positions == "rotary" and head_size % 2:
-        rule = f"needs an even head size, not model.d_model / model.n_heads = {head_size}"
+        size = "model.head_dim" if model.head_dim else "model.d_model / model.n_heads"
+        rule = f"needs an even head size, not {size} = {head_size}"
         raise UserError(f"model.positions=rotary {rule}; change one of these, or use --model.positions learned")
     if model.frozen_layers > model.n_layers:
         raise UserError(f"{shown('model.frozen_layers')}: there are {shown('model.n_layers')} blocks; lower it")
@@ -559,6 +604,7 @@ def warnings(config: Config, origins: dict[str, str], of_other_tasks: Iterable[s
     keeps_case = not is_vocab_txt if has_path else tokenizer.kind == "bpe"
     is_new = config.resume in ("", "auto")
     no_base, no_teacher = is_new and not config.init_from, not distill.teacher and "there is no distill.teacher"
+    no_rotary = model.positions != "rotary" and shown("model.positions")
     without_effect = {  # settings, and why they have no effect if they have none
         "data.hub_config": not data.hub and "there is no data.hub",
         "data.format data.header data.documents": not has_files and "no local file is read",
@@ -569,6 +615,10 @@ def warnings(config: Config, origins: dict[str, str], of_other_tasks: Iterable[s
         "data.test_fraction": data.test_path and "data.test_path is given",
         "tokenizer.kind tokenizer.vocab_size": has_path,
         "tokenizer.lowercase": keeps_case and (has_path or "tokenizer.kind=bpe keeps case"),
+        "model.rotary_base model.rotary_base_local model.rotary_scaling": no_rotary,
+        "model.rotary_scaling_len": no_rotary or model.rotary_scaling == 1 and shown("model.rotary_scaling"),
+        "model.rotary_base_local model.global_every": not model.window and shown("model.window"),
+        "model.global_first": not (model.window and model.global_every) and shown("model.global_every"),
         "model.gelu": model.mlp not in ("gelu", "geglu") and model.head_dense == "none" and shown("model.mlp"),
         "train.stable_steps": train.schedule != "wsd" and shown("train.schedule"),
         "model.frozen_embedding": model.lora_rank and "model.lora_rank freezes the base",

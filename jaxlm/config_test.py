@@ -99,6 +99,13 @@ def test_dump_is_read_back_to_the_same_settings(tmp_path):
             "model.attention": "plain",
         }
         choices |= {"model.norm": "rmsnorm", "model.mlp": "swiglu", "model.biases": "none"}
+        choices |= {
+            "model.n_kv_heads": 2,
+            "model.head_dim": 6,
+            "model.first_norm": True,
+            "model.rotary_base_local": 9.0,
+            "model.rotary_scaling": 8.0,
+        }
         choices |= {"model.initialization": "gpt2", "model.logit_softcap": 15.0, "model.z_loss": 1e-4}
         if name in choices:
             return choices[name]
@@ -109,7 +116,7 @@ def test_dump_is_read_back_to_the_same_settings(tmp_path):
     lasting = [name for name in SETTINGS if name not in configs.TRANSIENT]
     config = configs.build({name: other(name) for name in lasting if name != "model.n_heads"})
     same = [name for name in lasting if configs.get(config, name) == configs.get(Config(), name)]
-    assert same == ["data.hub", "model.n_heads"]  # all others are not at their defaults
+    assert same == ["data.hub", "model.n_heads", "model.first_norm"]  # all others are not at their defaults
     path = write(tmp_path / "config.toml", configs.dump(config))
     again, origins = configs.load(["--config", path])
     assert again == config

@@ -276,11 +276,14 @@ def finish(run: Run, compiled: Compiled, state: TrainState, checkpoints: Checkpo
 
 def _describe(mesh: Mesh, config: Config) -> str:
     """Return a line on the devices and how they are used. Raises UserError if the attention is not to be had."""
-    attention = "; fused attention"
-    if why := flash_attention.hindrance(config.model, TASKS[config.task](config).dtype, config.model.seq_len):
-        if config.model.attention == "fused":
+    model, dtype, attention = config.model, TASKS[config.task](config).dtype, "; fused attention"
+    is_causal = parameters.model_kind(config.task) == "causal" or model.pooling == "last"
+    for window in {model.window_of(i) for i in range(model.n_layers)}:
+        why = flash_attention.hindrance(model, dtype, model.seq_len, window=window, is_causal=is_causal)
+        if why and model.attention == "fused":
             raise UserError(f"model.attention=fused: {why}; or set model.attention=auto")
-        attention = ""
+        if why:
+            attention = ""
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
     in_processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     return f"{mesh.size} x {parallel.device_kind(mesh)}{in_processes}" + (f" ({axes})" if axes else "") + attention

@@ -1,6 +1,7 @@
 """The transformer of the original design, in build order: Embedding, Attention, FeedForward, Block, Transformer.
 
-Array names end in their shape: B batch, T positions, D d_model, H heads, K head size, F hidden units, V vocabulary.
+Array names end in their shape: B batch, T positions, D d_model, H heads, G heads of keys and values, K head size,
+F hidden units, V vocabulary.
 Every module takes `key`: a PRNG key turns dropout on (training), None turns it off.
 Parameters are float32; `dtype` is what products compute in, summed in float32 at least.
 """
@@ -16,7 +17,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.config import GATED, ModelConfig
-from jaxlm.ops import flash_attention, matmul
+from jaxlm.ops import flash_attention, local_attention, matmul
 from jaxlm.ops.dropout import dropout
 from jaxlm.parallel import BATCH, constrain, is_one_cpu, is_one_device, platform
 from jaxlm.params.names import lora_products
@@ -43,6 +44,7 @@ class Mask(NamedTuple):
     segments_BT: Array | None = None  # of keys and queries: those of other documents are hidden
     is_causal: bool = False  # keys behind a query are hidden
     queries_BT: Array | None = None  # where the queries are among the keys; None: they are 0 to T - 1
+    window: int = 0  # keys that are farther away from a query are hidden; 0: none
 
 
 Attend = Callable[[Array, Array, Array, Mask], Array]  # queries, keys, values [B, T, H, K] -> what each position takes
@@ -115,9 +117,9 @@ def add_adapters(blocks: "Block", config: ModelConfig, rngs: nnx.Rngs) -> None:
         layer.lora_scale = config.lora_alpha / config.lora_rank
 
 
-def norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.LayerNorm | nnx.RMSNorm:
-    """Return LayerNorm or RMSNorm (arXiv 1910.07467), in float32."""
-    size, epsilon = config.d_model, config.norm_epsilon
+def norm(config: ModelConfig, rngs: nnx.Rngs, size: int = 0) -> nnx.LayerNorm | nnx.RMSNorm:
+    """Return LayerNorm or RMSNorm (arXiv 1910.07467) of `size` or d_model numbers, in float32."""
+    size, epsilon = size or config.d_model, config.norm_epsilon
     if config.norm in ("rmsnorm", "rmsnorm_no_scale"):
         return nnx.RMSNorm(size, epsilon=epsilon, use_scale=config.norm == "rmsnorm", rngs=rngs)
     has_bias = config.norm == "layernorm"
@@ -157,13 +159,28 @@ def fixed_positions(seq_len: int, d_model: int) -> np.ndarray:
     return np.where(column % 2 == 0, np.sin(angle_TD), np.cos(angle_TD)).astype(np.float32)
 
 
-def rotate(x_BTHK: Array, positions_BT: Array | None = None, seq_len: int = 0) -> Array:
-    """Turn each pair (k, k + K/2) by position * 10000^(-2k/K). Source: RoFormer, arXiv 2104.09864, eq. 34.
+def frequencies(config: ModelConfig, is_local: bool) -> np.ndarray:
+    """Return by how much each pair of a head turns from one position to the next, base^(-2k/K), [K/2].
+
+    With `rotary_scaling`, pairs that turn less than once in `rotary_scaling_len` positions turn so much slower, those
+    that turn 4 times or more as before, and those between in proportion (Llama 3.1's rope_scaling).
+    """
+    K, base = config.head_size, is_local and config.rotary_base_local or config.rotary_base
+    frequency_K = base ** (-np.arange(0, K, 2) / K)
+    if config.rotary_scaling == 1:
+        return frequency_K
+    n_turns_K = config.rotary_scaling_len * frequency_K / (2 * np.pi)
+    share_K = np.clip((n_turns_K - 1) / (4 - 1), 0, 1)
+    return frequency_K * (share_K + (1 - share_K) / config.rotary_scaling)
+
+
+def rotate(x_BTHK: Array, frequency_K: np.ndarray, positions_BT: Array | None = None, seq_len: int = 0) -> Array:
+    """Turn each pair (k, k + K/2) by position * frequency. Source: RoFormer, arXiv 2104.09864, eq. 34.
 
     Positions are 0 to T - 1, or `positions_BT`, each below `seq_len`.
     """
-    T, K = x_BTHK.shape[1], x_BTHK.shape[3]
-    angle_TK = np.arange(seq_len or T)[:, None] * 10000.0 ** (-np.arange(0, K, 2) / K)
+    T = x_BTHK.shape[1]
+    angle_TK = np.arange(seq_len or T)[:, None] * frequency_K
     cos, sin = (f(angle_TK).astype(np.float32)[None, :, None, :] for f in (np.cos, np.sin))
     if positions_BT is not None:
         cos, sin = (jnp.asarray(x[0])[positions_BT] for x in (cos, sin))  # type: ignore[assignment]
@@ -192,6 +209,10 @@ def hidden(mask: Mask, T: int, S: int) -> Any:
     if mask.segments_BT is not None:
         is_other_BTS = mask.segments_BT[:, :, None] != mask.segments_BT[:, None, :]
         is_hidden_BTS = is_other_BTS if is_hidden_BTS is None else is_hidden_BTS | is_other_BTS
+    if mask.window:
+        places_BT: Any = np.arange(T)[None] if mask.queries_BT is None else mask.queries_BT
+        is_far_BTS = abs(np.arange(S)[None, None] - places_BT[:, :, None]) > mask.window
+        is_hidden_BTS = is_far_BTS if is_hidden_BTS is None else is_hidden_BTS | is_far_BTS
     return is_hidden_BTS
 
 
@@ -205,8 +226,12 @@ def attend(
 ) -> Array:
     """Return what each of T positions takes from S values, [B, T, H, K]: the plain attention, which all others equal.
 
-    Keys and values have the given axes. `drop` gets the weights [B, H, T, S], and may change them.
+    Keys and values have the given axes, and H or fewer heads: key head g is of the H / G queries from g H / G on.
+    `drop` gets the weights [B, H, T, S], and may change them.
     """
+    H, head_axis = q_BTHK.shape[2], axes.index("H")
+    if H != k.shape[head_axis]:
+        k, v = (jnp.repeat(x, H // x.shape[head_axis], head_axis) for x in (k, v))
 
     def multiply(subscripts: str, a: Array, b: Array) -> Array:
         return matmul.einsum(subscripts, a.astype(q_BTHK.dtype), b, b.dtype)
@@ -258,15 +283,17 @@ class Embedding(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention; `is_causal` also masks the future."""
+    """Self-attention of H queries to G keys and values (arXiv 2305.13245); `is_causal` also masks the future."""
 
     def __init__(self, config: ModelConfig, is_causal: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.config, self.is_causal, self.dtype = config, is_causal, dtype
-        D, has_bias = config.d_model, config.biases in ("all", "attention")
-        self.query = linear(config, D, D, dtype, rngs, has_bias)
-        self.key = linear(config, D, D, dtype, rngs, has_bias)
-        self.value = linear(config, D, D, dtype, rngs, has_bias)
-        self.output = linear(config, D, D, dtype, rngs, has_bias, residual_std(config))
+        D, K, has_bias = config.d_model, config.head_size, config.biases in ("all", "attention")
+        self.query = linear(config, D, config.n_heads * K, dtype, rngs, has_bias)
+        self.key = linear(config, D, config.kv_heads * K, dtype, rngs, has_bias)
+        self.value = linear(config, D, config.kv_heads * K, dtype, rngs, has_bias)
+        self.output = linear(config, config.n_heads * K, D, dtype, rngs, has_bias, residual_std(config))
+        if config.qk_norm:
+            self.query_norm, self.key_norm = norm(config, rngs, K), norm(config, rngs, K)
 
     @jax.named_scope("attention")
     def __call__(
@@ -275,27 +302,38 @@ class Attention(nnx.Module):
         places: Places,
         keys: Sequence[Array | None],
         attend_to: Attend | None = None,
+        layer: int = 0,
     ) -> Array:
-        """Return [B, T, D]. Cached decoding and maps of attention give their own `attend_to`."""
-        B, T, D = x_BTD.shape
-        H = self.config.n_heads
+        """Return [B, T, D]. Cached decoding and maps of attention give their own `attend_to`.
+
+        `layer` is the number of the block, or that of another with the same window and rotary base.
+        """
+        (B, T, _), K = x_BTD.shape, self.config.head_size
         weights_key, output_key = keys
-        q_BTHK, k_BTHK, v_BTHK = (f(x_BTD).reshape(B, T, H, D // H) for f in (self.query, self.key, self.value))
+        q_BTHK, k_BTGK, v_BTGK = (f(x_BTD).reshape(B, T, -1, K) for f in (self.query, self.key, self.value))
+        if self.config.qk_norm:
+            q_BTHK, k_BTGK = self.query_norm(q_BTHK), self.key_norm(k_BTGK)
+        window = self.config.window_of(layer)
         if self.config.positions == "rotary":
-            seq_len = 0 if places.positions_BT is None else self.config.seq_len
-            q_BTHK, k_BTHK = (rotate(x, places.positions_BT, seq_len) for x in (q_BTHK, k_BTHK))
-        q_BTHK, k_BTHK, v_BTHK = (x.astype(self.dtype) for x in (q_BTHK, k_BTHK, v_BTHK))
-        mask = Mask(places.is_pad_BT, places.segments_BT, self.is_causal)
+            seq_len, frequency_K = self.config.seq_len, frequencies(self.config, window > 0)
+            seq_len = 0 if places.positions_BT is None else seq_len
+            q_BTHK, k_BTGK = (rotate(x, frequency_K, places.positions_BT, seq_len) for x in (q_BTHK, k_BTGK))
+        q_BTHK, k_BTGK, v_BTGK = (x.astype(self.dtype) for x in (q_BTHK, k_BTGK, v_BTGK))
+        mask = Mask(places.is_pad_BT, places.segments_BT, self.is_causal, window=window)
         if attend_to is not None:
-            x_BTHK = attend_to(q_BTHK, k_BTHK, v_BTHK, mask)
-        elif not flash_attention.hindrance(self.config, self.dtype, T, mask.segments_BT is not None):
-            x_BTHK = flash_attention.attend(q_BTHK, k_BTHK, v_BTHK, mask)
+            x_BTHK = attend_to(q_BTHK, k_BTGK, v_BTGK, mask)
+        elif not flash_attention.hindrance(
+            self.config, self.dtype, T, mask.segments_BT is not None, window, mask.is_causal
+        ):
+            x_BTHK = flash_attention.attend(q_BTHK, k_BTGK, v_BTGK, mask)
+        elif local_attention.fits(mask, T) and (weights_key is None or self.config.dropout == 0):
+            x_BTHK = local_attention.attend(q_BTHK, k_BTGK, v_BTGK, mask)
         else:
             x_BTHK = attend(
-                *(q_BTHK, k_BTHK, v_BTHK, mask),
+                *(q_BTHK, k_BTGK, v_BTGK, mask),
                 lambda weights_BHTT: dropout(weights_BHTT, self.config.dropout, weights_key),
             )
-        return dropout(self.output(x_BTHK.reshape(B, T, D)), self.config.dropout, output_key)
+        return dropout(self.output(x_BTHK.reshape(B, T, -1)), self.config.dropout, output_key)
 
 
 class FeedForward(nnx.Module):
@@ -336,26 +374,86 @@ class Block(nnx.Module):
         places: Places,
         keys: Array | None,
         attend_to: Attend | None = None,
+        layer: int = 0,
     ) -> Array:
         *attention_keys, feed_forward_key = [None] * DROPOUTS if keys is None else keys
-        how = (places, attention_keys, attend_to)
+        how = (places, attention_keys, attend_to, layer)
         if self.config.post_norm:
             x_BTD = self.layernorm1(x_BTD + self.attention(x_BTD, *how))
             return self.layernorm2(x_BTD + self.feed_forward(x_BTD, feed_forward_key))
-        x_BTD += self.attention(self.layernorm1(x_BTD), *how)
+        has_norm = self.config.first_norm or layer > 0
+        x_BTD += self.attention(self.layernorm1(x_BTD) if has_norm else x_BTD, *how)
         return x_BTD + self.feed_forward(self.layernorm2(x_BTD), feed_forward_key)
+
+
+def blocks_of(config: ModelConfig, stacks: Any, first: int, last: int) -> Any:
+    """Return the blocks from `first` to before `last`, of stacks of the parameters of all blocks.
+
+    A shorter stack is one that the first block has nothing of.
+    """
+
+    def cut(x: Array) -> Array:
+        n_missing = config.n_layers - len(x)
+        return x[max(first - n_missing, 0) : last - n_missing]
+
+    return stacks if (first, last) == (0, config.n_layers) and config.first_norm else jax.tree.map(cut, stacks)
+
+
+def block_of(config: ModelConfig, stacks: Any, i: int) -> Any:
+    """Return one block of such stacks; what it has nothing of is that of the next block."""
+    return jax.tree.map(lambda x: x[max(i - config.n_layers + len(x), 0)], stacks)
+
+
+def scan_blocks(
+    config: ModelConfig,
+    run_block: Callable[[Array, Any, int], tuple[Array, Any]],
+    x: Array,
+    stacks: Any,
+    first: int,
+    last: int,
+    is_unrolled: bool = False,
+) -> tuple[Array, Any]:
+    """Run the blocks from `first` to before `last`; return x, and stacks of what `run_block` returns second.
+
+    The scan is over groups of so many blocks that all groups are alike; those before the first group run one by one.
+    """
+    n = config.period
+    start = last - (last - max(first, int(not config.first_norm))) // n * n
+    apart = []
+    for i in range(first, start):
+        x, out = run_block(x, block_of(config, stacks, i), i)
+        apart.append(out)
+
+    def run_group(x: Array, group: Any) -> tuple[Array, Any]:
+        if n == 1:
+            return run_block(x, group, start)
+        outs = []
+        for i in range(n):
+            x, out = run_block(x, jax.tree.map(lambda y, i=i: y[i], group), start + i)
+            outs.append(out)
+        return x, jax.tree.map(lambda *ys: jnp.stack(ys), *outs)
+
+    grouped = blocks_of(config, stacks, start, last)
+    if n > 1:
+        grouped = jax.tree.map(lambda y: y.reshape(-1, n, *y.shape[1:]), grouped)
+    x, outs = jax.lax.scan(run_group, x, grouped, unroll=max(1, (last - start) // n) if is_unrolled else 1)
+    if n > 1:
+        outs = jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), outs)
+    return x, jax.tree.map(lambda y, *ys: jnp.concatenate([jnp.stack(ys), y]) if ys else y, outs, *apart)
 
 
 class Transformer(nnx.Module):
     """Token ids [B, T] to hidden states float32 [B, T, D]; `segments_BT` says which document of a row each token is of.
 
-    The blocks are one Block whose parameters have a leading axis of n_layers, run by a scan.
+    The blocks are one Block whose parameters have a leading axis of n_layers, run by a scan (scan_blocks).
     """
 
     def __init__(self, config: ModelConfig, is_causal: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.config = config
         self.embedding = Embedding(config, rngs)
         self.blocks = jax.vmap(lambda rngs: Block(config, is_causal, dtype, rngs))(rngs.split(config.n_layers))
+        if not config.first_norm:
+            self.blocks.layernorm1 = jax.tree.map(lambda x: x[1:], self.blocks.layernorm1)
         add_adapters(self.blocks, config, rngs)
         if config.final_norm:
             self.final_norm = norm(config, rngs)
@@ -369,20 +467,19 @@ class Transformer(nnx.Module):
             embedding_key, keys = all_keys[0], all_keys[1:].reshape(-1, DROPOUTS)
         x_BTD = self.embedding(tokens_BT, embedding_key, places.positions_BT)
 
-        def run_block(x_BTD: Array, layer: tuple[Block, Array | None]) -> tuple[Array, None]:
-            block, block_keys = layer
-            return constrain(block(x_BTD, places, block_keys), BATCH), None
+        def run_block(x_BTD: Array, block_and_keys: tuple[Block, Array | None], layer: int) -> tuple[Array, None]:
+            block, block_keys = block_and_keys
+            return constrain(block(x_BTD, places, block_keys, layer=layer), BATCH), None
 
         if self.config.remat != "none":
-            run_block = jax.checkpoint(run_block, policy=REMAT[self.config.remat], prevent_cse=False)
-        layers = (self.blocks, keys)
+            policy = REMAT[self.config.remat]
+            run_block = jax.checkpoint(run_block, policy=policy, prevent_cse=False, static_argnums=2)
+        stacks, n, L = (self.blocks, keys), self.config.frozen_layers, self.config.n_layers
         # Where one block is compiled, what all keep for their gradients is copied to stacks: a tenth of a step on a
         # CPU, a fifth on a GPU.
         is_unrolled = is_one_cpu() or (is_one_device() and platform() == "gpu" and self.config.remat == "none")
-        unroll = self.config.n_layers if is_unrolled else 1
-        if n := self.config.frozen_layers:  # in a scan of their own: one has the gradients of all its blocks
-            blocks, block_keys = jax.tree.map(lambda x: x[:n], layers)
-            x_BTD, _ = jax.lax.scan(run_block, x_BTD, (jax.lax.stop_gradient(blocks), block_keys), unroll=unroll)
-            layers = jax.tree.map(lambda x: x[n:], layers)
-        x_BTD, _ = jax.lax.scan(run_block, x_BTD, layers, unroll=unroll)
+        if n:  # in a scan of their own: one has the gradients of all its blocks
+            frozen = (jax.lax.stop_gradient(self.blocks), keys)
+            x_BTD, _ = scan_blocks(self.config, run_block, x_BTD, frozen, 0, n, is_unrolled)
+        x_BTD, _ = scan_blocks(self.config, run_block, x_BTD, stacks, n, L, is_unrolled)
         return self.final_norm(x_BTD) if self.config.final_norm else x_BTD

@@ -163,6 +163,48 @@ def test_which_positions_an_output_depends_on(is_causal: bool) -> None:
     assert np.all(depends[is_future] == 0) if is_causal else np.all(depends[is_future] > 1e-3)
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("seq_len", [8, 5])  # in blocks, and with all pairs of positions
+def test_a_window_reaches_so_many_positions_to_either_side(seq_len: int, is_causal: bool) -> None:
+    graphdef, params = build(is_causal, n_layers=1, positions="learned", pad_id=-1, window=2, seq_len=seq_len)
+    tokens, weights_D = np.arange(seq_len)[None], np.random.default_rng(0).normal(size=D)
+
+    def outputs(table_TD: jax.Array) -> jax.Array:
+        embedding = params["embedding"] | {"position": table_TD}
+        return nnx.merge(graphdef, params | {"embedding": embedding})(tokens)[0] @ weights_D
+
+    depends = np.linalg.norm(jax.jit(jax.jacrev(outputs))(params["embedding"]["position"]), axis=-1)
+    distance = np.arange(seq_len)[None] - np.arange(seq_len)[:, None]
+    is_near = (distance >= -2) & (distance <= (0 if is_causal else 2))
+    assert np.all(depends[is_near] > 1e-4) and np.all(depends[~is_near] == 0)
+
+
+def test_layers_are_global_and_local_in_turn() -> None:
+    def windows(**settings: Any) -> list[int]:
+        config = ModelConfig(n_layers=7, **settings)
+        return [config.window_of(i) for i in range(7)]
+
+    assert windows() == [0] * 7 and windows(window=4) == [4] * 7
+    assert windows(window=4, global_every=3) == [0, 4, 4, 0, 4, 4, 0]  # ModernBERT
+    assert windows(window=4, global_every=3, global_first=False) == [4, 4, 0, 4, 4, 0, 4]  # UltraBERT
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("settings", [{"n_layers": 7}, {"n_layers": 6, "first_norm": False}, {"n_layers": 5}])
+def test_a_scan_over_groups_is_a_loop_over_blocks(settings: dict[str, Any], remat: Any) -> None:
+    settings = settings | {"window": 1, "global_every": 3, "positions": "rotary", "rotary_base_local": 9.0}
+    graphdef, params = build(**settings, remat=remat)
+    params = noisy(params)
+    model = nnx.merge(graphdef, params)
+    found, (_, gradients) = run(graphdef, params, TOKENS), square_and_gradients(graphdef, params, TOKENS)
+    x_BTD, places = model.embedding(TOKENS, None), models.Places(TOKENS == 0)
+    for i in range(model.config.n_layers):
+        x_BTD = models.block_of(model.config, model.blocks, i)(x_BTD, places, None, layer=i)
+    np.testing.assert_allclose(found, x_BTD, rtol=0, atol=2e-5)
+    assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(gradients["blocks"]["feed_forward"]))
+    assert len(params["blocks"]["layernorm1"]["scale"]) == model.config.n_layers - (not model.config.first_norm)
+
+
 @pytest.mark.parametrize(("positions", "is_causal"), [("fixed", False), ("learned", True), ("rotary", False)])
 def test_each_document_of_a_packed_row_is_as_if_it_was_alone(positions: Any, is_causal: bool) -> None:
     graphdef, params = build(is_causal, positions=positions)
@@ -192,7 +234,8 @@ def test_fixed_positions_follow_the_formula_of_the_original() -> None:
 def test_rotary_scores_depend_on_the_distance_only() -> None:
     random = np.random.default_rng(0)
     q, k = random.normal(size=(2, 1, 1, H, 8)).astype(np.float32)
-    q, k = (np.asarray(models.rotate(jnp.broadcast_to(x, (1, 7, H, 8)))) for x in (q, k))
+    frequency_K = models.frequencies(ModelConfig(head_dim=8), False)
+    q, k = (np.asarray(models.rotate(jnp.broadcast_to(x, (1, 7, H, 8)), frequency_K)) for x in (q, k))
     scores = np.einsum("bthk,bshk->bhts", q, k)[0]
     for distance in range(-6, 7):
         same = np.diagonal(scores, distance, axis1=1, axis2=2)

@@ -111,6 +111,23 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "biases of attention": {"model.biases": "attention"},
     "biases of the feed-forward": {"model.biases": "feed_forward", "model.mlp": "swiglu"},
     "soft cap": {"model.logit_softcap": 0.7},
+    "grouped heads": {"model.n_heads": 4, "model.n_kv_heads": 2, "model.head_dim": 5},
+    "one key head": {"model.n_heads": 3, "model.n_kv_heads": 1, "model.positions": "rotary", "model.head_dim": 6},
+    "norm of queries and keys": {"model.qk_norm": True, "model.norm": "rmsnorm", "model.positions": "rotary"},
+    "window": {"model.window": 1, "model.positions": "learned"},
+    "scaled rotary positions": {
+        **{"model.positions": "rotary", "model.rotary_base": 50.0, "model.rotary_scaling": 8.0},
+        **{"model.rotary_scaling_len": 12, "model.head_dim": 12, "model.pad_id": -1},
+    },
+    "no first norm": {"model.first_norm": False, "model.n_layers": 3},
+    "global and local layers": {
+        **{"model.window": 2, "model.global_every": 3, "model.n_layers": 5, "model.positions": "rotary"},
+        **{"model.rotary_base": 100.0, "model.rotary_base_local": 5.0, "model.first_norm": False},
+    },
+    "local and global layers": {
+        **{"model.window": 1, "model.global_every": 2, "model.n_layers": 4, "model.positions": "rotary"},
+        **{"model.rotary_base_local": 7.0, "model.global_first": False, "model.seq_len": 13, "model.pad_id": 2},
+    },
     "z-loss": {"model.z_loss": 0.05, "model.tied_embedding": True},
 }
 # Settings that train a part.
@@ -133,7 +150,12 @@ PARTS: dict[str, dict[str, Any]] = {
         **{"model.lora_rank": 3, "model.lora_alpha": 1.0, "model.lora_products": "output,fc1,fc2"},
         "model.tied_embedding": True,
     },
+    "frozen layers without a first norm": {
+        **{"model.n_layers": 5, "model.frozen_layers": 2, "model.first_norm": False, "model.window": 1},
+        **{"model.global_every": 2, "model.frozen_embedding": True, "train.layer_decay": 0.7},
+    },
     "LoRA, gated": {
+        **{"model.n_kv_heads": 1, "model.head_dim": 4, "model.qk_norm": True, "model.first_norm": False},
         **{"model.lora_rank": 2, "model.lora_products": "up,fc2", "model.mlp": "swiglu", "model.biases": "none"},
         "model.d_ff": 9,
     },
@@ -144,7 +166,7 @@ OPTIONS |= PARTS
 def option(task: str, name: str, n_updates: int = 5, precision: Precision = "float64") -> list[Row]:
     """Return how far the packages are apart with an optional setting."""
     sizes = {"train.max_steps": n_updates, "train.warmup_steps": 1, "model.n_heads": 2, "train.accumulate": 1}
-    config = config_of(task, **sizes, **OPTIONS[name])
+    config = config_of(task, **(sizes | OPTIONS[name]))
     plan = random_plan(f"{task}, {name}", config, seed=6)
     return _apart(plan, precision)
 

@@ -203,9 +203,10 @@ def is_rounding(config: Config, name: str) -> bool:
     """Return whether nothing but rounding is left of the gradient of a parameter.
 
     The bias of the keys shifts all scores of a query alike, which a softmax does not see; rotary positions turn it by
-    another angle at each position.
+    another angle at each position, and a norm of the keys is not linear.
     """
-    return name.endswith(".attention.key.bias") and config.model.positions != "rotary"
+    model = config.model
+    return name.endswith(".attention.key.bias") and model.positions != "rotary" and not model.qk_norm
 
 
 def _roots(arrays: Arrays) -> Arrays:

@@ -30,6 +30,7 @@ ONLY_JAX = {
         "gelu": "PyTorch has it",
         **dict.fromkeys(("Attend", "Mask.queries_BT"), "keys and values of a cache, which only jaxlm has"),
         "DROPOUTS": "explicit keys",
+        **dict.fromkeys(("blocks_of", "block_of", "scan_blocks"), "stacks of the parameters of all blocks"),
     },
     "heads": {"LanguageModel.loss": "logits and loss in one pass that never has all logits"},
     "optim": {
@@ -78,8 +79,12 @@ ONLY_TORCH = {
 }
 # Arguments that only jaxlm has: what products compute in (autocast), explicit keys, a source of keys for no values, and
 # what cached decoding gives.
-JAX_ARGUMENTS = {"dtype", "key", "keys", "rngs", "positions_BT", "seq_len", "attend_to", "axes"}
+JAX_ARGUMENTS = {"dtype", "key", "keys", "rngs", "positions_BT", "seq_len", "attend_to", "axes", "layer"}
 ARGUMENTS = {  # (jaxlm's, torchlm's) where they differ otherwise
+    "model.Block.__init__": (
+        ["self", "config", "is_causal", "dtype", "rngs"],
+        ["self", "config", "is_causal", "rngs", "layer"],
+    ),
     "model.start": (["config", "std"], ["x", "config", "rngs", "std"]),
     "model.future": (["T"], ["T", "device"]),
     "model.hidden": (["mask", "T", "S"], ["mask", "T", "device"]),
@@ -163,6 +168,7 @@ def test_public_names_their_order_and_arguments_are_the_same(name: str) -> None:
         {"model.lora_rank": 2, "model.lora_products": "fc2,key"},
         {"model.embedding_norm": True, "model.head_dense": "bert", "model.tied_embedding": True},
         {"model.norm": "rmsnorm", "model.mlp": "swiglu", "model.d_ff": 7, "model.biases": "attention"},
+        {"model.n_kv_heads": 1, "model.head_dim": 6, "model.qk_norm": True, "model.first_norm": False},
         {"model.norm": "layernorm_no_bias", "model.mlp": "relu2", "model.biases": "feed_forward"},
         {
             **{"model.norm": "rmsnorm_no_scale", "model.mlp": "geglu", "model.biases": "none"},

@@ -1,6 +1,7 @@
 """The transformer of the original design, in build order: Embedding, Attention, FeedForward, Block, Transformer.
 
-Array names end in their shape: B batch, T positions, D d_model, H heads, K head size, F hidden units, V vocabulary.
+Array names end in their shape: B batch, T positions, D d_model, H heads, G heads of keys and values, K head size,
+F hidden units, V vocabulary.
 The mode of a module turns dropout on (`train()`) or off (`eval()`).
 Parameters are float32; products compute in bfloat16 inside `torch.autocast`, which the models of heads.py open.
 """
@@ -37,6 +38,7 @@ class Mask(NamedTuple):
     is_pad_BS: Tensor | None = None  # the keys that are pads
     segments_BT: Tensor | None = None  # of keys and queries: those of other documents are hidden
     is_causal: bool = False  # keys behind a query are hidden
+    window: int = 0  # keys that are farther away from a query are hidden; 0: none
 
 
 class Linear(nn.Linear):
@@ -96,9 +98,9 @@ def add_adapters(blocks: nn.ModuleList, config: ModelConfig, rngs: torch.Generat
             layer.lora_scale = config.lora_alpha / config.lora_rank
 
 
-def norm(config: ModelConfig) -> nn.LayerNorm | nn.RMSNorm:
-    """Return LayerNorm or RMSNorm (arXiv 1910.07467), in float32."""
-    size, epsilon = config.d_model, config.norm_epsilon
+def norm(config: ModelConfig, size: int = 0) -> nn.LayerNorm | nn.RMSNorm:
+    """Return LayerNorm or RMSNorm (arXiv 1910.07467) of `size` or d_model numbers, in float32."""
+    size, epsilon = size or config.d_model, config.norm_epsilon
     if config.norm in ("rmsnorm", "rmsnorm_no_scale"):
         return nn.RMSNorm(size, eps=epsilon, elementwise_affine=config.norm == "rmsnorm")
     return nn.LayerNorm(size, eps=epsilon, bias=config.norm == "layernorm")
@@ -131,13 +133,27 @@ def fixed_positions(seq_len: int, d_model: int) -> np.ndarray:
     return np.where(column % 2 == 0, np.sin(angle_TD), np.cos(angle_TD)).astype(np.float32)
 
 
-def rotate(x_BTHK: Tensor, positions_BT: Tensor | None = None) -> Tensor:
-    """Turn each pair (k, k + K/2) by position * 10000^(-2k/K). Source: RoFormer, arXiv 2104.09864, eq. 34.
+def frequencies(config: ModelConfig, is_local: bool) -> np.ndarray:
+    """Return by how much each pair of a head turns from one position to the next, base^(-2k/K), [K/2].
+
+    With `rotary_scaling`, pairs that turn less than once in `rotary_scaling_len` positions turn so much slower, those
+    that turn 4 times or more as before, and those between in proportion (Llama 3.1's rope_scaling).
+    """
+    K, base = config.head_size, is_local and config.rotary_base_local or config.rotary_base
+    frequency_K = base ** (-np.arange(0, K, 2) / K)
+    if config.rotary_scaling == 1:
+        return frequency_K
+    n_turns_K = config.rotary_scaling_len * frequency_K / (2 * np.pi)
+    share_K = np.clip((n_turns_K - 1) / (4 - 1), 0, 1)
+    return frequency_K * (share_K + (1 - share_K) / config.rotary_scaling)
+
+
+def rotate(x_BTHK: Tensor, frequency_K: np.ndarray, positions_BT: Tensor | None = None) -> Tensor:
+    """Turn each pair (k, k + K/2) by position * frequency. Source: RoFormer, arXiv 2104.09864, eq. 34.
 
     Positions are 0 to T - 1, or `positions_BT`.
     """
-    T, K = x_BTHK.shape[1], x_BTHK.shape[3]
-    angle_TK = np.arange(T)[:, None] * 10000.0 ** (-np.arange(0, K, 2) / K)
+    angle_TK = np.arange(x_BTHK.shape[1])[:, None] * frequency_K
     cos, sin = (torch.tensor(f(angle_TK)[None, :, None, :], dtype=torch.float32) for f in (np.cos, np.sin))
     cos, sin = cos.to(x_BTHK.device), sin.to(x_BTHK.device)
     if positions_BT is not None:
@@ -166,6 +182,10 @@ def hidden(mask: Mask, T: int, device: torch.device) -> Tensor | None:
     if mask.segments_BT is not None:
         is_other_BTS = mask.segments_BT[:, :, None] != mask.segments_BT[:, None, :]
         is_hidden_BTS = is_other_BTS if is_hidden_BTS is None else is_hidden_BTS | is_other_BTS
+    if mask.window:
+        queries_BT = torch.arange(T, device=device)[None]
+        is_far_BTS = abs(queries_BT[:, None, :] - queries_BT[:, :, None]) > mask.window
+        is_hidden_BTS = is_far_BTS if is_hidden_BTS is None else is_hidden_BTS | is_far_BTS
     return is_hidden_BTS
 
 
@@ -178,8 +198,12 @@ def attend(
 ) -> Tensor:
     """Return what each of T positions takes from S values, [B, T, H, K].
 
-    Keys and values are [B, S, H, K]. `drop` gets the weights [B, H, T, S], and may change them.
+    Keys and values are [B, S, H, K], or of fewer heads: key head g is of the H / G queries from g H / G on. `drop` gets
+    the weights [B, H, T, S], and may change them.
     """
+    H = q_BTHK.shape[2]
+    if H != k.shape[2]:
+        k, v = (x.repeat_interleave(H // x.shape[2], 2) for x in (k, v))
 
     def multiply(subscripts: str, a: Tensor, b: Tensor) -> Tensor:
         product = torch.einsum(subscripts, a, b)
@@ -233,29 +257,36 @@ class Embedding(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; `is_causal` also masks the future."""
+    """Self-attention of H queries to G keys and values (arXiv 2305.13245); `is_causal` also masks the future."""
 
     def __init__(self, config: ModelConfig, is_causal: bool, rngs: torch.Generator):
         super().__init__()
         self.config, self.is_causal = config, is_causal
-        D, has_bias = config.d_model, config.biases in ("all", "attention")
-        self.query = linear(config, D, D, rngs, has_bias)
-        self.key = linear(config, D, D, rngs, has_bias)
-        self.value = linear(config, D, D, rngs, has_bias)
-        self.output = linear(config, D, D, rngs, has_bias, residual_std(config))
+        D, K, has_bias = config.d_model, config.head_size, config.biases in ("all", "attention")
+        self.query = linear(config, D, config.n_heads * K, rngs, has_bias)
+        self.key = linear(config, D, config.kv_heads * K, rngs, has_bias)
+        self.value = linear(config, D, config.kv_heads * K, rngs, has_bias)
+        self.output = linear(config, config.n_heads * K, D, rngs, has_bias, residual_std(config))
+        if config.qk_norm:
+            self.query_norm, self.key_norm = norm(config, K), norm(config, K)
 
-    def forward(self, x_BTD: Tensor, places: Places) -> Tensor:
-        B, T, D = x_BTD.shape
-        H = self.config.n_heads
-        q_BTHK, k_BTHK, v_BTHK = (f(x_BTD).reshape(B, T, H, D // H) for f in (self.query, self.key, self.value))
+    def forward(self, x_BTD: Tensor, places: Places, layer: int = 0) -> Tensor:
+        """Return [B, T, D]. `layer` is the number of the block."""
+        (B, T, _), K = x_BTD.shape, self.config.head_size
+        q_BTHK, k_BTGK, v_BTGK = (f(x_BTD).reshape(B, T, -1, K) for f in (self.query, self.key, self.value))
+        if self.config.qk_norm:
+            wide = torch.promote_types(q_BTHK.dtype, torch.float32)
+            q_BTHK, k_BTGK = self.query_norm(q_BTHK.to(wide)), self.key_norm(k_BTGK.to(wide))
+        window = self.config.window_of(layer)
         if self.config.positions == "rotary":
-            q_BTHK, k_BTHK = (rotate(x, places.positions_BT) for x in (q_BTHK, k_BTHK))
-        mask = Mask(places.is_pad_BT, places.segments_BT, self.is_causal)
+            frequency_K = frequencies(self.config, window > 0)
+            q_BTHK, k_BTGK = (rotate(x, frequency_K, places.positions_BT) for x in (q_BTHK, k_BTGK))
+        mask = Mask(places.is_pad_BT, places.segments_BT, self.is_causal, window)
         x_BTHK = attend(
-            *(q_BTHK, k_BTHK, v_BTHK, mask),
+            *(q_BTHK, k_BTGK, v_BTGK, mask),
             lambda weights_BHTT: dropout(weights_BHTT, self.config.dropout, self.training),
         )
-        return dropout(self.output(x_BTHK.reshape(B, T, D)), self.config.dropout, self.training)
+        return dropout(self.output(x_BTHK.reshape(B, T, -1)), self.config.dropout, self.training)
 
 
 class FeedForward(nn.Module):
@@ -283,19 +314,21 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Attention and feed-forward, each on a residual; a norm before each, or with `post_norm` after each sum."""
 
-    def __init__(self, config: ModelConfig, is_causal: bool, rngs: torch.Generator):
+    def __init__(self, config: ModelConfig, is_causal: bool, rngs: torch.Generator, layer: int = 0):
         super().__init__()
-        self.config = config
-        self.layernorm1 = norm(config)
+        self.config, self.layer = config, layer
+        if config.first_norm or layer > 0:
+            self.layernorm1 = norm(config)
         self.attention = Attention(config, is_causal, rngs)
         self.layernorm2 = norm(config)
         self.feed_forward = FeedForward(config, rngs)
 
     def forward(self, x_BTD: Tensor, places: Places) -> Tensor:
         if self.config.post_norm:
-            x_BTD = self.layernorm1(x_BTD + self.attention(x_BTD, places))
+            x_BTD = self.layernorm1(x_BTD + self.attention(x_BTD, places, self.layer))
             return self.layernorm2(x_BTD + self.feed_forward(x_BTD))
-        x_BTD = x_BTD + self.attention(self.layernorm1(x_BTD), places)
+        has_norm = self.config.first_norm or self.layer > 0
+        x_BTD = x_BTD + self.attention(self.layernorm1(x_BTD) if has_norm else x_BTD, places, self.layer)
         return x_BTD + self.feed_forward(self.layernorm2(x_BTD))
 
 
@@ -309,7 +342,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = Embedding(config, rngs)
-        self.blocks = nn.ModuleList([Block(config, is_causal, rngs) for _ in range(config.n_layers)])
+        self.blocks = nn.ModuleList([Block(config, is_causal, rngs, i) for i in range(config.n_layers)])
         add_adapters(self.blocks, config, rngs)
         if config.final_norm:
             self.final_norm = norm(config)

@@ -70,6 +70,17 @@ def test_which_positions_an_output_depends_on(is_causal: bool) -> None:
     assert torch.all(depends[is_future] == 0) if is_causal else torch.all(depends[is_future] > 1e-3)
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_a_window_reaches_so_many_positions_to_either_side(is_causal: bool) -> None:
+    model = build(is_causal, n_layers=1, positions="learned", pad_id=-1, window=2, seq_len=8)
+    outputs = model(torch.arange(8)[None])[0] @ torch.randn(D, generator=torch.Generator().manual_seed(0))
+    gradients = [torch.autograd.grad(x, model.embedding.position, retain_graph=True)[0] for x in outputs]
+    depends = torch.stack(gradients).norm(dim=-1)
+    distance = torch.arange(8)[None] - torch.arange(8)[:, None]
+    is_near = (distance >= -2) & (distance <= (0 if is_causal else 2))
+    assert torch.all(depends[is_near] > 1e-4) and torch.all(depends[~is_near] == 0)
+
+
 @pytest.mark.parametrize(("positions", "is_causal"), [("fixed", False), ("learned", True), ("rotary", False)])
 @torch.no_grad()
 def test_each_document_of_a_packed_row_is_as_if_it_was_alone(positions: Any, is_causal: bool) -> None:
@@ -98,7 +109,8 @@ def test_fixed_positions_follow_the_formula_of_the_original() -> None:
 
 def test_rotary_scores_depend_on_the_distance_only() -> None:
     q, k = torch.randn(2, 1, 1, H, 8, generator=torch.Generator().manual_seed(0))
-    q, k = (models.rotate(x.expand(1, 7, H, 8)) for x in (q, k))
+    frequency_K = models.frequencies(ModelConfig(head_dim=8), False)
+    q, k = (models.rotate(x.expand(1, 7, H, 8), frequency_K) for x in (q, k))
     scores = torch.einsum("bthk,bshk->bhts", q, k)[0].numpy()
     for distance in range(-6, 7):
         same = np.diagonal(scores, distance, axis1=1, axis2=2)

@@ -132,7 +132,7 @@ def activations(config: Config, mesh: Mapping[str, int]) -> int:
         return jax.tree.leaves(jax.vjp(loss, frozen.trained(config.model, params))[1])
 
     jaxpr = jax.make_jaxpr(kept)(nnx.to_pure_dict(params), shapes, key).jaxpr
-    split = {config.model.n_heads, config.model.n_hidden, config.model.vocab_size}
+    split = {config.model.n_heads, config.model.kv_heads, config.model.n_hidden, config.model.vocab_size}
     total = 0
     for x in {id(x): x for x in jaxpr.outvars if x not in jaxpr.invars}.values():
         others = [size for size in x.aval.shape if size % PRIME]

@@ -5,24 +5,24 @@ Letters as in model.py; S positions looked at.
 
 import functools
 
-import jax
 from jax import Array
 
-from jaxlm.model import Block, Places, Transformer, attend
+from jaxlm.model import Block, Places, Transformer, attend, scan_blocks
 
 
 def weights(base: Transformer, tokens_BT: Array, layer: Array, head: Array) -> Array:
     """Return how much each position looks at each, [B, T, S]; rows sum to 1. `layer` and `head` count from 0."""
     places = Places(tokens_BT == base.config.pad_id if base.config.pad_id >= 0 else None)
 
-    def run_block(x_BTD: Array, block: Block) -> tuple[Array, Array]:
+    def run_block(x_BTD: Array, block: Block, layer: int) -> tuple[Array, Array]:
         seen: list[Array] = []
 
         def keep(weights_BHTS: Array) -> Array:
             seen.append(weights_BHTS[:, head])
             return weights_BHTS
 
-        return block(x_BTD, places, None, functools.partial(attend, drop=keep)), seen[0]
+        return block(x_BTD, places, None, functools.partial(attend, drop=keep), layer), seen[0]
 
-    _, weights_LBTS = jax.lax.scan(run_block, base.embedding(tokens_BT, None), base.blocks)
+    config, x_BTD = base.config, base.embedding(tokens_BT, None)
+    _, weights_LBTS = scan_blocks(config, run_block, x_BTD, base.blocks, 0, config.n_layers)
     return weights_LBTS[layer]

@@ -8,7 +8,7 @@ from flax import nnx
 
 from jaxlm import config as configs
 from jaxlm.inference import attention_maps
-from jaxlm.model import Places, Transformer
+from jaxlm.model import Places, Transformer, block_of
 
 
 @pytest.mark.parametrize(
@@ -16,6 +16,10 @@ from jaxlm.model import Places, Transformer
     [
         (False, {"pad_id": 0, "positions": "rotary"}),
         (True, {"pad_id": -1, "positions": "learned", "post_norm": True}),
+        (
+            False,
+            {"pad_id": 0, "positions": "rotary", "window": 2, "global_every": 2, "n_kv_heads": 1, "first_norm": False},
+        ),
     ],
 )
 def test_the_weights_are_the_models(is_causal: bool, settings: dict) -> None:
@@ -33,13 +37,15 @@ def test_the_weights_are_the_models(is_causal: bool, settings: dict) -> None:
         x_BTD = base.embedding(tokens_BT, None)
         found = []
         for layer in range(2):
-            block = jax.tree.map(lambda x, layer=layer: x[layer], base.blocks)
-            seen_BTD = x_BTD if config.post_norm else block.layernorm1(x_BTD)
-            value_BTHK = block.attention.value(seen_BTD).reshape(2, 7, 3, 4)
+            block = block_of(config, base.blocks, layer)
+            has_norm = not config.post_norm and (config.first_norm or layer > 0)
+            seen_BTD = block.layernorm1(x_BTD) if has_norm else x_BTD
+            value_BTGK = block.attention.value(seen_BTD).reshape(2, 7, -1, 4)
+            value_BTHK = jnp.repeat(value_BTGK, 3 // value_BTGK.shape[2], 2)
             by_head_BTHK = jnp.einsum("HBTS,BSHK->BTHK", weights_LHBTS[layer], value_BTHK)
             output_BTD = block.attention.output(by_head_BTHK.reshape(2, 7, 12))
-            found.append((output_BTD, block.attention(seen_BTD, places, [None, None])))
-            x_BTD = block(x_BTD, places, None)
+            found.append((output_BTD, block.attention(seen_BTD, places, [None, None], layer=layer)))
+            x_BTD = block(x_BTD, places, None, layer=layer)
         return weights_LHBTS, found
 
     weights_LHBTS, found = both(base)

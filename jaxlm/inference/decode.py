@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array
 
 from jaxlm.heads import LanguageModel
-from jaxlm.model import Mask, Places, attend
+from jaxlm.model import Mask, Places, attend, block_of
 from jaxlm.ops import matmul
 from jaxlm.parallel import platform
 
@@ -36,7 +36,7 @@ class Rows(NamedTuple):
     tokens_BS: Array  # the first `n` are made
     n_B: Array
     end_B: Array  # where `n` is to stop
-    keys: tuple[Array, ...]  # of each layer, [B, H, S, K], up to position n - 2, rounded as products want them
+    keys: tuple[Array, ...]  # of each layer, [B, G, S, K], up to position n - 2, rounded as products want them
     values: tuple[Array, ...]
 
 
@@ -56,7 +56,7 @@ class Decoder:
         """`stop` is the token that ends a row."""
         self.config, self.stop = model.base.config, stop
         self.dtype = model.base.blocks.attention.dtype
-        blocks = tuple(jax.tree.map(lambda x, i=i: x[i], model.base.blocks) for i in range(model.base.config.n_layers))
+        blocks = tuple(block_of(self.config, model.base.blocks, i) for i in range(self.config.n_layers))
         final_norm = model.base.final_norm if self.config.final_norm else None
         # Flattened once: it takes longer than a token of a small model.
         self.leaves, self.structure = jax.tree.flatten(Parts(model.base.embedding, blocks, final_norm, model.head))
@@ -95,7 +95,7 @@ class Decoder:
             row[: len(prompt)] = prompt
         # The last token is never run through the model, so that one more fits than it has positions.
         end_B = np.minimum(n_B + most_new, config.seq_len + 1)
-        shape = (B, config.n_heads, S, config.d_model // config.n_heads)
+        shape = (B, config.kv_heads, S, config.head_size)
         # A CPU converts bfloat16 to float32 for products with batch axes; done here, it is done once.
         dtype = matmul.sum_dtype(self.dtype) if platform() == "cpu" else self.dtype
         cache = [tuple(jnp.zeros(shape, dtype) for _ in range(config.n_layers)) for _ in range(2)]
@@ -154,14 +154,14 @@ def forward(parts: Parts, tokens_BC: Array, positions_BC: Array, rows: Rows) -> 
     is_pad_BS = rows.tokens_BS == pad_id if pad_id >= 0 else None
     keys, values = list(rows.keys), list(rows.values)
 
-    def attend_to(q_BCHK: Array, k_BCHK: Array, v_BCHK: Array, mask: Mask, i: int) -> Array:
-        keys[i] = _put(keys[i], k_BCHK, positions_BC)
-        values[i] = _put(values[i], v_BCHK, positions_BC)
+    def attend_to(q_BCHK: Array, k_BCGK: Array, v_BCGK: Array, mask: Mask, i: int) -> Array:
+        keys[i] = _put(keys[i], k_BCGK, positions_BC)
+        values[i] = _put(values[i], v_BCGK, positions_BC)
         mask = mask._replace(is_pad_BS=is_pad_BS, queries_BT=positions_BC)
         return attend(q_BCHK, keys[i], values[i], mask, axes="BHSK")
 
     for i, block in enumerate(parts.blocks):
-        x_BCD = block(x_BCD, Places(positions_BT=positions_BC), None, functools.partial(attend_to, i=i))
+        x_BCD = block(x_BCD, Places(positions_BT=positions_BC), None, functools.partial(attend_to, i=i), i)
     if parts.final_norm is not None:
         x_BCD = parts.final_norm(x_BCD)
     return x_BCD, rows._replace(keys=tuple(keys), values=tuple(values))
@@ -213,6 +213,6 @@ def _threshold(p_BV: Array, is_enough: Callable[[Array], Array]) -> Array:
     return jax.lax.bitcast_convert_type(found_B, jnp.float32)[:, None]
 
 
-def _put(cache_BHSK: Array, new_BCHK: Array, positions_BC: Array) -> Array:
+def _put(cache_BGSK: Array, new_BCGK: Array, positions_BC: Array) -> Array:
     rows_B1 = jnp.arange(len(positions_BC))[:, None]
-    return cache_BHSK.at[rows_B1, :, positions_BC].set(new_BCHK.astype(cache_BHSK.dtype))
+    return cache_BGSK.at[rows_B1, :, positions_BC].set(new_BCGK.astype(cache_BGSK.dtype))

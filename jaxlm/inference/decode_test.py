@@ -20,12 +20,19 @@ MODELS: dict[str, dict[str, Any]] = {
     "rotary": {"positions": "rotary", "pad_id": -1},
     "fixed, tied, with pads": {"positions": "fixed", "tied_embedding": True, "pad_id": 0},
     "learned, norm after": {"positions": "learned", "post_norm": True, "pad_id": -1},
+    "grouped heads": {"n_kv_heads": 1, "head_dim": 6, "qk_norm": True, "positions": "rotary", "norm": "rmsnorm"},
+    "window": {"window": 3, "positions": "rotary", "first_norm": False, "mlp": "swiglu", "biases": "none"},
+    "global and local layers": {
+        **{"n_layers": 4, "window": 2, "global_every": 3, "positions": "rotary", "rotary_base_local": 9.0},
+        **{"first_norm": False, "pad_id": 0, "logit_softcap": 9.0},
+    },
     "final norm, with pads": {"positions": "rotary", "final_norm": True, "pad_id": 0},
 }
 
 
 def model_of(**settings: Any) -> LanguageModel:
-    config = ModelConfig(vocab_size=V, d_model=12, n_layers=2, n_heads=3, seq_len=T, dropout=0.0, **settings)
+    sizes = {"vocab_size": V, "d_model": 12, "n_layers": 2, "n_heads": 3, "seq_len": T, "dropout": 0.0}
+    config = ModelConfig(**sizes | settings)
     model = LanguageModel(config, is_causal=True, dtype=jnp.float32, rngs=nnx.Rngs(0))
     if not config.tied_embedding:
         model.head.linear.kernel[...] *= 50  # far from ties, and from one token again and again

@@ -17,7 +17,9 @@ from jaxlm.parallel import BATCH, platform
 TILE = 128  # the TPU kernel takes multiples of so many positions
 
 
-def hindrance(config: ModelConfig, dtype: Any, seq_len: int, is_packed: bool = False) -> str:
+def hindrance(
+    config: ModelConfig, dtype: Any, seq_len: int, is_packed: bool = False, window: int = 0, is_causal: bool = False
+) -> str:
     """Return why attention cannot be fused on this platform; "" if it can. `is_packed`: rows have several documents."""
     if config.attention == "plain":
         return "it is to be plain"
@@ -30,7 +32,9 @@ def hindrance(config: ModelConfig, dtype: Any, seq_len: int, is_packed: bool = F
         return "it has no dropout on attention weights; set model.dropout=0"
     if where == "gpu" and is_packed:
         return "cuDNN's attends across the documents of packed rows; set data.pack=none"
-    size = config.d_model // config.n_heads
+    if where == "gpu" and window and not is_causal:
+        return "cuDNN's has no window to the right"
+    size = config.head_size
     if where == "gpu" and (size % 8 or size > 128):
         return f"heads of {size} dimensions are none of 8, 16, ... 128"
     return f"{seq_len} positions are no multiple of {TILE}" if where == "tpu" and seq_len % TILE else ""
@@ -46,7 +50,7 @@ def attend(q_BTHK: Array, k_BTHK: Array, v_BTHK: Array, mask: Any) -> Array:
 def by_xla(q_BTHK: Array, k_BTHK: Array, v_BTHK: Array, mask: Any, implementation: Any) -> Array:
     assert mask.segments_BT is None, "hindrance() says so"
     lengths_B, is_pad_BT = None, mask.is_pad_BS
-    if is_pad_BT is not None:
+    if is_pad_BT is not None and not mask.window:  # with one, it is causal: no token sees the pads behind it
         # As lengths, since cuDNN would compute a gradient of any other mask. Pads are at the ends of rows. A pad among
         # tokens is attended to, and so is the first of a row of pads, which no loss counts.
         ends_T = np.arange(1, is_pad_BT.shape[1] + 1, dtype=np.int32)
@@ -57,6 +61,7 @@ def by_xla(q_BTHK: Array, k_BTHK: Array, v_BTHK: Array, mask: Any, implementatio
         v_BTHK,
         key_value_seq_lengths=lengths_B,
         is_causal=mask.is_causal,
+        local_window_size=(mask.window, 0) if mask.window else None,
         implementation=implementation,
     )
 
@@ -71,7 +76,9 @@ def splash(q_BTHK: Array, k_BTHK: Array, v_BTHK: Array, mask: Any, interpreted: 
     blocks = splash_attention.BlockSizes(
         block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, use_fused_bwd_kernel=True
     )
-    mask_TT = (splash_attention.CausalMask if mask.is_causal else splash_attention.FullMask)((T, T))
+    mask_TT: Any = (splash_attention.CausalMask if mask.is_causal else splash_attention.FullMask)((T, T))
+    if mask.window:
+        mask_TT = splash_attention.LocalMask((T, T), (mask.window, 0 if mask.is_causal else mask.window), 0)
 
     def on_device(*arrays: Array) -> Array:
         q_BHTK, k_BHTK, v_BHTK = (x.transpose(0, 2, 1, 3) for x in arrays[:3])
@@ -90,6 +97,8 @@ def splash(q_BTHK: Array, k_BTHK: Array, v_BTHK: Array, mask: Any, interpreted: 
         is_pad_BT = False if mask.is_pad_BS is None else mask.is_pad_BS
         if mask.segments_BT is not None:
             is_pad_BT &= mask.segments_BT > 0
+        if mask.window:  # pads far from all tokens have no key but pads
+            of_queries_BT = jnp.where(is_pad_BT, -1, of_queries_BT)
         arrays += [of_queries_BT, jnp.where(is_pad_BT, -1, of_queries_BT)]
     if jax.sharding.get_abstract_mesh().empty:
         return on_device(*arrays)

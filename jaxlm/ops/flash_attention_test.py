@@ -21,21 +21,24 @@ LENGTHS = np.array([T, 60, 1])
 
 
 @functools.cache
-def outputs(by: str, is_causal: bool, dtype: str = "float32", is_packed: bool = False) -> tuple[Array, Any]:
+def outputs(
+    by: str, is_causal: bool, dtype: str = "float32", is_packed: bool = False, settings: tuple = ()
+) -> tuple[Array, Any]:
     """Return what a layer of attention makes of random input, and the gradients of it and of the layer.
 
     Rows are one document each, or, if they are packed, several.
     """
-    config = ModelConfig(d_model=32, n_heads=2, vocab_size=9, dropout=0.0)
+    config = ModelConfig(**{"d_model": 32, "n_heads": 2, "vocab_size": 9, "dropout": 0.0} | dict(settings))
     layer = models.Attention(config, is_causal, jnp.dtype(dtype), nnx.Rngs(0))
     x_BTD = jax.random.normal(jax.random.key(1), (3, T, 32))
     is_pad_BT = np.arange(T)[None] >= LENGTHS[:, None]
     weights_BTD = jax.random.normal(jax.random.key(2), x_BTD.shape)
     places = models.Places(is_pad_BT)
+    if is_packed or settings:
+        weights_BTD = jnp.where(is_pad_BT[..., None], 0, weights_BTD)  # no loss counts what pads attend to
     if is_packed:
         segments_BT = np.where(is_pad_BT, 0, 1 + np.searchsorted([5, 40, 100], np.arange(T), side="right"))
         places = models.Places(is_pad_BT, jnp.asarray(segments_BT))
-        weights_BTD = jnp.where(is_pad_BT[..., None], 0, weights_BTD)  # no loss counts what pads attend to
 
     def loss(layer: models.Attention, x_BTD: Array) -> tuple[Array, Array]:
         out_BTD = layer(x_BTD, places, [None, None])
@@ -68,6 +71,18 @@ def test_fused_attention_keeps_to_the_documents_of_packed_rows(is_causal: bool) 
     assert not np.allclose(expected[0], outputs("plain", is_causal)[0], atol=1e-2)
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("by", ["splash", "XLA"])
+def test_fused_attention_keeps_to_windows_and_groups_of_heads(by: str, is_causal: bool) -> None:
+    if by == "XLA" and not is_causal:
+        pytest.skip("cuDNN's, which it stands for, has no window to the right")
+    settings = (("n_heads", 4), ("n_kv_heads", 2), ("window", 7))
+    expected, found = (outputs(x, is_causal, settings=settings) for x in ("plain", by))
+    is_real_BT = np.arange(T)[None] < LENGTHS[:, None]
+    assert_same(*((jnp.where(is_real_BT[..., None], out_BTD, 0), grads) for out_BTD, grads in (expected, found)))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(found))
+
+
 def assert_same(expected_and_grads: tuple[Array, Any], found_and_grads: tuple[Array, Any]) -> None:
     (expected, expected_grads), (found, grads) = expected_and_grads, found_and_grads
     np.testing.assert_allclose(found, expected, rtol=0, atol=5e-6)
@@ -95,6 +110,7 @@ def test_what_keeps_attention_from_being_fused_is_told() -> None:
         capability: str = "9.0",
         seq_len: int = 64,
         is_packed: bool = False,
+        is_causal: bool = False,
         **settings: Any,
     ) -> str:
         device = SimpleNamespace(compute_capability=capability)
@@ -103,7 +119,8 @@ def test_what_keeps_attention_from_being_fused_is_told() -> None:
             mock.patch.object(flash_attention, "platform", lambda: platform),
         ):
             values: dict[str, Any] = {"d_model": 64, "n_heads": 4, "dropout": 0.0} | settings
-            return flash_attention.hindrance(ModelConfig(**values), dtype, seq_len, is_packed)
+            config = ModelConfig(**values)
+            return flash_attention.hindrance(config, dtype, seq_len, is_packed, config.window, is_causal)
 
     assert why() == why(attention="fused") == why("tpu", seq_len=256) == why("tpu", seq_len=128, n_heads=16) == ""
     assert why(attention="plain") == "it is to be plain"
@@ -111,5 +128,7 @@ def test_what_keeps_attention_from_being_fused_is_told() -> None:
     assert "train.precision" in why(dtype=jnp.float32)
     assert "model.dropout=0" in why(dropout=0.1)
     assert "heads of 256" in why(d_model=1024) and "heads of 4" in why(n_heads=16)
+    assert "no window to the right" in why(window=3) and why(window=3, is_causal=True) == ""
+    assert why("tpu", seq_len=128, window=3) == why(head_dim=32) == "" and "heads of 36" in why(head_dim=36)
     assert "data.pack=none" in why(is_packed=True) and why("tpu", seq_len=128, is_packed=True) == ""
     assert why("tpu", seq_len=200) == "200 positions are no multiple of 128"

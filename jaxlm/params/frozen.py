@@ -22,7 +22,8 @@ def trained(model: ModelConfig, params: Tree, path: tuple[str, ...] = ()) -> dic
             if part := trained(model, x, (*path, name)):
                 result[name] = part
         elif (first := names.first_trained(model, (*path, name))) is not None:
-            result[name] = x[first:] if first else x
+            n_missing = model.n_layers - len(x) if first else 0  # blocks that have none of it, without model.first_norm
+            result[name] = x[max(first - n_missing, 0) :] if first else x
     return result
 
 

@@ -38,10 +38,13 @@ def shapes(config: Config, kind: str) -> Shapes:
     """
     model, adapted = config.model, lora_products(config.model)
     D, F, V = model.d_model, model.n_hidden, model.vocab_size
+    HK = model.n_heads * model.head_size if model.head_dim else D
+    GK = HK * model.kv_heads // model.n_heads
+    attention = {"query": (D, HK), "key": (D, GK), "value": (D, GK), "output": (HK, D)}
 
-    def norm(name: str) -> Shapes:
+    def norm(name: str, size: int = D) -> Shapes:
         kinds = {"layernorm": ("weight", "bias"), "rmsnorm_no_scale": ()}.get(model.norm, ("weight",))
-        return {f"{name}.{kind}": (D,) for kind in kinds}
+        return {f"{name}.{kind}": (size,) for kind in kinds}
 
     def linear(name: str, n_in: int, n_out: int, has_bias: bool) -> Shapes:
         found: Shapes = {f"{name}.weight": (n_out, n_in)} | ({f"{name}.bias": (n_out,)} if has_bias else {})
@@ -55,9 +58,12 @@ def shapes(config: Config, kind: str) -> Shapes:
         result |= norm("base.embedding.layernorm")
     for i in range(model.n_layers):
         block = f"base.blocks.{i}"
-        result |= norm(f"{block}.layernorm1")
-        for part in ("query", "key", "value", "output"):
-            result |= linear(f"{block}.attention.{part}", D, D, model.biases in ("all", "attention"))
+        if model.first_norm or i > 0:
+            result |= norm(f"{block}.layernorm1")
+        for part, (n_in, n_out) in attention.items():
+            result |= linear(f"{block}.attention.{part}", n_in, n_out, model.biases in ("all", "attention"))
+        for part in ("query_norm", "key_norm") if model.qk_norm else ():
+            result |= norm(f"{block}.attention.{part}", model.head_size)
         result |= norm(f"{block}.layernorm2")
         widths = {"fc1": (D, F), "up": (D, F), "fc2": (F, D)}
         for part in ("fc1", "up", "fc2") if model.mlp in GATED else ("fc1", "fc2"):
@@ -87,7 +93,7 @@ def shapes_of_tree(tree: Mapping[str, Any]) -> Shapes:
     result: Shapes = {}
     for path, x in _leaves(tree):
         shape = x.shape[1:] if _is_stacked(path) else x.shape
-        for name in (torch_names := _torch_names(path, x.shape)):
+        for name in (torch_names := _torch_names(path, x.shape, _n_stacked(tree))):
             if _jax_path(name)[0] != path or any(key.isdecimal() for key in path):
                 raise UserError(
                     f"its parameter {'/'.join(path)} would be {name} in other forms, which does not lead back to it; "
@@ -199,12 +205,14 @@ def exact(array: np.ndarray) -> np.ndarray:
 def to_torch(params: Mapping[str, Any], first_block: int = 0) -> Arrays:
     """Return jaxlm's tree of arrays as torchlm's state dict (in the tree's order; `check` puts it in the model's).
 
-    The blocks of a tree of moments begin with the first that is trained.
+    The blocks of a tree of moments begin with the first that is trained. Stacks that are shorter than others end with
+    the same block as those (without model.first_norm).
     """
     state: Arrays = {}
+    n_stacked = _n_stacked(params)
     for path, array in _leaves(params):
         blocks = np.asarray(array) if _is_stacked(path) else [np.asarray(array)]
-        for name, block in zip(_torch_names(path, array.shape, first_block), blocks, strict=True):
+        for name, block in zip(_torch_names(path, array.shape, first_block + n_stacked), blocks, strict=True):
             state[name] = np.ascontiguousarray(block.T if path[-1] in _TRANSPOSED else block)
     return state
 
@@ -239,12 +247,17 @@ def _is_stacked(path: Sequence[str]) -> bool:
     return list(path[:2]) == ["base", "blocks"]
 
 
-def _torch_names(path: list[str], shape: Sequence[int], first_block: int = 0) -> list[str]:
-    """Return torchlm's names of a parameter of jaxlm, one for each block that is in it."""
+def _n_stacked(tree: Mapping[str, Any]) -> int:
+    """Return how many blocks the longest stack of a tree has."""
+    return max((x.shape[0] for path, x in _leaves(tree) if _is_stacked(path)), default=0)
+
+
+def _torch_names(path: list[str], shape: Sequence[int], n_blocks: int) -> list[str]:
+    """Return torchlm's names of a parameter of jaxlm, one for each block that is in it; the last ends `n_blocks`."""
     words = [*path[:-1], "weight" if path[-1] == _weight(path) else path[-1]]
     if not _is_stacked(path):
         return [".".join(words)]
-    return [".".join([*words[:2], str(first_block + i), *words[2:]]) for i in range(shape[0])]
+    return [".".join([*words[:2], str(n_blocks - shape[0] + i), *words[2:]]) for i in range(shape[0])]
 
 
 def _jax_path(name: str) -> tuple[list[str], int]:

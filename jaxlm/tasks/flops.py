@@ -15,7 +15,7 @@ def forward_flops(config: Config, seq_len: int = 0) -> int:
     `seq_len` is the length of the sample; 0: model.seq_len.
     """
     layers, pairs, adapters, output = _products(config, seq_len)
-    return config.model.n_layers * (layers + pairs + adapters) + output
+    return config.model.n_layers * (layers + adapters) + sum(pairs) + output
 
 
 def n_logits(config: Config, seq_len: int = 0) -> tuple[int, int]:
@@ -40,11 +40,11 @@ def flops_per_sample(config: Config, seq_len: int = 0) -> int:
     n, kind = model.frozen_layers, parameters.model_kind(config.task)
     is_embedding_frozen = model.frozen_embedding or model.lora_rank > 0
     is_trained_below = n < model.n_layers or not is_embedding_frozen or model.final_norm or kind == "masked"
-    frozen = layers + pairs + adapters if is_embedding_frozen else 2 * layers + 3 * pairs
-    upper = (2 if model.lora_rank else 3) * layers + 3 * (pairs + adapters)
+    frozen = n * (layers + adapters) + sum(pairs[:n]) if is_embedding_frozen else n * 2 * layers + 3 * sum(pairs[:n])
+    upper = (model.n_layers - n) * ((2 if model.lora_rank else 3) * layers + 3 * adapters) + 3 * sum(pairs[n:])
     is_output_trained = not (model.tied_embedding and is_embedding_frozen and kind != "classifier")
     passes = 1 + is_trained_below + is_output_trained
-    return n * frozen + (model.n_layers - n) * upper + passes * output
+    return frozen + upper + passes * output
 
 
 def flops_per_update(config: Config) -> int:
@@ -52,15 +52,29 @@ def flops_per_update(config: Config) -> int:
     return flops_per_sample(config) * config.train.batch_size * config.train.accumulate
 
 
-def _products(config: Config, seq_len: int) -> tuple[int, int, int, int]:
-    """Return the flops of a sample in a block's linear layers, between positions, in adapters, and in the output."""
+def _products(config: Config, seq_len: int) -> tuple[int, list[int], int, int]:
+    """Return the flops of a sample in a block's linear layers, between positions, in adapters, and in the output.
+
+    Those between positions are of each block.
+    """
     model = config.model
     T, D, F = seq_len or model.seq_len, model.d_model, model.n_hidden
     positions, outputs = n_logits(config, T)
-    widths = {**dict.fromkeys(("query", "key", "value", "output"), (D, D)), "fc1": (D, F), "fc2": (F, D)}
+    HK, GK = model.n_heads * model.head_size, model.kv_heads * model.head_size
+    widths = {"query": (D, HK), "key": (D, GK), "value": (D, GK), "output": (HK, D), "fc1": (D, F), "fc2": (F, D)}
     widths |= {"up": (D, F)} if model.mlp in GATED else {}
     layers = 2 * T * sum(n_in * n_out for n_in, n_out in widths.values())
-    pairs = 2 * (2 * T * T * D)  # scores of all pairs of positions, and the sums they weight
+    is_causal = parameters.model_kind(config.task) == "causal" or model.pooling == "last"
+    # Scores of pairs of positions, and the sums they weight.
+    pairs = [2 * 2 * _n_pairs(T, model.window_of(i), is_causal) * HK for i in range(model.n_layers)]
     ends = sum(sum(widths[name]) for name in names.lora_products(model))
     dense = D * D if model.head_dense != "none" and parameters.model_kind(config.task) != "causal" else 0
     return layers, pairs, 2 * T * model.lora_rank * ends, 2 * positions * (dense + D * outputs)
+
+
+def _n_pairs(T: int, window: int, is_causal: bool) -> int:
+    """Return how many pairs of positions attend: all, or those within the window."""
+    if not window or window >= T:
+        return T * T
+    one_side = T * window - window * (window + 1) // 2
+    return T + one_side * (1 if is_causal else 2)

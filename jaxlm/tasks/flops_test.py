@@ -85,6 +85,16 @@ def test_flops_of_a_gated_model_are_those_counted_by_hand() -> None:
     gated = {"task": "gpt", **values, "model.mlp": "swiglu", "model.d_ff": 96}
     weights, attention, logits = 2 * 16 * 3 * (4 * 64 * 64 + 3 * 64 * 96), 3 * 4 * 16 * 16 * 64, 2 * 16 * 64 * 100
     assert flops.forward_flops(configs.build(gated)) == weights + attention + logits
+    # Four heads of queries of 32 dimensions and one of keys; one layer of three is global, the others see 3 positions.
+    shared = gated | {"model.n_heads": 4, "model.n_kv_heads": 1, "model.head_dim": 32}
+    weights_of_shared = weights + 2 * 16 * 3 * 64 * (2 * 128 + 2 * 32 - 4 * 64)
+    assert flops.forward_flops(configs.build(shared)) == weights_of_shared + 2 * attention + logits
+    local = shared | {"model.window": 3, "model.global_every": 3}
+    for task, n_pairs in (("gpt", 16 + 13 * 3 + 2 + 1), ("mlm", 16 + 2 * (13 * 3 + 2 + 1))):
+        config = configs.build(local | {"task": task, "data.mask_fraction": 0.99})
+        n_logits = flops.n_logits(config)[0]
+        pairs = 4 * 128 * (16 * 16 + 2 * n_pairs)
+        assert flops.forward_flops(config) == weights_of_shared + pairs + 2 * n_logits * 64 * 100
     adapters = 2 * 16 * 3 * 4 * (64 + 96)
     adapted = configs.build(gated | {"model.lora_rank": 4, "model.lora_products": "up"})
     assert flops.forward_flops(adapted) == weights + attention + logits + adapters

@@ -291,6 +291,7 @@ def check(config: Config, family: Family) -> None:
             f"--as {family.type}: task={config.task}, but a model of {family.type} has {' and '.join(tasks)} only"
         )
     expected = family.settings | {"lora_rank": 0, "norm": "layernorm", "mlp": "gelu", "biases": "all"}
+    expected |= {"qk_norm": False, "window": 0, "first_norm": True}
     if task == CLASSES:
         expected |= {"head_outputs": "labels", "pooling": "first"}
         for name in ("tied_embedding", "output_bias"):  # which make no difference to it
@@ -302,6 +303,10 @@ def check(config: Config, family: Family) -> None:
     ]
     if config.model.n_hidden != 4 * config.model.d_model:
         problems.append(f"model.d_ff={config.model.d_ff}, but a model of {family.type} has 4 x model.d_model")
+    if config.model.kv_heads != config.model.n_heads:
+        problems.append(f"model.n_kv_heads={config.model.n_kv_heads}, but a model of {family.type} has model.n_heads")
+    if config.model.head_size * config.model.n_heads != config.model.d_model:
+        problems.append(f"model.head_dim={config.model.head_dim}, but a model of {family.type} has d_model / n_heads")
     if config.model.logit_softcap and task != CLASSES:
         problems.append(f"model.logit_softcap={config.model.logit_softcap}, but a model of {family.type} has none")
     if family.has_positions_behind_pad and config.model.pad_id < 0:

@@ -84,8 +84,13 @@ CHECKS: dict[str, Callable[[type[Package]], list[Row]]] = {
     "rotary positions": of_two(lambda: inputs.option("gpt", "rotary positions", n_updates=1)),
     **{
         name: of_two(functools.partial(inputs.option, "gpt", name, n_updates=1))
-        for name in ("RMSNorm", "GEGLU", "SwiGLU", "squared ReLU", "soft cap", "z-loss")
+        for name in (
+            *("RMSNorm", "GEGLU", "SwiGLU", "squared ReLU", "soft cap", "z-loss"),
+            *("grouped heads", "norm of queries and keys", "scaled rotary positions"),
+            *("window", "global and local layers", "no first norm"),
+        )
     },
+    "window to both sides": of_two(lambda: inputs.option("mlm", "window", n_updates=1)),
     "LoRA": of_two(lambda: inputs.option("gpt", "LoRA", n_updates=2)),
     "frozen layers and layer decay": of_two(lambda: inputs.option("gpt", "layer decay, frozen", n_updates=2)),
     "distillation": of_two(lambda: inputs.distilled("mlm", n_updates=2)),

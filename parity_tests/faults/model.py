@@ -15,6 +15,7 @@ from parity_tests.faults.targets import (
     embedding_start,
     feed_forward,
     framework_norm,
+    frequencies,
     future,
     gelu,
     norm,
@@ -184,5 +185,7 @@ FAULTS = [
         edit(rotate.jaxlm, ("jnp.split(_x, 2, axis=-1)", "(_x[..., ::2], _x[..., 1::2])")),
         edit(rotate.torchlm, ("_x.chunk(2, dim=-1)", "(_x[..., ::2], _x[..., 1::2])")),
     ),
-    *mirrored("rotary exponent: rotary angles of half the exponent", ROTARY, rotate, ("_k / _K", "_k / (2 * _K)")),
+    *mirrored(
+        "rotary exponent: rotary angles of half the exponent", ROTARY, frequencies, ("-_k / _K", "-_k / (2 * _K)")
+    ),
 ]

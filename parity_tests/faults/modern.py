@@ -1,4 +1,4 @@
-"""Faults of the modern block: RMSNorm, gated feed-forwards, their start values, soft cap, z-loss."""
+"""Faults of the modern block: norms, gated feed-forwards, start values, soft cap, z-loss, attention."""
 
 from typing import Any
 
@@ -7,12 +7,17 @@ import jax.numpy as jnp
 from parity_tests.faults.planting import both, edit, instead, mirrored
 from parity_tests.faults.targets import (
     activation,
+    attend,
+    attention,
+    block,
     cross_entropy,
     embedding_start,
     feed_forward,
     framework_rms_norm,
+    frequencies,
     gpt_loss,
     head_linear,
+    hidden,
     lm_head,
     lm_loss,
     norm,
@@ -22,6 +27,9 @@ from parity_tests.faults.targets import (
 )
 
 RMS, GEGLU, SWIGLU, RELU2, CAP, Z = "RMSNorm", "GEGLU", "SwiGLU", "squared ReLU", "soft cap", "z-loss"
+GROUPED, QK, SCALED = "grouped heads", "norm of queries and keys", "scaled rotary positions"
+WINDOW, LAYERS, FIRST = "window", "global and local layers", "no first norm"
+BIDIRECTIONAL = "window to both sides"
 START_GPT2, START_MODERNBERT = "start values of GPT-2", "start values of ModernBERT"
 
 
@@ -186,5 +194,123 @@ FAULTS = [
         START_MODERNBERT,
         head_linear,
         ("config.initialization == 'modernbert'", "False"),
+    ),
+    # Attention
+    *both(
+        "heads repeated in turn: query head h has the keys of head h modulo G, not h G / H",
+        GROUPED,
+        edit(attend.jaxlm, ("jnp.repeat(_x, _n, _axis)", "jnp.concatenate([_x] * (_n), _axis)")),
+        edit(attend.torchlm, ("_x.repeat_interleave(_n, _axis)", "torch.cat([_x] * (_n), _axis)")),
+    ),
+    *both(
+        "values of the first head: all queries have the values of key head 0",
+        GROUPED,
+        edit(
+            attend.jaxlm,
+            ("_multiply(_axes, drop(_weights), v)", "_multiply(_axes, drop(_weights), v * 0 + v[:, :, :1])"),
+        ),
+        edit(
+            attend.torchlm,
+            ("_multiply(_axes, drop(_weights), v)", "_multiply(_axes, drop(_weights), v * 0 + v[:, :, :1])"),
+        ),
+    ),
+    *mirrored(
+        "scale of the width by heads: scores / sqrt(d_model / n_heads) where head_dim is another",
+        GROUPED,
+        attention,
+        (
+            "_f(x_BTD).reshape(_B, _T, -1, _K)",
+            "(_f(x_BTD) * (_K * self.config.n_heads / x_BTD.shape[2]) ** 0.25).reshape(_B, _T, -1, _K)",
+        ),
+    ),
+    *mirrored(
+        "keys without a norm: only queries have it", QK, attention, ("self.key_norm(_k)", "self.key_norm(_k) * 0 + _k")
+    ),
+    *mirrored(
+        "norms swapped: queries have the norm of keys",
+        QK,
+        attention,
+        ("self.query_norm(_q), self.key_norm(_k)", "self.key_norm(_q), self.query_norm(_k)"),
+    ),
+    *both(
+        "norm over positions: queries are normalized along the sequence, not along a head",
+        QK,
+        edit(
+            attention.jaxlm,
+            ("self.query_norm(_q)", "self.query_norm(_q) * 0 + _q / jnp.sqrt((_q**2).mean(1, keepdims=True) + 1e-5)"),
+        ),
+        edit(
+            attention.torchlm,
+            ("self.query_norm(_q)", "self.query_norm(_q) * 0 + _q / torch.sqrt((_q**2).mean(1, keepdim=True) + 1e-5)"),
+        ),
+    ),
+    *mirrored(
+        "norm of interleaved heads: each norm is of every H-th number of the heads",
+        QK,
+        attention,
+        ("self.query_norm(_q)", "self.query_norm(_q.swapaxes(2, 3).reshape(_q.shape))"),
+    ),
+    *mirrored(
+        "wide window: one position more on either side", WINDOW, hidden, ("_x > mask.window", "_x > mask.window + 1")
+    ),
+    *mirrored(
+        "narrow window: one position less on either side", WINDOW, hidden, ("_x > mask.window", "_x >= mask.window")
+    ),
+    *mirrored(
+        "window of the past: the future side of a window is hidden",
+        BIDIRECTIONAL,
+        hidden,
+        ("abs(_x) > mask.window", "(abs(_x) > mask.window) | (_x > 0)"),
+    ),
+    *mirrored("no window: the window is ignored", WINDOW, hidden, ("_x > mask.window", "_x > 99")),
+    *mirrored(
+        "window of all layers: global layers have the window, too",
+        LAYERS,
+        attention,
+        ("self.config.window_of(layer)", "self.config.window"),
+    ),
+    *mirrored(
+        "layers from 1: each kind of layer one too late",
+        LAYERS,
+        attention,
+        ("self.config.window_of(layer)", "self.config.window_of(layer + 1)"),
+    ),
+    *mirrored(
+        "global base everywhere: local layers turn as global ones",
+        LAYERS,
+        frequencies,
+        ("is_local and config.rotary_base_local or config.rotary_base", "config.rotary_base"),
+    ),
+    *mirrored(
+        "bases swapped: global layers turn as local ones",
+        LAYERS,
+        attention,
+        ("_frequencies(self.config, _window > 0)", "_frequencies(self.config, _window == 0)"),
+    ),
+    *mirrored(
+        "scaling of all turns: fast turns are slowed, too",
+        SCALED,
+        frequencies,
+        ("_share + (1 - _share) / config.rotary_scaling", "1 / config.rotary_scaling"),
+    ),
+    *mirrored(
+        "scaling upside down: fast turns are slowed, slow ones are not",
+        SCALED,
+        frequencies,
+        ("_share + (1 - _share) / config.rotary_scaling", "(1 - _share) + _share / config.rotary_scaling"),
+    ),
+    *mirrored("no scaling: the setting is ignored", SCALED, frequencies, ("config.rotary_scaling == 1", "True")),
+    *mirrored("turns in radians: the wavelength without 2 pi", SCALED, frequencies, ("_x / (2 * np.pi)", "_x / 1.0")),
+    *both(
+        "no norm after the first block: all attention is without a norm",
+        FIRST,
+        edit(block.jaxlm, ("self.config.first_norm or layer > 0", "False")),
+        edit(block.torchlm, ("self.config.first_norm or self.layer > 0", "self.config.first_norm")),
+    ),
+    *both(
+        "first norm kept: the first block has the norm of the second",
+        FIRST,
+        edit(block.jaxlm, ("self.config.first_norm or layer > 0", "True")),
+        None,
     ),
 ]

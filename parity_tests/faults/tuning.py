@@ -4,7 +4,7 @@ from parity_tests.faults.planting import both, edit, mirrored
 from parity_tests.faults.targets import adamw, add_adapters, is_decayed, layer_shares, trained, transformer_start
 
 DECAY, LORA = "frozen layers and layer decay", "LoRA"
-TRAINED = "_x[_first:] if _first else _x"
+TRAINED = "_x[max(_first - _n, 0):] if _first else _x"
 ALL_TRAINED = (
     edit(trained, ("(_first := _block) is not None", "(_first := _block or 0) is not None")),
     edit(transformer_start.torchlm, ("_x.requires_grad_(_is_trained)", "_x.requires_grad_(True)")),
