@@ -66,6 +66,7 @@ class DataConfig:
     validation_tokens: Count = 100_000  # gpt, mlm, pairs: tokens that a validation in training scores; 0: all
     final_tokens: Count = 0  # the same of the last validation and the test, at the end; 0: all
     mask_fraction: Annotated[float, Meta(gt=0, lt=1)] = 0.15  # share of positions that mlm masks
+    pack: Literal["none", "documents", "stream"] = "none"  # documents: several in a row; stream: cut anywhere (gpt)
     n_maskings: Count = 0  # number of distinct maskings, one per epoch in turn; 0: a new one each epoch
     cache_dir: str = ""  # folder of token caches and trained tokenizers; "": the user's cache folder
 
@@ -588,6 +589,8 @@ def _check(config: Config) -> None:
         raise UserError("data.n_labels=1: a classifier has two classes or more; leave it out to have those of the data")
     if data.path and data.hub:
         raise UserError(f"{shown('data.path')} and {shown('data.hub')} name two sources; give one of them")
+    if data.pack != "none" and train.group_by_length:
+        raise UserError(f"{shown('data.pack')} fills all rows; leave out train.group_by_length, or the packing")
     if data.validation_fraction + data.test_fraction >= 1:
         shares = f"{shown('data.validation_fraction')} and {shown('data.test_fraction')}"
         raise UserError(f"{shares} leave nothing to train on; their sum must be below 1")
@@ -620,6 +623,7 @@ def warnings(config: Config, origins: dict[str, str], of_other_tasks: Iterable[s
         "model.rotary_base_local model.global_every": not model.window and shown("model.window"),
         "model.global_first": not (model.window and model.global_every) and shown("model.global_every"),
         "model.gelu": model.mlp not in ("gelu", "geglu") and model.head_dense == "none" and shown("model.mlp"),
+        "data.stride": data.pack == "stream" and shown("data.pack"),
         "train.stable_steps": train.schedule != "wsd" and shown("train.schedule"),
         "model.frozen_embedding": model.lora_rank and "model.lora_rank freezes the base",
         "model.z_loss": distill.teacher and "distill.teacher is given",

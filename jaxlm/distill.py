@@ -36,14 +36,17 @@ def loss(task: Any, student: Any, teacher: Any, batch: dict[str, Array], key: Ar
     The teacher has no dropout.
     """
     settings, positions = task.config.distill, batch.get("positions", batch.get("last"))
-    logits, x_BTD = student(batch["tokens"], key, positions, True)
-    target_logits, target_BTD = teacher(batch["tokens"], None, positions, True)
+    segments_BT = batch.get("segments")
+    logits, x_BTD = student(batch["tokens"], key, positions, True, segments_BT)
+    target_logits, target_BTD = teacher(batch["tokens"], None, positions, True, segments_BT)
     totals = task.totals(logits, batch["labels"])
-    pad_id = student.base.config.pad_id
+    is_pad_BT = batch["tokens"] == student.base.config.pad_id
+    if segments_BT is not None:
+        is_pad_BT |= segments_BT == 0
     sums = {
         "soft": soft_loss(logits, target_logits, batch["labels"], settings.temperature),
         "hard": totals["loss"],
-        "cosine": cosine_loss(x_BTD, target_BTD, batch["tokens"] == pad_id, batch["labels"])
+        "cosine": cosine_loss(x_BTD, target_BTD, is_pad_BT, batch["labels"], positions, segments_BT)
         if settings.cosine_weight
         else 0.0,
     }
@@ -62,13 +65,29 @@ def soft_loss(logits: Array, target_logits: Array, labels: Array, temperature: f
     return temperature**2 * jnp.sum(jnp.where(labels >= 0, divergences, 0))
 
 
-def cosine_loss(x_BTD: Array, target_BTD: Array, is_pad_BT: Array, labels: Array) -> Array:
+def cosine_loss(
+    x_BTD: Array,
+    target_BTD: Array,
+    is_pad_BT: Array,
+    labels: Array,
+    positions_BM: Array | None = None,
+    segments_BT: Array | None = None,
+) -> Array:
     """Return the sum over samples of the mean of 1 - cosine over their tokens, weighed by the labels they count.
 
-    labels [B] or [B, M]. So the sum over what is counted is a mean over tokens, however a batch is split.
+    labels [B] or [B, M]. So the sum over what is counted is a mean over tokens, however a batch is split. In packed
+    rows, samples are their documents, and labels are at `positions_BM`.
     """
     norms_BT = jnp.sqrt(jnp.sum(x_BTD**2, axis=-1) * jnp.sum(target_BTD**2, axis=-1))
     apart_BT = 1 - jnp.sum(x_BTD * target_BTD, axis=-1) / jnp.maximum(norms_BT, 1e-8)
+    apart_BT = jnp.where(is_pad_BT, 0, apart_BT)
+    if segments_BT is not None and positions_BM is not None:
+        of_labels_BM = jnp.where(labels >= 0, jnp.take_along_axis(segments_BT, positions_BM, axis=1), -1)
+        of_tokens_BT = jnp.where(is_pad_BT, -1, segments_BT)
+        n_BT, n_labels_BT = (
+            jnp.sum(segments_BT[:, :, None] == x[:, None, :], axis=2) for x in (of_tokens_BT, of_labels_BM)
+        )
+        return jnp.sum(apart_BT * n_labels_BT / jnp.maximum(n_BT, 1))
     n_B = jnp.maximum(jnp.sum(~is_pad_BT, axis=1), 1)
-    mean_B = jnp.sum(jnp.where(is_pad_BT, 0, apart_BT), axis=1) / n_B
+    mean_B = jnp.sum(apart_BT, axis=1) / n_B
     return jnp.sum(mean_B * jnp.sum(labels.reshape(len(labels), -1) >= 0, axis=1))

@@ -85,24 +85,34 @@ class LanguageModel(nnx.Module):
         self.head = LanguageModelHead(config, not is_causal, dtype, rngs)
 
     def __call__(
-        self, tokens_BT: Array, key: Array | None = None, positions_BM: Array | None = None, with_hidden: bool = False
+        self,
+        tokens_BT: Array,
+        key: Array | None = None,
+        positions_BM: Array | None = None,
+        with_hidden: bool = False,
+        segments_BT: Array | None = None,
     ) -> Any:
         """Return logits [B, T, V], or with `positions_BM` only those at the given positions, [B, M, V].
 
-        With `with_hidden`, return them and the hidden states [B, T, D].
+        With `with_hidden`, return them and the hidden states [B, T, D]. `segments_BT` are the documents of packed rows.
         """
-        x_BTD = self.base(tokens_BT, key)
+        x_BTD = self.base(tokens_BT, key, segments_BT)
         logits = self.head(_at(x_BTD, positions_BM), self.base.embedding.token.embedding[...])
         return (logits, x_BTD) if with_hidden else logits
 
     def loss(
-        self, tokens_BT: Array, labels_BM: Array, key: Array | None = None, positions_BM: Array | None = None
+        self,
+        tokens_BT: Array,
+        labels_BM: Array,
+        key: Array | None = None,
+        positions_BM: Array | None = None,
+        segments_BT: Array | None = None,
     ) -> Totals:
         """Return the totals of cross_entropy; on one device the logits are never there as a whole."""
         z_loss = 0.0 if key is None else self.head.config.z_loss  # of training alone
         if not is_one_device():  # each has a part of the logits
-            return cross_entropy(self(tokens_BT, key, positions_BM), labels_BM, z_loss)
-        x_BMD = _at(self.base(tokens_BT, key), positions_BM)
+            return cross_entropy(self(tokens_BT, key, positions_BM, False, segments_BT), labels_BM, z_loss)
+        x_BMD = _at(self.base(tokens_BT, key, segments_BT), positions_BM)
         graphdef, state = nnx.split(self.head)
         table_VD = self.base.embedding.token.embedding[...] if self.head.is_tied else None
 
@@ -115,7 +125,10 @@ class LanguageModel(nnx.Module):
 
 
 class ClassifierHead(nnx.Module):
-    """Hidden state of one position, 0 ([CLS]) or `last_B`, to class logits [B, C]; BERT's dense layer is between."""
+    """Hidden state of one position, 0 ([CLS]) or `positions`, to class logits [B, C]; BERT's dense layer is between.
+
+    With `positions` [B, N], those of packed rows, to logits [B, N, C].
+    """
 
     def __init__(self, config: ModelConfig, n_outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.config = config
@@ -124,11 +137,13 @@ class ClassifierHead(nnx.Module):
         self.linear = head_linear(config, n_outputs, dtype, rngs, is_classifier=True)
 
     @jax.named_scope("output layer")
-    def __call__(self, x_BTD: Array, last_B: Array | None) -> Array:
-        if last_B is None:
+    def __call__(self, x_BTD: Array, positions: Array | None) -> Array:
+        if positions is None:
             x_BD = x_BTD[:, 0]
+        elif positions.ndim == 1:
+            x_BD = jnp.take_along_axis(x_BTD, positions[:, None, None], axis=1).squeeze(1)
         else:
-            x_BD = jnp.take_along_axis(x_BTD, last_B[:, None, None], axis=1).squeeze(1)
+            x_BD = _at(x_BTD, positions)
         if self.config.head_dense != "none":
             activation = jnp.tanh if self.config.head_dense == "bert" else jax.nn.relu
             x_BD = activation(self.dense(x_BD))
@@ -145,15 +160,22 @@ class Classifier(nnx.Module):
         self.head = ClassifierHead(config, n_outputs, dtype, rngs)
 
     def __call__(
-        self, tokens_BT: Array, key: Array | None = None, last_B: Array | None = None, with_hidden: bool = False
+        self,
+        tokens_BT: Array,
+        key: Array | None = None,
+        positions: Array | None = None,
+        with_hidden: bool = False,
+        segments_BT: Array | None = None,
     ) -> Any:
-        """Return logits; `last_B` is where the last token of each text is, which a causal model needs.
+        """Return logits; a causal model needs the `positions` [B] of the last token of each text.
 
-        With `with_hidden`, return them and the hidden states [B, T, D].
+        With `with_hidden`, return them and the hidden states [B, T, D]. With `segments_BT`, the texts of packed rows,
+        `positions` [B, N] are of the token of each text that is read, and logits are [B, N, C].
         """
-        assert self.is_causal == (last_B is not None), "the last tokens go with model.pooling=last"
-        x_BTD = self.base(tokens_BT, key)
-        logits = self.head(x_BTD, last_B)
+        is_packed = segments_BT is not None
+        assert is_packed or self.is_causal == (positions is not None), "the last tokens go with model.pooling=last"
+        x_BTD = self.base(tokens_BT, key, segments_BT)
+        logits = self.head(x_BTD, positions)
         return (logits, x_BTD) if with_hidden else logits
 
 

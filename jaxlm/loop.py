@@ -194,7 +194,8 @@ def fit(
             # Metrics of the update before are read only now that this one is under way: the device never waits.
             A, _, T = batch["tokens"].shape
             n_flops = A * train.batch_size * flops.flops_per_sample(run.config, T)
-            bad = meter.add(i, metrics, samples.n_tokens(batch) * train.batch_size // len(rows), n_flops)
+            n_tokens = samples.n_tokens(batch) * train.batch_size // len(rows)
+            bad = meter.add(i, metrics, n_tokens, A * train.batch_size * T, n_flops)
 
             is_interrupted = bool(status())  # looked at once: a signal between two looks would cost an evaluation
             is_last = is_interrupted or bool(take("stop")) or i == train.max_steps
@@ -278,12 +279,13 @@ def _describe(mesh: Mesh, config: Config) -> str:
     """Return a line on the devices and how they are used. Raises UserError if the attention is not to be had."""
     model, dtype, attention = config.model, TASKS[config.task](config).dtype, "; fused attention"
     is_causal = parameters.model_kind(config.task) == "causal" or model.pooling == "last"
+    is_packed = config.data.pack == "documents"
     for window in {model.window_of(i) for i in range(model.n_layers)}:
-        why = flash_attention.hindrance(model, dtype, model.seq_len, window=window, is_causal=is_causal)
+        why = flash_attention.hindrance(model, dtype, model.seq_len, is_packed, window, is_causal)
         if why and model.attention == "fused":
             raise UserError(f"model.attention=fused: {why}; or set model.attention=auto")
         if why:
-            attention = ""
+            attention = f"; plain attention, since {why}" if "data.pack" in why else ""
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
     in_processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     return f"{mesh.size} x {parallel.device_kind(mesh)}{in_processes}" + (f" ({axes})" if axes else "") + attention

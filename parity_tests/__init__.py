@@ -17,6 +17,7 @@ All else is the project's own cases, which are not in the wheel:
     rounding.py      what rounding does, which compare/tolerances.py goes by
     drift.py         float64, dropout and bfloat16 over many updates
     inputs.py        long, padded and extreme inputs, and every optional setting of the model
+    packed.py        packed rows against the same documents unpacked
     references.py    PyTorch's own attention, layers and optimizer, NumPy, transformers, finite differences
     checks.py        all checks by name; checks_test.py asserts that they pass
     original.py      the original once more, to record further cases

@@ -11,7 +11,7 @@ import torch
 
 from jaxlm.tasks import TASKS, parameters
 from parity_tests import case as cases
-from parity_tests import drift, inputs, original, references, replay, trajectory
+from parity_tests import drift, inputs, original, packed, references, replay, trajectory
 from parity_tests.compare.rows import Row
 from parity_tests.compare.tolerances import FLOAT32
 
@@ -130,6 +130,17 @@ _BLOCKS = {
 }
 
 
+_PACKED: dict[str, tuple[str, bool, dict[str, Any]]] = {
+    "mlm, rotary positions": ("mlm", False, {"model.positions": "rotary"}),
+    "gpt, learned positions": ("gpt", False, {"model.positions": "learned"}),
+    "pairs, no pad": ("pairs", False, {"model.pad_id": -1}),
+    "sst2": ("sst2", False, {}),
+    "sst2, the last token": ("sst2", False, inputs.OPTIONS["the last token"]),
+    "mlm, distilled": ("mlm", True, {}),
+    "sst2, distilled": ("sst2", True, {"data.n_labels": 3}),
+}
+
+
 def _checks() -> dict[str, Callable[[], list[Row]]]:
     found: dict[str, Callable[[], list[Row]]] = {}
 
@@ -166,6 +177,8 @@ def _checks() -> dict[str, Callable[[], list[Row]]]:
             add(f"{name}: {task}", inputs.option, task, name)
         for name in inputs.PARTS:
             add(f"{name} in float32: {task}", inputs.option, task, name, 10, "float32")
+    for name, (task, is_distilled, changes) in _PACKED.items():
+        add(f"packed: {name}", packed.packed, task, is_distilled, **changes)
     return found
 
 
@@ -179,5 +192,6 @@ FAST = {
     *("attention of PyTorch: mlm", "layers of PyTorch: gpt", "post-norm layers of PyTorch: sst2"),
     *("finite differences: gpt", "edges: mlm", "4096 positions: mlm"),
     *("float64: mlm", "float64: gpt", "dropout: gpt", "dropout statistics", "rotary, no pad: gpt"),
+    *("packed: mlm, rotary positions", "packed: sst2"),
     *("distillation: mlm", "layer decay, frozen: gpt", "LoRA of rank 1 everywhere: gpt"),
 }

@@ -31,15 +31,18 @@ def loss(task: Any, student: Any, teacher: Any, batch: dict[str, Tensor], key: N
     The teacher has no dropout.
     """
     settings, positions = task.config.distill, batch.get("positions", batch.get("last"))
-    logits, x_BTD = student(batch["tokens"], key, positions, True)
+    segments_BT = batch.get("segments")
+    logits, x_BTD = student(batch["tokens"], key, positions, True, segments_BT)
     with torch.no_grad():
-        target_logits, target_BTD = teacher.eval()(batch["tokens"], None, positions, True)
+        target_logits, target_BTD = teacher.eval()(batch["tokens"], None, positions, True, segments_BT)
     totals = task.totals(logits, batch["labels"])
-    pad_id = task.config.model.pad_id
+    is_pad_BT = batch["tokens"] == task.config.model.pad_id
+    if segments_BT is not None:
+        is_pad_BT = is_pad_BT | (segments_BT == 0)
     sums = {
         "soft": soft_loss(logits, target_logits, batch["labels"], settings.temperature),
         "hard": totals["loss"],
-        "cosine": cosine_loss(x_BTD, target_BTD, batch["tokens"] == pad_id, batch["labels"])
+        "cosine": cosine_loss(x_BTD, target_BTD, is_pad_BT, batch["labels"], positions, segments_BT)
         if settings.cosine_weight
         else 0.0,
     }
@@ -58,13 +61,29 @@ def soft_loss(logits: Tensor, target_logits: Tensor, labels: Tensor, temperature
     return temperature**2 * torch.sum(torch.where(labels >= 0, divergences, 0))
 
 
-def cosine_loss(x_BTD: Tensor, target_BTD: Tensor, is_pad_BT: Tensor, labels: Tensor) -> Tensor:
+def cosine_loss(
+    x_BTD: Tensor,
+    target_BTD: Tensor,
+    is_pad_BT: Tensor,
+    labels: Tensor,
+    positions_BM: Tensor | None = None,
+    segments_BT: Tensor | None = None,
+) -> Tensor:
     """Return the sum over samples of the mean of 1 - cosine over their tokens, weighed by the labels they count.
 
-    labels [B] or [B, M]. So the sum over what is counted is a mean over tokens, however a batch is split.
+    labels [B] or [B, M]. So the sum over what is counted is a mean over tokens, however a batch is split. In packed
+    rows, samples are their documents, and labels are at `positions_BM`.
     """
     norms_BT = torch.sqrt(torch.sum(x_BTD**2, dim=-1) * torch.sum(target_BTD**2, dim=-1))
     apart_BT = 1 - torch.sum(x_BTD * target_BTD, dim=-1) / norms_BT.clamp(min=1e-8)
+    apart_BT = torch.where(is_pad_BT, 0, apart_BT)
+    if segments_BT is not None and positions_BM is not None:
+        of_labels_BM = torch.where(labels >= 0, segments_BT.take_along_dim(positions_BM, dim=1), -1)
+        of_tokens_BT = torch.where(is_pad_BT, -1, segments_BT)
+        n_BT, n_labels_BT = (
+            torch.sum(segments_BT[:, :, None] == x[:, None, :], dim=2) for x in (of_tokens_BT, of_labels_BM)
+        )
+        return torch.sum(apart_BT * n_labels_BT / n_BT.clamp(min=1))
     n_B = torch.sum(~is_pad_BT, dim=1).clamp(min=1)
-    mean_B = torch.sum(torch.where(is_pad_BT, 0, apart_BT), dim=1) / n_B
+    mean_B = torch.sum(apart_BT, dim=1) / n_B
     return torch.sum(mean_B * torch.sum(labels.reshape(len(labels), -1) >= 0, dim=1))

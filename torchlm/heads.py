@@ -71,20 +71,28 @@ class LanguageModel(nn.Module):
         self.head = LanguageModelHead(config, not is_causal, rngs)
 
     def forward(
-        self, tokens_BT: Tensor, key: None = None, positions_BM: Tensor | None = None, with_hidden: bool = False
+        self,
+        tokens_BT: Tensor,
+        key: None = None,
+        positions_BM: Tensor | None = None,
+        with_hidden: bool = False,
+        segments_BT: Tensor | None = None,
     ) -> Any:
         """Return logits [B, T, V], or with `positions_BM` only those at the given positions, [B, M, V].
 
-        With `with_hidden`, return them and the hidden states [B, T, D].
+        With `with_hidden`, return them and the hidden states [B, T, D]. `segments_BT` are the documents of packed rows.
         """
         with _autocast(tokens_BT.device, self.dtype):
-            x_BTD = self.base(tokens_BT)
+            x_BTD = self.base(tokens_BT, segments_BT)
             logits = self.head(_at(x_BTD, positions_BM), self.base.embedding.token.weight)
         return (logits, x_BTD) if with_hidden else logits
 
 
 class ClassifierHead(nn.Module):
-    """Hidden state of one position, 0 ([CLS]) or `last_B`, to class logits [B, C]; BERT's dense layer is between."""
+    """Hidden state of one position, 0 ([CLS]) or `positions`, to class logits [B, C]; BERT's dense layer is between.
+
+    With `positions` [B, N], those of packed rows, to logits [B, N, C].
+    """
 
     def __init__(self, config: ModelConfig, n_outputs: int, rngs: torch.Generator):
         super().__init__()
@@ -93,11 +101,13 @@ class ClassifierHead(nn.Module):
             self.dense = head_linear(config, config.d_model, rngs, config.biases == "all")
         self.linear = head_linear(config, n_outputs, rngs, is_classifier=True)
 
-    def forward(self, x_BTD: Tensor, last_B: Tensor | None) -> Tensor:
-        if last_B is None:
+    def forward(self, x_BTD: Tensor, positions: Tensor | None) -> Tensor:
+        if positions is None:
             x_BD = x_BTD[:, 0]
+        elif positions.ndim == 1:
+            x_BD = x_BTD.take_along_dim(positions[:, None, None], dim=1).squeeze(1)
         else:
-            x_BD = x_BTD.take_along_dim(last_B[:, None, None], dim=1).squeeze(1)
+            x_BD = _at(x_BTD, positions)
         if self.config.head_dense != "none":
             activation = torch.tanh if self.config.head_dense == "bert" else torch.relu
             x_BD = activation(self.dense(x_BD))
@@ -116,16 +126,23 @@ class Classifier(nn.Module):
         self.head = ClassifierHead(config, n_outputs, rngs)
 
     def forward(
-        self, tokens_BT: Tensor, key: None = None, last_B: Tensor | None = None, with_hidden: bool = False
+        self,
+        tokens_BT: Tensor,
+        key: None = None,
+        positions: Tensor | None = None,
+        with_hidden: bool = False,
+        segments_BT: Tensor | None = None,
     ) -> Any:
-        """Return logits; `last_B` is where the last token of each text is, which a causal model needs.
+        """Return logits; a causal model needs the `positions` [B] of the last token of each text.
 
-        With `with_hidden`, return them and the hidden states [B, T, D].
+        With `with_hidden`, return them and the hidden states [B, T, D]. With `segments_BT`, the texts of packed rows,
+        `positions` [B, N] are of the token of each text that is read, and logits are [B, N, C].
         """
-        assert self.is_causal == (last_B is not None), "the last tokens go with model.pooling=last"
+        is_packed = segments_BT is not None
+        assert is_packed or self.is_causal == (positions is not None), "the last tokens go with model.pooling=last"
         with _autocast(tokens_BT.device, self.dtype):
-            x_BTD = self.base(tokens_BT)
-            logits = self.head(x_BTD, last_B)
+            x_BTD = self.base(tokens_BT, segments_BT)
+            logits = self.head(x_BTD, positions)
         return (logits, x_BTD) if with_hidden else logits
 
 

@@ -161,7 +161,8 @@ def fit(
             # Metrics of the update before are read only now that this one is under way: a GPU never waits.
             A, _, T = batch["tokens"].shape
             n_flops = A * train.batch_size * flops.flops_per_sample(run.config, T)
-            bad = meter.add(i, metrics, samples.n_tokens(batch) * train.batch_size // len(rows), n_flops)
+            n_tokens = samples.n_tokens(batch) * train.batch_size // len(rows)
+            bad = meter.add(i, metrics, n_tokens, A * train.batch_size * T, n_flops)
 
             is_interrupted = bool(status())  # looked at once: a signal between two looks would cost an evaluation
             is_last = is_interrupted or take("stop") or i == train.max_steps

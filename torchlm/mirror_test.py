@@ -137,11 +137,11 @@ def test_public_names_their_order_and_arguments_are_the_same(name: str) -> None:
     ours, theirs = (definitions(ROOT / package / f"{name}.py") for package in ("torchlm", "jaxlm"))
     extra, missing = set(ours) - set(theirs), set(theirs) - set(ours)
     if name.startswith("tasks/"):
-        # Inherited from jaxlm; a task of torchlm has its model, loss and prediction only.
+        # Inherited from jaxlm; a task of torchlm has its model, loss and prediction only, and says what its loss takes.
         assert {own for own in ours if "." in own} <= {
             f"{kind}.{method}"
             for kind in ("Task", "Mlm", "Gpt", "Sst2", "Cola", "Pairs")
-            for method in ("dtype", "build_model", "loss", "totals", "predict")
+            for method in ("packs", "dtype", "build_model", "loss", "totals", "predict")
         }
         assert not extra
     else:

@@ -27,6 +27,7 @@ from jaxlm import loop, optim, parallel
 from jaxlm.config import Config
 from jaxlm.cost import hlo, roofline
 from jaxlm.cost.roofline import LOCAL, Sent, Step
+from jaxlm.data import packing
 from jaxlm.data.cache import Split
 from jaxlm.errors import UserError, outside
 from jaxlm.params import frozen
@@ -93,7 +94,7 @@ def batch(task: Task, sizes: Sequence[int]) -> dict[str, jax.ShapeDtypeStruct]:
     """Return the shapes of a task's batch with the given leading sizes."""
     two = Split(np.zeros(2, np.int32), np.arange(3), np.zeros(2, np.int32), np.ones(2, np.int64))  # which may be a pair
     specials = {role: i for i, role in enumerate(SPECIAL_TOKENS)}
-    samples = task.samples(two, task.config, specials, task.config.model.vocab_size)
+    samples = packing.samples_of(task.samples, two, task.config, specials, task.config.model.vocab_size)
     found = samples.batch(np.zeros(1, int), np.zeros(1, int))
     return {name: jax.ShapeDtypeStruct((*sizes, *x.shape[1:]), x.dtype) for name, x in found.items()}
 

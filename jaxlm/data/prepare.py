@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from jaxlm import config as configs
 from jaxlm.config import Config, DataConfig
-from jaxlm.data import cache, labels, sources, tokenization
+from jaxlm.data import cache, labels, packing, sources, tokenization
 from jaxlm.data.cache import Split
 from jaxlm.data.samples import Samples
 from jaxlm.data.sources import Source
@@ -81,7 +81,10 @@ def prepare(
     n_ids = tokenization.n_ids(tokenizer)
     with slow("cutting the texts into samples"):
         configs_of = {"train": config, **dict.fromkeys(("validation", "test"), _without_overlap(config))}
-        samples = {name: samples_class(split, configs_of[name], specials, n_ids) for name, split in splits.items()}
+        samples = {
+            name: packing.samples_of(samples_class, split, configs_of[name], specials, n_ids)
+            for name, split in splits.items()
+        }
     _check_sizes(config, splits, samples)
     notes = (*source.notes, *_long_words_note(long_words), *_notes(config, samples, source, is_embedded))
     return config, Data(source, tokenizer, samples, (*notes, document_note(config, splits["train"], samples["train"])))
@@ -104,7 +107,8 @@ def part(
     specials = _specials(config, tokenizer, samples_class)
     with progress("tokenizing", source.n_bytes) as on_progress:
         splits = cache.open_cache(source, tokenizer, cache.user_cache_dir(config.data.cache_dir), on_progress)
-    return source, samples_class(splits[split], _without_overlap(config), specials, tokenization.n_ids(tokenizer))
+    n_ids = tokenization.n_ids(tokenizer)
+    return source, packing.samples_of(samples_class, splits[split], _without_overlap(config), specials, n_ids)
 
 
 def _without_overlap(config: Config) -> Config:

@@ -4,8 +4,9 @@ A samples object knows its length and makes any batch of samples: `batch(indices
 model's input by name, each with a leading axis of samples. A label of -1 is ignored by the loss. Nothing depends on
 which samples share a batch, so that order, batch size and number of processes are free. `lengths(indices)` are the
 positions of samples that are no padding, `n_tokens(batch)` is their number in a batch, and `cut(batch, length)` a batch
-without what lies beyond. The tokenizer must have the special tokens `roles(model)`. `model_kind` is the kind of model
-that they are for, as tasks.parameters.model_kind returns it.
+without what lies beyond. Packed rows (packing.py) have labels at all positions, or, if it is not 0, room for `n_slots`
+of them, and `slots(lengths)` is how many each sample takes. The tokenizer must have the special tokens `roles(model)`.
+`model_kind` is the kind of model that they are for, as tasks.parameters.model_kind returns it.
 """
 
 from typing import Any
@@ -67,6 +68,7 @@ class _Samples:
 
     reads: Reads = "text"
     model_kind = "causal"
+    n_slots = 0
 
     def __init__(self, split: Split, config: Config):
         self.split, self.seq_len = split, config.model.seq_len
@@ -78,6 +80,9 @@ class _Samples:
 
     def cut(self, batch: Batch, length: int) -> Batch:
         return {name: x[:, :length] for name, x in batch.items()}
+
+    def slots(self, lengths: np.ndarray) -> np.ndarray:
+        return np.zeros_like(lengths)
 
 
 class CausalSamples(_Samples):
@@ -136,7 +141,7 @@ class MaskedSamples(_Samples):
         self.n_start, self.n_end = int("start" in specials), int("end" in specials)
         content = self.seq_len - self.n_start - self.n_end
         self.windows = Windows(split, content, min(content, config.data.stride or content))
-        self.n_masks = max(1, int(config.data.mask_fraction * self.seq_len))
+        self.n_masks = self.n_slots = max(1, int(config.data.mask_fraction * self.seq_len))
         self.replacements = np.setdiff1d(np.arange(vocab_size), list(specials.values())).astype(np.int32)
 
     @staticmethod
@@ -165,12 +170,15 @@ class MaskedSamples(_Samples):
         n_masks = max(1, int(self.config.data.mask_fraction * length))
         return {name: x[:, : length if name == "tokens" else n_masks] for name, x in batch.items()}
 
+    def slots(self, lengths: np.ndarray) -> np.ndarray:
+        """Return how many positions of windows of so many ids are masked."""
+        n_masks = np.maximum(1, (self.config.data.mask_fraction * lengths).astype(int))
+        return np.minimum(n_masks, np.minimum(lengths - self.n_start - self.n_end, self.n_masks))
+
     def _mask(self, tokens: np.ndarray, n_real: np.ndarray, indices: np.ndarray, epochs: np.ndarray) -> Batch:
         if self.config.data.n_maskings:
             epochs = epochs % self.config.data.n_maskings
-        n_special = self.n_start + self.n_end
-        n_masks = np.maximum(1, (self.config.data.mask_fraction * (n_real + n_special)).astype(int))
-        n_masks = np.minimum(n_masks, np.minimum(n_real, self.n_masks))[:, None]
+        n_masks = self.slots(n_real + self.n_start + self.n_end)[:, None]
 
         random = uniform(self.config.train.seed, epochs, indices, 3 * self.seq_len)
         order, kind, choice = np.split(random, 3, axis=1)
@@ -213,6 +221,7 @@ class ClassifiedSamples(_Samples):
         self.start, self.end = marks(config.model, specials)
         self.pad = self.start if self.is_last else specials["pad"]
         self.n_end = int(self.end is not None)
+        self.n_slots = most_texts(self.seq_len)
 
     @staticmethod
     def roles(model: ModelConfig) -> tuple[str, ...]:
@@ -247,8 +256,16 @@ class ClassifiedSamples(_Samples):
         sizes = self.split.offsets[indices + 1] - self.split.offsets[indices]
         return np.minimum(sizes + 1 + self.n_end, self.seq_len)
 
+    def slots(self, lengths: np.ndarray) -> np.ndarray:
+        return np.ones_like(lengths)
+
     def cut(self, batch: Batch, length: int) -> Batch:
         return batch | {"tokens": batch["tokens"][:, :length]}
+
+
+def most_texts(seq_len: int) -> int:
+    """Return how many texts with a label a packed row has at most: hardly one is shorter than 4, with its marks."""
+    return max(1, seq_len // 4)
 
 
 def marks(model: ModelConfig, specials: dict[str, int]) -> tuple[int, int | None]:

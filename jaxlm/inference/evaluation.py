@@ -19,6 +19,7 @@ from jaxlm import config as configs
 from jaxlm.config import DataConfig
 from jaxlm.data import loader, prepare
 from jaxlm.data.labels import numbered
+from jaxlm.data.packing import StreamSamples
 from jaxlm.data.samples import Samples
 from jaxlm.data.sources import Source
 from jaxlm.errors import UserError, slow
@@ -136,11 +137,14 @@ def part(trained: LoadedModel, split: str, given: Mapping[str, Any]) -> tuple[So
         if Path(path).is_dir():
             raise UserError(f"data.path={path}: is a folder; name the file in it that is to be scored")
         # All of the file, with the settings that say what a sample is.
-        kept = {name: configs.get(config, f"data.{name}") for name in ("n_labels", "mask_fraction", "n_maskings")}
+        names = ("n_labels", "mask_fraction", "n_maskings", "pack")
+        kept = {name: configs.get(config, f"data.{name}") for name in names}
         data = DataConfig(**kept, cache_dir=config.data.cache_dir, validation_fraction=0.0, test_fraction=0.0)
         config, read = dataclasses.replace(config, data=data), "train"
     for name, value in given.items():
         config = configs.replace(config, name, value)
+    if config.data.pack == "documents":  # each sample is scored for itself, which gives the same
+        config = configs.replace(config, "data.pack", "none")
     progress = RunLog(stderr=True).pass_bar
     source, samples = prepare.part(config, task.samples, task.embedded, trained.tokenizer, read, progress, task.classes)
     stored = trained.start.info.get("data")
@@ -225,7 +229,7 @@ def bootstrap(
 def _articles(samples: Samples) -> np.ndarray:
     """Return the number of the article that each sample is of, [N]."""
     indices = np.arange(len(samples))
-    windows = getattr(samples, "windows", None)
+    windows = None if isinstance(samples, StreamSamples) else getattr(samples, "windows", None)
     return indices if windows is None else np.searchsorted(windows.ends, indices, side="right")
 
 
@@ -249,6 +253,8 @@ def _constants(samples: Samples, articles: np.ndarray) -> Totals:
     """Return what belongs to the part as a whole, shared out to the samples by the bytes of their articles."""
     if not samples.constants:
         return {}
+    if isinstance(samples, StreamSamples):
+        return {name: np.full(len(samples), total / len(samples)) for name, total in samples.constants.items()}
     sizes: np.ndarray = samples.windows.split.n_bytes  # type: ignore[union-attr]
     n_bytes = sizes[articles] / np.bincount(articles)[articles]
     return {name: total * n_bytes / n_bytes.sum() for name, total in samples.constants.items()}

@@ -28,11 +28,18 @@ class Task(abc.ABC):
     baseline_name: ClassVar[str]  # what `baseline` guesses
     lower_is_better: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "bits_per_byte")  # of the scores
     original_prefixes: ClassVar[tuple[str, str]] = ("base", "head")  # of the names in the original's files
+    packs: ClassVar[bool] = False  # the `loss` of this class takes packed rows: it passes on `segments`
     has_probabilities: ClassVar[bool] = False  # the softmax of the logits is of the labels: jaxlm.predict gives it
 
     def __init__(self, config: Config, classes: Sequence[str] = ()):
         self.config = config
         self.classes = tuple(classes) or numbered(config.data.n_classes)  # their names by number, of a classifier
+
+    @classmethod
+    def can_pack(cls) -> bool:
+        """Return whether the class that has the `loss` says that it takes packed rows; one that overrides it has to."""
+        owner = next(kind for kind in cls.__mro__ if "loss" in vars(kind))
+        return bool(vars(owner).get("packs", False))
 
     @functools.cached_property
     def dtype(self) -> Any:

@@ -5,6 +5,7 @@ them: what is recomputed to save memory does not count, and attention counts who
 """
 
 from jaxlm.config import GATED, Config
+from jaxlm.data.samples import most_texts
 from jaxlm.params import names
 from jaxlm.tasks import parameters
 
@@ -26,7 +27,8 @@ def n_logits(config: Config, seq_len: int = 0) -> tuple[int, int]:
     if kind == "classifier":
         classes = model.vocab_size if model.head_outputs == "vocabulary" else data.n_classes
         own = {} if config.task in parameters.BUILT_IN else parameters.shapes(config)
-        return 1, own.get("head.linear.bias", (classes,))[0]
+        n_texts = most_texts(seq_len) if data.pack == "documents" else 1
+        return n_texts, own.get("head.linear.bias", (classes,))[0]
     return seq_len if kind == "causal" else max(1, int(data.mask_fraction * seq_len)), model.vocab_size
 
 

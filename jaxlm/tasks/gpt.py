@@ -25,6 +25,7 @@ class Gpt(Task):
     baseline_name = "guessing by word frequency"
     original_prefixes = ("gpt", "gen_lm")
     has_probabilities = True
+    packs = True
 
     def embedded(self) -> Source:
         return embedded.python_reference(self.config.data)
@@ -35,7 +36,7 @@ class Gpt(Task):
         return LanguageModel(self.config.model, is_causal=True, dtype=self.dtype, rngs=rngs)
 
     def loss(self, model: "LanguageModel", batch: dict[str, "Array"], key: "Array | None") -> "Totals":
-        return model.loss(batch["tokens"], batch["labels"], key)
+        return model.loss(batch["tokens"], batch["labels"], key, None, batch.get("segments"))
 
     def loss_with_logits(self, model: "LanguageModel", batch: dict[str, "Array"]) -> "tuple[Totals, Array]":
         if type(self).loss is not Gpt.loss:  # of a task that is made of this one

@@ -26,6 +26,7 @@ class Mlm(Task):
     baseline_name = "guessing by word frequency"
     original_prefixes = ("bert", "mask_lm")
     has_probabilities = True
+    packs = True
 
     def embedded(self) -> Source:
         return embedded.python_reference(self.config.data)
@@ -37,7 +38,7 @@ class Mlm(Task):
 
     def loss(self, model: "LanguageModel", batch: dict[str, "Array"], key: "Array | None") -> "Totals":
         # Logits only where something is masked: the same loss for a seventh of the work.
-        return model.loss(batch["tokens"], batch["labels"], key, batch["positions"])
+        return model.loss(batch["tokens"], batch["labels"], key, batch["positions"], batch.get("segments"))
 
     def loss_with_logits(self, model: "LanguageModel", batch: dict[str, "Array"]) -> "tuple[Totals, Array]":
         if type(self).loss is not Mlm.loss:  # of a task that is made of this one

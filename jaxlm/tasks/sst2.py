@@ -27,6 +27,7 @@ class Sst2(Task):
     baseline_name = "always the most frequent class"
     original_prefixes = ("bert", "classifier_model")
     has_probabilities = True
+    packs = True
 
     def embedded(self) -> Source:
         return embedded.sentences("sst2")
@@ -37,16 +38,17 @@ class Sst2(Task):
         return Classifier(self.config.model, self.config.data.n_classes, self.dtype, rngs)
 
     def loss(self, model: "Classifier", batch: dict[str, "Array"], key: "Array | None") -> "Totals":
-        return self.totals(model(batch["tokens"], key, batch.get("last")), batch["labels"])
+        positions = batch.get("positions", batch.get("last"))
+        return self.totals(model(batch["tokens"], key, positions, False, batch.get("segments")), batch["labels"])
 
-    def totals(self, logits_BC: "Array", labels_B: "Array") -> "Totals":
-        """Return what `loss` does, of logits."""
+    def totals(self, logits: "Array", labels: "Array") -> "Totals":
+        """Return what `loss` does, of logits [..., C] and labels [...], one for each text."""
         import jax
         import jax.numpy as jnp
 
         from jaxlm.loss import cross_entropy
 
-        C = self.config.data.n_classes
+        C, logits_BC, labels_B = self.config.data.n_classes, logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
         # The original's head has an output for each token of the vocabulary: those are no class.
         predictions_B = jnp.minimum(logits_BC.argmax(axis=-1), C)
         # The row of an ignored label, -1, is zero.

@@ -26,7 +26,7 @@ class Meter:
         self, run: Run, read: Callable[[Any], dict[str, Any]], show: Callable[[int, str], None], peak_flops: float = 0.0
     ):
         self.run, self.read, self.show, self.peak_flops = run, read, show, peak_flops
-        self.pending: tuple[int, Any] | None = None
+        self.pending: tuple[int, Any, float] | None = None
         self.is_first = True
         self.last_finite = 0
         self.norms: deque[float] = deque(maxlen=SPIKE_WINDOW)
@@ -35,13 +35,13 @@ class Meter:
     def _restart_clock(self) -> None:
         self.tokens, self.flops, self.clock_s = 0, 0, time.monotonic()
 
-    def add(self, i: int, metrics: Any, n_tokens: int, n_flops: int) -> int:
+    def add(self, i: int, metrics: Any, n_tokens: int, n_positions: int, n_flops: int) -> int:
         """Read the update before `i`, and keep the metrics of `i` for the next call; return what `flush` returns.
 
-        Update `i` has `n_tokens` that are no padding.
+        Update `i` has `n_positions`, `n_tokens` of which are no padding.
         """
         bad = self.flush()
-        self.pending = (i, metrics)
+        self.pending = (i, metrics, n_tokens / n_positions)
         if self.is_first:
             # The first update includes the compilation: it is waited for and shown at once, and not timed.
             bad = self.flush()
@@ -61,7 +61,7 @@ class Meter:
         """
         if self.pending is None:
             return 0
-        (i, metrics), self.pending = self.pending, None
+        (i, metrics, real), self.pending = self.pending, None
         metrics = self.read(metrics)
         self.run.undo.clear()  # an update is made: the run folder stays
         train, scores, norm = self.run.config.train, self.run.task.scores(metrics), float(metrics["grad_norm"])
@@ -81,7 +81,7 @@ class Meter:
         if self.is_first:
             self.run.log.say(f"first update done {time.monotonic() - self.run.started_s:.1f} s after the start")
         if i == 1 or i % train.log_interval == 0 or i == train.max_steps:
-            self._log(i, scores, float(metrics["rate"]), norm)
+            self._log(i, scores, float(metrics["rate"]), norm, real)
         return 0
 
     def forget(self) -> None:
@@ -97,14 +97,14 @@ class Meter:
             )
         self.norms.append(norm)
 
-    def _log(self, i: int, scores: Scores, rate: float, norm: float) -> None:
+    def _log(self, i: int, scores: Scores, rate: float, norm: float, real: float) -> None:
         row: dict[str, float] = {name: scores[name] for name in ("loss", "accuracy") if name in scores}
         row |= {"rate": rate, "grad_norm": norm}
         speed = ""
         if not self.is_first:
             seconds = max(time.monotonic() - self.clock_s, 1e-9)
-            row["tokens_per_s"] = self.tokens / seconds
-            speed = f"  {row['tokens_per_s']:,.0f} tokens/s"
+            row |= {"tokens_per_s": self.tokens / seconds, "real_share": real}
+            speed = f"  {row['tokens_per_s']:,.0f} tokens/s  {real:.0%} real"
             if self.peak_flops:
                 row["mfu"] = self.flops / seconds / self.peak_flops
                 speed += f"  {row['mfu']:.1%} of peak flops"

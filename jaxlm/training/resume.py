@@ -41,7 +41,7 @@ HEAD_SETTINGS = (
 # What cannot change when a run resumes. Nor can its data and its tokenizer, whose contents are compared instead.
 FIXED = (
     *(*BASE_SETTINGS, *HEAD_SETTINGS, "model.seq_len"),
-    *("data.stride", "train.seed", "model.frozen_embedding", "model.frozen_layers"),
+    *("data.stride", "data.pack", "train.seed", "model.frozen_embedding", "model.frozen_layers"),
     *("model.lora_rank", "model.lora_alpha", "model.lora_products"),
 )
 SCHEDULE = (

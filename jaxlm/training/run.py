@@ -124,6 +124,9 @@ def started(
     """
     if config.task not in tasks:
         raise UserError(f"task={config.task}: {program} has no such task; it has {', '.join(tasks)}")
+    if config.data.pack == "documents" and not tasks[config.task].can_pack():
+        mend = "leave it, or pass `segments` on in its loss and set `packs = True` beside that (jaxlm/tasks/README.md)"
+        raise UserError(f"data.pack=documents: the loss of task={config.task} takes no packed rows; {mend}")
     log.check_loggers(config)
     task_class, step = tasks[config.task], start.position().step
     run_log = RunLog()

@@ -59,6 +59,7 @@ def tell_scores(run: Run, i: int, totals: Any) -> None:
 def shown_samples(run: Run, multiple: int) -> Batch:
     """Return the validation samples to show, evenly spread; their number is a multiple of `multiple`."""
     samples = run.data.samples["validation"]
+    samples = getattr(samples, "unpacked", samples)
     n_shown = -(-N_SHOWN // multiple) * multiple
     indices = np.linspace(0, len(samples) - 1, n_shown).astype(int)
     return samples.batch(indices, np.zeros_like(indices))

@@ -9,7 +9,7 @@ from unittest import mock
 import jax
 
 from parity_tests import case as cases
-from parity_tests import drift, inputs, randomness, references, trajectory
+from parity_tests import drift, inputs, packed, randomness, references, trajectory
 from parity_tests.compare.rows import Row
 from parity_tests.compare.tolerances import FLOAT32
 from parity_tests.faults.planting import Function
@@ -94,6 +94,10 @@ CHECKS: dict[str, Callable[[type[Package]], list[Row]]] = {
     "LoRA": of_two(lambda: inputs.option("gpt", "LoRA", n_updates=2)),
     "frozen layers and layer decay": of_two(lambda: inputs.option("gpt", "layer decay, frozen", n_updates=2)),
     "distillation": of_two(lambda: inputs.distilled("mlm", n_updates=2)),
+    "packed mlm": of_one(packed, lambda: packed.packed("mlm", False, **{"model.positions": "rotary"})),
+    "packed gpt": of_one(packed, lambda: packed.packed("gpt", False, **{"model.positions": "learned"})),
+    "packed sst2": of_one(packed, lambda: packed.packed("sst2")),
+    "packed and distilled mlm": of_one(packed, lambda: packed.packed("mlm", is_distilled=True)),
     "head of DistilBERT": of_two(lambda: inputs.option("sst2", "parts of DistilBERT", n_updates=1)),
     **{f"replay of {name}": functools.partial(all_of, name) for name in ("mlm_cycle", "gpt_resume", "cola")},
 }

@@ -11,10 +11,12 @@ from jaxlm import model as jax_model
 from jaxlm import optim as jax_optim
 from jaxlm import schedule as jax_schedule
 from jaxlm import step as jax_step
+from jaxlm.data.packing import PackedSamples
 from jaxlm.data.samples import PairSamples
 from jaxlm.ops import dropout as jax_dropout
 from jaxlm.params import frozen, names
 from jaxlm.tasks.gpt import Gpt as JaxGpt
+from jaxlm.tasks.mlm import Mlm as JaxMlm
 from parity_tests.faults.planting import Pair
 from torchlm import distill as torch_distill
 from torchlm import heads as torch_heads
@@ -24,6 +26,7 @@ from torchlm import optim as torch_optim
 from torchlm import schedule as torch_schedule
 from torchlm import step as torch_step
 from torchlm.tasks.gpt import Gpt as TorchGpt
+from torchlm.tasks.mlm import Mlm as TorchMlm
 
 framework_norm = Pair(nnx.LayerNorm.__call__, LayerNorm.forward)
 framework_rms_norm = Pair(nnx.RMSNorm.__call__, RMSNorm.forward)
@@ -41,6 +44,7 @@ positions = Pair(jax_model.fixed_positions, torch_model.fixed_positions)
 frequencies = Pair(jax_model.frequencies, torch_model.frequencies)
 rotate = Pair(jax_model.rotate, torch_model.rotate)
 future = Pair(jax_model.future, torch_model.future)
+restarting = Pair(jax_model.restarting, torch_model.restarting)
 hidden = Pair(jax_model.hidden, torch_model.hidden)
 attend = Pair(jax_model.attend, torch_model.attend)
 embedding_start = Pair(jax_model.Embedding.__init__, torch_model.Embedding.__init__)
@@ -61,6 +65,8 @@ at = Pair(jax_heads._at, torch_heads._at)
 cross_entropy = Pair(jax_loss.cross_entropy, torch_loss.cross_entropy)
 gpt_loss = Pair(JaxGpt.loss, TorchGpt.loss)
 lm_loss = jax_heads.LanguageModel.loss
+mlm_loss = Pair(JaxMlm.loss, TorchMlm.loss)
+distilled = Pair(jax_distill.loss, torch_distill.loss)
 soft_loss = Pair(jax_distill.soft_loss, torch_distill.soft_loss)
 cosine_loss = Pair(jax_distill.cosine_loss, torch_distill.cosine_loss)
 
@@ -78,4 +84,6 @@ rewarmup = Pair(jax_schedule.rewarmup, torch_schedule.rewarmup)
 
 trained = frozen.trained
 to_jax = names.to_jax
-pairs = Pair(PairSamples.batch, PairSamples.batch)  # both packages have it
+# Both packages have these.
+pairs = Pair(PairSamples.batch, PairSamples.batch)
+packed_rows = Pair(PackedSamples.batch, PackedSamples.batch)

@@ -11,12 +11,15 @@ from torchlm.tasks.base import Task
 
 
 class Gpt(Task, gpt.Gpt):
+    packs = True
+
     def build_model(self, rngs: torch.Generator) -> LanguageModel:
         return LanguageModel(self.config.model, is_causal=True, dtype=self.dtype, rngs=rngs)
 
     def loss(self, model: LanguageModel, batch: dict[str, Tensor], key: None) -> Totals:
         z_loss = self.config.model.z_loss if model.training else 0.0
-        return cross_entropy(model(batch["tokens"], key), batch["labels"], z_loss)
+        logits_BTV = model(batch["tokens"], key, None, False, batch.get("segments"))
+        return cross_entropy(logits_BTV, batch["labels"], z_loss)
 
     def predict(self, model: LanguageModel, batch: dict[str, Tensor]) -> Tensor:
         n_prompt, n_new = self._shown()

@@ -10,15 +10,18 @@ from torchlm.tasks.base import Task
 
 
 class Sst2(Task, sst2.Sst2):
+    packs = True
+
     def build_model(self, rngs: torch.Generator) -> Classifier:
         return Classifier(self.config.model, self.config.data.n_classes, self.dtype, rngs)
 
     def loss(self, model: Classifier, batch: dict[str, Tensor], key: None) -> Totals:
-        return self.totals(model(batch["tokens"], key, batch.get("last")), batch["labels"])
+        positions = batch.get("positions", batch.get("last"))
+        return self.totals(model(batch["tokens"], key, positions, False, batch.get("segments")), batch["labels"])
 
-    def totals(self, logits_BC: Tensor, labels_B: Tensor) -> Totals:
-        """Return what `loss` does, of logits."""
-        C = self.config.data.n_classes
+    def totals(self, logits: Tensor, labels: Tensor) -> Totals:
+        """Return what `loss` does, of logits [..., C] and labels [...], one for each text."""
+        C, logits_BC, labels_B = self.config.data.n_classes, logits.flatten(0, -2), labels.flatten()
         # The original's head has an output for each token of the vocabulary: those are no class.
         predictions_B = logits_BC.argmax(dim=-1).clamp(max=C)
         # Sums of zeros and ones in float32 are exact; GPUs have no product of integers.
