@@ -79,7 +79,8 @@ class DataConfig:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenizerConfig:
     path: str = ""  # tokenizer.json, vocab.txt, folder with vocab.json and merges.txt, or hub name; "": train one
-    kind: Literal["wordpiece", "bpe"] = "wordpiece"  # kind to train: WordPiece or byte-level BPE
+    # Kind to make. wordpiece and bpe (byte-level) are trained; bytes has 256 tokens, characters those of the text.
+    kind: Literal["wordpiece", "bpe", "bytes", "characters"] = "wordpiece"
     vocab_size: Annotated[int, Meta(ge=300, le=MOST)] = 4096  # largest size of a trained vocabulary
     lowercase: bool = True  # whether a trained WordPiece ignores case and accents
 
@@ -604,7 +605,8 @@ def warnings(config: Config, origins: dict[str, str], of_other_tasks: Iterable[s
     is_embedded = not data.path and not data.hub
     path, has_path = Path(tokenizer.path), tokenizer.path and "tokenizer.path is given"
     is_vocab_txt = path.suffix == ".txt" or (path / "vocab.txt").is_file() and not (path / "tokenizer.json").is_file()
-    keeps_case = not is_vocab_txt if has_path else tokenizer.kind == "bpe"
+    keeps_case = not is_vocab_txt if has_path else tokenizer.kind != "wordpiece"
+    is_untrained = tokenizer.kind in ("bytes", "characters") and f"{shown('tokenizer.kind')} is not trained"
     is_new = config.resume in ("", "auto")
     no_base, no_teacher = is_new and not config.init_from, not distill.teacher and "there is no distill.teacher"
     no_rotary = model.positions != "rotary" and shown("model.positions")
@@ -616,8 +618,9 @@ def warnings(config: Config, origins: dict[str, str], of_other_tasks: Iterable[s
         "data.validation_path data.test_path": is_embedded and "the data is the embedded default (give data.path too)",
         "data.validation_fraction": data.validation_path and "data.validation_path is given",
         "data.test_fraction": data.test_path and "data.test_path is given",
-        "tokenizer.kind tokenizer.vocab_size": has_path,
-        "tokenizer.lowercase": keeps_case and (has_path or "tokenizer.kind=bpe keeps case"),
+        "tokenizer.kind": has_path,
+        "tokenizer.vocab_size": has_path or is_untrained,
+        "tokenizer.lowercase": keeps_case and (has_path or f"{shown('tokenizer.kind')} keeps case"),
         "model.rotary_base model.rotary_base_local model.rotary_scaling": no_rotary,
         "model.rotary_scaling_len": no_rotary or model.rotary_scaling == 1 and shown("model.rotary_scaling"),
         "model.rotary_base_local model.global_every": not model.window and shown("model.window"),

@@ -77,6 +77,7 @@ def test_dump_is_read_back_to_the_same_settings(tmp_path):
     def other(name: str) -> object:
         value = configs.get(Config(), name)
         choices = {"data.format": "tsv", "data.header": "no", "data.documents": "file", "data.stride": 3}
+        choices |= {"data.pack": "documents"}
         choices |= {"model.positions": "rotary", "tokenizer.kind": "bpe"}
         choices |= {"model.head_outputs": "vocabulary", "model.pooling": "last", "model.gelu": "tanh"}
         choices |= {

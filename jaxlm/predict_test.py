@@ -71,6 +71,17 @@ def test_masks_are_filled_by_the_whole_model(runs: Path, predictors: dict[str, A
         assert [[g["id"] for g in mask] for mask in alone["masks"]] == [[g["id"] for g in m] for m in answer["masks"]]
 
 
+@pytest.mark.parametrize("kind", ["bytes", "characters"])
+def test_bytes_and_characters_are_filled_and_continued(kind: str, tmp_path: Path) -> None:
+    run = tiny_runs.write(tmp_path / "mlm", "mlm", **{"tokenizer.kind": kind})
+    (answer,) = predict.load(run)(["the [MASK]at"])
+    assert answer["filled"] == f"the {answer['masks'][0][0]['token']}at"  # the space stays
+    run = tiny_runs.write(tmp_path / "gpt", "gpt", **{"tokenizer.kind": kind})
+    predictor = predict.load(run)
+    *pieces, answer = predictor.stream("the cat", temperature=1.0, seed=3, max_new_tokens=6)
+    assert "".join(pieces) == answer["continuation"] != ""
+
+
 def test_a_byte_level_mask_has_the_space_before_its_word(tmp_path: Path) -> None:
     tokenizer = tokenization.train(TokenizerConfig(kind="bpe", vocab_size=300), lambda: iter(tiny_runs.TEXTS))
     tokenizer.add_special_tokens(["<pad>", "<mask>"])

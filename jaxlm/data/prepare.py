@@ -1,6 +1,7 @@
 """From settings to samples: source, tokenizer, token cache, and all checks that need no model."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from jaxlm.errors import UserError, slow
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 
+N_BEGINNING = 60  # characters shown of a document
 FEW = 50  # articles: of fewer, a share of a tenth may well be none
 MANY_PLACES = 1 << 20  # samples whose lengths tell those of all
 TOKENIZER_BYTES = 200_000_000  # of text that a tokenizer is trained on, about; more text changes few of its tokens
@@ -87,6 +89,7 @@ def prepare(
         }
     _check_sizes(config, splits, samples)
     notes = (*source.notes, *_long_words_note(long_words), *_notes(config, samples, source, is_embedded))
+    notes += (*_beginnings_note(source, samples["train"]),)
     return config, Data(source, tokenizer, samples, (*notes, document_note(config, splits["train"], samples["train"])))
 
 
@@ -217,6 +220,12 @@ def _long_words_note(words: list[tuple[str, int]]) -> Iterator[str]:
         )
 
 
+def _beginnings_note(source: Source, samples: Samples) -> Iterator[str]:
+    if samples.reads == "text":
+        texts = (article.text for article in source.articles() if article.split == "train")
+        yield f"the first documents begin: {', '.join(repr(text[:N_BEGINNING]) for text in itertools.islice(texts, 2))}"
+
+
 def document_note(config: Config, split: Split, samples: Samples) -> str:
     """Return a line on the documents of the training part, and how much of its samples is padding."""
     sizes = np.diff(split.offsets)
@@ -226,7 +235,8 @@ def document_note(config: Config, split: Split, samples: Samples) -> str:
     lengths, seq_len = samples.lengths(spread), config.model.seq_len
     padding, longest = 1 - lengths.mean() / seq_len, int(lengths.max())
     line = (
-        f"{len(sizes):,} documents to train on, of {int(np.median(sizes)):,} tokens (median) to {sizes.max():,}; "
+        f"{len(sizes):,} {'document' if len(sizes) == 1 else 'documents'} to train on, of {int(np.median(sizes)):,} "
+        f"tokens (median) to {sizes.max():,}, {sizes.sum():,} in all; "
         f"{padding:.0%} of the positions of their samples are padding"
     )
     if padding <= 0.5 or config.train.group_by_length:

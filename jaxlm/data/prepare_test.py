@@ -152,10 +152,12 @@ def test_a_long_word_is_named_with_its_line(folder, tmp_path):
 
 
 def test_a_stride_is_for_training_and_what_separates_documents_is_kept(tmp_path):
-    path = write(tmp_path / "book.txt", "\n\n".join(LINES))
+    book = "\n\n".join(LINES)
+    path = write(tmp_path / "book.txt", book)
     _, plain = prepared(tmp_path, "gpt", data__path=path)
     config, data = prepared(tmp_path, "gpt", data__path=path, data__stride=4)
     assert config.data.documents == "file" and len(data.samples["train"].split) == 1
+    assert f"the first documents begin: {book[:60]!r}" in data.notes
     assert len(data.samples["train"]) == pytest.approx(4 * len(plain.samples["train"]), rel=0.01)
     assert len(data.samples["validation"]) == len(plain.samples["validation"])  # each token is scored once
     config = configs.replace(config, "data.cache_dir", str(tmp_path / "cache"))
@@ -304,7 +306,9 @@ def test_the_setting_that_is_named_lowers_the_share_of_padding(task, kind, tmp_p
     config, data = prepared(tmp_path, task, **settings)
     note = data.notes[-1]
     before = padding(data.samples["train"], config.train)
-    match = re.fullmatch(r"(\d+) documents to train on, of (\d+) tokens \(median\) to (\d+); (\d+)% .*: set (.*)", note)
+    match = re.fullmatch(
+        r"(\d+) documents to train on, of (\d+) tokens \(median\) to (\d+), [\d,]+ in all; (\d+)% .*: set (.*)", note
+    )
     assert match
     sizes = np.diff(
         data.samples["train"].split.offsets if task == "sst2" else data.samples["train"].windows.split.offsets
@@ -325,7 +329,9 @@ def test_the_setting_that_is_named_lowers_the_share_of_padding(task, kind, tmp_p
 
 def test_documents_are_told_for_the_embedded_text_too(folder):
     _, data = prepared(folder, data__path="")
-    assert re.fullmatch(r"\d+ documents to train on, of [\d,]+ tokens \(median\) to [\d,]+; \d+% of .*", data.notes[-1])
+    assert re.fullmatch(
+        r"\d+ documents to train on, of [\d,]+ tokens \(median\) to [\d,]+, [\d,]+ in all; \d+% of .*", data.notes[-1]
+    )
 
 
 @pytest.mark.parametrize("task", ["mlm", "gpt"])

@@ -41,6 +41,7 @@ NAMES = {
     "article": ("<|endoftext|>", "</s>"),
 }
 WORDPIECE_SPECIALS = tuple(NAMES[role][0] for role in ("pad", "unknown", "start", "end", "mask"))
+UNTRAINED_SPECIALS = (*WORDPIECE_SPECIALS, NAMES["article"][0])  # of bytes and characters: for every task
 LARGEST = 2**24  # tokens; what has a larger number is damaged
 T = TypeVar("T")
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -177,10 +178,14 @@ def train(
     texts: Callable[[], Iterator[str]],
     on_long_word: Callable[[int], None] = lambda length: None,
 ) -> Tokenizer:
-    """Return a tokenizer trained on texts(), which is read twice for WordPiece.
+    """Return a tokenizer trained on texts(), which is read twice for WordPiece, and for bytes not at all.
 
     `on_long_word` gets the length of each word that is cut, while its text is the last one that texts() has yielded.
     """
+    if config.kind == "bytes":
+        return _single(sorted(pre_tokenizers.ByteLevel.alphabet()), of_bytes=True)
+    if config.kind == "characters":
+        return _single(sorted(set().union(*texts())), of_bytes=False)
     if config.kind == "bpe":
         tokenizer = _byte_level(models.BPE())
         bpe_trainer = trainers.BpeTrainer(
@@ -425,6 +430,25 @@ def _from_hub(name: str) -> Path:
         rule = f"neither a file here nor a tokenizer on the hub that can be reached ({reason})"
         mend = "give a local tokenizer.json, vocab.txt or vocab.json"
         raise UserError(f"tokenizer.path={name}: {rule}; {mend}") from error
+
+
+def _single(letters: list[str], of_bytes: bool) -> Tokenizer:
+    """Return a tokenizer with a token for each letter, which stands for a byte or is a character; others are [UNK]."""
+    vocab = {token: i for i, token in enumerate([*UNTRAINED_SPECIALS, *letters])}
+    tokenizer = Tokenizer(models.BPE(vocab, [], unk_token=NAMES["unknown"][0]))
+    # Line by line, for speed: the library takes longer for each character of a longer word.
+    lines: Any = pre_tokenizers.Split("\n", "merged_with_previous")
+    in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([lines, in_bytes]) if of_bytes else lines
+    tokenizer.decoder = decoders.ByteLevel() if of_bytes else decoders.Fuse()
+    tokenizer.add_special_tokens(list(UNTRAINED_SPECIALS))
+    return tokenizer
+
+
+def is_single(tokenizer: Tokenizer) -> bool:
+    """Return whether each token is one character or one byte."""
+    is_bytes = isinstance(tokenizer.decoder, decoders.ByteLevel) and n_ids(tokenizer) <= 256 + len(UNTRAINED_SPECIALS)
+    return is_bytes or isinstance(tokenizer.decoder, decoders.Fuse)
 
 
 def _wordpiece(vocab: dict[str, int], lowercase: bool, values: Mapping[str, Any] = MappingProxyType({})) -> Tokenizer:

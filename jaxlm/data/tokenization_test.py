@@ -128,6 +128,28 @@ def test_trained_bpe_has_a_real_token_at_0_and_the_end_of_text_last():
     assert tokenizer.id_to_token(n_ids(tokenizer) - 1) == "<|endoftext|>"
 
 
+ODD = ("", "a", "The cat\r\n\n sat\t on <|endoftext|> [MASK]", "caf\u00e9 \u4e2d\U0001f642\x00\ufeff")
+
+
+@pytest.mark.parametrize("text", ODD)
+def test_bytes_and_characters_lose_nothing(text):
+    for kind, units in (("bytes", list(text.encode())), ("characters", list(text))):
+        tokenizer = train(TokenizerConfig(kind=kind), lambda: iter([text, "other\nletters"]))
+        tokenizer.encode_special_tokens = True  # as `cached` and `read` return it
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        assert len(ids) == len(units) and len(set(ids)) == len(set(units)) and tokenizer.decode(ids) == text
+        known = set(text + "other\nletters")
+        assert tokenizer.get_vocab_size() == 6 + (256 if kind == "bytes" else len(known))
+        assert tokenization.special_ids(tokenizer) == dict(zip(tokenization.NAMES, range(6), strict=True))
+        assert tokenization.is_single(tokenizer)
+    assert not any(tokenization.is_single(trained(kind=kind)) for kind in ("wordpiece", "bpe"))
+
+
+def test_a_character_that_was_not_in_the_text_is_unknown():
+    tokenizer = train(TokenizerConfig(kind="characters"), lambda: iter(["bac"]))
+    assert tokenizer.encode("abxcx\n", add_special_tokens=False).ids == [6, 7, 1, 8, 1, 1]
+
+
 @pytest.mark.parametrize("kind", ["wordpiece", "bpe"])
 @pytest.mark.parametrize("size", [300, 350])
 def test_trained_vocabulary_is_at_most_as_large_as_asked(kind, size):

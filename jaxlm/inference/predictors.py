@@ -46,7 +46,8 @@ class Predictor:
     def __init__(self, trained: LoadedModel):
         self.trained, self.tokenizer, self.model = trained, trained.tokenizer, trained.config.model
         self.has_attention = isinstance(trained.model.base, Transformer)
-        self.is_byte_level = isinstance(self.tokenizer.decoder, decoders.ByteLevel)  # a space is in the word behind it
+        self.is_byte_level = isinstance(self.tokenizer.decoder, decoders.ByteLevel)
+        self.is_single = tokenization.is_single(self.tokenizer)
         self.specials = tokenization.special_ids(self.tokenizer)
         self.compiled_attention = jax.jit(attention_maps.weights)
 
@@ -157,7 +158,8 @@ class FillMasks(Predictor):
             text = text.replace(name, first)
         *before, last = text.split(first)
         # A byte-level token has the space before its word in it, and a mask stands for the whole token.
-        return [part.rstrip() if self.is_byte_level else part for part in before] + [last]
+        has_space = self.is_byte_level and not self.is_single
+        return [part.rstrip() if has_space else part for part in before] + [last]
 
     def _guesses(self, x_BTD: Array, places_N2: np.ndarray, top_k: int) -> Iterator[list[Answer]]:
         """Yield the likeliest tokens at each place, a row and a position."""
@@ -329,6 +331,8 @@ class Continue(Predictor):
         """Return what of a text stays as it is, whatever comes next."""
         if self.is_byte_level:
             return text.rstrip("\ufffd")  # a character has several bytes, and a token may have the first of them
+        if self.is_single:
+            return text
         return text[: max(text.rfind(" "), 0)]  # a piece of a word, or a point, is put to the word before
 
     def checked(self, given: dict[str, Any]) -> dict[str, Any]:

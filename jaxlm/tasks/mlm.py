@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
-from jaxlm.data import embedded, metrics
+from jaxlm.data import embedded, metrics, tokenization
 from jaxlm.data.samples import Batch, MaskedSamples
 from jaxlm.data.sources import Source
 from jaxlm.tasks.base import Task
@@ -80,8 +80,14 @@ class Mlm(Task):
                     original[position] = f"[{word}]"
                     predicted[position] = f"[{guessed}]" if guess == label else f"*{guessed}*"
             rows = {"masked": pieces, "original": original, "predicted": predicted}
-            texts.append("\n".join(f"{name:>9}: {_joined(words)}" for name, words in rows.items()))
+            join = _joined if not tokenization.is_single(tokenizer) else _strung
+            texts.append("\n".join(f"{name:>9}: {join(words)}" for name, words in rows.items()))
         return "\n\n".join(texts)
+
+
+def _strung(pieces: list[str]) -> str:
+    """Join characters or bytes, line breaks shown; Ġ and Ċ are the space and the line break of bytes."""
+    return "".join(pieces).replace("Ġ", " ").replace("Ċ", "⏎").replace("\n", "⏎")
 
 
 def _joined(pieces: list[str]) -> str:
