@@ -5,7 +5,8 @@ imports neither (errors, io, reporting):
 
     record/          records a run of PyTorch or JAX
     compare/         `python -m parity_tests.compare A B`: compares two runs
-    pytest_plugin.py a fixture, and `pytest --parity`
+    pytest_plugin.py a fixture, and `pytest --parity FOLDER`
+    PROVE_A_PORT.md  how to use it
 
 All else is the project's own cases, which are not in the wheel:
 
@@ -22,7 +23,8 @@ All else is the project's own cases, which are not in the wheel:
     checks.py        all checks by name; checks_test.py asserts that they pass
     original.py      the original once more, to record further cases
     randomness.py    start values, and the seeds of dropout
-    faults/          `python -m parity_tests.faults`: planted mistakes, and which check catches each
+    faults/          `python -m parity_tests.faults`: planted mistakes, and which check catches each;
+                     `python -m parity_tests.faults.diagnosis`: what the tool says of each
     report.py        `python -m parity_tests.report`: a page of all this
 
 Every check is a function that returns rows; tests assert that each row passes.

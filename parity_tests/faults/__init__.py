@@ -5,6 +5,7 @@ targets.py       the functions, which planting replaces or edits; where one move
 checks.py        the checks, with their own tolerances
 model.py modern.py heads.py loss.py optimizer.py schedule.py tuning.py randomness.py data.py packed.py checkpoint.py
                  FAULTS, by subject: lists of what goes wrong in ports
+diagnosis.py     `python -m parity_tests.faults.diagnosis`: what parity_tests.compare says of each
 __main__.py      `python -m parity_tests.faults [--only TEXT] [--sample N] [--json FILE]`
 """
 

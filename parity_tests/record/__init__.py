@@ -38,11 +38,14 @@ def torch(model: Any, optimizer: Any = None, path: Path | str | None = None, who
     return TorchRecorder(model, optimizer, path, whole)
 
 
-def jax(model: Any = None, path: Path | str | None = None, whole: int = WHOLE) -> "JaxRecorder":
-    """Return a recorder of a model of NNX, Linen or Equinox, or of functions that call `tag`; as `torch`."""
+def jax(model: Any = None, path: Path | str | None = None, whole: int = WHOLE, params: Any = None) -> "JaxRecorder":
+    """Return a recorder of a model of NNX, Linen or Equinox, or of functions that call `tag`; as `torch`.
+
+    `params` are the start values; NNX and Equinox have theirs in the model.
+    """
     from parity_tests.record.jax_taps import JaxRecorder
 
-    return JaxRecorder(model, path, whole)
+    return JaxRecorder(model, path, whole, params)
 
 
 def tag(name: str, x: Any) -> Any:

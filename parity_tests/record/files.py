@@ -154,6 +154,7 @@ class Record:
         self.data = [_mapped(part / NAMES[2]) for part in parts]
         self.entries = [Entry(self, line, i) for i, line in enumerate(_joined(path, lines))]
         self.known: dict[int, np.ndarray] = {}
+        self.n_kept = 0
 
     @property
     def framework(self) -> str:
@@ -179,8 +180,10 @@ class Record:
             if str(x.dtype) == "uint16" and line["dtype"] == "bfloat16":
                 x = (x.astype(np.uint32) << 16).view(np.float32)
             x = x.astype(np.float32) if x.dtype == np.float16 else x
-            if sum(y.nbytes for y in self.known.values()) > _MOST_KEPT:
+            self.n_kept += x.nbytes
+            if self.n_kept > _MOST_KEPT:
                 self.known.clear()
+                self.n_kept = x.nbytes
             self.known[entry.number] = x
         return self.known[entry.number]
 

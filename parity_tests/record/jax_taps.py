@@ -106,15 +106,16 @@ class JaxRecorder(Recorder):
         self.scans: list[tuple[int, Any]] = []  # around what is traced now: number of the scan, and of its iteration
         self.calls: list[tuple[Any, str, str, int]] = []  # module, its path, what it is called here, scans around it
         self.paths: dict[int, tuple[Any, str]] = {}
-        self.seen: dict[int, tuple[Any, Tap]] = {}
+        self.seen: dict[int, tuple[Any, Tap, tuple[int, ...]]] = {}
         self.used: dict[Any, int] = {}
         self.exits = contextlib.ExitStack()
         params = model if params is None and _base(model) else params
         self.start = {} if params is None else named(params)
 
     def __enter__(self) -> Self:
-        jax.clear_caches()  # what is compiled has no taps
-        self.exits.callback(jax.clear_caches)
+        if not jax.config.jax_disable_jit:  # type: ignore[attr-defined]  # what is compiled has no taps
+            jax.clear_caches()
+            self.exits.callback(jax.clear_caches)
         self.exits.callback(_open.remove, self)
         _open.append(self)
         _patch(self.exits, jax.lax, "scan", self._scan(jax.lax.scan))
@@ -155,7 +156,7 @@ class JaxRecorder(Recorder):
         shapes |= {name: np.shape(x) for name, x in after.items()}
         for name, x in (named(state) if state is not None else {}).items():
             parameter = next((y for y in shapes if name.endswith("." + y) and shapes[y] == np.shape(x)), "")
-            slot = name.removesuffix("." + parameter).rpartition(".")[2] if parameter else name
+            slot = name.removesuffix("." + parameter).removesuffix(".params").rpartition(".")[2] if parameter else name
             self.add("moment", f"{slot}/{parameter}", x)
         self.update += 1
         for name, x in after.items():
@@ -175,6 +176,18 @@ class JaxRecorder(Recorder):
         pieces = [_plain(shard.data) for shard in shards]
         return self.writer.shards(dtype, shape, list(zip(starts, pieces, strict=True)))
 
+    def optimizer(self, transformation: Any) -> Any:
+        """Return an optax transformation whose gradients are recorded, as it gets them, wherever it is called."""
+
+        def update(grads: Any, *args: Any, **kwargs: Any) -> Any:
+            names = named(grads)
+            leaves, structure = jax.tree.flatten(grads)
+            taps = zip(names, leaves, strict=True)
+            tapped = [self._tapped("gradient", name, x, {}, itertools.count()) for name, x in taps]
+            return transformation.update(jax.tree.unflatten(structure, tapped), *args, **kwargs)
+
+        return type(transformation)(transformation.init, update)
+
     def tap(self, kind: str, name: str, x: Any, info: dict[str, Any]) -> Any:
         """Return a tree of arrays with a tap on each."""
         numbers = itertools.count()
@@ -185,16 +198,17 @@ class JaxRecorder(Recorder):
             return x
         is_number = jnp.issubdtype(x.dtype, jnp.floating)
         known = self.seen.get(id(x))
-        if not (is_number or (kind == "input" and name == "")) or (kind == "input" and known and name):
+        if not (is_number or (kind == "input" and name == "")):
             return x
         name += f"#{i}" if (i := next(numbers)) else ""
         tap = Tap(self, kind, name, (*(n for n, _ in self.scans), next(self.numbers)), info)
-        if known and known[1].order[:-1] == tap.order[:-1]:
+        here = tuple(id(i) for _, i in self.scans)
+        if known and known[2] == here:
             known[1].aliases.append(tap)
             return x
         x = tap_p.bind(x, *(i for _, i in self.scans), tap=tap)
         if self.calls:
-            self.seen[id(x)] = x, tap
+            self.seen[id(x)] = x, tap, here
         return x
 
     def receive(self, tap: Tap, shape: Any, x: Any, sums: Any, iterations: tuple[int, ...]) -> None:

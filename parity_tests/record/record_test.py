@@ -1,5 +1,6 @@
 """Records: the format, both recorders in jit, scan, vmap and remat, bfloat16 and shards, sketches, and bad files."""
 
+import ast
 import json
 import subprocess
 import sys
@@ -218,3 +219,20 @@ def test_bad_records_are_told(tmp_path: Path) -> None:
         read(tmp_path / "a")
     with pytest.raises(TypeError, match="no module of NNX, Linen or Equinox"), record.jax(3):
         pass
+
+
+def test_the_tool_imports_numpy_and_the_framework_that_it_records() -> None:
+    own = {"jax_taps": {"jax"}, "torch_hooks": {"torch"}, "pytest_plugin": {"pytest"}}
+    files = [*ROOT.glob("parity_tests/record/*.py"), *ROOT.glob("parity_tests/compare/*.py")]
+    files.append(ROOT / "parity_tests" / "pytest_plugin.py")
+    plain = {"errors", "io", "reporting"}
+    for path in files:
+        if path.name.endswith("_test.py"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            for name in (name.split(".") for name in names):
+                allowed = sys.stdlib_module_names | {"numpy"} | own.get(path.stem, set())
+                is_ours = name[0] == "parity_tests" and (name[1:2] or ["record"])[0] in ("record", "compare")
+                assert name[0] in allowed or is_ours or (name[0] == "jaxlm" and name[1] in plain), (path, name)

@@ -34,20 +34,15 @@ class TorchRecorder(Recorder):
         self.handles: list[Any] = []
         self.losses: list[Tensor] = []
         self.is_loss_given = False
-        self.is_open = False
 
     def __enter__(self) -> Self:
-        self.is_open = True
         for name, module in self.model.named_modules():
             self.handles += [
                 module.register_forward_pre_hook(self._before(name), with_kwargs=True),
                 module.register_forward_hook(self._after(name), with_kwargs=True),
             ]
         if self.optimizer:
-            self.handles += [
-                self.optimizer.register_step_pre_hook(lambda *_: self._gradients()),
-                self.optimizer.register_step_post_hook(lambda *_: self._step()),
-            ]
+            self.watch(self.optimizer)
         self._parameters()
         self.backward = torch.Tensor.backward
         torch.Tensor.backward = self._backward()  # type: ignore[method-assign]
@@ -61,6 +56,14 @@ class TorchRecorder(Recorder):
             self._losses()
             self._gradients()
         super().__exit__()
+
+    def watch(self, optimizer: torch.optim.Optimizer) -> None:
+        """Record an optimizer that is made inside the `with` block."""
+        self.optimizer = optimizer
+        self.handles += [
+            optimizer.register_step_pre_hook(lambda *_: self._gradients()),
+            optimizer.register_step_post_hook(lambda *_: self._step()),
+        ]
 
     def loss(self, value: Any) -> None:
         """Add the loss of this update, where it is not what `backward` is called on."""
@@ -94,7 +97,7 @@ class TorchRecorder(Recorder):
             if name == "":
                 self.seen.clear()
             for key, x in _tensors((args, kwargs)):
-                if name == "" or (x.is_floating_point() and not self._number(x)):
+                if name == "" or x.is_floating_point():
                     self._output("input", name + key, x)
 
         return hook

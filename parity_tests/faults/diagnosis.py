@@ -1,0 +1,289 @@
+"""`python -m parity_tests.faults.diagnosis`: does the tool name the cause of each planted fault?
+
+Each fault is planted in one package, both do the same plan with a recorder on, and compare.runs says where they part
+first and why.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+import numpy as np
+import torch
+
+from jaxlm import optim as jax_optim
+from jaxlm.config import Config
+from parity_tests import compare, drift, faults, inputs, randomness, record, references, trajectory
+from parity_tests.compare import Verdict
+from parity_tests.compare.pairing import Names, Pair, View
+from parity_tests.compare.verdict import sentence
+from parity_tests.faults.checks import recorded
+from parity_tests.faults.planting import Fault
+from parity_tests.packages import PACKAGES, Jaxlm, Package, Torchlm
+from parity_tests.plan import Batch, Plan, random_plan
+from parity_tests.record.files import Record
+
+
+class _Recorded:
+    """What records a package while trajectory.run uses it."""
+
+    recorders: list[Any] = []
+
+    def __init__(self, config: Config, weights: Any, precision: Any, seed: int = 0):
+        super().__init__(config, weights, precision, seed)  # type: ignore[call-arg]
+        self.recorder = self._open().__enter__()  # type: ignore[attr-defined]
+        self.recorders.append(self.recorder)
+        self.n_forward = 0
+
+    def forward(self, batch: Batch) -> Any:
+        if self.n_forward:  # the evaluation at the end
+            return super().forward(batch)  # type: ignore[misc]
+        self.n_forward += 1
+        self.recorder.batch(**batch)
+        result = super().forward(batch)  # type: ignore[misc]
+        self._totals(result[0], self.recorder.update)
+        return result
+
+    def _totals(self, totals: Any, update: int) -> None:
+        now, self.recorder.update = self.recorder.update, update
+        for name, x in (("loss", np.float64(totals["loss"]) / totals["count"]), ("correct", totals.get("correct"))):
+            if x is not None:
+                self.recorder.add("loss", name, np.float64(x))
+        if "grad_norm" in totals:
+            self.recorder.add("loss", "grad_norm", np.float64(totals["grad_norm"]))
+        self.recorder.update = now
+
+    def update(self, batches: Batch) -> Any:
+        for i in range(len(next(iter(batches.values())))):
+            self.recorder.batch(**{name: x[i] for name, x in batches.items()})
+        update = self.recorder.update
+        self.recorder.is_loss_given = True
+        metrics = super().update(batches)  # type: ignore[misc]
+        self._end(metrics)  # type: ignore[attr-defined]
+        self._totals(metrics, update)
+        return metrics
+
+
+class RecordedTorchlm(_Recorded, Torchlm):
+    def _open(self) -> Any:
+        return record.torch(self.model)
+
+    def start(self, *args: Any) -> None:
+        super().start(*args)
+        self.recorder.watch(self.state.optimizer)
+
+    def forward(self, batch: Batch) -> Any:
+        self.recorder.is_loss_given = True
+        result = super().forward(batch)
+        self.recorder.losses.clear()
+        return result
+
+    def _end(self, metrics: Any) -> None:
+        pass
+
+
+class RecordedJaxlm(_Recorded, Jaxlm):
+    def _open(self) -> Any:
+        from flax import nnx
+
+        return record.jax(nnx.merge(self.graphdef, self.params), params=self.params)
+
+    def set_rate(self, rate: Any) -> None:
+        adamw = jax_optim.adamw
+        with mock.patch.object(jax_optim, "adamw", lambda *args: self.recorder.optimizer(adamw(*args))):
+            super().set_rate(rate)
+
+    def _end(self, metrics: Any) -> None:
+        train = self.config.train
+        info = {"b1": train.beta1, "b2": train.beta2, "eps": train.epsilon, "weight_decay": train.weight_decay}
+        state = self.state.opt_state
+        self.recorder.step(params=self.params, state=state, rate=np.float64(metrics["rate"]), **info)
+
+
+_RECORDED: dict[str, Any] = {"jaxlm": RecordedJaxlm, "torchlm": RecordedTorchlm}
+
+
+def run(package: type[Package], plan: Plan, precision: Any = "float64") -> Record:
+    """Return the record of what a package computes of a plan."""
+    _Recorded.recorders.clear()
+    try:
+        trajectory.run(_RECORDED[package.name], plan, precision)
+    except KeyError:  # of parameters that a fault leaves without a moment, after the last update
+        if not _Recorded.recorders or not _Recorded.recorders[0].update:
+            raise
+    finally:
+        for recorder in _Recorded.recorders:
+            recorder.__exit__()
+    # Frozen layers are in a scan of their own, so that activations and gradients are of other layers than they seem.
+    is_split = plan.config.model.frozen_layers > 0
+    return _kept(_Recorded.recorders[0], ("parameter", "rate", "batch", "loss") if is_split else ())
+
+
+def _kept(recorder: Any, kinds: tuple[str, ...] = ()) -> Record:
+    found = recorder.read()
+    found.entries = [e for e in found.entries if e.kind in kinds or not kinds]
+    found.recorder = recorder  # whose folder is there as long as it is
+    return found
+
+
+# The plans that show each fault, by the check that catches it.
+
+
+def _option(task: str, name: str, changes: dict[str, Any] | None = None) -> Plan:
+    sizes = {"train.max_steps": 2, "train.warmup_steps": 1, "model.n_heads": 2, "train.accumulate": 1}
+    config = drift.config_of(task, **sizes, **(inputs.OPTIONS[name] if name else {}), **(changes or {}))
+    return random_plan(f"{task}, {name}", config, seed=6)
+
+
+def _recorded(name: str, n: int = 3) -> Plan:
+    plan = recorded(name).plan()
+    return dataclasses.replace(plan, batches=plan.batches[:n], evaluated_weights=None)
+
+
+def _bert() -> Plan:
+    return _option("mlm", "parts of BERT", {**references.TIED, "model.post_norm": True})
+
+
+def _gpt2(task: str) -> Plan:
+    changes = {"model.final_norm": True, "model.pad_id": -1, "model.gelu": "tanh", "model.output_bias": False}
+    plan = _option(task, "", {**references.TIED, **changes, "model.pooling": "last"})
+    if task == "pairs":
+        batch, _ = references._pairs(plan.config)
+        plan = dataclasses.replace(plan, batches=[{key: x[None] for key, x in batch.items()}], evaluated=batch)
+    return plan
+
+
+def _edges() -> Plan:
+    plan = _recorded("mlm", 1)
+    batch = {key: x.copy() for key, x in plan.batches[0].items()}
+    batch["tokens"][:, 0] = 0  # a row of pads
+    return dataclasses.replace(plan, batches=[batch])
+
+
+def _adamw() -> Plan:
+    changes = {"train.max_steps": 12, "train.warmup_steps": 4, "train.decay_steps": 9, "train.accumulate": 1}
+    config = drift.config_of("gpt", **changes, **{"train.weight_decay": 0.3, "train.learning_rate": 0.02})
+    return random_plan("AdamW", config, seed=10)
+
+
+def _accumulated() -> Plan:
+    changes = {"train.max_steps": 3, "train.warmup_steps": 1}
+    return random_plan("gpt, accumulated", drift.config_of("gpt", **changes), seed=2)
+
+
+def _dropped(n_updates: int = 1) -> Plan:
+    changes = {"train.max_steps": n_updates, "train.warmup_steps": 0, "model.dropout": 0.2, "train.accumulate": 1}
+    return random_plan("gpt with dropout", drift.config_of("gpt", **changes), seed=2)
+
+
+def _distilled() -> Plan:
+    with mock.patch.object(inputs, "_apart", lambda plan, precision: plan):
+        plan: Any = inputs.distilled("mlm", 2)
+    return plan
+
+
+PLANS: dict[str, Callable[[], Plan]] = {
+    "batch 0 of mlm": lambda: _recorded("mlm"),
+    "batch 0 of gpt": lambda: _recorded("gpt"),
+    "batch 0 of cola": lambda: _recorded("cola"),
+    "blocks of PyTorch's attention": lambda: _option("gpt", ""),
+    "BERT of transformers": _bert,
+    "GPT-2 of transformers": lambda: _gpt2("gpt"),
+    "GPT-2 of transformers that classifies": lambda: _gpt2("sst2"),
+    "GPT-2 of transformers that answers": lambda: _gpt2("pairs"),
+    "inputs at the edges": _edges,
+    "AdamW of NumPy and PyTorch": _adamw,
+    "gpt in float64": _accumulated,
+    "distillation": _distilled,
+    "LoRA": lambda: _option("gpt", "LoRA"),
+    "frozen layers and layer decay": lambda: _option("gpt", "layer decay, frozen"),
+    "head of DistilBERT": lambda: _option("sst2", "parts of DistilBERT"),
+    "rotary positions": lambda: _option("gpt", "rotary positions"),
+    **{
+        name: functools.partial(_option, "gpt", name)
+        for name in ("RMSNorm", "GEGLU", "SwiGLU", "squared ReLU", "soft cap", "z-loss")
+    },
+    **{f"replay of {name}": functools.partial(_recorded, name, 99) for name in ("mlm_cycle", "gpt_resume", "cola")},
+    "dropout with the same masks": _dropped,
+    "statistics of dropout": _dropped,
+    "masks of updates": lambda: _dropped(2),
+}
+STARTS = {
+    "start values": ("mlm", ""),
+    "start values of GPT-2": ("gpt", "gpt2"),
+    "start values of ModernBERT": ("mlm", "modernbert"),
+}
+
+
+def recorded_by(package: type[Package], check: str) -> Record:
+    """Return the record of a package that shows what a check is about."""
+    if check in STARTS:
+        return _start(package, *STARTS[check])
+    plan = PLANS[check]()
+    if check == "dropout with the same masks" and package is Torchlm:
+        with drift.injected(drift.jaxlm_masks(plan, "float64")):
+            return run(package, plan)
+    return run(package, plan)
+
+
+def _start(package: type[Package], task: str, initialization: str) -> Record:
+    changes: dict[str, Any] = {"model.d_model": 48, "model.n_heads": 4, "model.vocab_size": 101}
+    changes |= {"model.initialization": initialization} if initialization else {}
+    start = randomness._start(package, drift.config_of(task, **changes))
+    recorder = record.torch(torch.nn.Module())
+    with recorder:
+        for name, x in start.items():
+            recorder.add("parameter", name, x)
+    return _kept(recorder)
+
+
+@functools.cache
+def reference(check: str, package: str) -> Record:
+    """Return what the other package computes, in which no fault is."""
+    (other,) = (x for x in PACKAGES if x.name != package)
+    return recorded_by(other, check)
+
+
+def diagnose(fault: Fault) -> Verdict:
+    """Plant a fault, and compare the package that has it with the other one."""
+    (package,) = (x for x in PACKAGES if x.name == fault.package)
+    a = reference(fault.check, fault.package)
+    with fault.plant():
+        b = recorded_by(package, fault.check)
+    is_start = fault.check in STARTS
+    same = Names([Pair(View(e.name), View(e.name)) for e in a.entries if e.kind == "parameter"], {})
+    return compare.runs(a, b, same if is_start else "auto")
+
+
+def main(argv: list[str]) -> int:
+    """Diagnose the faults of a command line, and print where each shows first, and three causes."""
+    parser = argparse.ArgumentParser("python -m parity_tests.faults.diagnosis", description="Diagnose planted faults.")
+    parser.add_argument("--only", help="only faults with this in their name")
+    parser.add_argument("--sample", type=int, help="so many of them, evenly over the list")
+    parser.add_argument("--json", type=Path, help="file to keep the table in")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    jax.config.update("jax_disable_most_optimizations", True)  # tiny models take longer to compile than to run
+    rows = []
+    with faults.operation_by_operation():
+        for fault in faults.chosen(args.only, args.sample):
+            verdict = diagnose(fault)
+            first = sentence(verdict.first) if verdict.first else "passes"
+            print(f"{fault.name} ({fault.package}): {first}", flush=True)
+            causes = [f"{cause.kind}: {cause.text}" for cause in verdict.causes[:3]]
+            print("".join(f"    {i}. {cause}\n" for i, cause in enumerate(causes, start=1)), end="", flush=True)
+            rows.append({"name": fault.name, "package": fault.package, "first": first, "causes": causes})
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
