@@ -24,6 +24,7 @@ TRAINING = {  # charts of the training rows: title, and whether on a log scale
     "rate": ("learning rate", False),
     "grad_norm": ("gradient norm, before clipping", True),
     "tokens_per_s": ("throughput, tokens/s", False),
+    "real_share": ("share of positions that are no padding", False),
 }
 STARTS = ("started", "step", "command", "device", "host", "cores", "system", "python", "packages", "commit")
 Runs = Mapping[str, RunRecord]
