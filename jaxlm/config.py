@@ -239,16 +239,21 @@ class Config:
 
 
 def comments() -> dict[str, str]:
-    """Return {dotted name: what the comment beside it says} of all settings."""
+    """Return {dotted name: what the comment beside or above it says} of all settings."""
     sections: dict[str, type] = {"": Config}
     for name, hint in typing.get_type_hints(Config).items():
         if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             sections[f"{name}."] = hint
-    return {
-        section + name: text
-        for section, kind in sections.items()
-        for name, text in re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(kind), re.M)
-    }
+    texts = {}
+    for section, kind in sections.items():
+        above: list[str] = []
+        for line in inspect.getsource(kind).splitlines():
+            if match := re.match(r"    # (.*)", line):
+                above.append(match[1])
+            elif match := re.match(r"    (\w+): .*?(?:  # (.*))?$", line):
+                texts[section + match[1]] = match[2] or " ".join(above)
+                above = []
+    return texts
 
 
 def _settings(kind: type, section: str = "") -> dict[str, Any]:

@@ -385,6 +385,13 @@ def test_help_lists_sections_with_defaults_and_imports_no_framework():
     assert "--config FILE" in text and "\x1b" not in text
 
 
+def test_every_setting_has_a_comment():
+    texts = configs.comments()
+    assert [name for name in SETTINGS if not texts.get(name)] == []
+    assert texts["train.max_steps"] == "optimizer updates"
+    assert texts["data.documents"].startswith("What separates documents")
+
+
 def test_every_setting_has_its_line_of_help():
     done = process("--help")
     lines = " ".join(done.stdout.replace("│", " ").split()).split(" --")
