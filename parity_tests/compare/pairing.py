@@ -394,6 +394,8 @@ def _modules(a: Record, b: Record, pairs: list[Pair]) -> dict[str, str]:
             parts = place.split(".")
             for n in range(len(parts) + 1):
                 inside[side].setdefault(".".join(parts[:n]), set()).add(i)
+    # A module whose own parameter is another module's in B may do less than that one, as a table of positions.
+    result = {x: y for x, y in result.items() if inside[0].get(x) == inside[1].get(y)}
     for name in listed[0]:
         if name not in result and name in known[1] and inside[0].get(name, 0) == inside[1].get(name, 1):
             result[name] = name
