@@ -228,7 +228,7 @@ def _cost(run: Run) -> Iterator[str]:
     if run.ending:
         n = updates(run.ending)
         bound = " (data.final_tokens bounds it)" if n > train.max_steps and run.task.samples.reads != "labels" else ""
-        yield f"{' and '.join(map(counted, run.ending))} at the end, in the time of about {n:,} updates{bound}"
+        yield f"{' and '.join(map(counted, run.ending))} at the end, in the time of about {n:,}{bound}"
 
 
 def _baseline_json(run: Run) -> str:
