@@ -11,7 +11,7 @@ import torch
 
 from jaxlm.tasks import TASKS, parameters
 from parity_tests import case as cases
-from parity_tests import drift, inputs, original, packed, references, replay, trajectory
+from parity_tests import drift, families, inputs, original, packed, references, replay, trajectory
 from parity_tests.compare.rows import Row
 from parity_tests.compare.tolerances import FLOAT32
 
@@ -157,6 +157,8 @@ def _checks() -> dict[str, Callable[[], list[Row]]]:
     add("transformers: GPT-2 that classifies", references.gpt2, "sst2")
     add("transformers: GPT-2 that answers", references.gpt2, "pairs")
     add("transformers: BERT", references.bert)
+    for name in families.SETTINGS:
+        add(f"transformers: {name}", families.family, name)
     add("dropout statistics", drift.dropout_statistics)
     for task in TASKS:
         if task == "cola":  # sst2's model and loss with other scores: the recorded and the further cases have them

@@ -114,7 +114,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "grouped heads": {"model.n_heads": 4, "model.n_kv_heads": 2, "model.head_dim": 5},
     "one key head": {"model.n_heads": 3, "model.n_kv_heads": 1, "model.positions": "rotary", "model.head_dim": 6},
     "norm of queries and keys": {"model.qk_norm": True, "model.norm": "rmsnorm", "model.positions": "rotary"},
-    "window": {"model.window": 1, "model.positions": "learned"},
+    "window": {"model.window": 3, "model.positions": "learned"},
+    "window in blocks": {"model.window": 1, "model.positions": "learned"},
     "scaled rotary positions": {
         **{"model.positions": "rotary", "model.rotary_base": 50.0, "model.rotary_scaling": 8.0},
         **{"model.rotary_scaling_len": 12, "model.head_dim": 12, "model.pad_id": -1},

@@ -87,7 +87,7 @@ CHECKS: dict[str, Callable[[type[Package]], list[Row]]] = {
         for name in (
             *("RMSNorm", "GEGLU", "SwiGLU", "squared ReLU", "soft cap", "z-loss"),
             *("grouped heads", "norm of queries and keys", "scaled rotary positions"),
-            *("window", "global and local layers", "no first norm"),
+            *("window", "window in blocks", "global and local layers", "no first norm"),
         )
     },
     "window to both sides": of_two(lambda: inputs.option("mlm", "window", n_updates=1)),

@@ -8,6 +8,7 @@ from parity_tests.faults.planting import both, edit, instead, mirrored
 from parity_tests.faults.targets import (
     activation,
     attend,
+    attend_in_blocks,
     attention,
     block,
     cross_entropy,
@@ -29,7 +30,7 @@ from parity_tests.faults.targets import (
 RMS, GEGLU, SWIGLU, RELU2, CAP, Z = "RMSNorm", "GEGLU", "SwiGLU", "squared ReLU", "soft cap", "z-loss"
 GROUPED, QK, SCALED = "grouped heads", "norm of queries and keys", "scaled rotary positions"
 WINDOW, LAYERS, FIRST = "window", "global and local layers", "no first norm"
-BIDIRECTIONAL = "window to both sides"
+BIDIRECTIONAL, BLOCKS = "window to both sides", "window in blocks"
 START_GPT2, START_MODERNBERT = "start values of GPT-2", "start values of ModernBERT"
 
 
@@ -263,6 +264,18 @@ FAULTS = [
         ("abs(_x) > mask.window", "(abs(_x) > mask.window) | (_x > 0)"),
     ),
     *mirrored("no window: the window is ignored", WINDOW, hidden, ("_x > mask.window", "_x > 99")),
+    *both(
+        "narrow blocks: in blocks, one position less on either side",
+        BLOCKS,
+        edit(attend_in_blocks, ("abs(_x) > _window", "abs(_x) >= _window")),
+        None,
+    ),
+    *both(
+        "no edge of blocks: zeros before the first position and behind the last are attended to",
+        BLOCKS,
+        edit(attend_in_blocks, ("(_place < 0) | (_place >= _T)", "_place > 999")),
+        None,
+    ),
     *mirrored(
         "window of all layers: global layers have the window, too",
         LAYERS,

@@ -14,6 +14,7 @@ from jaxlm import step as jax_step
 from jaxlm.data.packing import PackedSamples
 from jaxlm.data.samples import PairSamples
 from jaxlm.ops import dropout as jax_dropout
+from jaxlm.ops import local_attention
 from jaxlm.params import frozen, names
 from jaxlm.tasks.gpt import Gpt as JaxGpt
 from jaxlm.tasks.mlm import Mlm as JaxMlm
@@ -46,6 +47,7 @@ rotate = Pair(jax_model.rotate, torch_model.rotate)
 future = Pair(jax_model.future, torch_model.future)
 restarting = Pair(jax_model.restarting, torch_model.restarting)
 hidden = Pair(jax_model.hidden, torch_model.hidden)
+attend_in_blocks = local_attention.attend
 attend = Pair(jax_model.attend, torch_model.attend)
 embedding_start = Pair(jax_model.Embedding.__init__, torch_model.Embedding.__init__)
 embedding = Pair(jax_model.Embedding.__call__, torch_model.Embedding.forward)

@@ -1,0 +1,164 @@
+"""Models of transformers with the modern block, small and random: logits, loss, gradients, and 12 AdamW updates."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from jaxlm.config import Config
+from jaxlm.params.names import Arrays
+from parity_tests import references, trajectory
+from parity_tests.compare.tolerances import FLOAT32
+from parity_tests.drift import config_of
+from parity_tests.packages import PACKAGES
+from parity_tests.plan import Plan, random_plan
+from parity_tests.trajectory import Row
+
+N_UPDATES = 12
+_SIZES = {"model.vocab_size": 17, "model.d_model": 12, "model.n_heads": 4, "model.seq_len": 11, "model.d_ff": 10}
+_LLAMA = {
+    **{"model.positions": "rotary", "model.norm": "rmsnorm", "model.mlp": "swiglu", "model.biases": "none"},
+    **{"model.final_norm": True, "model.output_bias": False, "model.pad_id": -1, "model.n_kv_heads": 2},
+    **{"model.n_layers": 2, "model.head_dim": 6},
+}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "Llama": _LLAMA | {"model.rotary_base": 100.0, "model.rotary_scaling": 8.0, "model.rotary_scaling_len": 8},
+    "Qwen3": _LLAMA | {"model.qk_norm": True, "model.tied_embedding": True},
+    "ModernBERT": {
+        **{
+            "model.positions": "rotary",
+            "model.norm": "layernorm_no_bias",
+            "model.mlp": "geglu",
+            "model.biases": "none",
+        },
+        **{"model.final_norm": True, "model.tied_embedding": True, "model.embedding_norm": True, "model.n_layers": 5},
+        **{"model.first_norm": False, "model.head_dense": "bert", "model.window": 2, "model.global_every": 3},
+        **{"model.rotary_base": 1000.0, "model.rotary_base_local": 50.0, "model.n_heads": 2},
+    },
+}
+
+
+def family(name: str) -> list[Row]:
+    """Return how far both packages are from a model of transformers: a batch, losses of updates, and final weights.
+
+    In float64 but for their sines and cosines, whose float32 ours differ from by a rounding.
+    """
+    train = {"train.max_steps": N_UPDATES, "train.accumulate": 1, "train.warmup_steps": 2, "train.decay_steps": 10}
+    config = config_of("mlm" if name == "ModernBERT" else "gpt", **(_SIZES | SETTINGS[name] | train))
+    plan = random_plan(f"transformers' {name}", config, seed=10)
+    model, names = _model(name, config), _names(name, config)
+    state = {theirs: torch.tensor(np.concatenate([plan.start[x] for x in ours])) for theirs, ours in names.items()}
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert not unexpected and not [x for x in missing if x not in ("lm_head.weight", "decoder.weight")], missing
+    model = model.double().eval()
+    runs = {package.name: trajectory.run(package, plan, "float64") for package in PACKAGES}
+    gradients, losses, final = _trained(model, plan, names, runs["jaxlm"].rates)
+    rows = []
+    for package, run in runs.items():
+        added = trajectory._Rows(plan.name, package, config)
+        added.add_tensors("gradients of batch 0", run.first.gradients, gradients, FLOAT32.gradients, 0)
+        added.add_updates("losses", run.losses, losses, losses, FLOAT32.losses)
+        added.add_weights("final weights", run.final, final, plan.start, float(np.sum(run.rates)), FLOAT32)
+        rows += added.rows
+    return rows
+
+
+def _trained(model: nn.Module, plan: Plan, names: dict[str, list[str]], rates: Any) -> tuple[Arrays, Any, Arrays]:
+    """Return the gradients of the first batch, the losses of updates by PyTorch's AdamW, and the final weights."""
+    train, parameters = plan.config.train, dict(model.named_parameters())
+    groups = [
+        {"params": [x for x in parameters.values() if (x.ndim > 1) == decays], "weight_decay": decay}
+        for decays, decay in ((True, train.weight_decay), (False, 0.0))
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(train.beta1, train.beta2), eps=train.epsilon)
+    gradients: Arrays = {}
+    losses = []
+    for rate, accumulated in zip(rates, plan.batches, strict=True):
+        batch = {key: x[0] for key, x in accumulated.items()}
+        tokens = torch.from_numpy(np.int64(batch["tokens"]))
+        mask = (tokens != plan.config.model.pad_id).long()
+        loss = references._mean_loss(model(input_ids=tokens, attention_mask=mask).logits, batch)
+        loss.backward()
+        gradients = gradients or _split({name: x.grad for name, x in parameters.items()}, names, plan.start)
+        nn.utils.clip_grad_norm_(parameters.values(), train.clip_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return gradients, np.array(losses), _split(parameters, names, plan.start)
+
+
+def _split(tensors: Any, names: dict[str, list[str]], like: Arrays) -> Arrays:
+    """Return tensors of theirs under our names."""
+    result: Arrays = {}
+    for theirs, ours in names.items():
+        sizes = [len(like[name]) for name in ours]
+        parts = torch.split(tensors[theirs].detach().clone(), sizes)
+        result |= {name: x.numpy() for name, x in zip(ours, parts, strict=True)}
+    return result
+
+
+def _model(name: str, config: Config) -> Any:
+    import transformers
+
+    model = config.model
+    sizes: dict[str, Any] = {
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.d_model,
+        "intermediate_size": model.n_hidden,
+        "num_hidden_layers": model.n_layers,
+        "num_attention_heads": model.n_heads,
+        "max_position_embeddings": model.seq_len,
+        "tie_word_embeddings": model.tied_embedding,
+        "attn_implementation": "eager",
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "pad_token_id")),
+    }
+    if name == "ModernBERT":
+        sizes |= {"pad_token_id": 0, "local_attention": 2 * model.window, "global_attn_every_n_layers": 3}
+        ropes = {"global_rope_theta": model.rotary_base, "local_rope_theta": model.rotary_base_local}
+        return transformers.ModernBertForMaskedLM(transformers.ModernBertConfig(**sizes, **ropes))
+    sizes |= {"num_key_value_heads": model.n_kv_heads, "head_dim": model.head_size, "rms_norm_eps": model.norm_epsilon}
+    rope = {"rope_type": "default", "rope_theta": model.rotary_base}
+    if name == "Qwen3":
+        return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**sizes, rope_parameters=rope))
+    rope |= {"rope_type": "llama3", "factor": model.rotary_scaling, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope["original_max_position_embeddings"] = model.rotary_scaling_len
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, rope_parameters=rope))
+
+
+def _names(name: str, config: Config) -> dict[str, list[str]]:
+    """Return the name of each tensor there, and of those here that are in it, one behind the other."""
+    if name == "ModernBERT":
+        outer = {
+            "model.embeddings.tok_embeddings": "base.embedding.token",
+            "model.embeddings.norm": "base.embedding.layernorm",
+            "model.final_norm": "base.final_norm",
+            "head.dense": "head.dense",
+            "head.norm": "head.layernorm",
+        }
+        inner = {
+            "attn_norm": ["layernorm1"],
+            "attn.Wqkv": ["attention.query", "attention.key", "attention.value"],
+            "attn.Wo": ["attention.output"],
+            "mlp_norm": ["layernorm2"],
+            "mlp.Wi": ["feed_forward.fc1", "feed_forward.up"],
+            "mlp.Wo": ["feed_forward.fc2"],
+        }
+    else:
+        outer = {"model.embed_tokens": "base.embedding.token", "model.norm": "base.final_norm"}
+        outer |= {} if config.model.tied_embedding else {"lm_head": "head.linear"}
+        pairs = (("q", "query"), ("k", "key"), ("v", "value"), ("o", "output"))
+        inner = {f"self_attn.{theirs}_proj": [f"attention.{ours}"] for theirs, ours in pairs}
+        if config.model.qk_norm:
+            inner |= {f"self_attn.{x}_norm": [f"attention.{y}_norm"] for x, y in pairs[:2]}
+        products = (("gate", "fc1"), ("up", "up"), ("down", "fc2"))
+        inner |= {f"mlp.{theirs}_proj": [f"feed_forward.{ours}"] for theirs, ours in products}
+        inner |= {"input_layernorm": ["layernorm1"], "post_attention_layernorm": ["layernorm2"]}
+    names = {f"{theirs}.weight": [f"{ours}.weight"] for theirs, ours in outer.items()}
+    for i in range(config.model.n_layers):
+        for theirs, ours in inner.items():
+            if theirs != "attn_norm" or i > 0:
+                names[f"model.layers.{i}.{theirs}.weight"] = [f"base.blocks.{i}.{x}.weight" for x in ours]
+    return names | ({"decoder.bias": ["head.bias"]} if name == "ModernBERT" else {})
