@@ -1,7 +1,8 @@
 """Every setting of a run: defaults, ranges, units, and where a value came from. Imports neither jax nor torch.
 
 A run's settings are layers; a later layer wins: the defaults below, then the preset of the task
-(`configs/<task>.toml`), then `--config` files and `--section.key value` in the order of the command line.
+(`configs/<task>.toml`), then `--arch NAME` (`configs/architectures/NAME.toml`), then `--config` files and
+`--section.key value` in the order of the command line.
 """
 
 import contextlib
@@ -346,15 +347,18 @@ def is_unicode(text: str) -> bool:
 
 
 def _command_line(argv: list[str]) -> Iterator[Layer]:
-    """Yield (name, value, origin) for each setting of the command line and of the files it names, in order."""
-    args = list(argv)
+    """Yield (name, value, origin) for each setting of the command line and of the files it names, in order.
+
+    Those of --arch come first, wherever it stands.
+    """
+    args, others = list(argv), list[Layer]()
     while args:
         flag, equals, value = args.pop(0).partition("=")
         if not flag.startswith("--"):
             raise UserError(f"argument {flag!r} is not a setting: write --section.key value (--help lists them)")
         name = flag[2:].replace("-", "_")
-        if name != "config" and name not in SETTINGS:
-            hint = nearest(name, ["config", *SETTINGS]).replace("mean ", "mean --").replace("_", "-")
+        if name not in ("arch", "config") and name not in SETTINGS:
+            hint = nearest(name, ["arch", "config", *SETTINGS]).replace("mean ", "mean --").replace("_", "-")
             raise UserError(f"{flag}: unknown setting{hint} (--help lists them)")
         if not equals:
             has_value = bool(args) and not args[0].startswith("--")
@@ -363,10 +367,21 @@ def _command_line(argv: list[str]) -> Iterator[Layer]:
                 meaning = "" if name == "config" else f" ({comments()[name]}; default: {get(Config(), name)})"
                 raise UserError(f"{flag}: value is missing{meaning}; write {flag} VALUE")
             value = args.pop(0) if has_value else bare or ""
-        if name == "config":
-            yield from _file(Path(value))
+        if name == "arch":
+            yield from _architecture(value)
+        elif name == "config":
+            others += _file(Path(value))
         else:
-            yield name, value, COMMAND_LINE
+            others.append((name, value, COMMAND_LINE))
+    yield from others
+
+
+def _architecture(name: str) -> list[Layer]:
+    """Return the settings of a named architecture, configs/architectures/NAME.toml."""
+    paths = {path.stem: path for path in sorted((presets_dir() / "architectures").glob("*.toml"))}
+    if name not in paths:
+        raise UserError(f"--arch {name}: unknown architecture{nearest(name, paths)}; there are {', '.join(paths)}")
+    return _file(paths[name])
 
 
 def _file(path: Path) -> list[Layer]:
@@ -435,7 +450,8 @@ def _print_help(config: Config, prog: str) -> None:
         prog = prog.rpartition(" ")[2]
     description = terminal.wrapped(
         "Trains a small language model. Settings come in layers, later wins: the preset of the task, then "
-        "--config FILE (TOML, or the name of a preset; repeatable) and --section.key VALUE in the order given. The "
+        "--arch NAME (a design of the model, such as modernbert), then --config FILE (TOML, or the name of a preset; "
+        "repeatable) and --section.key VALUE in the order given. The "
         f"defaults below are those of task {config.task}; for others, name another with --task.",
         width,
     )

@@ -477,3 +477,21 @@ def test_bad_setting_exits_2_before_any_framework_is_imported():
     assert done.stderr == "error: --train.max-steps 0: expected int >= 1 (default: 1000)\n"
     done = process("--train.max-steps", "0", "--debug")
     assert done.returncode == 2 and "Traceback" in done.stderr and "expected int >= 1" in done.stderr
+
+
+@pytest.mark.parametrize("path", sorted((configs.presets_dir() / "architectures").glob("*.toml")), ids=lambda x: x.stem)
+def test_each_architecture_is_a_design_of_any_size(path: Path) -> None:
+    sizes = ["--model.d-model", "48", "--model.n-heads", "4", "--model.n-layers", "7"]
+    config, origins = configs.load([*sizes, "--task", "gpt", "--arch", path.stem])
+    assert {name for name, origin in origins.items() if origin == str(path)} >= {"model.norm", "model.window"}
+    assert all(name.startswith("model.") for name, origin in origins.items() if origin == str(path))
+    assert config.model.d_model == 48 and path.read_text().startswith("# ")
+
+
+def test_an_architecture_is_between_the_preset_and_all_else() -> None:
+    argv = ["--model.norm", "layernorm", "--task", "gpt", "--arch", "llama"]
+    model = configs.load(argv)[0].model
+    assert (model.norm, model.mlp, model.positions) == ("layernorm", "swiglu", "rotary")
+    assert configs.load(["--task", "gpt", "--arch", "gpt2"])[0].model.positions == "learned"  # not that of the preset
+    with pytest.raises(UserError, match="^--arch lama: unknown architecture; did you mean llama.*; there are bert, "):
+        configs.load(["--arch", "lama"])
