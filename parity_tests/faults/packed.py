@@ -15,7 +15,7 @@ from parity_tests.faults.targets import (
 MLM, GPT, SST2, TAUGHT = "packed mlm", "packed gpt", "packed sst2", "packed and distilled mlm"
 OTHERS, WHOLE = "_s[:, :, None] != _s[:, None, :]", ("batch.get('segments')", "None")
 LABELS = (
-    "_rows | {'labels': _join(alone['labels'], *_rest)}",
+    "_rows | {'labels': _join(_alone['labels'], *_rest)}",
     "_rows | {'labels': np.where(np.roll(_rows['segments'], -1, 1) > 0, np.roll(_rows['tokens'], -1, 1), -1)}",
 )
 

@@ -24,8 +24,8 @@ FAULTS = [
     *both(
         "head of Xavier: the head starts as the other layers",
         START,
-        edit(head_linear.jaxlm, ("start(config, _std)", JAX_XAVIER)),
-        edit(head_linear.torchlm, ("start(_x, config, _generator, _std)", TORCH_XAVIER)),
+        edit(head_linear.jaxlm, ("_start(_config, _std)", JAX_XAVIER)),
+        edit(head_linear.torchlm, ("_start(_x, _config, _generator, _std)", TORCH_XAVIER)),
     ),
     *both(
         "layers of normal(0.02): layers start as GPT-2's",
