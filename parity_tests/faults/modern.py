@@ -318,7 +318,10 @@ FAULTS = [
         "no norm after the first block: all attention is without a norm",
         FIRST,
         edit(block.jaxlm, ("self.config.first_norm or layer > 0", "False")),
-        edit(block.torchlm, ("self.config.first_norm or self.layer > 0", "self.config.first_norm")),
+        edit(
+            block.torchlm,
+            ("self.layernorm1(_x) if _has_norm else _x", "self.layernorm1(_x) * 0 + _x if _has_norm else _x"),
+        ),
     ),
     *both(
         "first norm kept: the first block has the norm of the second",
