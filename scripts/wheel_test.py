@@ -59,7 +59,7 @@ def test_the_wheel_works_outside_of_the_checkout(tmp_path: Path) -> None:
         for name, path in modules.items()
         if not name.startswith("parity_tests") or re.match(TOOL, name)
     }
-    presets = {f"jaxlm/configs/{path.name}" for path in (ROOT / "configs").glob("*.toml")}
+    presets = {f"jaxlm/{path.relative_to(ROOT)}" for path in (ROOT / "configs").rglob("*.toml")}
     assert {name for name in names if not name.endswith((".md", ".png"))} == paths | presets | FILES
     imported = {Path(name) for name in run("python", "-c", IMPORT_ALL).splitlines()}
     roots = {site / package / "__init__.py" for package in PACKAGES}
