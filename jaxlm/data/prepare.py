@@ -243,7 +243,8 @@ def document_note(config: Config, split: Split, samples: Samples) -> str:
         return line
     if 2 * longest <= seq_len:  # nothing is cut then
         return f"{line}: set model.seq_len to {max(4, longest)}, the longest sample"
-    return f"{line}: set train.group_by_length=true, by which a batch is as long as its longest sample"
+    mend = "train.group_by_length=true, by which a batch is as long as its longest sample"
+    return f"{line}: set data.pack=documents, by which several share a row, or {mend}"
 
 
 def length_notes(config: Config, samples: Collection[Samples]) -> Iterator[str]:
