@@ -2,11 +2,10 @@
 
 import contextlib
 import os
-import pty
 import select
 import shutil
-import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,23 +71,21 @@ def test_fish_completes(scripts: Path, words: str, begun: str, expected: list[st
 @pytest.mark.skipif(not shutil.which("zsh"), reason="zsh is not installed")
 def test_zsh_completes(scripts: Path) -> None:
     (scripts / "_jaxlm").write_text((scripts / "jaxlm.zsh").read_text())
-    shell, terminal = pty.fork()
-    if not shell:
-        os.execvpe("zsh", ["zsh", "-f", "-i"], os.environ | {"TERM": "dumb", "PS1": ""})
+    # A process of its own makes the terminal: one that has JAX's threads must not fork.
+    command = [sys.executable, "-c", "import pty; pty.spawn(['zsh', '-f', '-i'])"]
+    env = os.environ | {"TERM": "dumb", "PS1": ""}
+    shell = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
 
     def type_until(typed: str, expected: str) -> None:
-        os.write(terminal, typed.encode())
+        shell.stdin.write(typed.encode())
         written = ""
         while expected not in written:
-            assert select.select([terminal], [], [], 60)[0], f"{written!r} has no {expected!r}"
-            written += os.read(terminal, 4096).decode()
+            assert select.select([shell.stdout], [], [], 60)[0], f"{written!r} has no {expected!r}"
+            written += os.read(shell.stdout.fileno(), 4096).decode()
 
-    try:
+    with shell:
         type_until(f"cd {scripts}; fpath=($PWD $fpath); autoload -U compinit; compinit -D -u; echo rea''dy\n", "ready")
         type_until("jaxlm train --train.prec\t", "--train.precision ")
         type_until("bf\t", "bfloat16 ")
         type_until("--init-from r\t", "run")
-    finally:
-        os.kill(shell, signal.SIGKILL)
-        os.waitpid(shell, 0)
-        os.close(terminal)
+        shell.kill()  # which takes the terminal away from zsh

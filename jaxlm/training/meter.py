@@ -99,11 +99,11 @@ class Meter:
 
     def _log(self, i: int, scores: Scores, rate: float, norm: float, real: float) -> None:
         row: dict[str, float] = {name: scores[name] for name in ("loss", "accuracy") if name in scores}
-        row |= {"rate": rate, "grad_norm": norm}
+        row |= {"rate": rate, "grad_norm": norm, "real_share": real}
         speed = ""
         if not self.is_first:
             seconds = max(time.monotonic() - self.clock_s, 1e-9)
-            row |= {"tokens_per_s": self.tokens / seconds, "real_share": real}
+            row["tokens_per_s"] = self.tokens / seconds
             speed = f"  {row['tokens_per_s']:,.0f} tokens/s  {real:.0%} real"
             if self.peak_flops:
                 row["mfu"] = self.flops / seconds / self.peak_flops

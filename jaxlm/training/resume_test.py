@@ -265,6 +265,7 @@ OTHER = {
     "model.rotary_scaling_len": 16,
     "data.n_labels": 3,
     "data.stride": 2,
+    "data.pack": "documents",
     "train.seed": 1,
     "model.frozen_embedding": "true",
     "model.frozen_layers": 1,
