@@ -612,7 +612,7 @@ def _check(config: Config) -> None:
     if data.path and data.hub:
         raise UserError(f"{shown('data.path')} and {shown('data.hub')} name two sources; give one of them")
     if data.pack != "none" and train.group_by_length:
-        raise UserError(f"{shown('data.pack')} fills all rows; leave out train.group_by_length, or the packing")
+        raise UserError(f"{shown('data.pack')} fills all rows; set train.group_by_length=false, or data.pack=none")
     if data.validation_fraction + data.test_fraction >= 1:
         shares = f"{shown('data.validation_fraction')} and {shown('data.test_fraction')}"
         raise UserError(f"{shares} leave nothing to train on; their sum must be below 1")

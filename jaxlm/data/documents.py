@@ -9,6 +9,7 @@ from typing import Literal
 from jaxlm.config import DataConfig
 from jaxlm.data import files
 from jaxlm.data.parts import SPLITS, Part
+from jaxlm.io import utf8
 
 WHOLE = ("file", "blank_line")  # what divides any text, whatever its lines are
 MANY = 20  # files that are a document each; of fewer documents, a hash may put all into one split
@@ -55,8 +56,10 @@ def look(paths: Sequence[Path]) -> tuple[Literal["file", "line"], str]:
         return "file", f"there are {len(paths):,} files, most of them small"
     lines = [line.strip() for start in starts for line in start.rstrip().split("\n")]
     written = [line for line in lines if line]
-    if len(paths) == 1 and len(written) == 1:
+    if len(paths) == 1 and len(written) == 1 and files.is_one_line(paths[0]):
         return "file", "it has a single line"
+    if any(path.stat().st_size > utf8.LONGEST for path in paths):
+        return "line", "a file is longer than a document can be"
     n_blank, n_short = len(lines) - len(written), sum(len(line) <= SHORT for line in written)
     blank, short = n_blank / len(lines), n_short / max(len(written), 1)
     share = f"{short:.0%} of the lines have at most {SHORT} characters, and {blank:.0%} are blank"
@@ -74,22 +77,23 @@ def divided(text: str, shares: Mapping[str, float]) -> Iterator[tuple[str, str]]
     """Yield the splits of a document, each with its part: contiguous blocks, training first, with gaps between them."""
     sizes = {"train": 1 - sum(shares.values()), **{split: shares.get(split, 0.0) for split in SPLITS[1:]}}
     gap, start, end = gap_of(text), 0, 0.0
+    reach = min(GAP, int(len(text) * min(size for size in sizes.values() if size) / 4))  # of a border from its place
     for split, size in sizes.items():
         end += size * len(text)
-        stop = len(text) if end > len(text) - 1 else _line_end(text, int(end))
+        stop = len(text) if end > len(text) - 1 else _line_end(text, int(end), reach)
         if size and text[start:stop].strip():
             yield split, text[start:stop]
-            start = _line_end(text, stop + gap)
+            start = _line_end(text, stop + gap, reach)
 
 
 def gap_of(text: str) -> int:
     return min(GAP, len(text) // 1000)
 
 
-def _line_end(text: str, place: int) -> int:
-    """Return where the line, or else the word, at a place ends; the place itself if that is far away."""
+def _line_end(text: str, place: int, reach: int) -> int:
+    """Return where the line, or else the word, at a place ends; the place itself if that is out of reach."""
     for end in ("\n", " "):
-        if 0 <= (found := text.find(end, place, place + GAP)):
+        if 0 <= (found := text.find(end, place, place + reach)):
             return found + 1
     return min(place, len(text))
 

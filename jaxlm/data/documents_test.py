@@ -1,7 +1,9 @@
 """What separates documents in plain text: what is taken and why, whole files, blocks, and the splits of a lone one."""
 
+import gzip
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jaxlm.config import DataConfig
@@ -139,7 +141,38 @@ def test_what_does_not_fit_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert any(note.startswith("data.documents=file has no effect: a table has a document a row") for note in notes)
     monkeypatch.setattr("jaxlm.io.utf8.LONGEST", 1000)
     with pytest.raises(UserError, match="the document at line 1 is longer than .* with --data.documents line"):
-        source_of(text)
+        source_of(text, documents="file")
+    assert source_of(text).documents == "line"  # what is too long for one document is taken for none
+
+
+def test_a_line_that_fills_the_start_is_not_the_only_one(tmp_path: Path) -> None:
+    book = "word " * 60_000
+    assert (
+        source_of(
+            written(tmp_path / "books.txt", f"{book}\n{book}\n"), validation_fraction=0, test_fraction=0
+        ).documents
+        == "line"
+    )
+    assert source_of(written(tmp_path / "book.txt", f"{book}\n\n")).documents == "file"
+
+
+def test_a_damaged_file_of_a_folder_is_not_left_out(tmp_path: Path) -> None:
+    for i in range(24):
+        (tmp_path / f"a{i}.txt.gz").write_bytes(gzip.compress(f"the cat {i}\n".encode() * 30))
+    assert len(list(source_of(tmp_path).articles())) == 24
+    (tmp_path / "a7.txt.gz").write_bytes((tmp_path / "a7.txt.gz").read_bytes()[:20])
+    with pytest.raises(UserError, match="a7.txt.gz"):
+        source_of(tmp_path)
+
+
+@pytest.mark.parametrize("size", [3_000, 10_000, 100_000])
+def test_a_border_at_the_end_of_a_long_line_takes_little_of_a_split(size: int) -> None:
+    random, lines = np.random.default_rng(0), []
+    while sum(map(len, lines)) < size:
+        lines.append("x" * int(random.integers(100, 900)) + "\n")
+    parts = dict(documents.divided("".join(lines), {"validation": 0.1, "test": 0.1}))
+    assert list(parts) == ["train", "validation", "test"]
+    assert min(map(len, parts.values())) > 0.04 * size
 
 
 def test_what_old_runs_read_has_the_fingerprint_that_it_had(tmp_path: Path) -> None:

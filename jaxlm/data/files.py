@@ -190,6 +190,14 @@ def start_of(path: Path) -> str:
     return ""
 
 
+def is_one_line(path: Path) -> bool:
+    """Return whether a text file that can be read has nothing behind its first line."""
+    with contextlib.suppress(OSError, *utf8.DAMAGED), utf8.opened(path) as stream:
+        stream.readline(utf8.LONGEST)
+        return not stream.read(HEAD).strip()
+    return False
+
+
 def _named_kind(path: Path, config: DataConfig) -> str:
     if config.format != "auto":
         return config.format
@@ -222,8 +230,12 @@ def _is_parquet(start: bytes) -> bool:
 
 
 def _has_text(path: Path) -> bool:
-    """Return whether a file is neither empty nor binary; of text in another encoding, reading it tells."""
-    start = _start(path)
+    """Return whether a file is neither empty nor binary; of one that cannot be read, reading it tells."""
+    try:
+        with utf8.opened(path) as stream:
+            start = stream.read(utf8.START)
+    except (OSError, *utf8.DAMAGED):
+        return path.stat().st_size > 0
     return bool(start.strip()) and (_is_parquet(start) or not utf8.is_binary(start))
 
 

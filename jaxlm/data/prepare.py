@@ -65,7 +65,7 @@ def prepare(
 
     def training_texts() -> Iterator[str]:
         nonlocal last
-        share = TOKENIZER_BYTES / max(source.n_bytes, 1)
+        share = 1 if config.tokenizer.kind == "characters" else TOKENIZER_BYTES / max(source.n_bytes, 1)
         for article in source.articles():
             last = article.text
             # The seed is none of a split, so that the choice does not depend on which articles are for training.

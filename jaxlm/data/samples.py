@@ -33,8 +33,8 @@ class Windows:
         self.n_before = int(before is not None)
         sizes = np.diff(split.offsets)
         sizes = np.where(sizes > 0, sizes + self.n_before + int(after is not None), 0)
-        # Positions that only overlap the window before (length - stride of them) make no window of their own.
-        n_windows = -(-np.maximum(sizes - (length - stride), 0) // stride)
+        # Behind the first window, each has something that the one before does not have.
+        n_windows = np.where(sizes > 0, 1 - (-np.maximum(sizes - length, 0) // stride), 0)
         self.sizes, self.ends = sizes, np.cumsum(n_windows)
 
     def __len__(self) -> int:

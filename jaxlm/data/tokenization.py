@@ -185,7 +185,10 @@ def train(
     if config.kind == "bytes":
         return _single(sorted(pre_tokenizers.ByteLevel.alphabet()), of_bytes=True)
     if config.kind == "characters":
-        return _single(sorted(set().union(*texts())), of_bytes=False)
+        letters: set[str] = set()
+        for text in texts():
+            letters.update(text)
+        return _single(sorted(letters), of_bytes=False)
     if config.kind == "bpe":
         tokenizer = _byte_level(models.BPE())
         bpe_trainer = trainers.BpeTrainer(

@@ -137,7 +137,8 @@ def part(trained: LoadedModel, split: str, given: Mapping[str, Any]) -> tuple[So
         if Path(path).is_dir():
             raise UserError(f"data.path={path}: is a folder; name the file in it that is to be scored")
         # All of the file, with the settings that say what a sample is.
-        names = ("n_labels", "mask_fraction", "n_maskings", "pack")
+        names = ["n_labels", "mask_fraction", "n_maskings", "pack"]
+        names += [] if config.data.documents == "column" else ["documents"]  # of tables: the file may be a text
         kept = {name: configs.get(config, f"data.{name}") for name in names}
         data = DataConfig(**kept, cache_dir=config.data.cache_dir, validation_fraction=0.0, test_fraction=0.0)
         config, read = dataclasses.replace(config, data=data), "train"

@@ -122,8 +122,9 @@ class Start:
 
     def _fixed(self) -> tuple[str, ...]:
         """Return the settings that cannot change."""
-        if self.kind == "resume":
-            return FIXED
+        if self.kind == "resume":  # how many positions are masked says which samples share a row
+            is_packed = self.settings()["data.pack"] == "documents"
+            return (*FIXED, "data.mask_fraction") if is_packed else FIXED
         names = (*BASE_SETTINGS, *HEAD_SETTINGS) if "head" in self.parts else BASE_SETTINGS
         return tuple(name for name in names if not self.is_student or name != "model.n_layers")
 

@@ -71,7 +71,7 @@ class Run:
     def chosen(self) -> dict[str, loader.Chosen]:
         """The samples of each evaluation: "validation" in training, and at the end "final_validation" and "test".
 
-        There is no final validation of the samples that each validation has scored.
+        There is no final validation of no more than each validation has scored.
         """
         data, samples = self.config.data, self.data.samples
         in_training, at_end = (
@@ -79,7 +79,7 @@ class Run:
         )
         found = {"validation": loader.choose(samples["validation"], "validation", in_training, data.split_seed)}
         final = loader.choose(samples["validation"], "validation", at_end, data.split_seed)
-        if final.n_tokens != found["validation"].n_tokens:
+        if final.n_tokens > found["validation"].n_tokens:
             found["final_validation"] = final
         if has_test(self):
             found["test"] = loader.choose(samples["test"], "test", at_end, data.split_seed)
