@@ -41,6 +41,7 @@ ELSEWHERE = {
     r"python -m parity_tests\.replay": "parity_tests/replay_test.py",
     r"python -m parity_tests\.faults": "parity_tests/faults_test.py",
     r"python -m parity_tests\.report": "parity_tests/report_test.py",
+    r"python -m parity_tests\.compare A B$": "parity_tests/compare/verdict_test.py",
     r"python -m jaxlm\.plan .*--topology v5e": "jaxlm/plan_test.py",
     r"python -m jaxlm\.\w+ .*\brating\b": "jaxlm/tasks/readme_test.py",
     r"python -m jaxlm\.report .*--png": "jaxlm/report_test.py",  # where there is Chromium
@@ -152,6 +153,7 @@ def write_data(folder: Path) -> None:
     (folder / "my_texts").mkdir()
     for path in ("my_texts/train.txt", "other.txt", "texts.txt", "prose.txt"):
         (folder / path).write_text("\n".join(sentences), encoding="utf-8")
+    (folder / "input.txt").write_text("\n\n".join("\n".join(sentences[i : i + 4]) for i in range(0, 400, 4)))
     (folder / "reviews.txt").write_text("a fine film\nnot one dull minute\n", encoding="utf-8")
     rows = [f"a film number {i}\ta film number {i}\t{i % 2}" for i in range(400)]
     (folder / "reviews.tsv").write_text("\n".join(["sentence\treview\tlabel", *rows]), encoding="utf-8")
