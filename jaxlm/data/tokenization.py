@@ -185,10 +185,10 @@ def train(
     if config.kind == "bytes":
         return _single(sorted(pre_tokenizers.ByteLevel.alphabet()), of_bytes=True)
     if config.kind == "characters":
-        letters: set[str] = set()
+        characters: set[str] = set()
         for text in texts():
-            letters.update(text)
-        return _single(sorted(letters), of_bytes=False)
+            characters.update(text)
+        return _single(sorted(characters), of_bytes=False)
     if config.kind == "bpe":
         tokenizer = _byte_level(models.BPE())
         bpe_trainer = trainers.BpeTrainer(
