@@ -389,18 +389,18 @@ class Block(nnx.Module):
 def blocks_of(config: ModelConfig, stacks: Any, first: int, last: int) -> Any:
     """Return the blocks from `first` to before `last`, of stacks of the parameters of all blocks.
 
-    A shorter stack is one that the first block has nothing of.
+    Without `first_norm`, block 0 has no layernorm1: that stack begins with block 1, and `first` is at least 1.
     """
 
     def cut(x: Array) -> Array:
         n_missing = config.n_layers - len(x)
-        return x[max(first - n_missing, 0) : last - n_missing]
+        return x[first - n_missing : last - n_missing]
 
-    return stacks if (first, last) == (0, config.n_layers) and config.first_norm else jax.tree.map(cut, stacks)
+    return stacks if (first, last) == (0, config.n_layers) else jax.tree.map(cut, stacks)
 
 
 def block_of(config: ModelConfig, stacks: Any, i: int) -> Any:
-    """Return one block of such stacks; what it has nothing of is that of the next block."""
+    """Return one block of such stacks; block 0 gets that of block 1 where it has none, and does not use it."""
     return jax.tree.map(lambda x: x[max(i - config.n_layers + len(x), 0)], stacks)
 
 
@@ -418,25 +418,26 @@ def scan_blocks(
     The scan is over groups of so many blocks that all groups are alike; those before the first group run one by one.
     """
     n = config.period
-    start = last - (last - max(first, int(not config.first_norm))) // n * n
+    n_groups = (last - max(first, int(not config.first_norm))) // n
+    first_grouped = last - n_groups * n
     apart = []
-    for i in range(first, start):
+    for i in range(first, first_grouped):
         x, out = run_block(x, block_of(config, stacks, i), i)
         apart.append(out)
 
     def run_group(x: Array, group: Any) -> tuple[Array, Any]:
         if n == 1:
-            return run_block(x, group, start)
+            return run_block(x, group, first_grouped)
         outs = []
         for i in range(n):
-            x, out = run_block(x, jax.tree.map(lambda y, i=i: y[i], group), start + i)
+            x, out = run_block(x, jax.tree.map(lambda y, i=i: y[i], group), first_grouped + i)
             outs.append(out)
         return x, jax.tree.map(lambda *ys: jnp.stack(ys), *outs)
 
-    grouped = blocks_of(config, stacks, start, last)
+    grouped = blocks_of(config, stacks, first_grouped, last)
     if n > 1:
         grouped = jax.tree.map(lambda y: y.reshape(-1, n, *y.shape[1:]), grouped)
-    x, outs = jax.lax.scan(run_group, x, grouped, unroll=max(1, (last - start) // n) if is_unrolled else 1)
+    x, outs = jax.lax.scan(run_group, x, grouped, unroll=max(1, n_groups) if is_unrolled else 1)
     if n > 1:
         outs = jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), outs)
     return x, jax.tree.map(lambda y, *ys: jnp.concatenate([jnp.stack(ys), y]) if ys else y, outs, *apart)

@@ -8,10 +8,9 @@ from typing import Literal
 
 from jaxlm.config import DataConfig
 from jaxlm.data import files
-from jaxlm.data.parts import SPLITS, Part
+from jaxlm.data.parts import SPLITS, WHOLE, Part
 from jaxlm.io import utf8
 
-WHOLE = ("file", "blank_line")  # what divides any text, whatever its lines are
 MANY = 20  # files that are a document each; of fewer documents, a hash may put all into one split
 LOOKED_AT = 50  # files, at most
 FEW_LINES = 20  # which say nothing about a text

@@ -10,13 +10,13 @@ from typing import IO
 
 from jaxlm.config import DataConfig
 from jaxlm.data import tables
-from jaxlm.data.parts import SPLITS, STEMS, Part, Wanted
+from jaxlm.data.parts import SPLITS, STEMS, WHOLE, Part, Wanted
 from jaxlm.errors import UserError, nearest, os_errors
 from jaxlm.io import utf8
 
 PARQUET = b"PAR1"  # how such a file begins
 FORMATS = {"txt": "text", "csv": "csv", "tsv": "tsv", "jsonl": "jsonl", "json": "jsonl", "parquet": "parquet"}
-HEAD = 1 << 18  # bytes by which the look of a text is told
+HEAD = 1 << 18  # bytes at the start of a text that tell what separates its documents
 MOST_HEAD = 1 << 23  # characters in which the first row of a table ends
 CHECK_PATH = "check the path and its permissions"
 
@@ -32,7 +32,7 @@ def find(config: DataConfig) -> tuple[list[tuple[str, Path]], list[str]]:
     if config.path:
         path = _existing("data.path", config.path, Path())
         folder = path if path.is_dir() else path.parent
-        files, unused = tree(config) if config.documents in ("file", "blank_line") else ([], [])
+        files, unused = tree(config) if config.documents in WHOLE else ([], [])
         if files and unused:
             notes.append(f"not used (hidden, binary or empty): {_some(unused)}")
         found = [("train", file) for file in files or [path]]
@@ -169,7 +169,7 @@ def open_part(path: Path, wanted: Wanted) -> Part:
     if kind in ("text", "wikitext") and documents == "column" and wanted.split == "train":
         mend = "give a table (csv, tsv, jsonl, parquet), or leave data.documents out"
         raise UserError(f"data.documents=column: {path} is plain text; {mend}")
-    if kind in ("text", "wikitext") and documents in ("file", "blank_line", "wikitext"):
+    if kind in ("text", "wikitext") and documents in (*WHOLE, "wikitext"):
         kind = documents
     if reads != "text" and kind in ("text", "wikitext"):
         needed = "a label column" if reads == "labels" else "a column of prompts and one of answers"

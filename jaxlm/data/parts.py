@@ -12,6 +12,7 @@ STEMS = {"train": "train", "in_domain_train": "train"}  # file name before its f
 STEMS |= dict.fromkeys(("validation", "valid", "val", "dev", "in_domain_dev"), "validation")
 STEMS |= dict.fromkeys(("test", "out_of_domain_dev"), "test")
 MOST_COLUMNS = 10_000
+WHOLE = ("file", "blank_line")  # data.documents that divide any text, whatever its lines are
 # Settings of the two columns that are used, and their usual names in order of preference.
 ARTICLES = (
     ("text_column", ("text", "sentence", "content", "document", "article", "review")),

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from jaxlm.config import DataConfig
 from jaxlm.data import documents, files, hub, labels
-from jaxlm.data.parts import SPLITS, Part, Reads, Wanted, no_article
+from jaxlm.data.parts import SPLITS, WHOLE, Part, Reads, Wanted, no_article
 from jaxlm.errors import UserError
 
 CHECK_LIMIT = 200_000_000  # bytes; rows of a larger file are checked as they are used, not at the start
@@ -65,7 +65,7 @@ def open_source(config: DataConfig, reads: Reads, classes: Sequence[str] = ()) -
         classes, reading.ids = _classes(reading, parts, config, classes, counts, notes)
     refusal = _check(reading, parts, counts, notes)
     n_bytes = sum(part.size for part in parts)
-    kinds = {"text" if part.format in documents.WHOLE else part.format for part in parts}
+    kinds = {"text" if part.format in WHOLE else part.format for part in parts}
     kind = f"{kinds.pop()} " if len(kinds) == 1 else ""
     size = f"{len(parts)} {kind}{'files' if len(parts) > 1 else 'file'}, {n_bytes / 1e6:.1f} MB"
     if config.hub:
@@ -101,8 +101,8 @@ def _notes(config: DataConfig, parts: list[Part], shares: dict[str, float], are_
     """Yield what to say of the parts and the settings of their shares."""
     for split, share in shares.items() if not are_divided else ():
         yield f"no {split} part: {100 * share:g} % of articles split off by hash (data.{split}_fraction)"
-    are_tables = not any(part.format in ("text", "wikitext", *documents.WHOLE) for part in parts)
-    if are_tables and config.documents in (*documents.WHOLE, "wikitext"):
+    are_tables = not any(part.format in ("text", "wikitext", *WHOLE) for part in parts)
+    if are_tables and config.documents in (*WHOLE, "wikitext"):
         yield f"data.documents={config.documents} has no effect: a table has a document a row (data.format=text: lines)"
     for part in parts:
         for delimiter in part.table.columns[3:]:

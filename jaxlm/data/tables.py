@@ -18,7 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from jaxlm.data.parts import Row, Table, Wanted, check_width, guarded, no_article
+from jaxlm.data.parts import WHOLE, Row, Table, Wanted, check_width, guarded, no_article
 from jaxlm.errors import UserError
 from jaxlm.io import utf8
 
@@ -33,7 +33,7 @@ BATCH_BYTES = 1 << 30  # of a column in one batch, at most, if a row is no large
 
 def open_table(path: Path, kind: str, head: str, wanted: Wanted) -> Table:
     """Return the table that a file of a format is; `head` is its start, as text. Raises UserError for a bad one."""
-    if kind in ("text", "wikitext", "blank_line", "file"):
+    if kind in ("text", "wikitext", *WHOLE):
         return Table(partial(_text_rows, path, kind))
     if kind in ("csv", "tsv"):
         return _csv_table(path, kind, head, wanted)

@@ -704,7 +704,7 @@ def _is_sine_for_cosine(p: np.ndarray, q: np.ndarray) -> bool:
 
 
 def _of_skipped(place: _Place) -> Iterator[Cause]:
-    """Yield which norm one side applies to what the other has."""
+    """Yield the norms that turn the array of one side into that of the other."""
     x, y = place.x, place.y
     modules = list(dict.fromkeys(key[2] for key in place.a.entries if key[1] == "activation"))
     names = {

@@ -223,7 +223,7 @@ def findings(a: Side, b: Side, bounds: Bounds) -> Iterator[Finding]:
 
 
 def _noise(a: Side, b: Side, bounds: Bounds) -> dict[tuple[int, str], float]:
-    """Return by how much the parameters of a module differ of which only rounding is left in their gradient.
+    """Return how far apart parameters of a module are whose gradient is nothing but rounding.
 
     The bias of keys is one: it shifts all scores of a query alike. What such a parameter does to its module's output is
     no divergence.

@@ -126,7 +126,7 @@ def _tuple(x: Any) -> Any:
 def find(a: Record, b: Record) -> Names:
     """Return the map of two runs. Raises UserError where two ways are possible."""
     starts = [{e.name: e.array() for e in record.all("parameter") if e.update == 0} for record in (a, b)]
-    for i, record in enumerate((a, b)):  # what has no start has its first gradient
+    for i, record in enumerate((a, b)):  # a parameter without a start value is known by its first gradient
         for e in record.all("gradient"):
             if e.update == 0 and e.name not in starts[i]:
                 starts[i][e.name] = e.array()

@@ -50,7 +50,7 @@ def table(rows: Iterable[Row]) -> str:
 
 
 def ratio(difference: float, scale: float) -> float:
-    """Return a difference over a scale; 0 where there is none, infinite where the scale is 0."""
+    """Return a difference over a scale; 0 without a difference, infinite if the scale alone is 0."""
     if difference == 0:
         return 0.0
     return float(difference / scale) if scale else math.inf

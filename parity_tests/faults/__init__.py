@@ -9,12 +9,15 @@ diagnosis.py     `python -m parity_tests.faults.diagnosis`: what parity_tests.co
 __main__.py      `python -m parity_tests.faults [--only TEXT] [--sample N] [--json FILE]`
 """
 
+import argparse
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
+import torch
 
 from parity_tests.compare.rows import Row, badness
 from parity_tests.faults import (
@@ -88,6 +91,18 @@ def sound(package: type[Package], names: Sequence[str]) -> list[str]:
 def operation_by_operation() -> AbstractContextManager[None]:
     """Let JAX run each operation on its own: its compiled operations outlive a fault, and nothing else is compiled."""
     return jax.disable_jit()
+
+
+def command(program: str, description: str, argv: list[str]) -> tuple[list[Fault], Path | None]:
+    """Return the faults that a command line selects, and the file for its table; set both frameworks up for them."""
+    parser = argparse.ArgumentParser(program, description=description)
+    parser.add_argument("--only", help="only faults with this in their name")
+    parser.add_argument("--sample", type=int, help="so many of them, evenly over the list")
+    parser.add_argument("--json", type=Path, help="file to keep the table in")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    jax.config.update("jax_disable_most_optimizations", True)  # tiny models take longer to compile than to run
+    return chosen(args.only, args.sample), args.json
 
 
 def chosen(only: str | None, n: int | None) -> list[Fault]:

@@ -3,15 +3,10 @@
 `--json FILE` keeps the table for parity_tests.report.
 """
 
-import argparse
 import json
 import sys
 import time
 from dataclasses import asdict
-from pathlib import Path
-
-import jax
-import torch
 
 from parity_tests import faults
 from parity_tests.packages import PACKAGES
@@ -19,14 +14,7 @@ from parity_tests.packages import PACKAGES
 
 def main(argv: list[str]) -> int:
     """Plant the faults of a command line; return the exit status."""
-    parser = argparse.ArgumentParser("python -m parity_tests.faults", description="Plant porting mistakes.")
-    parser.add_argument("--only", help="only faults with this in their name")
-    parser.add_argument("--sample", type=int, help="so many of them, evenly over the list")
-    parser.add_argument("--json", type=Path, help="file to keep the table in")
-    args = parser.parse_args(argv)
-    planted = faults.chosen(args.only, args.sample)
-    torch.set_num_threads(1)
-    jax.config.update("jax_disable_most_optimizations", True)  # tiny models take longer to compile than to run
+    planted, file = faults.command("python -m parity_tests.faults", "Plant porting mistakes.", argv)
     started_s, results = time.monotonic(), []
     width = max((len(fault.name) for fault in planted), default=0)
     with faults.operation_by_operation():
@@ -35,8 +23,8 @@ def main(argv: list[str]) -> int:
             results.append(result)
             verdict = f"{result.caught_by}: {result.quantity}" if result.caught_by else "MISSED"
             print(f"{fault.name:{width}}  {fault.package:7}  {result.seconds:5.1f} s  {verdict}", flush=True)
-    if args.json:
-        args.json.write_text(json.dumps([asdict(result) for result in results], indent=1))
+    if file:
+        file.write_text(json.dumps([asdict(result) for result in results], indent=1))
     for package in PACKAGES:
         ours = [result for result in results if result.package == package.name]
         print(f"{package.name}: {sum(bool(result.caught_by) for result in ours)} of {len(ours)} caught")

@@ -4,17 +4,14 @@ Each fault is planted in one package, both do the same plan with a recorder on, 
 first and why.
 """
 
-import argparse
 import dataclasses
 import functools
 import json
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import jax
 import numpy as np
 import torch
 
@@ -264,24 +261,18 @@ def diagnose(fault: Fault) -> Verdict:
 
 def main(argv: list[str]) -> int:
     """Diagnose the faults of a command line, and print where each shows first, and three causes."""
-    parser = argparse.ArgumentParser("python -m parity_tests.faults.diagnosis", description="Diagnose planted faults.")
-    parser.add_argument("--only", help="only faults with this in their name")
-    parser.add_argument("--sample", type=int, help="so many of them, evenly over the list")
-    parser.add_argument("--json", type=Path, help="file to keep the table in")
-    args = parser.parse_args(argv)
-    torch.set_num_threads(1)
-    jax.config.update("jax_disable_most_optimizations", True)  # tiny models take longer to compile than to run
+    planted, file = faults.command("python -m parity_tests.faults.diagnosis", "Diagnose planted faults.", argv)
     rows = []
     with faults.operation_by_operation():
-        for fault in faults.chosen(args.only, args.sample):
+        for fault in planted:
             verdict = diagnose(fault)
             first = sentence(verdict.first) if verdict.first else "passes"
             print(f"{fault.name} ({fault.package}): {first}", flush=True)
             causes = [f"{cause.kind}: {cause.text}" for cause in verdict.causes[:3]]
             print("".join(f"    {i}. {cause}\n" for i, cause in enumerate(causes, start=1)), end="", flush=True)
             rows.append({"name": fault.name, "package": fault.package, "first": first, "causes": causes})
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    if file:
+        file.write_text(json.dumps(rows, indent=1), encoding="utf-8")
     return 0
 
 

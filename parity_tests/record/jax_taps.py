@@ -113,7 +113,7 @@ class JaxRecorder(Recorder):
         self.start = {} if params is None else named(params)
 
     def __enter__(self) -> Self:
-        if not jax.config.jax_disable_jit:  # type: ignore[attr-defined]  # what is compiled has no taps
+        if not jax.config.jax_disable_jit:  # type: ignore[attr-defined]  # functions compiled earlier have no taps
             jax.clear_caches()
             self.exits.callback(jax.clear_caches)
         self.exits.callback(_open.remove, self)
