@@ -130,6 +130,15 @@ _BLOCKS = {
 }
 
 
+# Settings that a head or its loss reads. All others are the block's, which is the same in every task: the two tasks with
+# an output for each position, masked and causal, check these.
+_OF_HEADS = {
+    *("data.n_labels", "model.pooling", "model.pad_id", "model.head_outputs", "model.head_dense", "model.output_bias"),
+    *("model.tied_embedding", "model.logit_softcap", "model.z_loss"),
+}
+_TASKS_OF_BLOCKS = ("mlm", "gpt")
+
+
 _PACKED: dict[str, tuple[str, bool, dict[str, Any]]] = {
     "mlm, rotary positions": ("mlm", False, {"model.positions": "rotary"}),
     "gpt, learned positions": ("gpt", False, {"model.positions": "learned"}),
@@ -175,9 +184,10 @@ def _checks() -> dict[str, Callable[[], list[Row]]]:
             add(f"distillation in float32: {task}", inputs.distilled, task, 10, "float32")
         for length in (1024, 4096) if task != "pairs" else ():  # which the original has not
             add(f"{length} positions: {task}", inputs.long, task, length)
-        for name in inputs.OPTIONS:
-            add(f"{name}: {task}", inputs.option, task, name)
-        for name in inputs.PARTS:
+        for name, changes in inputs.OPTIONS.items():
+            if task in _TASKS_OF_BLOCKS or _OF_HEADS & changes.keys():
+                add(f"{name}: {task}", inputs.option, task, name)
+        for name in inputs.PARTS if task in _TASKS_OF_BLOCKS else ():
             add(f"{name} in float32: {task}", inputs.option, task, name, 10, "float32")
     for name, (task, is_distilled, changes) in _PACKED.items():
         add(f"packed: {name}", packed.packed, task, is_distilled, **changes)
