@@ -130,15 +130,13 @@ _BLOCKS = {
 }
 
 
-# Settings that a head or its loss reads. All others are the block's, which is the same in every task: the two tasks with
-# an output for each position, masked and causal, check these.
+# Settings that a head or its loss reads. All others are of the block, which is the same in every task: they are
+# checked in one masked and one causal task.
 _OF_HEADS = {
     *("data.n_labels", "model.pooling", "model.pad_id", "model.head_outputs", "model.head_dense", "model.output_bias"),
     *("model.tied_embedding", "model.logit_softcap", "model.z_loss"),
 }
 _TASKS_OF_BLOCKS = ("mlm", "gpt")
-
-
 _PACKED: dict[str, tuple[str, bool, dict[str, Any]]] = {
     "mlm, rotary positions": ("mlm", False, {"model.positions": "rotary"}),
     "gpt, learned positions": ("gpt", False, {"model.positions": "learned"}),
