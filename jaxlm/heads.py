@@ -13,9 +13,11 @@ from jax import Array
 
 from jaxlm.config import ModelConfig
 from jaxlm.loss import Totals, cross_entropy
-from jaxlm.model import Linear, Transformer, gelu, norm, residual_std, start
+from jaxlm.model import Transformer
 from jaxlm.ops import matmul
+from jaxlm.ops.activations import gelu
 from jaxlm.ops.chunked_loss import by_chunks
+from jaxlm.ops.layers import Linear, norm, residual_std, start
 from jaxlm.parallel import BATCH, constrain, is_one_device
 
 

@@ -13,6 +13,9 @@ from flax import nnx
 from jaxlm import model as models
 from jaxlm.config import ModelConfig
 from jaxlm.model import Transformer
+from jaxlm.ops.position_tables import fixed_positions, frequencies
+from jaxlm.ops.stacks import block_of
+from jaxlm.ops.token_positions import rotate
 
 B, T, D, H, L, V = 2, 5, 12, 3, 2, 11
 TOKENS = np.array([[3, 1, 10, 4, 1], [7, 7, 2, 0, 0]])  # id 0 is the pad, where there is one
@@ -199,7 +202,7 @@ def test_a_scan_over_groups_is_a_loop_over_blocks(settings: dict[str, Any], rema
     found, (_, gradients) = run(graphdef, params, TOKENS), square_and_gradients(graphdef, params, TOKENS)
     x_BTD, places = model.embedding(TOKENS, None), models.Places(TOKENS == 0)
     for i in range(model.config.n_layers):
-        x_BTD = models.block_of(model.config, model.blocks, i)(x_BTD, places, None, layer=i)
+        x_BTD = block_of(model.config, model.blocks, i)(x_BTD, places, i, None)
     np.testing.assert_allclose(found, x_BTD, rtol=0, atol=2e-5)
     assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(gradients["blocks"]["feed_forward"]))
     assert len(params["blocks"]["layernorm1"]["scale"]) == model.config.n_layers - (not model.config.first_norm)
@@ -226,7 +229,7 @@ def test_a_row_of_pads_and_its_gradients_stay_finite(is_causal: bool) -> None:
 
 def test_fixed_positions_follow_the_formula_of_the_original() -> None:
     expected = [[reference_position(position, column, 10) for column in range(10)] for position in range(50)]
-    table = models.fixed_positions(50, 10)
+    table = fixed_positions(50, 10)
     assert table.dtype == np.float32
     np.testing.assert_allclose(table, expected, rtol=0, atol=6e-8)
 
@@ -234,8 +237,8 @@ def test_fixed_positions_follow_the_formula_of_the_original() -> None:
 def test_rotary_scores_depend_on_the_distance_only() -> None:
     random = np.random.default_rng(0)
     q, k = random.normal(size=(2, 1, 1, H, 8)).astype(np.float32)
-    frequency_K = models.frequencies(ModelConfig(head_dim=8), False)
-    q, k = (np.asarray(models.rotate(jnp.broadcast_to(x, (1, 7, H, 8)), frequency_K)) for x in (q, k))
+    frequency_K = frequencies(ModelConfig(head_dim=8), False)
+    q, k = (np.asarray(rotate(jnp.broadcast_to(x, (1, 7, H, 8)), frequency_K)) for x in (q, k))
     scores = np.einsum("bthk,bshk->bhts", q, k)[0]
     for distance in range(-6, 7):
         same = np.diagonal(scores, distance, axis1=1, axis2=2)

@@ -6,7 +6,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
-import torchlm.model
+import torchlm.ops.layers
 from jaxlm.config import Config, ModelConfig
 from parity_tests import case as cases
 from parity_tests import checks, rounding, trajectory
@@ -71,7 +71,7 @@ def test_rounding_is_still_what_was_measured(name: str) -> None:
 
 
 def test_a_mistake_in_one_package_is_noticed() -> None:
-    exact = torchlm.model.norm(ModelConfig(d_model=12))
+    exact = torchlm.ops.layers.norm(ModelConfig(d_model=12))
     with mock.patch.object(torchlm.model, "norm", lambda config: type(exact)(config.d_model, eps=1e-6)):
         rows = CHECKS["edges: mlm"]()
     assert not all(row.passes for row in rows)

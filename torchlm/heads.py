@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from jaxlm.config import ModelConfig
-from torchlm.model import Transformer, gelu, norm, residual_std, start
+from torchlm.model import Transformer
+from torchlm.ops.activations import gelu
+from torchlm.ops.layers import norm, residual_std, start
 
 
 def head_linear(

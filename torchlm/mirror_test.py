@@ -21,17 +21,19 @@ ROOT = Path(__file__).parent.parent
 MIRRORED = (
     *("__init__", "model", "heads", "loss", "step", "distill", "optim", "schedule", "parallel", "generate"),
     *("checkpoint", "loop", "train"),
+    *("ops/__init__", "ops/layers", "ops/activations", "ops/token_positions", "ops/dropout"),
+    *("ops/plain_attention", "ops/stacks"),
     *("tasks/__init__", "tasks/base", "tasks/mlm", "tasks/gpt", "tasks/sst2", "tasks/cola", "tasks/pairs"),
 )
 
 # What one framework needs and the other does not, with the reason. All else must be in both.
 ONLY_JAX = {
-    "model": {
-        "gelu": "PyTorch has it",
-        **dict.fromkeys(("Attend", "Mask.queries_BT"), "keys and values of a cache, which only jaxlm has"),
-        "DROPOUTS": "explicit keys",
-        **dict.fromkeys(("blocks_of", "block_of", "scan_blocks"), "stacks of the parameters of all blocks"),
-    },
+    "model": {"DROPOUTS": "explicit keys"},
+    "ops/plain_attention": dict.fromkeys(("Attend", "Mask.queries_BT"), "a cache of keys and values, and kernels"),
+    "ops/dropout": {"keeps": "PyTorch has it"},
+    "ops/stacks": dict.fromkeys(
+        ("is_unrolled", "blocks_of", "block_of", "scan_blocks"), "stacks of the parameters of all blocks"
+    ),
     "heads": {"LanguageModel.loss": "logits and loss in one pass that never has all logits"},
     "optim": {
         "scale_by_adam": "Optax's own rounds the bias correction",
@@ -57,10 +59,7 @@ ONLY_JAX = {
     },
 }
 ONLY_TORCH = {
-    "model": {
-        "dropout": "in jaxlm a file of its own, ops/dropout.py",
-        "Embedding.table_TD": "a constant on the device; JAX compiles it in",
-    },
+    "model": {"Embedding.table_TD": "a constant on the device; JAX compiles it in"},
     "schedule": {"Schedule": "Optax has the type"},
     "step": {"TrainState.model": "holds the parameters", "TrainState.optimizer": "holds its state"},
     "parallel": {
@@ -79,15 +78,18 @@ ONLY_TORCH = {
 }
 # Arguments that only jaxlm has: what products compute in (autocast), explicit keys, a source of keys for no values, and
 # what cached decoding gives.
-JAX_ARGUMENTS = {"dtype", "key", "keys", "rngs", "positions_BT", "seq_len", "attend_to", "axes", "layer"}
+JAX_ARGUMENTS = {
+    *("dtype", "key", "dropout_key", "dropout_keys", "rngs"),
+    *("positions_BT", "seq_len", "attend", "axes", "layer"),
+}
 ARGUMENTS = {  # (jaxlm's, torchlm's) where they differ otherwise
     "model.Block.__init__": (
         ["self", "config", "is_causal", "dtype", "rngs"],
         ["self", "config", "is_causal", "rngs", "layer"],
     ),
-    "model.start": (["config", "std"], ["x", "config", "rngs", "std"]),
-    "model.future": (["T"], ["T", "device"]),
-    "model.hidden": (["mask", "T", "S"], ["mask", "T", "device"]),
+    "ops/layers.start": (["config", "std"], ["x", "config", "rngs", "std"]),
+    "ops/dropout.dropout": (["x", "rate", "key"], ["x", "rate", "is_training"]),
+    "ops/plain_attention.hidden": (["mask", "T", "S"], ["mask", "T", "device"]),
     "optim.adamw": (["config", "rate", "n_layers"], ["config", "model"]),
     "optim.layer_shares": (["params", "layer_decay", "n_layers"], ["model", "layer_decay"]),
     "optim.is_decayed": (["params"], ["parameter"]),
@@ -220,7 +222,7 @@ def test_each_line_that_the_porting_page_quotes_is_in_its_file() -> None:
             files = []
             continue
         cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
-        if all(re.fullmatch(r"(jaxlm|torchlm)/\w+\.py", cell) for cell in cells):
+        if all(re.fullmatch(r"(jaxlm|torchlm)/(ops/)?\w+\.py", cell) for cell in cells):
             files = cells
         elif files and set(cells) != {"---"}:
             assert len(cells) == len(files) == 2, line

@@ -9,10 +9,13 @@ import torch
 
 from jaxlm import model_test as jaxlm_test
 from jaxlm.config import ModelConfig
+from jaxlm.ops.position_tables import frequencies
 from jaxlm.params import names
 from torchlm import heads
 from torchlm import model as models
 from torchlm.model import Transformer
+from torchlm.ops.dropout import dropout
+from torchlm.ops.token_positions import rotate
 
 B, T, D, H, L, V = 2, 5, 12, 3, 2, 11
 TOKENS = torch.tensor([[3, 1, 10, 4, 1], [7, 7, 2, 0, 0]])  # id 0 is the pad, where there is one
@@ -100,17 +103,10 @@ def test_a_row_of_pads_and_its_gradients_stay_finite(is_causal: bool) -> None:
     assert all(torch.isfinite(x.grad).all() for x in model.parameters())
 
 
-def test_fixed_positions_follow_the_formula_of_the_original() -> None:
-    table = models.fixed_positions(50, 10)
-    assert table.dtype == np.float32
-    expected = [[jaxlm_test.reference_position(t, i, 10) for i in range(10)] for t in range(50)]
-    np.testing.assert_allclose(table, expected, rtol=0, atol=6e-8)
-
-
 def test_rotary_scores_depend_on_the_distance_only() -> None:
     q, k = torch.randn(2, 1, 1, H, 8, generator=torch.Generator().manual_seed(0))
-    frequency_K = models.frequencies(ModelConfig(head_dim=8), False)
-    q, k = (models.rotate(x.expand(1, 7, H, 8), frequency_K) for x in (q, k))
+    frequency_K = frequencies(ModelConfig(head_dim=8), False)
+    q, k = (rotate(x.expand(1, 7, H, 8), frequency_K) for x in (q, k))
     scores = torch.einsum("bthk,bshk->bhts", q, k)[0].numpy()
     for distance in range(-6, 7):
         same = np.diagonal(scores, distance, axis1=1, axis2=2)
@@ -132,10 +128,10 @@ def test_the_pad_row_starts_at_zero_and_gets_no_gradient() -> None:
 def test_dropout_zeroes_its_share_and_scales_up_the_rest() -> None:
     torch.manual_seed(0)
     x = torch.full((100, 200), 2.0)
-    dropped = models.dropout(x, 0.3, True)
+    dropped = dropout(x, 0.3, True)
     assert set(dropped.unique().tolist()) == {0, float(np.float32(2 / 0.7))}
     assert float((dropped == 0).float().mean()) == pytest.approx(0.3, abs=0.02)  # six standard deviations
-    assert torch.equal(models.dropout(x, 0.3, False), x)
+    assert torch.equal(dropout(x, 0.3, False), x)
 
 
 @torch.no_grad()

@@ -7,7 +7,9 @@ import functools
 
 from jax import Array
 
-from jaxlm.model import Block, Places, Transformer, attend, scan_blocks
+from jaxlm.model import Block, Places, Transformer
+from jaxlm.ops.plain_attention import attend
+from jaxlm.ops.stacks import scan_blocks
 
 
 def weights(base: Transformer, tokens_BT: Array, layer: Array, head: Array) -> Array:
@@ -21,7 +23,7 @@ def weights(base: Transformer, tokens_BT: Array, layer: Array, head: Array) -> A
             seen.append(weights_BHTS[:, head])
             return weights_BHTS
 
-        return block(x_BTD, places, None, functools.partial(attend, drop=keep), layer), seen[0]
+        return block(x_BTD, places, layer, None, functools.partial(attend, drop=keep)), seen[0]
 
     config, x_BTD = base.config, base.embedding(tokens_BT, None)
     _, weights_LBTS = scan_blocks(config, run_block, x_BTD, base.blocks, 0, config.n_layers)

@@ -8,7 +8,8 @@ from flax import nnx
 
 from jaxlm import config as configs
 from jaxlm.inference import attention_maps
-from jaxlm.model import Places, Transformer, block_of
+from jaxlm.model import Places, Transformer
+from jaxlm.ops.stacks import block_of
 
 
 @pytest.mark.parametrize(
@@ -44,8 +45,8 @@ def test_the_weights_are_the_models(is_causal: bool, settings: dict) -> None:
             value_BTHK = jnp.repeat(value_BTGK, 3 // value_BTGK.shape[2], 2)
             by_head_BTHK = jnp.einsum("HBTS,BSHK->BTHK", weights_LHBTS[layer], value_BTHK)
             output_BTD = block.attention.output(by_head_BTHK.reshape(2, 7, 12))
-            found.append((output_BTD, block.attention(seen_BTD, places, [None, None], layer=layer)))
-            x_BTD = block(x_BTD, places, None, layer=layer)
+            found.append((output_BTD, block.attention(seen_BTD, places, layer, [None, None])))
+            x_BTD = block(x_BTD, places, layer, None)
         return weights_LHBTS, found
 
     weights_LHBTS, found = both(base)

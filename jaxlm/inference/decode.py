@@ -14,8 +14,10 @@ import numpy as np
 from jax import Array
 
 from jaxlm.heads import LanguageModel
-from jaxlm.model import Mask, Places, attend, block_of
+from jaxlm.model import Places
 from jaxlm.ops import matmul
+from jaxlm.ops.plain_attention import Mask, attend
+from jaxlm.ops.stacks import block_of
 from jaxlm.parallel import platform
 
 CHUNK = 32  # positions of a prompt that go through the model at once
@@ -161,7 +163,7 @@ def forward(parts: Parts, tokens_BC: Array, positions_BC: Array, rows: Rows) -> 
         return attend(q_BCHK, keys[i], values[i], mask, axes="BHSK")
 
     for i, block in enumerate(parts.blocks):
-        x_BCD = block(x_BCD, Places(positions_BT=positions_BC), None, functools.partial(attend_to, i=i), i)
+        x_BCD = block(x_BCD, Places(positions_BT=positions_BC), i, None, functools.partial(attend_to, i=i))
     if parts.final_norm is not None:
         x_BCD = parts.final_norm(x_BCD)
     return x_BCD, rows._replace(keys=tuple(keys), values=tuple(values))

@@ -12,6 +12,7 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from jaxlm.config import ModelConfig
+from jaxlm.ops.plain_attention import Mask
 from jaxlm.parallel import BATCH, platform
 
 TILE = 128  # the TPU kernel takes multiples of so many positions
@@ -40,17 +41,17 @@ def hindrance(
     return f"{seq_len} positions are no multiple of {TILE}" if where == "tpu" and seq_len % TILE else ""
 
 
-def attend(q_BTHK: Array, k_BTHK: Array, v_BTHK: Array, mask: Any) -> Array:
-    """Return the values [B, T, H, K] that each position attends to, of bfloat16 arrays; `mask` is one of model.py."""
+def attend(q_BTHK: Array, k_BTHK: Array, v_BTHK: Array, mask: Mask) -> Array:
+    """Return the values [B, T, H, K] that each position attends to, of bfloat16 arrays."""
     if platform() == "tpu":
         return splash(q_BTHK, k_BTHK, v_BTHK, mask)
     return by_xla(q_BTHK, k_BTHK, v_BTHK, mask, "cudnn")
 
 
-def by_xla(q_BTHK: Array, k_BTHK: Array, v_BTHK: Array, mask: Any, implementation: Any) -> Array:
+def by_xla(q_BTHK: Array, k_BTHK: Array, v_BTHK: Array, mask: Mask, implementation: Any) -> Array:
     assert mask.segments_BT is None, "hindrance() says so"
     lengths_B, is_pad_BT = None, mask.is_pad_BS
-    if is_pad_BT is not None and not mask.window:  # with one, it is causal: no token sees the pads behind it
+    if is_pad_BT is not None and not mask.window:  # with one, it is causal: no token sees the pads after it
         # As lengths, since cuDNN would compute a gradient of any other mask. Pads are at the ends of rows. A pad among
         # tokens is attended to, and so is the first of a row of pads, which no loss counts.
         ends_T = np.arange(1, is_pad_BT.shape[1] + 1, dtype=np.int32)
@@ -66,7 +67,7 @@ def by_xla(q_BTHK: Array, k_BTHK: Array, v_BTHK: Array, mask: Any, implementatio
     )
 
 
-def splash(q_BTHK: Array, k_BTHK: Array, v_BTHK: Array, mask: Any, interpreted: bool = False) -> Array:
+def splash(q_BTHK: Array, k_BTHK: Array, v_BTHK: Array, mask: Mask, interpreted: bool = False) -> Array:
     """Attend by Pallas; `interpreted` runs the kernel where there is no TPU."""
     # Not at the top: importing it takes half a second.
     from jax.experimental.pallas.ops.tpu import splash_attention
@@ -91,7 +92,7 @@ def splash(q_BTHK: Array, k_BTHK: Array, v_BTHK: Array, mask: Any, interpreted: 
 
     arrays = [q_BTHK * K**-0.5, k_BTHK, v_BTHK]
     if mask.is_pad_BS is not None or mask.segments_BT is not None:
-        # A query attends to keys of its segment, and pads are keys of a segment that no query has. Those behind the
+        # A query attends to keys of its segment, and pads are keys of a segment that no query has. Those after the
         # documents of a packed row are a document of their own, so that each query has a key.
         of_queries_BT = jnp.zeros(q_BTHK.shape[:2], jnp.int32) if mask.segments_BT is None else mask.segments_BT
         is_pad_BT = False if mask.is_pad_BS is None else mask.is_pad_BS

@@ -41,7 +41,7 @@ def outputs(
         places = models.Places(is_pad_BT, jnp.asarray(segments_BT))
 
     def loss(layer: models.Attention, x_BTD: Array) -> tuple[Array, Array]:
-        out_BTD = layer(x_BTD, places, [None, None])
+        out_BTD = layer(x_BTD, places, 0, [None, None])
         return jnp.sum(out_BTD * weights_BTD), out_BTD
 
     attend = {

@@ -3,30 +3,29 @@
 Letters as in model.py; W window, N blocks of W positions, S positions of a block and its neighbours.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from jaxlm.ops import matmul
+from jaxlm.ops.plain_attention import Mask
 
 HIDDEN = -1e30  # a score so low that its weight is 0, also beside pads, whose score is -1e9; a row of it has no NaN
 
 
-def fits(mask: Any, seq_len: int) -> bool:
-    """Return whether blocks take less than all pairs of positions; `mask` is one of model.py."""
+def fits(mask: Mask, seq_len: int) -> bool:
+    """Return whether blocks take less than all pairs of positions."""
     return 0 < mask.window and 3 * mask.window < seq_len
 
 
-def attend(q_BTHK: Array, k_BTGK: Array, v_BTGK: Array, mask: Any) -> Array:
-    """Return what `attend` of model.py does without dropout, [B, T, H, K], for a mask with a window."""
+def attend(q_BTHK: Array, k_BTGK: Array, v_BTGK: Array, mask: Mask) -> Array:
+    """Return what plain attention does without dropout, [B, T, H, K], for a mask with a window."""
     (B, T, H, K), G, W = q_BTHK.shape, k_BTGK.shape[2], mask.window
-    N, n_near = -(-T // W), 2 if mask.is_causal else 3  # the block before, the own one, and the one behind
+    N, n_near = -(-T // W), 2 if mask.is_causal else 3  # the block before, the own one, and the one after
 
     def blocks(x: Array) -> Array:
-        """Return [B, T, ...] as [B, N, W, ...], with zeros behind the end."""
+        """Return [B, T, ...] as [B, N, W, ...], with zeros after the end."""
         x = jnp.pad(x, ((0, 0), (0, N * W - T), *[(0, 0)] * (x.ndim - 2)))
         return x.reshape(B, N, W, *x.shape[2:])
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.model import Mask, attend
 from jaxlm.ops import local_attention
+from jaxlm.ops.plain_attention import Mask, attend
 
 B, H, G, K = 2, 4, 2, 3
 

@@ -16,8 +16,8 @@ from parity_tests.faults.targets import (
     feed_forward,
     framework_norm,
     frequencies,
-    future,
     gelu,
+    hidden,
     norm,
     positions,
     rotate,
@@ -64,12 +64,7 @@ FAULTS = [
         attend,
         ("-1e9", "-float('inf')"),
     ),
-    *both(
-        "future off by one: each position sees the next",
-        GPT,
-        edit(future.jaxlm, ("_triu(_ones, k=1)", "_triu(_ones, k=2)")),
-        edit(future.torchlm, ("_ones.triu(diagonal=1)", "_ones.triu(diagonal=2)")),
-    ),
+    *mirrored("future off by one: each position sees the next", GPT, hidden, ("_distance > 0", "_distance > 1")),
     *mirrored("no future mask: the future is seen", GPT, attention, ("self.is_causal", "False")),
     *both(
         "transposed kernel: a square weight applied transposed",

@@ -13,8 +13,12 @@ from jaxlm import schedule as jax_schedule
 from jaxlm import step as jax_step
 from jaxlm.data.packing import PackedSamples
 from jaxlm.data.samples import PairSamples
+from jaxlm.ops import activations as jax_activations
 from jaxlm.ops import dropout as jax_dropout
-from jaxlm.ops import local_attention
+from jaxlm.ops import layers as jax_layers
+from jaxlm.ops import local_attention, position_tables
+from jaxlm.ops import plain_attention as jax_attention
+from jaxlm.ops import token_positions as jax_positions
 from jaxlm.params import frozen, names
 from jaxlm.tasks.gpt import Gpt as JaxGpt
 from jaxlm.tasks.mlm import Mlm as JaxMlm
@@ -26,6 +30,11 @@ from torchlm import model as torch_model
 from torchlm import optim as torch_optim
 from torchlm import schedule as torch_schedule
 from torchlm import step as torch_step
+from torchlm.ops import activations as torch_activations
+from torchlm.ops import dropout as torch_dropout
+from torchlm.ops import layers as torch_layers
+from torchlm.ops import plain_attention as torch_attention
+from torchlm.ops import token_positions as torch_positions
 from torchlm.tasks.gpt import Gpt as TorchGpt
 from torchlm.tasks.mlm import Mlm as TorchMlm
 
@@ -33,22 +42,19 @@ framework_norm = Pair(nnx.LayerNorm.__call__, LayerNorm.forward)
 framework_rms_norm = Pair(nnx.RMSNorm.__call__, RMSNorm.forward)
 pytorch_adamw_step = AdamW.step
 
-start = Pair(jax_model.start, torch_model.start)
-residual_std = Pair(jax_model.residual_std, torch_model.residual_std)
-linear = Pair(jax_model.linear, torch_model.linear)
-add_adapters = Pair(jax_model.add_adapters, torch_model.add_adapters)
-norm = Pair(jax_model.norm, torch_model.norm)
-dropout = Pair(jax_dropout.dropout, torch_model.dropout)
-gelu = Pair(jax_model.gelu, torch_model.gelu)
-activation = Pair(jax_model.activation, torch_model.activation)
-positions = Pair(jax_model.fixed_positions, torch_model.fixed_positions)
-frequencies = Pair(jax_model.frequencies, torch_model.frequencies)
-rotate = Pair(jax_model.rotate, torch_model.rotate)
-future = Pair(jax_model.future, torch_model.future)
-restarting = Pair(jax_model.restarting, torch_model.restarting)
-hidden = Pair(jax_model.hidden, torch_model.hidden)
+start = Pair(jax_layers.start, torch_layers.start)
+residual_std = Pair(jax_layers.residual_std, torch_layers.residual_std)
+linear = Pair(jax_layers.linear, torch_layers.linear)
+add_adapters = Pair(jax_layers.add_adapters, torch_layers.add_adapters)
+norm = Pair(jax_layers.norm, torch_layers.norm)
+dropout = Pair(jax_dropout.dropout, torch_dropout.dropout)
+gelu = Pair(jax_activations.gelu, torch_activations.gelu)
+activation = Pair(jax_activations.activation, torch_activations.activation)
+rotate = Pair(jax_positions.rotate, torch_positions.rotate)
+restarting = Pair(jax_positions.restarting, torch_positions.restarting)
+hidden = Pair(jax_attention.hidden, torch_attention.hidden)
 attend_in_blocks = local_attention.attend
-attend = Pair(jax_model.attend, torch_model.attend)
+attend = Pair(jax_attention.attend, torch_attention.attend)
 embedding_start = Pair(jax_model.Embedding.__init__, torch_model.Embedding.__init__)
 embedding = Pair(jax_model.Embedding.__call__, torch_model.Embedding.forward)
 attention = Pair(jax_model.Attention.__call__, torch_model.Attention.forward)
@@ -87,5 +93,7 @@ rewarmup = Pair(jax_schedule.rewarmup, torch_schedule.rewarmup)
 trained = frozen.trained
 to_jax = names.to_jax
 # Both packages have these.
+positions = Pair(position_tables.fixed_positions, position_tables.fixed_positions)
+frequencies = Pair(position_tables.frequencies, position_tables.frequencies)
 pairs = Pair(PairSamples.batch, PairSamples.batch)
 packed_rows = Pair(PackedSamples.batch, PackedSamples.batch)

@@ -1,0 +1,25 @@
+"""Blocks that are rematerialized."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+from jaxlm.config import ModelConfig
+
+REMAT: dict[str, list[Any]] = {  # what is kept of a block for its gradients
+    "dots": [torch.ops.aten.mm.default, torch.ops.aten.addmm.default],
+    "full": [],
+}
+RunBlock = Callable[..., Tensor]  # a block, x, and what is known of positions
+
+
+def rematerialized(config: ModelConfig, run_block: RunBlock) -> RunBlock:
+    """Return what runs a block and keeps less for its gradients, by `model.remat`."""
+    if config.remat == "none" or not torch.is_grad_enabled():
+        return run_block
+    kept = functools.partial(create_selective_checkpoint_contexts, REMAT[config.remat])
+    return functools.partial(checkpoint, run_block, use_reentrant=False, context_fn=kept)
