@@ -28,7 +28,7 @@ from flax import nnx
 from jax import Array
 
 from jaxlm.config import GATED, ModelConfig
-from jaxlm.ops import attention
+from jaxlm.ops import attention, matmul
 from jaxlm.ops.activations import activation
 from jaxlm.ops.dropout import dropout
 from jaxlm.ops.layers import add_adapters, linear, norm, residual_std, start
@@ -115,7 +115,8 @@ class Attention(nnx.Module):
         weights_key, output_key = dropout_keys
         q_BTHK, k_BTGK, v_BTGK = (f(x_BTD).reshape(B, T, -1, K) for f in (self.query, self.key, self.value))
         if self.config.qk_norm:
-            q_BTHK, k_BTGK = self.query_norm(q_BTHK), self.key_norm(k_BTGK)
+            wide = matmul.sum_dtype(self.dtype)  # a norm without parameters would compute in the type of its input
+            q_BTHK, k_BTGK = self.query_norm(q_BTHK.astype(wide)), self.key_norm(k_BTGK.astype(wide))
         window = self.config.window_of(layer)
         if self.config.positions == "rotary":
             frequency_K = frequencies(self.config, window > 0)

@@ -13,6 +13,7 @@ from flax import nnx
 from jaxlm import model as models
 from jaxlm.config import ModelConfig
 from jaxlm.model import Transformer
+from jaxlm.ops.activations import gelu
 from jaxlm.ops.position_tables import fixed_positions, frequencies
 from jaxlm.ops.stacks import block_of
 from jaxlm.ops.token_positions import rotate
@@ -280,8 +281,8 @@ def test_dropout_falls_where_the_original_has_it(part: str) -> None:
     elif part == "inside the feed-forward":
         block["feed_forward"]["fc1"]["bias"] += 1
         block["feed_forward"]["fc2"]["kernel"] += np.eye(4 * D, D)[None]
-        gelu = 0.5 * (1 + math.erf(1 / math.sqrt(2)))
-        expected = {0: 1 - keep, gelu / keep: keep}
+        gelu_of_1 = 0.5 * (1 + math.erf(1 / math.sqrt(2)))
+        expected = {0: 1 - keep, gelu_of_1 / keep: keep}
     else:
         block["feed_forward"]["fc2"]["bias"] += 1
         expected = {1: 1.0}
@@ -337,3 +338,32 @@ def test_bfloat16_is_of_products_only() -> None:
     assert outputs.dtype == jnp.float32
     error = np.abs(outputs - expected).max() / np.abs(expected).max()
     assert 1e-4 < error < 2e-2  # an input of a product is rounded by up to 4e-3
+
+
+def test_queries_and_keys_are_not_rounded_between_norm_and_rotation() -> None:
+    settings = {"dtype": jnp.bfloat16, "qk_norm": True, "positions": "rotary"}
+    with_scale, params = build(norm="rmsnorm", **settings)
+    without, _ = build(norm="rmsnorm_no_scale", **settings)
+    expected = run(with_scale, params, TOKENS)  # its scale of ones is float32, and so is what it scales
+    params = {name: x for name, x in params.items() if name != "final_norm"}
+    blocks = {name: x for name, x in params["blocks"].items() if "norm" not in name}
+    attention = {name: x for name, x in blocks["attention"].items() if "norm" not in name}
+    found = run(without, params | {"blocks": blocks | {"attention": attention}}, TOKENS)
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["exact", "tanh"])
+def test_gelu_of_bfloat16_is_rounded_once(kind: str) -> None:
+    x = jnp.linspace(-6, 6, 999).astype(jnp.bfloat16)
+    for function in (lambda x: gelu(x, kind), jax.grad(lambda x: jnp.sum(gelu(x, kind)).astype(jnp.float32))):
+        expected = function(x.astype(jnp.float32)).astype(jnp.bfloat16)
+        np.testing.assert_array_equal(function(x), expected)
+
+
+def test_rematerialization_takes_less_memory_also_where_blocks_are_unrolled() -> None:
+    def bytes_of(remat: Any) -> int:
+        graphdef, params = build(n_layers=6, d_model=24, seq_len=64, remat=remat)
+        tokens = np.ones((16, 64), int)
+        return square_and_gradients.lower(graphdef, params, tokens).compile().memory_analysis().temp_size_in_bytes
+
+    assert bytes_of("full") < bytes_of("dots") < 0.7 * bytes_of("none")

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxlm.config import ModelConfig
-from jaxlm.parallel import is_one_cpu, is_one_device, platform
+from jaxlm.parallel import is_one_device, platform
 
 REMAT = {  # what is kept of a block for its gradients
     "dots": jax.checkpoint_policies.save_only_these_names("product"),
@@ -28,9 +28,10 @@ def is_unrolled(config: ModelConfig) -> bool:
     """Return whether a scan that has gradients is compiled block by block.
 
     Where one block is compiled, what all keep for their gradients is copied to stacks: a tenth of a step on a CPU, a
-    fifth on a GPU.
+    fifth on a GPU. Not with rematerialization: between blocks XLA would find that it computes things twice, and keep
+    them.
     """
-    return is_one_cpu() or (is_one_device() and platform() == "gpu" and config.remat == "none")
+    return config.remat == "none" and is_one_device() and platform() in ("cpu", "gpu")
 
 
 def blocks_of(config: ModelConfig, stacks: Any, first: int, last: int) -> Any:
