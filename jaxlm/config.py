@@ -223,7 +223,7 @@ class LogConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
-    task: str = "mlm"  # mlm, gpt, sst2, cola, pairs, or your own (jaxlm/tasks/README.md)
+    task: str = "mlm"  # mlm, gpt, sst2, cola, pairs, tag, or your own (jaxlm/tasks/README.md)
     resume: str = ""  # run or checkpoint to resume; auto: the run in run.dir, or a new one if there is none
     init_from: str = ""  # run, checkpoint, or public model (folder or hub name) whose base model the run starts from
     debug: bool = False  # show the traceback of input errors

@@ -174,8 +174,8 @@ class Classifier(nnx.Module):
         With `with_hidden`, return them and the hidden states [B, T, D]. With `segments_BT`, the texts of packed rows,
         `positions` [B, N] are of the token of each text that is read, and logits are [B, N, C].
         """
-        is_packed = segments_BT is not None
-        assert is_packed or self.is_causal == (positions is not None), "the last tokens go with model.pooling=last"
+        has_several = positions is not None and positions.ndim == 2
+        assert has_several or self.is_causal == (positions is not None), "the last tokens go with model.pooling=last"
         x_BTD = self.base(tokens_BT, key, segments_BT)
         logits = self.head(x_BTD, positions)
         return (logits, x_BTD) if with_hidden else logits

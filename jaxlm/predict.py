@@ -1,7 +1,7 @@
 """The command `python -m jaxlm.predict`: what a trained model makes of a text. USING.md has examples.
 
-In Python: `predict.load(RUN)` returns what answers the model's kind of question: FillMasks, Continue, Reply, Classify
-or Predict. Numbers are computed in float32, whatever precision the model was trained in.
+In Python: `predict.load(RUN)` returns what answers the model's kind of question: FillMasks, Continue, Reply, Classify,
+Tag or Predict. Numbers are computed in float32, whatever precision the model was trained in.
 """
 
 import argparse
@@ -40,6 +40,8 @@ def load(checkpoint: str | Path, tokenizer: str = "") -> "Predictor":
     samples = found.task.samples
     if samples.model_kind == "classifier":
         return predictors.Classify(found) if found.has_probabilities() else predictors.Predict(found)
+    if samples.model_kind == "tagger":
+        return predictors.Tag(found)
     if not isinstance(found.model, LanguageModel):
         raise UserError(
             f"{checkpoint}: the model of task={found.config.task} is a {type(found.model).__name__}, but only a "
@@ -164,8 +166,8 @@ def make_parser() -> Parser:
     """Return the parser of the command line."""
     parser = Parser(
         prog=command("predict"),
-        description="Uses a trained model: mlm fills [MASK]s, gpt continues a text, pairs replies, sst2, cola label; "
-        "a task of your own does as its file says.",
+        description="Uses a trained model: mlm fills [MASK]s, gpt continues a text, pairs replies, sst2, cola label, "
+        "tag finds names; a task of your own does as its file says.",
         epilog="Without a text, lines of standard input are read; in a terminal, they are asked for.",
     )
     parser.add_argument(

@@ -164,11 +164,17 @@ def _checks() -> dict[str, Callable[[], list[Row]]]:
     add("transformers: GPT-2 that classifies", references.gpt2, "sst2")
     add("transformers: GPT-2 that answers", references.gpt2, "pairs")
     add("transformers: BERT", references.bert)
+    add("transformers: BERT that tags", references.bert, "tag")
+    add("seqeval: spans", references.spans)
+    add("float64: tag", drift.float64, "tag")
+    add("distillation: tag", inputs.distilled, "tag")
+    for name in ("three labels", "the last token"):
+        add(f"{name}: tag", inputs.option, "tag", name)
     for name in families.SETTINGS:
         add(f"transformers: {name}", families.family, name)
     add("dropout statistics", drift.dropout_statistics)
     for task in TASKS:
-        if task == "cola":  # sst2's model and loss with other scores: the recorded and the further cases have them
+        if task in ("cola", "tag"):  # sst2's model; what differs, recorded and further cases and those above have
             continue
         for name, (layers, changes) in _BLOCKS.items():
             add(f"{name}: {task}", references.blocks, task, layers, **changes)
@@ -199,6 +205,7 @@ CHECKS = _checks()
 FAST = {
     *(f"{kind}: {name}" for kind in ("replay", "recorder") for name in RECORDED),
     *("further case: mlm, other settings of the optimizer", "AdamW", "transformers: GPT-2", "transformers: BERT"),
+    *("transformers: BERT that tags", "seqeval: spans"),
     *("attention of PyTorch: mlm", "layers of PyTorch: gpt", "post-norm layers of PyTorch: sst2"),
     *("finite differences: gpt", "edges: mlm", "4096 positions: mlm"),
     *("float64: mlm", "float64: gpt", "dropout: gpt", "dropout statistics", "rotary, no pad: gpt"),

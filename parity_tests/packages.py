@@ -115,6 +115,10 @@ class Jaxlm:
             totals, logits, gradients = jax.device_get(self.evaluate(self.params, batch))
             return totals, logits, names.to_torch(gradients, self.config.model.frozen_layers)
 
+    def totals(self, logits: np.ndarray, labels: np.ndarray) -> Scalars:
+        """Return the totals of logits."""
+        return {name: np.asarray(x) for name, x in self.task.totals(jnp.asarray(logits), jnp.asarray(labels)).items()}
+
     def dropped(self, tokens: np.ndarray, seed: int) -> np.ndarray:
         """Return the hidden states of the base model with dropout."""
         run = jax.jit(lambda params, key: nnx.merge(self.graphdef, params).base(tokens, key))
@@ -156,7 +160,7 @@ class Jaxlm:
         def mean_loss(trained: Any) -> tuple[Any, tuple[Any, Any]]:
             params = jax_tune.with_trained(whole, trained)
             totals = self._loss(params, batch, None)
-            logits = nnx.merge(self.graphdef, params)(*_inputs(batch))
+            logits = nnx.merge(self.graphdef, params)(*_inputs(self.config.task, batch))
             return totals["loss"] / jnp.maximum(totals["count"], 1), (totals, logits)
 
         trained = jax_tune.trained(self.config.model, whole)
@@ -215,10 +219,15 @@ class Torchlm:
         gradients = {name: x.grad.numpy().copy() for name, x in self.model.named_parameters() if x.grad is not None}
         self.model.zero_grad()
         with torch.no_grad():
-            logits = self.model(*_inputs(tensors))
+            logits = self.model(*_inputs(self.config.task, tensors))
         if logits.dtype == torch.bfloat16:  # which NumPy has not
             logits = logits.float()
         return {name: x.detach().numpy() for name, x in totals.items()}, logits.numpy(), gradients
+
+    def totals(self, logits: np.ndarray, labels: np.ndarray) -> Scalars:
+        """Return the totals of logits."""
+        totals = self.task.totals(torch.from_numpy(logits), torch.from_numpy(labels))
+        return {name: x.numpy() for name, x in totals.items()}
 
     def dropped(self, tokens: np.ndarray, seed: int) -> np.ndarray:
         """Return the hidden states of the base model with dropout."""
@@ -254,9 +263,10 @@ PACKAGES = (Jaxlm, Torchlm)
 Package = Jaxlm | Torchlm
 
 
-def _inputs(batch: Any) -> tuple[Any, ...]:
+def _inputs(task: str, batch: Any) -> tuple[Any, ...]:
     """Return what a model has logits of."""
-    return (batch["tokens"], None, batch["last"]) if "last" in batch else (batch["tokens"],)
+    places = "positions" if task == "tag" else "last"
+    return (batch["tokens"], None, batch[places]) if places in batch else (batch["tokens"],)
 
 
 def _tensors(batch: Batch) -> dict[str, torch.Tensor]:

@@ -75,6 +75,13 @@ def random_batch(config: Config, random: np.random.Generator, batch_size: int, p
         labels = np.where(np.take_along_axis(is_pad, positions, axis=1), -1, hidden).astype(np.int32)
         np.put_along_axis(tokens, positions, np.where(labels < 0, hidden, V - 1), axis=1)
         return {"tokens": tokens, "labels": labels, "positions": positions}
+    if config.task == "tag":  # words of one or two tokens
+        starts = (np.arange(T) > 0) & (random.random((batch_size, T)) < 0.7) & ~is_pad
+        order = np.argsort(~starts, axis=1, kind="stable")  # the positions of words first
+        is_word = np.take_along_axis(starts, order, axis=1)
+        labels = np.where(is_word, random.integers(0, config.data.n_classes, (batch_size, T)), -1)
+        positions = np.where(is_word, order, 0)
+        return {"tokens": tokens, "labels": labels.astype(np.int32), "positions": positions.astype(np.int32)}
     batch = {"tokens": tokens, "labels": random.integers(0, config.data.n_classes, batch_size, dtype=np.int32)}
     return batch | ({"last": (lengths - 1).astype(np.int32)} if model.pooling == "last" else {})
 

@@ -1,5 +1,6 @@
 """What neither package has made: PyTorch's attention and layers, NumPy's AdamW, transformers, finite differences."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from jaxlm import step as jax_step
 from jaxlm.config import Config
 from jaxlm.data.cache import Split
 from jaxlm.data.samples import PairSamples
+from jaxlm.data.tagged import TaggedSamples
 from jaxlm.params import names
 from jaxlm.params.names import Arrays
 from jaxlm.tasks import parameters
@@ -238,15 +240,17 @@ def _pairs(config: Config) -> tuple[Batch, Batch]:
     return batch, {"tokens": tokens, "labels": labels}
 
 
-def bert() -> list[Row]:
+def bert(task: str = "mlm") -> list[Row]:
     """Return how far both packages are from transformers' BERT without its segments, in float64."""
     import transformers
 
     changes = {"model.post_norm": True, "model.embedding_norm": True, "model.head_dense": "bert"}
-    config = config_of("mlm", **TIED, **changes, **{"model.norm_epsilon": 1e-12})
+    config = config_of(task, **TIED, **changes, **{"model.norm_epsilon": 1e-12, "data.n_labels": 5})
     model, weights = config.model, random_weights(config, 9)
-    theirs = transformers.BertForMaskedLM(
+    bert_class: Any = transformers.BertForTokenClassification if task == "tag" else transformers.BertForMaskedLM
+    theirs = bert_class(
         transformers.BertConfig(
+            num_labels=config.data.n_classes,
             vocab_size=model.vocab_size,
             max_position_embeddings=model.seq_len,
             hidden_size=model.d_model,
@@ -262,12 +266,15 @@ def bert() -> list[Row]:
     renamed = {
         "bert.embeddings.word_embeddings.weight": "base.embedding.token.weight",
         "bert.embeddings.position_embeddings.weight": "base.embedding.position",
-        "cls.predictions.bias": "head.bias",
+        **({"cls.predictions.bias": "head.bias"} if task == "mlm" else {}),
     }
     for kind in ("weight", "bias"):
         renamed[f"bert.embeddings.LayerNorm.{kind}"] = f"base.embedding.layernorm.{kind}"
-        renamed[f"cls.predictions.transform.dense.{kind}"] = f"head.dense.{kind}"
-        renamed[f"cls.predictions.transform.LayerNorm.{kind}"] = f"head.layernorm.{kind}"
+        if task == "tag":
+            renamed[f"classifier.{kind}"] = f"head.linear.{kind}"
+        else:
+            renamed[f"cls.predictions.transform.dense.{kind}"] = f"head.dense.{kind}"
+            renamed[f"cls.predictions.transform.LayerNorm.{kind}"] = f"head.layernorm.{kind}"
         for i in range(model.n_layers):
             layer, block = f"bert.encoder.layer.{i}", f"base.blocks.{i}"
             renamed |= {
@@ -280,11 +287,63 @@ def bert() -> list[Row]:
                 f"{layer}.output.dense.{kind}": f"{block}.feed_forward.fc2.{kind}",
                 f"{layer}.output.LayerNorm.{kind}": f"{block}.layernorm2.{kind}",
             }
-    batch = random_batch(config, np.random.default_rng(9), batch_size=3)
+    batch = written_out = random_batch(config, np.random.default_rng(9), batch_size=3)
+    if task == "tag":
+        batch, written_out = _tagged(config)
     state = {a: weights[b] for a, b in renamed.items()}
-    want = _of_transformers(theirs, state, batch, lambda gradients: {b: gradients[a] for a, b in renamed.items()})
+    want = _of_transformers(theirs, state, written_out, lambda gradients: {b: gradients[a] for a, b in renamed.items()})
+    if task == "tag":  # ours has logits of words alone
+        want = dataclasses.replace(
+            want, logits=np.take_along_axis(want.logits, np.int64(batch["positions"])[..., None], axis=1)
+        )
     # Its pad row, which is tied to the output as well, has the gradient of an output only, as ours has.
-    return _compare("mlm as transformers' BERT", config, weights, batch, want)
+    return _compare(f"{task} as transformers' BERT", config, weights, batch, want)
+
+
+def _tagged(config: Config) -> tuple[Batch, Batch]:
+    """Return sentences as data/tagged.py makes samples of them, and with a label for each token, -1 for no word's."""
+    T, words = config.model.seq_len, [[[4, 5], [6], [7, 8]], [[9, 10, 11]], [[12], [13], [14], [15], [16]]]
+    tags = [[1, 2, 0], [3], [3, 4, 4, 1, 0]]
+    sizes = [len(ids) for sentence in words for ids in [*sentence, []]]
+    labels = [tag for sentence in tags for tag in [*sentence, -1]]
+    flat = np.array([i for sentence in words for ids in sentence for i in ids])
+    split = Split(flat, np.cumsum([0, *sizes]), np.array(labels), np.ones(len(sizes), np.int64))
+    samples = TaggedSamples(split, config, {"pad": 0, "start": 1, "end": 2}, config.model.vocab_size)
+    batch = samples.batch(np.arange(len(samples)), np.zeros(len(samples), int))
+    tokens, of_tokens = np.zeros((3, T), np.int32), np.full((3, T), -1, np.int32)
+    for i, (sentence, numbers) in enumerate(zip(words, tags, strict=True)):
+        row, marks = [1], [-1]
+        for ids, tag in zip(sentence, numbers, strict=True):
+            row, marks = row + ids, marks + [tag] + [-1] * (len(ids) - 1)
+        tokens[i, : len(row) + 1], of_tokens[i, : len(row)] = [*row, 2], marks
+    return batch, {"tokens": tokens, "labels": of_tokens}
+
+
+# Recorded from seqeval 1.2.2: F1, precision, recall, and the F1 of both types, of the tags that `spans` draws.
+SEQEVAL = [
+    (0.682926829, 0.636363636, 0.736842105, 0.636363636, 0.736842105),
+    (0.723404255, 0.739130435, 0.708333333, 0.75, 0.695652174),
+    (0.685714286, 0.6, 0.8, 0.727272727, 0.615384615),
+    (0.705882353, 0.705882353, 0.705882353, 0.666666667, 0.75),
+]
+
+
+def spans() -> list[Row]:
+    """Return how far the scores of spans are from those of seqeval, for random tags, many of them of no scheme."""
+    rows = []
+    for package in PACKAGES:
+        for seed, expected in enumerate(SEQEVAL):
+            random = np.random.default_rng(seed)
+            labels = random.choice(5, (6, 9), p=[0.4, 0.15, 0.2, 0.1, 0.15])
+            guesses = np.where(random.random((6, 9)) < 0.75, labels, random.choice(5, (6, 9)))
+            labels[np.arange(9) >= random.integers(1, 10, 6)[:, None]] = -1
+            config = config_of("tag", **{"data.n_labels": 5})
+            state = package(config, random_weights(config, 0), "float32")
+            state.task.classes = ("O", "B-X", "I-X", "B-YY", "I-YY")
+            scores = list(state.task.scores(state.totals(np.eye(5, dtype=np.float32)[guesses], labels)).values())
+            far = np.abs(np.array(scores[:5]) - expected)
+            rows.append(Row("spans as seqeval", package.name, "scores", float(far.max()), 1e-8, f"draw {seed}"))
+    return rows
 
 
 def _of_transformers(model: nn.Module, state: Arrays, batch: Batch, back: Callable[[Arrays], Arrays]) -> First:

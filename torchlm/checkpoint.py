@@ -191,7 +191,7 @@ def model_for(snapshot: Snapshot, source: str) -> torch.nn.Module:
     model: torch.nn.Module
     if kind == BASE:
         model = BaseModel(config.model, torch.float32, rngs)
-    elif kind == "classifier":
+    elif kind in ("classifier", "tagger"):
         n_outputs = len(snapshot.weights.get("head.linear.bias", (0,)))
         model = Classifier(config.model, n_outputs, torch.float32, rngs)
     else:

@@ -140,8 +140,8 @@ class Classifier(nn.Module):
         With `with_hidden`, return them and the hidden states [B, T, D]. With `segments_BT`, the texts of packed rows,
         `positions` [B, N] are of the token of each text that is read, and logits are [B, N, C].
         """
-        is_packed = segments_BT is not None
-        assert is_packed or self.is_causal == (positions is not None), "the last tokens go with model.pooling=last"
+        has_several = positions is not None and positions.ndim == 2
+        assert has_several or self.is_causal == (positions is not None), "the last tokens go with model.pooling=last"
         with _autocast(tokens_BT.device, self.dtype):
             x_BTD = self.base(tokens_BT, segments_BT)
             logits = self.head(x_BTD, positions)

@@ -1,12 +1,13 @@
 """Text and sentences that need no download: for demonstrations, not benchmarks."""
 
+import dataclasses
 import hashlib
 import sys
 from collections.abc import Callable, Iterator
 
 from jaxlm.config import DataConfig
 from jaxlm.data import grammar
-from jaxlm.data.sources import Article, Source, hash_of, pair
+from jaxlm.data.sources import Article, Source, hash_of, pair, sentence
 
 
 def python_reference(config: DataConfig) -> Source:
@@ -64,6 +65,22 @@ def sentences(task: str) -> Source:
     what, whose = ("prompts and answers", "") if task == "pairs" else ("sentences", f" for {task}")
     n = sum(map(len, splits.values()))
     return _source(f"{n} {what} of the project's own grammar{whose}", articles, n_bytes)
+
+
+def tagged_sentences() -> Source:
+    """Return sentences of the project's grammar with names of people, places and firms, whose words have BIO tags."""
+    splits = grammar.sentences("tag")
+    classes = ("O", *(f"{prefix}-{kind}" for kind in sorted(grammar.NAMED) for prefix in "BI"))
+
+    def articles() -> Iterator[Article]:
+        for split, rows in splits.items():
+            for text, tags in rows:
+                yield from sentence(split, zip(text.split(), map(classes.index, tags), strict=True))
+
+    n_bytes = sum(_n_bytes(article.text) for article in articles())
+    n = sum(map(len, splits.values()))
+    source = _source(f"{n} sentences with names of the project's own grammar", articles, n_bytes)
+    return dataclasses.replace(source, classes=classes)
 
 
 def _source(description: str, articles: Callable[[], Iterator[Article]], n_bytes: int) -> Source:

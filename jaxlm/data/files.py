@@ -165,6 +165,8 @@ def open_part(path: Path, wanted: Wanted) -> Part:
     kind = _named_kind(path, wanted.config)
     content, size, head = _scan(path, kind)
     kind = _kind(kind, head, wanted)
+    if reads == "tags" and kind not in ("jsonl", "parquet"):
+        kind = "conll"
     documents = wanted.config.documents if reads == "text" else "auto"
     if kind in ("text", "wikitext") and documents == "column" and wanted.split == "train":
         mend = "give a table (csv, tsv, jsonl, parquet), or leave data.documents out"

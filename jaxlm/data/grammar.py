@@ -3,7 +3,8 @@
 The tasks have the form of two GLUE tasks (Wang et al. 2018, https://arxiv.org/abs/1804.07461) but share no text with
 them: `sst2` asks whether a film review is positive (1) or negative (0), `cola` whether a sentence is acceptable (1) or
 not (0). Labels depend on how words are put together, so that word counts alone do not give them. A third one, `pairs`,
-tells a fact and asks for a part of it, or for the same in other words. Every test sentence has a word that train lacks;
+tells a fact and asks for a part of it, or for the same in other words. `tag` names people, places and firms, with the
+same words in all three: those around them tell which it is. Every test sentence has a word that train lacks;
 half of validation is as new, with new words of its own. The words are in grammar.toml.
 """
 
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 SIZES = {"train": 60000, "validation": 800, "test": 1000}
+N_TAGGED = 8000  # for training; each word has a tag, which tells more than a label of the sentence
 NEW_SHARE = 0.2  # of the words from open classes outside train; each sentence gets at least one
 CONSONANTS, VOWELS = "bdfgklmnprstvz", "aeiou"
 
@@ -58,7 +60,7 @@ class Writer:
 
 
 def sentences(task: str) -> dict[str, list[tuple[str, Any]]]:
-    """Return the (sentence, label) pairs of sst2 or cola, or the (prompt, answer) pairs of pairs, by split.
+    """Return by split the (sentence, label) pairs of sst2 or cola, (prompt, answer) of pairs, (words, tags) of tag.
 
     They are the same ones on every call.
     """
@@ -66,12 +68,13 @@ def sentences(task: str) -> dict[str, list[tuple[str, Any]]]:
         "sst2": _review,
         "cola": _acceptability,
         "pairs": _request,
+        "tag": _report,
     }
     rng = random.Random(0)
     seen: set[str] = set()
     train_words: set[str] = set()
     splits = {}
-    for split, size in SIZES.items():
+    for split, size in (SIZES | ({"train": N_TAGGED} if task == "tag" else {})).items():
         rows: list[tuple[str, Any]] = []
         while len(rows) < size:
             # Half of validation is like train, which keeps the best checkpoint from being one that is lucky on names.
@@ -263,3 +266,28 @@ def _request(w: Writer) -> list[tuple[str, str]]:
     }
     request = w.one(list(answers))
     return [(f"{said(f'{verb}ed')} {request}", answers[request])]
+
+
+# Names
+
+NAMED = ("PER", "LOC", "ORG")  # people, places, firms
+
+
+def _report(w: Writer) -> list[tuple[str, list[str]]]:
+    """Return words joined by blanks, and their BIO tags. Any family name may be that of a place or in one of a firm."""
+    words, tags = [], []
+    for word in " ".join(w.one(WORDS["report"][part]) for part in ("opening", "clause", "ending")).split():
+        if word in NAMED:
+            family = (w.word("name_stem") + w.word("name_ending")).title()
+            names = {
+                "PER": [family, f"{w.word('first_name').title()} {family}"],
+                "LOC": [family, f"{w.word('quarter').title()} {family}"],
+                "ORG": [family, f"{family} {w.word('trade').title()}s", f"{family} and {w.name()}"],
+            }
+            name = w.one(names[word]).split()
+            tags += [f"B-{word}", *[f"I-{word}"] * (len(name) - 1)]
+            words += name
+        else:
+            words.append(word)
+            tags.append("O")
+    return [(" ".join(words), tags)]

@@ -33,7 +33,8 @@ def open_parts(config: DataConfig, reads: Reads, named: Collection[str], notes: 
         name, names = f"{name_of(config)}, {key}", rows.column_names
         at_text, at_label = Wanted(config, reads, split).columns(name, names)
         text, label = names[at_text], None if at_label is None else names[at_label]
-        class_names = tuple(getattr(rows.features[label], "names", None) or ()) if label else ()
+        feature = rows.features[label] if label else None
+        class_names = tuple(getattr(getattr(feature, "feature", feature), "names", None) or ())  # also of lists
         table = Table(partial(_rows, rows, text, label, is_wikitext), (text, label, is_wikitext), class_names)
         parts.append(Part(name, split, "hub", rows._fingerprint, rows.data.nbytes, table))
     return parts

@@ -27,6 +27,11 @@ def accuracy(totals: Mapping) -> float:
     return float(totals["correct"]) / float(totals["count"]) if totals["count"] else math.nan
 
 
+def ratio(part: float, whole: float) -> float:
+    """Return part / whole as precision and recall have it: 0 of nothing is 0."""
+    return float(part / whole) if whole else 0.0
+
+
 def perplexity(totals: Mapping) -> float:
     """Return exp(loss), infinite where that overflows."""
     try:

@@ -18,12 +18,18 @@ ARTICLES = (
     ("text_column", ("text", "sentence", "content", "document", "article", "review")),
     ("label_column", ("label", "labels", "acceptability", "target")),
 )
+TAGS = (
+    ("text_column", ("tokens", "words", "text")),
+    ("label_column", ("tags", "ner_tags", "labels", "ner", "label")),
+)
 PAIRS = (
     ("prompt_column", ("prompt", "question", "instruction", "input")),
     ("answer_column", ("answer", "completion", "response", "output", "reply")),
 )
 
-Reads = Literal["text", "labels", "pairs"]  # what of a source is used: texts, these with labels, or prompts and answers
+# What of a source is used: texts, these with labels, prompts and answers, or words with tags.
+Reads = Literal["text", "labels", "pairs", "tags"]
+WITH_CLASSES = ("labels", "tags")
 Row = tuple[int, Any, Any]  # its number, text and label, or number, prompt and answer, as found
 
 
@@ -82,7 +88,7 @@ class Wanted:
     @property
     def choices(self) -> list[tuple[str, str, tuple[str, ...]]]:
         """The setting, its value and the usual names for each of the two columns."""
-        columns = PAIRS if self.reads == "pairs" else ARTICLES
+        columns = {"pairs": PAIRS, "tags": TAGS}.get(self.reads, ARTICLES)
         return [(setting, getattr(self.config, setting), usual) for setting, usual in columns]
 
     def is_header(self, cells: Iterable[str]) -> bool:

@@ -14,6 +14,7 @@ from jaxlm import config as configs
 from jaxlm.config import Config, DataConfig
 from jaxlm.data import cache, labels, packing, sources, tokenization
 from jaxlm.data.cache import Split
+from jaxlm.data.parts import WITH_CLASSES
 from jaxlm.data.samples import Samples
 from jaxlm.data.sources import Source
 from jaxlm.errors import UserError, slow
@@ -122,7 +123,8 @@ def _without_overlap(config: Config) -> Config:
 @slow("reading the data")
 def _source(config: Config, samples_class: type[Any], embedded: Callable[[], Source], classes: Sequence[str]) -> Source:
     if config.data.path or config.data.hub:
-        return sources.open_source(config.data, samples_class.reads, classes if samples_class.reads == "labels" else ())
+        known = classes if samples_class.reads in WITH_CLASSES else ()
+        return sources.open_source(config.data, samples_class.reads, known)
     source = embedded()
     if samples_class.reads != "labels" or source.classes:
         return source
@@ -153,7 +155,7 @@ def _specials(config: Config, tokenizer: Tokenizer, samples_class: type[Any]) ->
             if not config.tokenizer.path:
                 setting = f"tokenizer.kind={config.tokenizer.kind}"
                 mend = f"set tokenizer.kind={'bpe' if config.tokenizer.kind == 'wordpiece' else 'wordpiece'}"
-            if samples_class.reads == "labels" and config.model.pooling == "last":
+            if samples_class.reads in WITH_CLASSES and config.model.pooling == "last":
                 needs, mend = f"{needs} with model.pooling=last", f"start from a GPT with --init-from, or {mend}"
             raise UserError(f"{setting}: the tokenizer has no {names}, which {needs} needs; {mend}")
     if "pad" in roles and specials["pad"] != config.model.pad_id:
@@ -204,8 +206,8 @@ def _notes(config: Config, samples: dict[str, Samples], source: Source, is_embed
             if getattr(config.data, name) != getattr(DataConfig(), name):
                 yield f"data.{name}={getattr(config.data, name)} has no effect: these samples are rows of a table"
     for name in ("validation_tokens", "final_tokens"):
-        if samples["train"].reads == "labels" and getattr(config.data, name) != getattr(DataConfig(), name):
-            yield f"data.{name}={getattr(config.data, name)} has no effect: all samples of a classification are scored"
+        if samples["train"].reads in WITH_CLASSES and getattr(config.data, name) != getattr(DataConfig(), name):
+            yield f"data.{name}={getattr(config.data, name)} has no effect: all samples with classes are scored"
     if not len(samples["test"]) and not source.test_refusal:
         yield "there is no test part, so there will be no test score"
     yield from length_notes(config, samples.values())
@@ -228,7 +230,7 @@ def _beginnings_note(source: Source, samples: Samples) -> Iterator[str]:
 
 def document_note(config: Config, split: Split, samples: Samples) -> str:
     """Return a line on the documents of the training part, and how much of its samples is padding."""
-    sizes = np.diff(split.offsets)
+    sizes = getattr(samples, "sizes", np.diff(split.offsets))
     if samples.reads == "pairs":
         sizes = sizes.reshape(-1, 2).sum(axis=1)
     spread = np.linspace(0, len(samples) - 1, min(len(samples), MANY_PLACES)).astype(np.int64)
@@ -249,6 +251,8 @@ def document_note(config: Config, split: Split, samples: Samples) -> str:
 
 def length_notes(config: Config, samples: Collection[Samples]) -> Iterator[str]:
     """Yield a line on texts that are longer than a sample, if there are any."""
+    if n_divided := sum(getattr(part, "n_divided", 0) for part in samples):
+        yield f"{n_divided} sentences are longer than model.seq_len={config.model.seq_len} and read in several windows"
     n = sum(map(len, samples))
     for name, kind, what in (("n_cut", "texts", "are cut"), ("n_left_out", "pairs", "are left out")):
         if n_longer := sum(getattr(part, name, 0) for part in samples):

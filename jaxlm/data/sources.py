@@ -10,7 +10,7 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from jaxlm.config import DataConfig
-from jaxlm.data import documents, files, hub, labels
+from jaxlm.data import documents, files, hub, labels, tags
 from jaxlm.data.parts import SPLITS, WHOLE, Part, Reads, Wanted, no_article
 from jaxlm.errors import UserError
 
@@ -63,6 +63,9 @@ def open_source(config: DataConfig, reads: Reads, classes: Sequence[str] = ()) -
     counts: Counter[str] = Counter()
     if reads == "labels":
         classes, reading.ids = _classes(reading, parts, config, classes, counts, notes)
+    elif reads == "tags":
+        classes = classes or tags.classes(parts, notes)
+        reading.ids = {name: i for i, name in enumerate(classes)}
     refusal = _check(reading, parts, counts, notes)
     n_bytes = sum(part.size for part in parts)
     kinds = {"text" if part.format in WHOLE else part.format for part in parts}
@@ -87,7 +90,14 @@ def _fingerprint(config: DataConfig, parts: list[Part], reading: "_Reading") -> 
     """Return a hash by which token caches are found: what it is of must not change."""
     seed = config.split_seed if reading.shares else 0
     contents = [(part.split, part.format, part.table.columns, part.content) for part in parts]
-    settings: list[Any] = [config.hub, config.hub_config, reading.reads == "labels", seed, reading.shares, contents]
+    settings: list[Any] = [
+        config.hub,
+        config.hub_config,
+        reading.reads in ("labels", "tags"),
+        seed,
+        reading.shares,
+        contents,
+    ]
     # Labels that are such numbers already were all that could be read once, and token caches of them are kept.
     numbers = {name: i for part in parts for i, name in enumerate(part.table.names)}
     if other := {name: i for name, i in reading.ids.items() if str(numbers.get(name, name)) != str(i)}:
@@ -160,6 +170,9 @@ class _Reading:
         if self.reads == "pairs":
             yield from self._pairs(part)
             return
+        if self.reads == "tags":
+            yield from self._words(part)
+            return
         if self.are_divided and part.split == "train":
             for _, _, text, _ in self.rows(part):
                 yield from (Article(split, block, -1) for split, block in documents.divided(text, self.shares))
@@ -201,6 +214,16 @@ class _Reading:
             # By the prompt alone: one that has several answers is in one split only.
             yield from pair(self._split(part, prompt), prompt, answer)
 
+    def _words(self, part: Part) -> Iterator[Article]:
+        """Yield each word of a sentence, with its tag as a label. Raises UserError for a tag that is no class."""
+        for number, words, found in tags.sentences(part):
+            bio = tags.to_bio(found)
+            for tag in bio:
+                if tag not in self.ids:
+                    raise labels.unknown(part.place(number), tag, self.ids)
+            tagged = [(word, self.ids[tag]) for word, tag in zip(words, bio, strict=True)]
+            yield from sentence(self._split(part, " ".join(words)), tagged)
+
     def _split(self, part: Part, text: str) -> str:
         return part.split if part.split != "train" else _split(text, self.seed, self.shares)
 
@@ -208,6 +231,13 @@ class _Reading:
 def pair(split: str, prompt: str, answer: str) -> tuple[Article, Article]:
     """Return the two articles that a pair is."""
     return Article(split, prompt + PROMPT_END, -1), Article(split, answer, -1)
+
+
+def sentence(split: str, words: Iterable[tuple[str, int]]) -> Iterator[Article]:
+    """Yield the articles that words with the numbers of their tags are: one each, and an empty one at the end."""
+    for word, tag in words:
+        yield Article(split, f" {word}", tag)  # byte-level tokens of words begin with the space before
+    yield Article(split, "", -1)
 
 
 def _place(parts: list[Part], text: str) -> str:

@@ -28,6 +28,7 @@ EXCEL = re.compile(r'"?sep=.?"?[\r\n]')  # a first line that only says what the 
 CSV_END = "\0end of file\0"  # a line behind the last one, by which a quote that is still open is noticed
 TWICE = ()  # value of a key that a JSON object has more than once; JSON has no tuples
 BATCH = 1000  # rows
+DOCUMENT = "-DOCSTART-"  # first column of a line between the documents of CoNLL's files
 BATCH_BYTES = 1 << 30  # of a column in one batch, at most, if a row is no larger
 
 
@@ -35,6 +36,12 @@ def open_table(path: Path, kind: str, head: str, wanted: Wanted) -> Table:
     """Return the table that a file of a format is; `head` is its start, as text. Raises UserError for a bad one."""
     if kind in ("text", "wikitext", *WHOLE):
         return Table(partial(_text_rows, path, kind))
+    if kind == "conll":
+        columns = (wanted.config.text_column or "0", wanted.config.label_column or "-1")
+        for setting, column in zip(("text_column", "label_column"), columns, strict=True):
+            if not column.removeprefix("-").isdecimal():
+                raise UserError(f"data.{setting}={column}: {path} has columns without names; give a number from 0")
+        return Table(partial(_conll_rows, path, *map(int, columns)), (*columns, False))
     if kind in ("csv", "tsv"):
         return _csv_table(path, kind, head, wanted)
     first = partial(_json_columns if kind == "jsonl" else _parquet_columns, path)
@@ -117,6 +124,31 @@ def grouped(lines: Iterable[Row]) -> Iterator[Row]:
         if size > utf8.LONGEST:
             raise ValueError(f"the article at line {start} is {utf8.TOO_LONG} with titles")
     yield start, "\n".join(article), None
+
+
+# Words in columns
+
+
+def _conll_rows(path: Path, word: int, tag: int) -> Iterator[Row]:
+    """Yield the number of the first line, the words and the tags of each sentence; -1 is the last column.
+
+    A line has a word and its columns, an empty one or -DOCSTART- ends a sentence. Raises UserError for a bad line.
+    """
+    words: list[str] = []
+    tags: list[str] = []
+    for number, line in _lines(path):
+        cells = [cell.strip() for cell in (line.split("\t") if "\t" in line else line.split())]
+        if any(cells) and cells[0] != DOCUMENT:
+            if len(cells) <= max(1, word, tag) or not cells[word]:
+                rule = f"{line.strip()[:40]!r} has no word in column {word} or no tag behind it"
+                raise UserError(f"{path}, line {number}: {rule}; write both, or set data.text_column and .label_column")
+            words.append(cells[word])
+            tags.append(cells[tag])
+        elif words:
+            yield number - len(words), words, tags
+            words, tags = [], []
+    if words:
+        yield number - len(words) + 1, words, tags
 
 
 # JSON Lines
@@ -287,6 +319,7 @@ def _parquet_columns(path: Path) -> Iterator[tuple[list[str], dict[Any, tuple[st
     with _parquet(path) as file:
         names, stored = list(file.schema_arrow.names), (file.schema_arrow.metadata or {}).get(b"huggingface")
     features = json.loads(stored)["info"]["features"] if stored else {}
+    features = {name: feature.get("feature", feature) for name, feature in features.items()}  # of lists
     yield names, {name: tuple(feature["names"] or ()) for name, feature in features.items() if "names" in feature}
 
 

@@ -39,7 +39,18 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from jaxlm.errors import UserError
 from jaxlm.inference.batching import Engine, Failed
 from jaxlm.inference.limits import Limits
-from jaxlm.inference.predictors import ENDINGS, Answer, Classify, Continue, FillMasks, Look, Predict, Predictor, Reply
+from jaxlm.inference.predictors import (
+    ENDINGS,
+    Answer,
+    Classify,
+    Continue,
+    FillMasks,
+    Look,
+    Predict,
+    Predictor,
+    Reply,
+    Tag,
+)
 from jaxlm.io import storage, utf8
 from jaxlm.reporting import html_page
 from jaxlm.terminal import dumps
@@ -95,6 +106,19 @@ class Classified(BaseModel):
     )
 
 
+class Span(BaseModel):
+    type: str
+    start: int = Field(description="number of its first character in the text, from 0")
+    end: int = Field(description="number of the character behind it")
+    text: str
+    probability: float = Field(description="the lowest of the probabilities of its words' tags")
+
+
+class Tagged(BaseModel):
+    text: str
+    spans: list[Span]
+
+
 class Predicted(BaseModel):
     model_config = ConfigDict(extra="allow")  # what the task's `answer` returns
 
@@ -126,6 +150,7 @@ KINDS: dict[type[Predictor], tuple[str, str, type[BaseModel]]] = {
     Reply: ("answer", "Answer a prompt", Continued),
     Classify: ("classify", "Classify a text", Classified),
     Predict: ("predict", "Predict", Predicted),
+    Tag: ("tag", "Find names", Tagged),
     Look: ("look", "Attention", Attended),
 }
 PLAIN = {"content": {"text/plain": {"schema": {"type": "string"}}}}
@@ -178,7 +203,7 @@ def make(engine: Engine, limits: Limits, token: str = "", is_loopback: bool = Tr
             "/predict", responses={200: {"model": KINDS[type(predictor)][2]}, **errors(*REFUSALS, 500, 503)}, **secured
         )
         async def predict(request: asked) -> Response:  # type: ignore[valid-type]
-            """Answer a text: fill its masks, continue it, classify it, or what else the model is trained to do."""
+            """Answer a text: fill its masks, continue it, classify it, find names in it, or what else the task does."""
             async with _in_time(limits):
                 return Json(await engine.answer(*parts(request)))
 
@@ -241,7 +266,7 @@ def _asked(predictor: Predictor, limits: Limits) -> type[BaseModel]:
     """Return what a request for an answer has; its first field is the text."""
     model, defaults = predictor.model, predictor.options
     Taken = Annotated[str, _check_of(predictor.encode)]  # noqa: N806  # it is a type
-    takes = f"{predictor.wants}; of {model.seq_len} tokens at most"
+    takes = predictor.wants + ("" if isinstance(predictor, Tag) else f"; of {model.seq_len} tokens at most")
     if isinstance(predictor, FillMasks):
         most = min(model.vocab_size, 100)
 

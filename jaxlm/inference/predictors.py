@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import re
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 from jax import Array
 from tokenizers import decoders
 
-from jaxlm.data import tokenization
+from jaxlm.data import tagged, tags, tokenization
 from jaxlm.data.samples import IGNORED, marks
 from jaxlm.data.sources import PROMPT_END
 from jaxlm.errors import UserError
@@ -187,8 +188,11 @@ class Look(Predictor):
         raise UserError(load.no_output(self.trained.start))
 
     def encode(self, text: str) -> list[int]:
+        return self._checked(self._framed(self._ids(text)))
+
+    def _framed(self, ids: Sequence[int]) -> list[int]:
         first, last = marks(self.model, self.specials)
-        return self._checked([first, *self._ids(text), *([] if last is None else [last])])
+        return [first, *ids, *([] if last is None else [last])]
 
 
 class Predict(Look):
@@ -239,6 +243,63 @@ class Classify(Predict):
         told = "  ".join(f"{name}: {x:.3f}" for name, x in (p.items() if isinstance(p, dict) else enumerate(p)))
         label = "none" if answer["label"] is None else answer["label"]
         return f"label {label}  ({told})  {answer['text']}"
+
+
+class Tag(Look):
+    """Finds the spans that a tagger is trained to mark. A text of any length is read in windows."""
+
+    wants = "a text to find names in"
+
+    def __init__(self, trained: LoadedModel):
+        super().__init__(trained)
+        self.content = self.model.seq_len - len(super().encode(""))
+        self.compiled = jax.jit(lambda model, ids_BT, at_BT: jax.nn.softmax(model(ids_BT, None, at_BT)))
+
+    def __call__(self, texts: Sequence[str]) -> list[Answer]:
+        words = [list(tags.WORD.finditer(text)) for text in texts]
+        windows = [window for some in words for window in self._windows([match[0] for match in some])]
+        p_NC: list[np.ndarray] = []  # of all words
+        for first in range(0, len(windows), N_ROWS):
+            rows = _filled_up(windows[first : first + N_ROWS])
+            ids_BT, at_BT = (self._padded([list(row[i]) for row in rows]) for i in (0, 1))
+            for (_, at), p_TC in zip(
+                windows[first:], np.asarray(self.compiled(self.trained.model, ids_BT, at_BT)), strict=False
+            ):
+                p_NC += [p_C for k, p_C in zip(at, p_TC, strict=False)]
+        found = iter(p_NC)
+        return [self._answer(text, some, [next(found) for _ in some]) for text, some in zip(texts, words, strict=True)]
+
+    def encode(self, text: str) -> list[int]:
+        return self._ids(text)
+
+    def encode_any(self, text: str) -> list[int]:
+        return super().encode(text)
+
+    def shown(self, answer: Answer) -> str:
+        lines = [
+            f"  {x['type']}  {x['text']}  ({x['start']} to {x['end']}, {x['probability']:.3f})" for x in answer["spans"]
+        ]
+        return "\n".join([answer["text"], *(lines or ["  none"])])
+
+    def _windows(self, words: Sequence[str]) -> Iterator[tuple[list[int], list[int]]]:
+        """Yield the ids of each window of a text, and the position of the first token of each of its words."""
+        nothing = [self.specials.get("unknown", marks(self.model, self.specials)[0])]
+        all_ids = [self._ids(f" {word}") or nothing for word in words]
+        begins = tagged.windows([len(ids) for ids in all_ids], self.content)
+        for begin, end in itertools.pairwise([*begins, len(words)]):
+            some = all_ids[begin:end]
+            ids = list(itertools.chain.from_iterable(some))[: self.content]
+            yield self._framed(ids), np.cumsum([1, *map(len, some)])[:-1].tolist()
+
+    def _answer(self, text: str, words: Sequence[re.Match[str]], p_NC: Sequence[np.ndarray]) -> Answer:
+        task: Any = self.trained.task
+        best = [task.tags[int(p_C.argmax())] for p_C in p_NC]
+        found = []
+        for kind, first, end in tags.spans(best):
+            a, b = words[first].start(), words[end - 1].end()
+            p = min(float(p_C.max()) for p_C in p_NC[first:end])
+            found.append({"type": kind, "start": a, "end": b, "text": text[a:b], "probability": p})
+        return {"text": text, "spans": found}
 
 
 @dataclasses.dataclass(eq=False)

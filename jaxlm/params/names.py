@@ -33,8 +33,8 @@ _MOST_TOLD = 6  # differences in one error message
 def shapes(config: Config, kind: str) -> Shapes:
     """Return torchlm's name and shape of every parameter of a model of heads.py, in model order.
 
-    `kind` is "masked", "causal", "classifier" or BASE. The order is PyTorch's, where a module's own parameters come
-    before those of its parts.
+    `kind` is "masked", "causal", "classifier", "tagger" or BASE. The order is PyTorch's, where a module's own
+    parameters come before those of its parts.
     """
     model, adapted = config.model, lora_products(config.model)
     D, F, V = model.d_model, model.n_hidden, model.vocab_size
@@ -74,6 +74,8 @@ def shapes(config: Config, kind: str) -> Shapes:
         return result
     has_dense = model.head_dense != "none" and kind != "causal"
     dense = linear("head.dense", D, D, model.biases == "all") if has_dense else {}
+    if kind == "tagger":
+        return result | linear("head.linear", D, config.data.n_classes, True)
     if kind == "classifier":
         n_outputs = V if model.head_outputs == "vocabulary" else config.data.n_classes
         return result | dense | linear("head.linear", D, n_outputs, True)

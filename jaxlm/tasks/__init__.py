@@ -6,6 +6,7 @@ from jaxlm.tasks.gpt import Gpt
 from jaxlm.tasks.mlm import Mlm
 from jaxlm.tasks.pairs import Pairs
 from jaxlm.tasks.sst2 import Sst2
+from jaxlm.tasks.tag import Tag
 
 TASKS: dict[str, type[Task]] = {
     "mlm": Mlm,
@@ -13,4 +14,5 @@ TASKS: dict[str, type[Task]] = {
     "sst2": Sst2,
     "cola": Cola,
     "pairs": Pairs,
+    "tag": Tag,
 }

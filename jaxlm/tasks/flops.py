@@ -29,6 +29,8 @@ def n_logits(config: Config, seq_len: int = 0) -> tuple[int, int]:
         own = {} if config.task in parameters.BUILT_IN else parameters.shapes(config)
         n_texts = most_texts(seq_len) if data.pack == "documents" else 1
         return n_texts, own.get("head.linear.bias", (classes,))[0]
+    if kind == "tagger":  # as if each token began a word
+        return seq_len, data.n_classes
     return seq_len if kind == "causal" else max(1, int(data.mask_fraction * seq_len)), model.vocab_size
 
 
@@ -44,7 +46,7 @@ def flops_per_sample(config: Config, seq_len: int = 0) -> int:
     is_trained_below = n < model.n_layers or not is_embedding_frozen or model.final_norm or kind == "masked"
     frozen = n * (layers + adapters) + sum(pairs[:n]) if is_embedding_frozen else n * 2 * layers + 3 * sum(pairs[:n])
     upper = (model.n_layers - n) * ((2 if model.lora_rank else 3) * layers + 3 * adapters) + 3 * sum(pairs[n:])
-    is_output_trained = not (model.tied_embedding and is_embedding_frozen and kind != "classifier")
+    is_output_trained = not (model.tied_embedding and is_embedding_frozen and kind not in ("classifier", "tagger"))
     passes = 1 + is_trained_below + is_output_trained
     return frozen + upper + passes * output
 
@@ -70,7 +72,8 @@ def _products(config: Config, seq_len: int) -> tuple[int, list[int], int, int]:
     # Scores of pairs of positions, and the sums they weight.
     pairs = [2 * 2 * _n_pairs(T, model.window_of(i), is_causal) * HK for i in range(model.n_layers)]
     ends = sum(sum(widths[name]) for name in names.lora_products(model))
-    dense = D * D if model.head_dense != "none" and parameters.model_kind(config.task) != "causal" else 0
+    has_dense = model.head_dense != "none" and parameters.model_kind(config.task) not in ("causal", "tagger")
+    dense = D * D if has_dense else 0
     return layers, pairs, 2 * T * model.lora_rank * ends, 2 * positions * (dense + D * outputs)
 
 

@@ -8,11 +8,20 @@ from jaxlm.params import names
 from jaxlm.params.names import Prefixes, Shapes
 from jaxlm.tasks import TASKS, Task
 
-BUILT_IN = ("mlm", "gpt", "sst2", "cola", "pairs")  # whose models heads.py has; those of other tasks are built to look
+BUILT_IN = (
+    "mlm",
+    "gpt",
+    "sst2",
+    "cola",
+    "pairs",
+    "tag",
+)  # whose models heads.py has; those of other tasks are built to look
 
 
 def model_kind(task: str) -> str:
-    """Return "masked" or "causal" for a language model with outputs for the vocabulary, BASE, else "classifier"."""
+    """Return "masked" or "causal" for a language model with outputs for the vocabulary, "tagger", BASE, or else
+    "classifier".
+    """
     return BASE if task == BASE else TASKS[task].samples.model_kind if task in TASKS else "classifier"
 
 

@@ -25,6 +25,7 @@ OF_TASK: dict[str, dict[str, Any]] = {
     "sst2": {"data.n_labels": 3},
     "pairs": {"tokenizer.kind": "bpe", "model.pad_id": -1},
     "cola": {"model.head_outputs": "vocabulary"},
+    "tag": {"data.n_labels": 3},
 }
 
 

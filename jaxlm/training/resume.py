@@ -109,12 +109,13 @@ class Start:
         names = list(self._fixed())
         if stored["model.positions"] == "learned" or self.is_student:
             names.append("model.seq_len")
-        names.append("model.head_dense")  # the layer before the output is part of some bases' design
+        if model_kind(task) != "tagger":
+            names.append("model.head_dense")  # the layer before the output is part of some bases' design
         if self.is_public():
             names += ["tokenizer.path", "tokenizer.lowercase"]
         values = {name: stored[name] for name in names}
         is_causal = model_kind(stored["task"]) == "causal" or stored["model.pooling"] == "last"
-        if is_causal and model_kind(task) == "classifier":
+        if is_causal and model_kind(task) in ("classifier", "tagger"):
             values["model.pooling"] = "last"
         if not self.is_public() and not storage.is_remote(folder) and (folder / "tokenizer.json").is_file():
             values["tokenizer.path"] = str(folder / "tokenizer.json")

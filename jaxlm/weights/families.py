@@ -8,7 +8,11 @@ from typing import Any
 from jaxlm.config import BASE
 
 CLASSES = "sst2"  # the task of a model that classifies, whatever its classes are
-CLASS_NAMES = {"mlm": "ForMaskedLM", "gpt": "LMHeadModel", CLASSES: "ForSequenceClassification", BASE: "Model"}
+TAGS = "tag"
+CLASS_NAMES = {
+    **{"mlm": "ForMaskedLM", "gpt": "LMHeadModel", CLASSES: "ForSequenceClassification"},
+    **{TAGS: "ForTokenClassification", BASE: "Model"},
+}
 # Keys of config.json, and their only value that is read; where a key is not there, it has this value.
 FIXED = {
     "is_decoder": False,

@@ -24,7 +24,7 @@ from jaxlm.params.names import Arrays, Shapes
 from jaxlm.params.snapshot import Snapshot
 from jaxlm.tasks import parameters
 from jaxlm.weights import formats
-from jaxlm.weights.families import CLASS_NAMES, CLASSES, FAMILIES, FIXED, GELU, UNUSED, UNUSED_KEYS, Family
+from jaxlm.weights.families import CLASS_NAMES, CLASSES, FAMILIES, FIXED, GELU, TAGS, UNUSED, UNUSED_KEYS, Family
 from jaxlm.weights.formats import StoredFile
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -83,12 +83,16 @@ def load(path: Path) -> StoredFile:
         raise UserError(f"{path}: there is no {WEIGHTS}; {_other_weights(path, values)}")
     stored = formats.load_safetensors(path / WEIGHTS)
     tensors = _tensors(family, stored.weights, path / WEIGHTS)
-    task = next(task for task in family.heads if _has_head(family, task, tensors))
+    # One that tags may still have the pooler of its base, as older files do.
+    is_tagger = CLASS_NAMES[TAGS] in str(values.get("architectures"))
+    task = next(x for x in family.heads if _has_head(family, x, tensors) and not (is_tagger and x == CLASSES))
+    if task != CLASSES:
+        tensors = {name: x for name, x in tensors.items() if ".pooler.dense." not in name}
     if task == BASE:  # what is not of it are output layers that are of no use here
         tensors = {name: x for name, x in tensors.items() if name.startswith(family.prefix)}
     settings["task"] = task
-    class_names = _class_names(family, values, tensors, path / CONFIG) if task == CLASSES else []
-    if task == CLASSES:
+    class_names = _class_names(family.heads[task], values, tensors, path / CONFIG) if task in (CLASSES, TAGS) else []
+    if class_names:
         settings["data.n_labels"] = len(class_names)
     fingerprint = None
     if any((path / name).is_file() for name in TOKENIZER):
@@ -171,8 +175,6 @@ def _tensors(family: Family, stored: Mapping[str, np.ndarray], source: Path) -> 
         copy, name = f"{family.output}.{kind}", f"{module}.{kind}"
         if copy in tensors and not np.array_equal(array := tensors.pop(copy), tensors.setdefault(name, array)):
             raise UserError(f"{source}: {copy} is another than {name}, but can be read as the same only")
-    if not _has_head(family, CLASSES, tensors):
-        tensors = {name: x for name, x in tensors.items() if ".pooler.dense." not in name}
     return {name: x for name, x in tensors.items() if not re.search(UNUSED, name)}
 
 
@@ -183,9 +185,9 @@ def _has_head(family: Family, task: str, tensors: Mapping[str, np.ndarray]) -> b
     )
 
 
-def _class_names(family: Family, values: Mapping[str, Any], tensors: Arrays, source: Path) -> list[str]:
+def _class_names(modules: Mapping[str, str], values: Mapping[str, Any], tensors: Arrays, source: Path) -> list[str]:
     """Return the names of the classes by number, those that transformers makes up where they have none."""
-    kind, n = values.get("problem_type"), len(tensors[f"{family.heads[CLASSES]['head.linear']}.weight"])
+    kind, n = values.get("problem_type"), len(tensors[f"{modules['head.linear']}.weight"])
     if kind not in (None, "single_label_classification") or n < 2:
         raise UserError(f"{source}: problem_type={json.dumps(kind)} with {n} outputs: only classes can be read")
     stored = values.get("id2label") or dict(enumerate(_unnamed(n)))
@@ -268,7 +270,8 @@ def _shapes(family: Family, config: Config, places: Mapping[str, list[str]]) -> 
 
 def _task(config: Config) -> str:
     """Return the task that a family has the head by."""
-    return {"causal": "gpt", "masked": "mlm", BASE: BASE}.get(parameters.model_kind(config.task), CLASSES)
+    kinds = {"causal": "gpt", "masked": "mlm", "tagger": TAGS, BASE: BASE}
+    return kinds.get(parameters.model_kind(config.task), CLASSES)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -288,14 +291,14 @@ def check(config: Config, family: Family) -> None:
     if task not in family.heads:
         tasks = [name for name in family.heads if name != BASE]
         raise UserError(
-            f"--as {family.type}: task={config.task}, but a model of {family.type} has {' and '.join(tasks)} only"
+            f"--as {family.type}: task={config.task}, but a model of {family.type} has {', '.join(tasks)} only"
         )
     expected = family.settings | {"lora_rank": 0, "norm": "layernorm", "mlp": "gelu", "biases": "all"}
     expected |= {"qk_norm": False, "window": 0, "first_norm": True}
-    if task == CLASSES:
+    if task in (CLASSES, TAGS):
         expected |= {"head_outputs": "labels", "pooling": "first"}
-        for name in ("tied_embedding", "output_bias"):  # which make no difference to it
-            del expected[name]
+        for name in ("tied_embedding", "output_bias", *(["head_dense"] if task == TAGS else [])):
+            expected.pop(name, None)  # which make no difference to it
     problems = [
         f"model.{name}={stored}, but a model of {family.type} has {value}"
         for name, value in expected.items()
@@ -307,7 +310,7 @@ def check(config: Config, family: Family) -> None:
         problems.append(f"model.n_kv_heads={config.model.n_kv_heads}, but a model of {family.type} has model.n_heads")
     if config.model.head_size * config.model.n_heads != config.model.d_model:
         problems.append(f"model.head_dim={config.model.head_dim}, but a model of {family.type} has d_model / n_heads")
-    if config.model.logit_softcap and task != CLASSES:
+    if config.model.logit_softcap and task not in (CLASSES, TAGS):
         problems.append(f"model.logit_softcap={config.model.logit_softcap}, but a model of {family.type} has none")
     if family.has_positions_behind_pad and config.model.pad_id < 0:
         problems.append(f"model.pad_id={config.model.pad_id}, but positions of {family.type} begin behind its pad_id")
@@ -343,7 +346,7 @@ def write(path: Path, snapshot: Snapshot, family: Family, tokenizer: Tokenizer |
         tensors[family.segments] = np.zeros((2, model.d_model), np.float32)
     if "pad_id" in family.keys and model.pad_id < 0:
         values[family.keys["pad_id"]] = None
-    if task == CLASSES:
+    if task in (CLASSES, TAGS):
         n, class_names = config.data.n_classes, snapshot.info.get("classes") or ()
         if tuple(class_names) in ((), numbered(n)):
             class_names = _unnamed(n)

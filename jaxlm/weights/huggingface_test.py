@@ -26,6 +26,7 @@ from jaxlm.weights.formats import RUN
 TEXTS = ["the cat sat on the mat and the dog sat on the log", "a dog and a cat, both of them old: what they saw"]
 T, D, C = 24, 24, 3
 KINDS = (*("bert", "distilbert", "roberta", "gpt2"), *("bert classes", "distilbert classes", "roberta classes"))
+KINDS += ("bert tags", "distilbert tags", "roberta tags")
 LOGITS = 5e-6  # of the largest; measured: 1.4e-6 between float32s, where each is up to 1.4e-6 from float64
 
 Make = Callable[[str], tuple[Path, Any]]
@@ -73,7 +74,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
                 **common, n_embd=D, n_layer=3, n_head=4, n_positions=T, bos_token_id=None, eos_token_id=None
             ),
         }[family]()
-        task = "sst2" if is_classes else "gpt" if family == "gpt2" else "mlm"
+        task = {"classes": "sst2", "tags": "tag"}[is_classes] if is_classes else "gpt" if family == "gpt2" else "mlm"
         name = f"{FAMILIES[family].name}{CLASS_NAMES[task]}"
         theirs = getattr(transformers, name)(config).eval()
         random = torch.Generator().manual_seed(0)
@@ -82,6 +83,9 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
                 x.copy_(0.3 * torch.randn(x.shape, generator=random) + (x.ndim == 1) * x)
         made[kind] = folder, theirs = tmp_path_factory.mktemp("models") / kind.replace(" ", "_"), theirs
         theirs.save_pretrained(folder)
+        if is_classes == "tags":  # which transformers makes up, but which a tagger cannot have
+            values = json.loads((folder / "config.json").read_text())
+            (folder / "config.json").write_text(json.dumps(values | {"id2label": {"0": "O", "1": "B-X", "2": "I-X"}}))
         tokenization.save(tokenizer, folder / "tokenizer.json")
         return folder, theirs
 
@@ -108,8 +112,9 @@ def of_real(logits: np.ndarray, is_real: np.ndarray) -> np.ndarray:
 def ours(source: Path, tokens: np.ndarray, is_real: np.ndarray) -> np.ndarray:
     import jax
 
-    model, _ = load.load_model(source)
-    return of_real(np.asarray(jax.jit(lambda model, x: model(x))(model, tokens)), is_real)
+    model, config = load.load_model(source)
+    places = [np.tile(np.arange(T), (len(tokens), 1))] if config.task == "tag" else []
+    return of_real(np.asarray(jax.jit(lambda model, x: model(x, None, *places))(model, tokens)), is_real)
 
 
 def apart(a: np.ndarray, b: np.ndarray) -> float:
@@ -143,7 +148,8 @@ def test_logits_are_those_of_transformers(kind: str, make: Make) -> None:
     exact_theirs.load_state_dict(state)
     exact = logits_of(exact_theirs, tokens, is_real)
     with torch.no_grad():
-        got = of_real(twin.double()(torch.from_numpy(tokens).long()).numpy(), is_real)
+        places = [torch.arange(T).expand(len(tokens), T)] if config.task == "tag" else []
+        got = of_real(twin.double()(torch.from_numpy(tokens).long(), None, *places).numpy(), is_real)
     assert apart(got, exact) < 1e-13
 
 
@@ -157,7 +163,8 @@ def test_what_is_written_back_is_loaded_by_transformers_and_here(kind: str, make
     folder, theirs = make(kind)
     run = written(folder, tmp_path / "run")
     back = written(run, tmp_path / "back", "--as", kind.partition(" ")[0])
-    auto = {"mlm": "MaskedLM", "gpt": "CausalLM", "sst2": "SequenceClassification"}[snapshots.load(run).info["task"]]
+    autos = {"mlm": "MaskedLM", "gpt": "CausalLM", "sst2": "SequenceClassification", "tag": "TokenClassification"}
+    auto = autos[snapshots.load(run).info["task"]]
     again = getattr(transformers, f"AutoModelFor{auto}").from_pretrained(back)
     assert type(again) is type(theirs)
     tokens, is_real = inputs(getattr(theirs.config, "pad_token_id", 0) or 0, theirs.config.vocab_size)
@@ -171,7 +178,7 @@ def test_what_is_written_back_is_loaded_by_transformers_and_here(kind: str, make
 @pytest.mark.parametrize(
     ("family", "task", "settings", "message"),
     [
-        ("bert", "gpt", {}, "--as bert: task=gpt, but a model of bert has mlm and sst2 only"),
+        ("bert", "gpt", {}, "--as bert: task=gpt, but a model of bert has mlm, sst2, tag only"),
         ("gpt2", "mlm", {}, "--as gpt2: task=mlm, but a model of gpt2 has gpt only"),
         ("gpt2", "gpt", {"model.positions": "rotary"}, "model.positions=rotary, but a model of gpt2 has learned"),
         ("gpt2", "gpt", {"model.positions": "fixed"}, "model.final_norm=False, but a model of gpt2 has True"),

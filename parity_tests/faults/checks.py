@@ -67,6 +67,8 @@ CHECKS: dict[str, Callable[[type[Package]], list[Row]]] = {
         references, lambda: references.blocks("gpt", references.scaled_dot_product_attention)
     ),
     "BERT of transformers": of_one(references, references.bert),
+    "BERT of transformers that tags": of_one(references, lambda: references.bert("tag")),
+    "spans of seqeval": of_one(references, references.spans),
     "GPT-2 of transformers": of_one(references, references.gpt2),
     "GPT-2 of transformers that classifies": of_one(references, lambda: references.gpt2("sst2")),
     "GPT-2 of transformers that answers": of_one(references, lambda: references.gpt2("pairs")),

@@ -13,6 +13,7 @@ from jaxlm import schedule as jax_schedule
 from jaxlm import step as jax_step
 from jaxlm.data.packing import PackedSamples
 from jaxlm.data.samples import PairSamples
+from jaxlm.data.tagged import TaggedSamples
 from jaxlm.ops import activations as jax_activations
 from jaxlm.ops import dropout as jax_dropout
 from jaxlm.ops import layers as jax_layers
@@ -22,6 +23,7 @@ from jaxlm.ops import token_positions as jax_positions
 from jaxlm.params import frozen, names
 from jaxlm.tasks.gpt import Gpt as JaxGpt
 from jaxlm.tasks.mlm import Mlm as JaxMlm
+from jaxlm.tasks.tag import Tag as JaxTag
 from parity_tests.faults.planting import Pair
 from torchlm import distill as torch_distill
 from torchlm import heads as torch_heads
@@ -37,6 +39,7 @@ from torchlm.ops import plain_attention as torch_attention
 from torchlm.ops import token_positions as torch_positions
 from torchlm.tasks.gpt import Gpt as TorchGpt
 from torchlm.tasks.mlm import Mlm as TorchMlm
+from torchlm.tasks.tag import Tag as TorchTag
 
 framework_norm = Pair(nnx.LayerNorm.__call__, LayerNorm.forward)
 framework_rms_norm = Pair(nnx.RMSNorm.__call__, RMSNorm.forward)
@@ -74,6 +77,7 @@ cross_entropy = Pair(jax_loss.cross_entropy, torch_loss.cross_entropy)
 gpt_loss = Pair(JaxGpt.loss, TorchGpt.loss)
 lm_loss = jax_heads.LanguageModel.loss
 mlm_loss = Pair(JaxMlm.loss, TorchMlm.loss)
+tag_totals = Pair(JaxTag.totals, TorchTag.totals)
 distilled = Pair(jax_distill.loss, torch_distill.loss)
 soft_loss = Pair(jax_distill.soft_loss, torch_distill.soft_loss)
 cosine_loss = Pair(jax_distill.cosine_loss, torch_distill.cosine_loss)
@@ -96,4 +100,5 @@ to_jax = names.to_jax
 positions = Pair(position_tables.fixed_positions, position_tables.fixed_positions)
 frequencies = Pair(position_tables.frequencies, position_tables.frequencies)
 pairs = Pair(PairSamples.batch, PairSamples.batch)
+tagged_rows = Pair(TaggedSamples.batch, TaggedSamples.batch)
 packed_rows = Pair(PackedSamples.batch, PackedSamples.batch)

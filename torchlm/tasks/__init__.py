@@ -6,6 +6,7 @@ from torchlm.tasks.gpt import Gpt
 from torchlm.tasks.mlm import Mlm
 from torchlm.tasks.pairs import Pairs
 from torchlm.tasks.sst2 import Sst2
+from torchlm.tasks.tag import Tag
 
 TASKS: dict[str, type[Task]] = {
     "mlm": Mlm,
@@ -13,4 +14,5 @@ TASKS: dict[str, type[Task]] = {
     "sst2": Sst2,
     "cola": Cola,
     "pairs": Pairs,
+    "tag": Tag,
 }
