@@ -65,7 +65,7 @@ class Jaxlm:
 
     def __init__(self, config: Config, weights: Arrays, precision: Precision, seed: int = 0):
         self.config, self.is_double = config, precision == "float64"
-        self.task = jax_tasks.TASKS[config.task](config)
+        self.task: Any = jax_tasks.TASKS[config.task](config)
         self.task.dtype = {"float64": jnp.float64, "float32": jnp.float32, "bfloat16": jnp.bfloat16}[precision]
         self.key = jax.random.key(seed)
         with self._precision():
@@ -176,7 +176,7 @@ class Torchlm:
 
     def __init__(self, config: Config, weights: Arrays, precision: Precision, seed: int = 0):
         self.config, self.key, self.is_double = config, seed, precision == "float64"
-        self.task = torch_tasks.TASKS[config.task](config)
+        self.task: Any = torch_tasks.TASKS[config.task](config)
         self.task.dtype = {"bfloat16": torch.bfloat16}.get(precision, torch.float32)
         self.model = self.task.build_model(torch.Generator().manual_seed(0))
         if self.is_double:

@@ -247,10 +247,11 @@ def bert(task: str = "mlm") -> list[Row]:
     changes = {"model.post_norm": True, "model.embedding_norm": True, "model.head_dense": "bert"}
     config = config_of(task, **TIED, **changes, **{"model.norm_epsilon": 1e-12, "data.n_labels": 5})
     model, weights = config.model, random_weights(config, 9)
+    undeclared: dict[str, Any] = {"num_labels": config.data.n_classes}
     bert_class: Any = transformers.BertForTokenClassification if task == "tag" else transformers.BertForMaskedLM
     theirs = bert_class(
         transformers.BertConfig(
-            num_labels=config.data.n_classes,
+            **undeclared,
             vocab_size=model.vocab_size,
             max_position_embeddings=model.seq_len,
             hidden_size=model.d_model,
@@ -294,7 +295,7 @@ def bert(task: str = "mlm") -> list[Row]:
     want = _of_transformers(theirs, state, written_out, lambda gradients: {b: gradients[a] for a, b in renamed.items()})
     if task == "tag":  # ours has logits of words alone
         want = dataclasses.replace(
-            want, logits=np.take_along_axis(want.logits, np.int64(batch["positions"])[..., None], axis=1)
+            want, logits=np.take_along_axis(want.logits, batch["positions"][..., None].astype(np.int64), axis=1)
         )
     # Its pad row, which is tied to the output as well, has the gradient of an output only, as ours has.
     return _compare(f"{task} as transformers' BERT", config, weights, batch, want)
