@@ -117,13 +117,19 @@ class ModelConfig:
     d_ff: Count = 0  # hidden units of the feed-forward; 0: 4 x d_model
     biases: Literal["all", "attention", "feed_forward", "none"] = "all"  # which linear layers of a block have a bias
     initialization: Literal["original", "gpt2", "modernbert", "llama"] = "original"  # distribution of start values
-    head_dense: Literal["none", "bert", "distilbert"] = "none"  # dense layer before the output: GELU (mlm), tanh, ReLU
+    # Layers before the output. none: a norm (mlm); bert: dense, GELU, norm (mlm) or dense, tanh (classes); distilbert:
+    # likewise with ReLU; modernbert: dense, GELU, norm; eurobert: dense, GELU (classes); ultrabert: two of these (mlm).
+    head_dense: Literal["none", "bert", "distilbert", "modernbert", "eurobert", "ultrabert"] = "none"
+    head_hidden: Count = 0  # hidden units between the two layers of head_dense=ultrabert; 0: d_model
     output_bias: bool = True  # bias of the vocabulary's logits; false: it stays zero, as GPT-2 and Llama have none
     logit_softcap: Annotated[float, Meta(ge=0, le=1e6)] = 0.0  # c: the vocabulary's logits are c tanh(x / c); 0: x
     z_loss: Rate = 0.0  # weight in training of the squared logarithm of the softmax's denominator; PaLM: 1e-4
     pad_id: Annotated[int, Meta(ge=-1, le=MOST)] = 0  # token id of padding, which attention and loss ignore; -1: none
     head_outputs: Literal["labels", "vocabulary"] = "labels"  # one per class, or per token, a bug of the original
-    pooling: Literal["first", "last"] = "first"  # token that a classifier reads; last: for a causal model
+    # What a classifier reads: the first token; the last, in a causal model; mean: the mean of all; late: the mean of
+    # the logits of all.
+    pooling: Literal["first", "last", "mean", "late"] = "first"
+    classifier_bias: bool = True  # bias of the logits of classes; false: none, as in Llama
     attention: Literal["auto", "plain", "fused"] = "auto"  # fused: one kernel; auto: fused where possible
     remat: Literal["none", "dots", "full"] = "none"  # rematerialization: none, all but matmuls, or everything
     frozen_embedding: bool = False  # freeze the token embedding, a tied output layer, and learned positions

@@ -19,6 +19,7 @@ from jaxlm.ops.activations import gelu
 from jaxlm.ops.chunked_loss import by_chunks
 from jaxlm.ops.layers import Linear, norm, residual_std, start
 from jaxlm.parallel import BATCH, constrain, is_one_device
+from jaxlm.params.names import has_head_bias, head_layers
 
 
 def head_linear(
@@ -28,13 +29,17 @@ def head_linear(
     rngs: nnx.Rngs,
     has_bias: bool = True,
     is_classifier: bool = False,
+    n_in: int = 0,
 ) -> Linear:
-    """Return a linear layer of hidden states that starts with zero bias; the original's weights are normal(0, 0.02)."""
+    """Return a linear layer of `n_in` or d_model numbers, with zero bias at first.
+
+    The original's weights are normal(0, 0.02).
+    """
     std = 0.02
     if config.initialization == "modernbert":
         std = config.d_model**-0.5 if is_classifier else residual_std(config)
     return Linear(
-        config.d_model,
+        n_in or config.d_model,
         n_out,
         use_bias=has_bias,
         kernel_init=start(config, std),
@@ -49,16 +54,35 @@ def soft_capped(logits: Array, cap: float) -> Array:
     return cap * jnp.tanh(logits / cap) if cap else logits
 
 
-class LanguageModelHead(nnx.Module):
-    """Hidden states to vocabulary logits; a norm first if `has_norm` (mlm), before it the dense layer of BERT."""
+class Head(nnx.Module):
+    """The layers before an output that model.head_dense has for a kind of model (params/names.py)."""
 
-    def __init__(self, config: ModelConfig, has_norm: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.config, self.is_tied, self.has_norm, self.dtype = config, config.tied_embedding, has_norm, dtype
-        self.has_dense = has_norm and config.head_dense != "none"
-        if self.has_dense:
-            self.dense = head_linear(config, config.d_model, dtype, rngs, config.biases == "all")
-        if has_norm:
-            self.layernorm = norm(config, rngs)
+    def __init__(self, config: ModelConfig, kind: str, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.config, self.kind, self.dtype = config, kind, dtype
+        for name, (n_in, n_out) in head_layers(config, kind).items():
+            if name == "layernorm":
+                self.layernorm = norm(config, rngs)
+            else:
+                setattr(self, name, head_linear(config, n_out, dtype, rngs, has_head_bias(config), n_in=n_in))
+
+    def prepared(self, x: Array) -> Array:
+        """Return hidden states as the output layer reads them."""
+        for name in head_layers(self.config, self.kind):
+            x = self.layernorm(x) if name == "layernorm" else self.activation(getattr(self, name)(x))
+        return x
+
+    def activation(self, x: Array) -> Array:
+        if self.kind != "classifier" or self.config.head_dense in ("modernbert", "eurobert"):
+            return gelu(x, self.config.gelu)
+        return jnp.tanh(x) if self.config.head_dense == "bert" else jax.nn.relu(x)
+
+
+class LanguageModelHead(Head):
+    """Hidden states to vocabulary logits."""
+
+    def __init__(self, config: ModelConfig, kind: str, dtype: jnp.dtype, rngs: nnx.Rngs):
+        super().__init__(config, kind, dtype, rngs)
+        self.is_tied = config.tied_embedding
         if self.is_tied:
             self.bias = nnx.Param(jnp.zeros(config.vocab_size))
         else:
@@ -66,10 +90,7 @@ class LanguageModelHead(nnx.Module):
 
     @jax.named_scope("output layer")
     def __call__(self, x_BTD: Array, table_VD: Array | None) -> Array:
-        if self.has_dense:
-            x_BTD = gelu(self.dense(x_BTD), self.config.gelu)
-        if self.has_norm:
-            x_BTD = self.layernorm(x_BTD)
+        x_BTD = self.prepared(x_BTD)
         if self.is_tied:
             assert table_VD is not None, "it is the output layer"
             bias_V = self.bias[...] * self.config.output_bias
@@ -84,7 +105,7 @@ class LanguageModel(nnx.Module):
 
     def __init__(self, config: ModelConfig, is_causal: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.base = Transformer(config, is_causal, dtype, rngs)
-        self.head = LanguageModelHead(config, not is_causal, dtype, rngs)
+        self.head = LanguageModelHead(config, "causal" if is_causal else "masked", dtype, rngs)
 
     def __call__(
         self,
@@ -126,40 +147,42 @@ class LanguageModel(nnx.Module):
         return by_chunks(totals_of, (state, table_VD), x_RD, labels_BM.reshape(-1))
 
 
-class ClassifierHead(nnx.Module):
-    """Hidden state of one position, 0 ([CLS]) or `positions`, to class logits [B, C]; BERT's dense layer is between.
+class ClassifierHead(Head):
+    """Hidden state of one position, 0 ([CLS]) or `positions`, or the mean over a text, to class logits [B, C].
 
-    With `positions` [B, N], those of packed rows, to logits [B, N, C].
+    With `positions` [B, N], those of packed rows, to logits [B, N, C]. `shares` [B, T], or of such rows [B, N, T], are
+    the parts of positions in the mean of a text (model.pooling: mean, late).
     """
 
-    def __init__(self, config: ModelConfig, n_outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.config = config
-        if config.head_dense != "none":
-            self.dense = head_linear(config, config.d_model, dtype, rngs, config.biases == "all")
-        self.linear = head_linear(config, n_outputs, dtype, rngs, is_classifier=True)
+    def __init__(self, config: ModelConfig, n_outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs, kind: str = "classifier"):
+        super().__init__(config, kind, dtype, rngs)
+        has_bias = config.classifier_bias or kind == "tagger"
+        self.linear = head_linear(config, n_outputs, dtype, rngs, has_bias, is_classifier=True)
 
     @jax.named_scope("output layer")
-    def __call__(self, x_BTD: Array, positions: Array | None) -> Array:
-        if positions is None:
+    def __call__(self, x_BTD: Array, positions: Array | None, shares: Array | None = None) -> Array:
+        if shares is not None and self.config.pooling == "late":
+            return _mean(self.linear(self.prepared(x_BTD)), shares)
+        if shares is not None:
+            x_BD = _mean(x_BTD, shares)
+        elif positions is None:
             x_BD = x_BTD[:, 0]
         elif positions.ndim == 1:
             x_BD = jnp.take_along_axis(x_BTD, positions[:, None, None], axis=1).squeeze(1)
         else:
             x_BD = _at(x_BTD, positions)
-        if self.config.head_dense != "none":
-            activation = jnp.tanh if self.config.head_dense == "bert" else jax.nn.relu
-            x_BD = activation(self.dense(x_BD))
-        return self.linear(x_BD)
+        return self.linear(self.prepared(x_BD))
 
 
 class Classifier(nnx.Module):
-    """Token ids to class logits [B, C]: bidirectional and read at the first token, or causal and read at the last."""
+    """Token ids to class logits [B, C]: bidirectional and read at the first token or all, or causal, at the last."""
 
-    def __init__(self, config: ModelConfig, n_labels: int, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, n_labels: int, dtype: jnp.dtype, rngs: nnx.Rngs, kind: str = "classifier"):
         self.is_causal = config.pooling == "last"
+        self.is_mean = config.pooling in ("mean", "late") and kind == "classifier"
         self.base = Transformer(config, self.is_causal, dtype, rngs)
         n_outputs = config.vocab_size if config.head_outputs == "vocabulary" else n_labels
-        self.head = ClassifierHead(config, n_outputs, dtype, rngs)
+        self.head = ClassifierHead(config, n_outputs, dtype, rngs, kind)
 
     def __call__(
         self,
@@ -177,18 +200,35 @@ class Classifier(nnx.Module):
         has_several = positions is not None and positions.ndim == 2
         assert has_several or self.is_causal == (positions is not None), "the last tokens go with model.pooling=last"
         x_BTD = self.base(tokens_BT, key, segments_BT)
-        logits = self.head(x_BTD, positions)
+        shares = self._shares(tokens_BT, positions, segments_BT) if self.is_mean else None
+        logits = self.head(x_BTD, positions, shares)
         return (logits, x_BTD) if with_hidden else logits
+
+    def _shares(self, tokens_BT: Array, positions: Array | None, segments_BT: Array | None) -> Array:
+        """Return the part of each position in the mean of its text, [B, T], or of packed rows [B, N, T]."""
+        is_text = tokens_BT != self.base.config.pad_id
+        if segments_BT is not None:
+            assert positions is not None, "they say which texts there are"
+            text_BN = jnp.take_along_axis(segments_BT, positions, axis=1)
+            is_text = is_text[:, None] & (segments_BT[:, None] == text_BN[..., None])
+        return is_text / jnp.maximum(is_text.sum(axis=-1, keepdims=True), 1)
 
 
 class BaseModel(nnx.Module):
-    """Token ids to hidden states [B, T, D]: a bidirectional Transformer without an output layer."""
+    """Token ids to hidden states [B, T, D]: a Transformer without an output layer, causal with model.pooling=last."""
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.base = Transformer(config, False, dtype, rngs)
+        self.base = Transformer(config, config.pooling == "last", dtype, rngs)
 
     def __call__(self, tokens_BT: Array, key: Array | None = None) -> Array:
         return self.base(tokens_BT, key)
+
+
+def _mean(x_BTD: Array, shares: Array) -> Array:
+    """Return the mean [B, D], or [B, N, D], of positions with such shares."""
+    if shares.ndim == 2:
+        return jnp.sum(x_BTD * shares[..., None], axis=1)
+    return jnp.einsum("BNT,BTD->BND", shares, x_BTD, precision=jax.lax.Precision.HIGHEST)
 
 
 def _at(x_BTD: Array, positions_BM: Array | None) -> Array:

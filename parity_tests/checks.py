@@ -134,7 +134,7 @@ _BLOCKS = {
 # checked in one masked and one causal task.
 _OF_HEADS = {
     *("data.n_labels", "model.pooling", "model.pad_id", "model.head_outputs", "model.head_dense", "model.output_bias"),
-    *("model.tied_embedding", "model.logit_softcap", "model.z_loss"),
+    *("model.tied_embedding", "model.logit_softcap", "model.z_loss", "model.head_hidden", "model.classifier_bias"),
 }
 _TASKS_OF_BLOCKS = ("mlm", "gpt")
 _PACKED: dict[str, tuple[str, bool, dict[str, Any]]] = {
@@ -143,6 +143,8 @@ _PACKED: dict[str, tuple[str, bool, dict[str, Any]]] = {
     "pairs, no pad": ("pairs", False, {"model.pad_id": -1}),
     "sst2": ("sst2", False, {}),
     "sst2, the last token": ("sst2", False, inputs.OPTIONS["the last token"]),
+    "sst2, the mean": ("sst2", False, inputs.OPTIONS["parts of ModernBERT"]),
+    "sst2, the mean of logits": ("sst2", False, inputs.OPTIONS["parts of EuroBERT"]),
     "mlm, distilled": ("mlm", True, {}),
     "sst2, distilled": ("sst2", True, {"data.n_labels": 3}),
 }

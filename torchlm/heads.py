@@ -10,19 +10,28 @@ import torch
 from torch import Tensor, nn
 
 from jaxlm.config import ModelConfig
+from jaxlm.params.names import has_head_bias, head_layers
 from torchlm.model import Transformer
 from torchlm.ops.activations import gelu
 from torchlm.ops.layers import norm, residual_std, start
 
 
 def head_linear(
-    config: ModelConfig, n_out: int, rngs: torch.Generator, has_bias: bool = True, is_classifier: bool = False
+    config: ModelConfig,
+    n_out: int,
+    rngs: torch.Generator,
+    has_bias: bool = True,
+    is_classifier: bool = False,
+    n_in: int = 0,
 ) -> nn.Linear:
-    """Return a linear layer of hidden states that starts with zero bias; the original's weights are normal(0, 0.02)."""
+    """Return a linear layer of `n_in` or d_model numbers, with zero bias at first.
+
+    The original's weights are normal(0, 0.02).
+    """
     std = 0.02
     if config.initialization == "modernbert":
         std = config.d_model**-0.5 if is_classifier else residual_std(config)
-    layer = nn.utils.skip_init(nn.Linear, config.d_model, n_out, bias=has_bias)
+    layer = nn.utils.skip_init(nn.Linear, n_in or config.d_model, n_out, bias=has_bias)
     start(layer.weight, config, rngs, std)
     if has_bias:
         nn.init.zeros_(layer.bias)
@@ -34,27 +43,43 @@ def soft_capped(logits: Tensor, cap: float) -> Tensor:
     return cap * torch.tanh(logits / cap) if cap else logits
 
 
-class LanguageModelHead(nn.Module):
-    """Hidden states to vocabulary logits; a norm first if `has_norm` (mlm), before it the dense layer of BERT."""
+class Head(nn.Module):
+    """The layers before an output that model.head_dense has for a kind of model (params/names.py)."""
 
-    def __init__(self, config: ModelConfig, has_norm: bool, rngs: torch.Generator):
+    def __init__(self, config: ModelConfig, kind: str, rngs: torch.Generator):
         super().__init__()
-        self.config, self.is_tied, self.has_norm = config, config.tied_embedding, has_norm
-        self.has_dense = has_norm and config.head_dense != "none"
-        if self.has_dense:
-            self.dense = head_linear(config, config.d_model, rngs, config.biases == "all")
-        if has_norm:
-            self.layernorm = norm(config)
+        self.config, self.kind = config, kind
+        for name, (n_in, n_out) in head_layers(config, kind).items():
+            if name == "layernorm":
+                self.layernorm = norm(config)
+            else:
+                setattr(self, name, head_linear(config, n_out, rngs, has_head_bias(config), n_in=n_in))
+
+    def prepared(self, x: Tensor) -> Tensor:
+        """Return hidden states as the output layer reads them."""
+        for name in head_layers(self.config, self.kind):
+            x = self.layernorm(x) if name == "layernorm" else self.activation(getattr(self, name)(x))
+        return x
+
+    def activation(self, x: Tensor) -> Tensor:
+        if self.kind != "classifier" or self.config.head_dense in ("modernbert", "eurobert"):
+            return gelu(x, self.config.gelu)
+        return torch.tanh(x) if self.config.head_dense == "bert" else torch.relu(x)
+
+
+class LanguageModelHead(Head):
+    """Hidden states to vocabulary logits."""
+
+    def __init__(self, config: ModelConfig, kind: str, rngs: torch.Generator):
+        super().__init__(config, kind, rngs)
+        self.is_tied = config.tied_embedding
         if self.is_tied:
             self.bias = nn.Parameter(torch.zeros(config.vocab_size))
         else:
             self.linear = head_linear(config, config.vocab_size, rngs, config.output_bias)
 
     def forward(self, x_BTD: Tensor, table_VD: Tensor) -> Tensor:
-        if self.has_dense:
-            x_BTD = gelu(self.dense(x_BTD), self.config.gelu)
-        if self.has_norm:
-            x_BTD = self.layernorm(x_BTD)
+        x_BTD = self.prepared(x_BTD)
         if self.is_tied:
             bias_V = self.bias * self.config.output_bias
             logits_BTV = nn.functional.linear(x_BTD, table_VD, bias_V)
@@ -70,7 +95,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.dtype = dtype
         self.base = Transformer(config, is_causal, rngs)
-        self.head = LanguageModelHead(config, not is_causal, rngs)
+        self.head = LanguageModelHead(config, "causal" if is_causal else "masked", rngs)
 
     def forward(
         self,
@@ -90,42 +115,45 @@ class LanguageModel(nn.Module):
         return (logits, x_BTD) if with_hidden else logits
 
 
-class ClassifierHead(nn.Module):
-    """Hidden state of one position, 0 ([CLS]) or `positions`, to class logits [B, C]; BERT's dense layer is between.
+class ClassifierHead(Head):
+    """Hidden state of one position, 0 ([CLS]) or `positions`, or the mean over a text, to class logits [B, C].
 
-    With `positions` [B, N], those of packed rows, to logits [B, N, C].
+    With `positions` [B, N], those of packed rows, to logits [B, N, C]. `shares` [B, T], or of such rows [B, N, T], are
+    the parts of positions in the mean of a text (model.pooling: mean, late).
     """
 
-    def __init__(self, config: ModelConfig, n_outputs: int, rngs: torch.Generator):
-        super().__init__()
-        self.config = config
-        if config.head_dense != "none":
-            self.dense = head_linear(config, config.d_model, rngs, config.biases == "all")
-        self.linear = head_linear(config, n_outputs, rngs, is_classifier=True)
+    def __init__(self, config: ModelConfig, n_outputs: int, rngs: torch.Generator, kind: str = "classifier"):
+        super().__init__(config, kind, rngs)
+        has_bias = config.classifier_bias or kind == "tagger"
+        self.linear = head_linear(config, n_outputs, rngs, has_bias, is_classifier=True)
 
-    def forward(self, x_BTD: Tensor, positions: Tensor | None) -> Tensor:
-        if positions is None:
+    def forward(self, x_BTD: Tensor, positions: Tensor | None, shares: Tensor | None = None) -> Tensor:
+        if shares is not None and self.config.pooling == "late":
+            return _mean(self.linear(self.prepared(x_BTD)), shares)
+        if shares is not None:
+            x_BD = _mean(x_BTD, shares)
+        elif positions is None:
             x_BD = x_BTD[:, 0]
         elif positions.ndim == 1:
             x_BD = x_BTD.take_along_dim(positions[:, None, None], dim=1).squeeze(1)
         else:
             x_BD = _at(x_BTD, positions)
-        if self.config.head_dense != "none":
-            activation = torch.tanh if self.config.head_dense == "bert" else torch.relu
-            x_BD = activation(self.dense(x_BD))
-        return self.linear(x_BD)
+        return self.linear(self.prepared(x_BD))
 
 
 class Classifier(nn.Module):
-    """Token ids to class logits [B, C]: bidirectional and read at the first token, or causal and read at the last."""
+    """Token ids to class logits [B, C]: bidirectional and read at the first token or all, or causal, at the last."""
 
-    def __init__(self, config: ModelConfig, n_labels: int, dtype: torch.dtype, rngs: torch.Generator):
+    def __init__(
+        self, config: ModelConfig, n_labels: int, dtype: torch.dtype, rngs: torch.Generator, kind: str = "classifier"
+    ):
         super().__init__()
         self.dtype = dtype
         self.is_causal = config.pooling == "last"
+        self.is_mean = config.pooling in ("mean", "late") and kind == "classifier"
         self.base = Transformer(config, self.is_causal, rngs)
         n_outputs = config.vocab_size if config.head_outputs == "vocabulary" else n_labels
-        self.head = ClassifierHead(config, n_outputs, rngs)
+        self.head = ClassifierHead(config, n_outputs, rngs, kind)
 
     def forward(
         self,
@@ -144,21 +172,39 @@ class Classifier(nn.Module):
         assert has_several or self.is_causal == (positions is not None), "the last tokens go with model.pooling=last"
         with _autocast(tokens_BT.device, self.dtype):
             x_BTD = self.base(tokens_BT, segments_BT)
-            logits = self.head(x_BTD, positions)
+            shares = self._shares(tokens_BT, positions, segments_BT) if self.is_mean else None
+            logits = self.head(x_BTD, positions, shares)
         return (logits, x_BTD) if with_hidden else logits
+
+    def _shares(self, tokens_BT: Tensor, positions: Tensor | None, segments_BT: Tensor | None) -> Tensor:
+        """Return the part of each position in the mean of its text, [B, T], or of packed rows [B, N, T]."""
+        is_text = tokens_BT != self.base.config.pad_id
+        if segments_BT is not None:
+            assert positions is not None, "they say which texts there are"
+            text_BN = segments_BT.take_along_dim(positions, dim=1)
+            is_text = is_text[:, None] & (segments_BT[:, None] == text_BN[..., None])
+        shares = is_text.to(self.base.embedding.token.weight.dtype)
+        return shares / shares.sum(dim=-1, keepdim=True).clamp(min=1)
 
 
 class BaseModel(nn.Module):
-    """Token ids to hidden states [B, T, D]: a bidirectional Transformer without an output layer."""
+    """Token ids to hidden states [B, T, D]: a Transformer without an output layer, causal with model.pooling=last."""
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, rngs: torch.Generator):
         super().__init__()
         self.dtype = dtype
-        self.base = Transformer(config, False, rngs)
+        self.base = Transformer(config, config.pooling == "last", rngs)
 
     def forward(self, tokens_BT: Tensor, key: None = None) -> Tensor:
         with _autocast(tokens_BT.device, self.dtype):
             return self.base(tokens_BT)
+
+
+def _mean(x_BTD: Tensor, shares: Tensor) -> Tensor:
+    """Return the mean [B, D], or [B, N, D], of positions with such shares."""
+    if shares.ndim == 2:
+        return torch.sum(x_BTD * shares[..., None], dim=1)
+    return torch.einsum("BNT,BTD->BND", shares, x_BTD)
 
 
 def _at(x_BTD: Tensor, positions_BM: Tensor | None) -> Tensor:

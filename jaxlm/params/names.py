@@ -27,6 +27,14 @@ _WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod|_forward_module|_fsdp_wrappe
 _OUTER = re.compile(r"(?!head\.)(.+?\.)??(base|((bert|distilbert|roberta)\.)?embeddings|(transformer\.)?wte)\.")
 _LORA = ("lora_a", "lora_b")
 _TRANSPOSED = ("kernel", *_LORA)
+_HEAD_LAYERS: dict[str, dict[str, tuple[str, ...]]] = {  # by model.head_dense and kind of model
+    "none": {"masked": ("layernorm",)},
+    "bert": {"masked": ("dense", "layernorm"), "classifier": ("dense",)},
+    "distilbert": {"masked": ("dense", "layernorm"), "classifier": ("dense",)},
+    "modernbert": dict.fromkeys(("masked", "causal", "classifier", "tagger"), ("dense", "layernorm")),
+    "eurobert": {"classifier": ("dense",)},
+    "ultrabert": {"masked": ("dense", "dense2")},
+}
 _MOST_TOLD = 6  # differences in one error message
 
 
@@ -72,19 +80,31 @@ def shapes(config: Config, kind: str) -> Shapes:
         result |= norm("base.final_norm")
     if kind == BASE:
         return result
-    has_dense = model.head_dense != "none" and kind != "causal"
-    dense = linear("head.dense", D, D, model.biases == "all") if has_dense else {}
+    if model.tied_embedding and kind not in ("classifier", "tagger"):
+        result["head.bias"] = (V,)
+    for name, (n_in, n_out) in head_layers(model, kind).items():
+        is_norm = name == "layernorm"
+        result |= norm("head.layernorm") if is_norm else linear(f"head.{name}", n_in, n_out, has_head_bias(model))
     if kind == "tagger":
         return result | linear("head.linear", D, config.data.n_classes, True)
     if kind == "classifier":
         n_outputs = V if model.head_outputs == "vocabulary" else config.data.n_classes
-        return result | dense | linear("head.linear", D, n_outputs, True)
-    if model.tied_embedding:
-        result["head.bias"] = (V,)
-    result |= dense
-    if kind == "masked":
-        result |= norm("head.layernorm")
+        return result | linear("head.linear", D, n_outputs, model.classifier_bias)
     return result if model.tied_embedding else result | linear("head.linear", D, V, model.output_bias)
+
+
+def head_layers(model: ModelConfig, kind: str) -> dict[str, tuple[int, int]]:
+    """Return the layers before the output by name, and the widths of what goes in and out; `kind` as in `shapes`."""
+    D, H = model.d_model, model.head_hidden or model.d_model
+    widths = {"dense": (D, D), "layernorm": (D, D)}
+    if model.head_dense == "ultrabert":
+        widths = {"dense": (D, H), "dense2": (H, D)}
+    return {name: widths[name] for name in _HEAD_LAYERS[model.head_dense].get(kind, ())}
+
+
+def has_head_bias(model: ModelConfig) -> bool:
+    """Return whether the dense layers before the output have a bias."""
+    return model.biases == "all" or model.head_dense == "eurobert"
 
 
 def shapes_of_tree(tree: Mapping[str, Any]) -> Shapes:
@@ -185,18 +205,32 @@ def unwrapped(state: Mapping[str, Any], source: str) -> dict[str, Any]:
 
     Raises UserError, which begins with `source`, if it is of several models.
     """
+    result = without_wrappers(state, source)
+    prefix = max((found[1] or "" for name in result if (found := _OUTER.match(name))), key=len, default="")
+    return without_prefix(result, prefix, source)
+
+
+def without_wrappers(state: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Return a state dict without what DataParallel, torch.compile and the like put into its names.
+
+    Raises UserError, which begins with `source`, if a name is there twice then.
+    """
     result: dict[str, Any] = {}
     for name, x in state.items():
         if (plain := _WRAPPERS.sub("", name)) in result:
             raise UserError(f"{source}: has {plain} twice, once as {name}; save the state dict of one model")
         result[plain] = x
-    if prefix := max((found[1] or "" for name in result if (found := _OUTER.match(name))), key=len, default=""):
-        if others := [name for name in result if not name.startswith(prefix)]:
-            raise UserError(
-                f"{source}: some names begin with {prefix}, not {others[0]}; save the state dict of one model"
-            )
-        result = {name.removeprefix(prefix): x for name, x in result.items()}
     return result
+
+
+def without_prefix(state: dict[str, Any], prefix: str, source: str) -> dict[str, Any]:
+    """Return a state dict without what all its names begin with.
+
+    Raises UserError, which begins with `source`, if one does not begin so.
+    """
+    if others := [name for name in state if not name.startswith(prefix)]:
+        raise UserError(f"{source}: some names begin with {prefix}, not {others[0]}; save the state dict of one model")
+    return {name.removeprefix(prefix): x for name, x in state.items()}
 
 
 def exact(array: np.ndarray) -> np.ndarray:

@@ -28,7 +28,7 @@ def n_logits(config: Config, seq_len: int = 0) -> tuple[int, int]:
         classes = model.vocab_size if model.head_outputs == "vocabulary" else data.n_classes
         own = {} if config.task in parameters.BUILT_IN else parameters.shapes(config)
         n_texts = most_texts(seq_len) if data.pack == "documents" else 1
-        return n_texts, own.get("head.linear.bias", (classes,))[0]
+        return n_texts, own.get("head.linear.weight", (classes,))[0]
     if kind == "tagger":  # as if each token began a word
         return seq_len, data.n_classes
     return seq_len if kind == "causal" else max(1, int(data.mask_fraction * seq_len)), model.vocab_size
@@ -72,8 +72,10 @@ def _products(config: Config, seq_len: int) -> tuple[int, list[int], int, int]:
     # Scores of pairs of positions, and the sums they weight.
     pairs = [2 * 2 * _n_pairs(T, model.window_of(i), is_causal) * HK for i in range(model.n_layers)]
     ends = sum(sum(widths[name]) for name in names.lora_products(model))
-    has_dense = model.head_dense != "none" and parameters.model_kind(config.task) not in ("causal", "tagger")
-    dense = D * D if has_dense else 0
+    head = names.head_layers(model, parameters.model_kind(config.task))
+    dense = sum(n_in * n_out for name, (n_in, n_out) in head.items() if name != "layernorm")
+    if model.pooling == "late" and parameters.model_kind(config.task) == "classifier":
+        positions = T
     return layers, pairs, 2 * T * model.lora_rank * ends, 2 * positions * (dense + D * outputs)
 
 

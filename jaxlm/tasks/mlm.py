@@ -21,7 +21,7 @@ class Mlm(Task):
     samples = MaskedSamples
     settings = (
         *("data.text_column", "data.mask_fraction", "data.n_maskings"),
-        *("model.head_dense", "model.logit_softcap", "model.z_loss"),
+        *("model.head_hidden", "model.logit_softcap", "model.z_loss"),
     )
     baseline_name = "guessing by word frequency"
     original_prefixes = ("bert", "mask_lm")

@@ -22,7 +22,7 @@ class Sst2(Task):
     samples = ClassifiedSamples
     settings = (
         *("data.text_column", "data.label_column", "data.n_labels"),
-        *("model.head_outputs", "model.pooling", "model.head_dense"),
+        *("model.head_outputs", "model.pooling", "model.classifier_bias"),
     )
     baseline_name = "always the most frequent class"
     original_prefixes = ("bert", "classifier_model")

@@ -60,8 +60,8 @@ class Tag(Task):
     def build_model(self, rngs: "nnx.Rngs") -> "Classifier":
         from jaxlm.heads import Classifier
 
-        model = dataclasses.replace(self.config.model, head_dense="none", head_outputs="labels")
-        return Classifier(model, self.config.data.n_classes, self.dtype, rngs)
+        model = dataclasses.replace(self.config.model, head_outputs="labels")
+        return Classifier(model, self.config.data.n_classes, self.dtype, rngs, kind="tagger")
 
     def loss(self, model: "Classifier", batch: dict[str, "Array"], key: "Array | None") -> "Totals":
         return self.totals(model(batch["tokens"], key, batch["positions"]), batch["labels"])

@@ -343,38 +343,6 @@ def test_a_file_is_read_by_its_content_whatever_its_name(run: Path, tmp_path: Pa
 # Mends that are code or commands: they are run
 
 
-@pytest.mark.parametrize("kind", ["several files", "pickle", "pickle, several files", "none"])
-def test_the_mend_for_other_files_of_weights_works(
-    kind: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = snapshots.read(model).weights
-    if kind == "none":
-        (model / "model.safetensors").unlink()
-        assert refusal(lambda: snapshots.load(model)).endswith(
-            "there is no model.safetensors; copy or download it, too"
-        )
-        return
-    theirs = transformers.BertForSequenceClassification.from_pretrained(model)
-    (model / "model.safetensors").unlink()
-    if kind == "several files":
-        theirs.save_pretrained(model, max_shard_size="4KB")
-        assert (model / "model.safetensors.index.json").is_file()
-    else:
-        state = theirs.state_dict()
-        torch.save(state, model / "pytorch_model.bin")
-        if "several" in kind:
-            (model / "pytorch_model.bin").rename(model / "pytorch_model-00001-of-00001.bin")
-            index = {"metadata": {}, "weight_map": dict.fromkeys(state, "pytorch_model-00001-of-00001.bin")}
-            (model / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    message = refusal(lambda: snapshots.load(model))
-    monkeypatch.chdir(tmp_path)
-    (code,) = re.findall(r"transformers\..*?\)\.save_pretrained\(.*?\)", message)
-    exec(code, {"transformers": transformers})
-    shutil.copy(model / "tokenizer.json", tmp_path / "NEW")
-    after = snapshots.read(tmp_path / "NEW").weights
-    assert all(np.array_equal(after[name], x) for name, x in before.items())
-
-
 @pytest.mark.parametrize(
     "around",
     [

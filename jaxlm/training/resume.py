@@ -36,7 +36,7 @@ BASE_SETTINGS = (
 # What the tensors of a head depend on.
 HEAD_SETTINGS = (
     *("model.tied_embedding", "model.head_outputs", "model.pooling", "model.head_dense", "model.output_bias"),
-    *("model.logit_softcap", "data.n_labels"),
+    *("model.head_hidden", "model.classifier_bias", "model.logit_softcap", "data.n_labels"),
 )
 # What cannot change when a run resumes. Nor can its data and its tokenizer, whose contents are compared instead.
 FIXED = (

@@ -247,6 +247,8 @@ OTHER = {
     "model.pooling": "last",
     "model.head_dense": "bert",
     "model.output_bias": "false",
+    "model.head_hidden": 5,
+    "model.classifier_bias": "false",
     "model.norm": "rmsnorm",
     "model.mlp": "swiglu",
     "model.d_ff": 20,

@@ -182,8 +182,8 @@ def _write_run(path: Path, snapshot: Snapshot) -> None:
     (path / "config.toml").write_text(configs.dump(snapshot.config), encoding="utf-8")
 
 
-def load_torch(path: Path) -> StoredFile:
-    """Return what is in a file of torch.save: a checkpoint 1.2 or a state dict."""
+def read_torch(path: Path) -> Any:
+    """Return what is in a file of torch.save: tensors and plain values, in dicts and lists."""
     need_torch(path)
     import torch
 
@@ -198,12 +198,17 @@ def load_torch(path: Path) -> StoredFile:
         # As a stream, for PyTorch takes any file that is called .safetensors for one. Warnings: of others' pickles.
         try:
             with warnings.catch_warnings(action="ignore"), path.open("rb") as file:
-                tree = torch.load(file, map_location="cpu", weights_only=True)
+                return torch.load(file, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             raise UserError(
                 f"{path}: refused: its pickle is damaged, or has more than tensors and plain values, which could run "
                 "code; where you trust it, save what its model.state_dict() returns, and give that file"
             ) from error
+
+
+def load_torch(path: Path) -> StoredFile:
+    """Return what is in a file of torch.save: a checkpoint 1.2 or a state dict."""
+    tree = read_torch(path)
     if _is_state_dict(tree):
         return StoredFile(STATE_DICT, path, tree, _arrays(names.unwrapped(tree, str(path)), f"{path}: "), {})
     if not isinstance(tree, dict) or "version" not in tree:
@@ -263,8 +268,18 @@ def _write_state_dict(path: Path, snapshot: Snapshot) -> None:
     torch.save({name: torch.from_numpy(array.copy()) for name, array in snapshot.weights.items()}, path)
 
 
-def load_safetensors(path: Path) -> StoredFile:
-    """Return what is in a file of safetensors; without the metadata `jaxlm`, it is one of bare weights."""
+def tensors_of(path: Path) -> Arrays:
+    """Return the arrays in a file of safetensors, or of torch.save if its name ends in .bin, by their names there."""
+    if path.suffix != ".bin":
+        return read_safetensors(path)[0]
+    tree = read_torch(path)
+    if not _is_state_dict(tree):
+        raise UserError(f"{path}: has other things than tensors by name; save what model.state_dict() returns")
+    return _arrays(tree, f"{path}: ")
+
+
+def read_safetensors(path: Path) -> tuple[Arrays, dict[str, str]]:
+    """Return the arrays and the metadata in a file of safetensors."""
     import ml_dtypes  # noqa: F401  # by which NumPy has bfloat16
     from safetensors import safe_open
 
@@ -278,7 +293,13 @@ def load_safetensors(path: Path) -> StoredFile:
             except AttributeError as error:  # of NumPy, which lacks a type
                 mend = "save it as float32, as with tensor.float() in PyTorch"
                 raise UserError(f"{path}: has numbers of type {error.name}, which cannot be read; {mend}") from error
-            metadata = file.metadata() or {}
+            return tree, file.metadata() or {}
+
+
+def load_safetensors(path: Path) -> StoredFile:
+    """Return what is in a file of safetensors; without the metadata `jaxlm`, it is one of bare weights."""
+    tree, metadata = read_safetensors(path)
+    with _reading(f"{path}: cannot be read as safetensors", "copy it again"):
         info = layout.checked_info(utf8.from_json(metadata["jaxlm"]), path) if "jaxlm" in metadata else {}
     weights = {name: array for name, array in tree.items() if not name.startswith("optimizer.")}
     return StoredFile(SAFETENSORS, path, tree, weights if info else names.unwrapped(weights, str(path)), info)

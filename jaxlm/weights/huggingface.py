@@ -4,9 +4,10 @@ families.py says which are read and written. transformers itself is not needed, 
 (token types) are not kept apart: the row of the first is added to the table of positions.
 """
 
+import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 from tokenizers import Tokenizer, processors
 
 from jaxlm import config as configs
-from jaxlm.config import BASE, Config, TokenizerConfig
+from jaxlm.config import BASE, Config, ModelConfig, TokenizerConfig
 from jaxlm.data import tokenization
 from jaxlm.data.labels import numbered
 from jaxlm.errors import UserError, reason
@@ -24,13 +25,39 @@ from jaxlm.params.names import Arrays, Shapes
 from jaxlm.params.snapshot import Snapshot
 from jaxlm.tasks import parameters
 from jaxlm.weights import formats
-from jaxlm.weights.families import CLASS_NAMES, CLASSES, FAMILIES, FIXED, GELU, TAGS, UNUSED, UNUSED_KEYS, Family
+from jaxlm.weights.families import (
+    CLASS_NAMES,
+    CLASSES,
+    FAMILIES,
+    FIXED,
+    GELU,
+    OTHER_CLASSES,
+    TAGS,
+    UNUSED,
+    UNUSED_KEYS,
+    Family,
+)
 from jaxlm.weights.formats import StoredFile
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 PICKLE = "pytorch_model.bin"
+FILES = (
+    WEIGHTS,
+    f"{WEIGHTS}.index.json",
+    PICKLE,
+    f"{PICKLE}.index.json",
+)  # of weights; the first that is there is read
 TOKENIZER = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt")
+GENERATION = "generation_config.json"
 POSITION = "embedding.position"
+ROPE = (
+    "rope_theta",
+    "rope_type",
+    "type",
+    "partial_rotary_factor",
+)  # what of rope_parameters is read; with llama3, too:
+ROPE_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+Check = Callable[[str, bool, str], None]  # a key of config.json, whether it is right, and what it has to be
 
 
 # Reading
@@ -52,12 +79,20 @@ def find(source: str | Path) -> Path:
     from jaxlm.data import hub
 
     failure = hub.unreachable(str(source))
-    wanted = [CONFIG, WEIGHTS, *tokenization.BESIDE, *TOKENIZER]
+    wanted = [CONFIG, GENERATION, *tokenization.BESIDE, *TOKENIZER]
+    # The second only where there is nothing of the first.
+    weights = (
+        [WEIGHTS, f"{WEIGHTS}.index.json", "model-*.safetensors"],
+        [PICKLE, f"{PICKLE}.index.json", "pytorch_*.bin"],
+    )
     try:
-        # What has been downloaded before needs no hub.
-        found = huggingface_hub.snapshot_download(
-            str(source), allow_patterns=wanted, etag_timeout=3, local_files_only=bool(failure)
-        )
+        for patterns in weights:
+            # What has been downloaded before needs no hub.
+            found = huggingface_hub.snapshot_download(
+                str(source), allow_patterns=[*wanted, *patterns], etag_timeout=3, local_files_only=bool(failure)
+            )
+            if any((Path(found) / name).is_file() for name in FILES):
+                break
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         why = failure or reason(error)
         raise UserError(
@@ -68,7 +103,7 @@ def find(source: str | Path) -> Path:
 
 def is_model(path: Path) -> bool:
     """Return whether a folder is that of a model of transformers, whole or not."""
-    return any((path / name).is_file() for name in (CONFIG, WEIGHTS, f"{WEIGHTS}.index.json", PICKLE))
+    return any((path / name).is_file() for name in (CONFIG, *FILES))
 
 
 def load(path: Path) -> StoredFile:
@@ -79,14 +114,14 @@ def load(path: Path) -> StoredFile:
         raise UserError(f"{path / CONFIG}: model_type={kind}: can be read from {', '.join(FAMILIES)} only")
     family = FAMILIES[kind]
     settings = _settings(family, values, path / CONFIG)
-    if not (path / WEIGHTS).is_file():
-        raise UserError(f"{path}: there is no {WEIGHTS}; {_other_weights(path, values)}")
-    stored = formats.load_safetensors(path / WEIGHTS)
-    tensors = _tensors(family, stored.weights, path / WEIGHTS)
-    # One that tags may still have the pooler of its base, as older files do.
-    is_tagger = CLASS_NAMES[TAGS] in str(values.get("architectures"))
-    task = next(x for x in family.heads if _has_head(family, x, tensors) and not (is_tagger and x == CLASSES))
-    if task != CLASSES:
+    file = next((path / name for name in FILES if (path / name).is_file()), None)
+    if file is None:
+        raise UserError(f"{path}: there is no {WEIGHTS}; copy or download it, too")
+    tree = _read_weights(file)
+    is_tied = settings["model.tied_embedding"]
+    tensors, is_bare = _tensors(family, is_tied, tree, file)
+    task = _task_of(family, is_tied, values, tensors, is_bare)
+    if task != CLASSES:  # the pooler of its base
         tensors = {name: x for name, x in tensors.items() if ".pooler.dense." not in name}
     if task == BASE:  # what is not of it are output layers that are of no use here
         tensors = {name: x for name, x in tensors.items() if name.startswith(family.prefix)}
@@ -94,6 +129,11 @@ def load(path: Path) -> StoredFile:
     class_names = _class_names(family.heads[task], values, tensors, path / CONFIG) if task in (CLASSES, TAGS) else []
     if class_names:
         settings["data.n_labels"] = len(class_names)
+    if task == CLASSES:
+        settings["model.classifier_bias"] = family.settings.get("classifier_bias", True)
+        settings["model.pooling"] = _pooling(family, values, path / CONFIG)
+    if family.is_causal and task != "gpt":
+        settings["model.pooling"] = "last"
     fingerprint = None
     if any((path / name).is_file() for name in TOKENIZER):
         settings |= {"tokenizer.path": str(path), "tokenizer.lowercase": _ignores_case(path)}
@@ -101,22 +141,27 @@ def load(path: Path) -> StoredFile:
         tokenizer = tokenization.read(config)
         _check_ends(family, tokenizer, path)
         fingerprint = tokenization.fingerprint(tokenizer)
-    weights = _weights(family, configs.build(settings), tensors, values.get("type_vocab_size", 2), path / WEIGHTS)
+    weights = _weights(family, configs.build(settings), tensors, values.get("type_vocab_size", 2), file)
     info = {"step": 0, "task": task, "rate": 0.0, "tokenizer": fingerprint, "val_loss": None, "config": settings}
     info["classes"] = () if class_names == _unnamed(len(class_names)) else tuple(class_names)
-    return StoredFile(f"{formats.TRANSFORMERS}{family.type}", path, stored.tree, weights, info)
+    return StoredFile(f"{formats.TRANSFORMERS}{family.type}", path, tree, weights, info)
 
 
-def _other_weights(path: Path, values: Mapping[str, Any]) -> str:
-    """Return what a folder has in place of WEIGHTS, and what to do."""
-    if not any((path / f"{name}{index}").is_file() for name in (WEIGHTS, PICKLE) for index in ("", ".index.json")):
-        return "copy or download it, too"
-    class_names = values.get("architectures")
-    kind = class_names[0] if isinstance(class_names, list) and class_names else "AutoModel"
-    mend = f'transformers.{kind}.from_pretrained("{path}").save_pretrained("NEW", max_shard_size="100GB")'
-    if (path / f"{WEIGHTS}.index.json").is_file():
-        return f"its weights are in several files, which are not read: {mend} makes one; copy its tokenizer there"
-    return f"{PICKLE} is a pickle that could run code: where you trust it, {mend} makes one; copy its tokenizer there"
+def _read_weights(file: Path) -> Arrays:
+    """Return the tensors of a file of weights, or of all that an index names. Raises UserError."""
+    if not file.name.endswith(".index.json"):
+        return formats.tensors_of(file)
+    places = _read_json(file).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(x, str) and Path(x).name == x for x in places.values()):
+        raise UserError(f"{file}: weight_map has to say which file beside it each tensor is in; copy it again")
+    tensors: Arrays = {}
+    for name in sorted(set(places.values())):
+        if not (file.parent / name).is_file():
+            raise UserError(f"{file}: its file {name} is not there; copy or download it, too")
+        tensors |= formats.tensors_of(file.parent / name)
+    if missing := sorted(places.keys() - tensors.keys()):
+        raise UserError(f"{file}: {missing[0]} is not in {places[missing[0]]}; copy both again")
+    return tensors
 
 
 def _settings(family: Family, values: dict[str, Any], source: Path) -> dict[str, Any]:
@@ -126,42 +171,199 @@ def _settings(family: Family, values: dict[str, Any], source: Path) -> dict[str,
         if not is_right:
             raise UserError(f"{source}: {key}={json.dumps(values.get(key))[:80]}: {rule}")
 
-    keys = family.keys
-    for key, value in (FIXED | family.fixed).items():
+    keys, fixed = family.keys, {key: x for key, x in FIXED.items() if key not in family.keys.values()} | family.fixed
+    for key, value in fixed.items():
         check(key, values.get(key, value) == value, f"can be read with {json.dumps(value)} only")
     unknown = f"is not known here for model_type={family.type}; remove it if it does not change what the model computes"
-    for key in sorted(values.keys() - UNUSED_KEYS - {*keys.values(), *family.dropouts, *FIXED, *family.fixed}):
+    known = {*UNUSED_KEYS, *family.unused.split(), *keys.values(), *family.dropouts, *fixed, *_keys_in_code(family)}
+    for key in sorted(values.keys() - known):
         check(key, False, unknown)
-    settings = {f"model.{name}": value for name, value in family.settings.items()}
+    values = family.defaults | values
+    settings = {f"model.{name}": x for name, x in family.settings.items() if name != "classifier_bias"}
     for name in ("d_model", "n_layers", "n_heads", "vocab_size", "seq_len"):
         value = values.get(keys[name])
         check(keys[name], type(value) is int and value > 0, "has to be a whole number above 0")
         settings[f"model.{name}"] = value
     d_model, n_heads = settings["model.d_model"], settings["model.n_heads"]
-    widths = (4 * d_model, None if family.is_causal else 4 * d_model)
-    check(keys["width"], values.get(keys["width"]) in widths, f"can be read with 4 x the width, {4 * d_model}, only")
-    if d_model % n_heads:
+    if "width" in keys:
+        widths = (4 * d_model, None if family.is_causal else 4 * d_model)
+        check(
+            keys["width"], values.get(keys["width"]) in widths, f"can be read with 4 x the width, {4 * d_model}, only"
+        )
+    usual = {"d_ff": 4 * d_model, "n_kv_heads": n_heads, "head_dim": d_model // n_heads, "head_hidden": d_model}
+    for name in usual.keys() & keys.keys():  # 0: the usual value
+        value = values.get(keys[name])
+        is_left_out = value is None and name in ("n_kv_heads", "head_dim")
+        check(keys[name], is_left_out or type(value) is int and value > 0, "has to be a whole number above 0")
+        settings[f"model.{name}"] = 0 if is_left_out or value == usual[name] else value
+    if d_model % n_heads and not settings.get("model.head_dim"):
         raise UserError(f"{source}: {keys['n_heads']}={n_heads} does not divide {d_model}")
-    activation = str(values.get(keys["gelu"], family.activation))
-    known = {name: kind for name, kind in GELU.items() if kind == family.settings.get("gelu", kind)}
-    if activation not in known:
-        raise UserError(f"{source}: {keys['gelu']}={activation}: can be read with {', '.join(known)} only")
-    settings["model.gelu"] = known[activation]
+    if "gelu" in keys:
+        activation = str(values.get(keys["gelu"], family.activation))
+        known_gelu = {name: kind for name, kind in GELU.items() if kind == family.settings.get("gelu", kind)}
+        if activation not in known_gelu:
+            raise UserError(f"{source}: {keys['gelu']}={activation}: can be read with {', '.join(known_gelu)} only")
+        settings["model.gelu"] = known_gelu[activation]
+    for name in {"tied_embedding", "output_bias"} & keys.keys():
+        settings[f"model.{name}"] = value = values.get(keys[name], True)
+        check(keys[name], isinstance(value, bool), "has to be true or false")
     settings["model.dropout"] = values.get(family.dropouts[0], 0.1)
     if "norm_epsilon" in keys:
-        settings["model.norm_epsilon"] = values.get(keys["norm_epsilon"], family.epsilon)
+        settings["model.norm_epsilon"] = values.get(keys["norm_epsilon"], 1e-5 if family.bases else family.epsilon)
     if "pad_id" in keys:
         value = values.get(keys["pad_id"], family.pad_id)
         pad_id = settings["model.pad_id"] = -1 if value is None else value
         is_token = isinstance(pad_id, int) and pad_id < settings["model.vocab_size"]
         check(keys["pad_id"], is_token, "has to be a token of the vocabulary")
+    if "attention_bias" in family.read:
+        biases = tuple(values.get(key, False) for key in ("attention_bias", "mlp_bias"))
+        check("attention_bias", all(isinstance(x, bool) for x in biases), "and mlp_bias have to be true or false")
+        kinds = {(False, False): "none", (True, False): "attention", (False, True): "feed_forward", (True, True): "all"}
+        settings["model.biases"] = kinds[biases]
+    if family.bases:
+        settings |= _rotary(family, values, check) | _layers(family, values, settings["model.n_layers"], check)
     settings["model.seq_len"] -= family.first_position(settings["model.pad_id"])
     return settings
 
 
-def _tensors(family: Family, stored: Mapping[str, np.ndarray], source: Path) -> Arrays:
-    """Return the tensors of a file under the names that transformers gives them today, and none twice."""
-    prefix = family.prefix
+def _keys_in_code(family: Family) -> set[str]:
+    """Return the keys of config.json that are read here, and not by the names in families.toml alone."""
+    keys = {
+        *family.read.split(),
+        *({"classifier_pooling", family.old_pooling} if family.poolings else ()),
+        family.window,
+    }
+    if family.bases:
+        keys |= {"rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"}
+    return keys | ({"global_rope_theta", "local_rope_theta"} if len(family.bases) > 1 else set())
+
+
+def _rotary(family: Family, values: Mapping[str, Any], check: Check) -> dict[str, Any]:
+    """Return the settings of rotary positions, which config.json tells in forms of several versions."""
+    told = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    key = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
+    check(key, isinstance(told, dict), "has to be an object")
+    bases = values.get("rope_theta")
+    if len(family.bases) == 1:
+        parts = [{"rope_theta": family.bases[0] if bases is None else bases, **told}]
+    else:
+        named = [values.get(name) for name in ("global_rope_theta", "local_rope_theta")]
+        if isinstance(bases, list):  # one for each layer
+            kinds = _kinds(family, values, len(bases), check)
+            named = [next((x for x, k in zip(bases, kinds, strict=True) if k == kind), None) for kind in KINDS]
+        check("rope_theta", bases is None or isinstance(bases, list), "can be read as a list, one for each layer, only")
+        check(key, not told or set(told) <= set(KINDS), f"has to have {' and '.join(KINDS)}")
+        pairs = zip(KINDS, named, family.bases, strict=True)
+        parts = [
+            {"rope_theta": default if base is None else base, **(told.get(kind) or {})} for kind, base, default in pairs
+        ]
+    for part in parts:
+        kind = part.get("rope_type", part.get("type", "default"))
+        has_llama3 = kind == "llama3" and len(parts) == 1
+        check(
+            key, kind == "default" or has_llama3, "can be read with rope_type default, and of llama and others llama3"
+        )
+        check(
+            key,
+            part.keys() <= {*ROPE, *(ROPE_LLAMA3 if has_llama3 else ())},
+            f"can be read with {', '.join(ROPE)} only",
+        )
+        check(key, part.get("partial_rotary_factor") in (None, 1), "can be read with partial_rotary_factor 1 only")
+        is_number = isinstance(part["rope_theta"], int | float) and part["rope_theta"] > 1
+        check("rope_theta", is_number, "has to be a number above 1")
+    check("partial_rotary_factor", values.get("partial_rotary_factor") in (None, 1), "can be read with 1 only")
+    settings = {"model.rotary_base": float(parts[0]["rope_theta"])}
+    if len(parts) > 1:
+        settings["model.rotary_base_local"] = float(parts[1]["rope_theta"])
+    if parts[0].get("rope_type", parts[0].get("type")) == "llama3":
+        ends = (parts[0].get("low_freq_factor"), parts[0].get("high_freq_factor"))
+        check(key, ends == (1, 4), "can be read with low_freq_factor 1 and high_freq_factor 4 only")
+        settings["model.rotary_scaling"] = float(parts[0]["factor"])
+        length = parts[0].get("original_max_position_embeddings", values[family.keys["seq_len"]])
+        settings["model.rotary_scaling_len"] = length
+    return settings
+
+
+KINDS = ("full_attention", "sliding_attention")  # of layers: global and local ones
+
+
+def _kinds(family: Family, values: Mapping[str, Any], n_layers: int, check: Check) -> list[str]:
+    """Return the kind of each layer, as config.json tells it in forms of several versions."""
+    every = values.get("global_attn_every_n_layers", 3)
+    check("global_attn_every_n_layers", type(every) is int and every > 0, "has to be a whole number above 0")
+    kinds, widths = values.get("layer_types"), values.get("attention_windows")
+    if widths is not None and "attention_windows" in family.read:
+        check("attention_windows", isinstance(widths, list), "has to be a list")
+        kinds = kinds or [KINDS[bool(width)] for width in widths]
+    if kinds is None and not family.window:
+        kinds = [KINDS[0]] * n_layers
+    elif kinds is None and "global_attn_every_n_layers" in family.read:
+        kinds = [KINDS[i % every > 0] for i in range(n_layers)]
+    elif kinds is None:
+        kinds = [KINDS[(i + 1) % 3 > 0] for i in range(n_layers)]
+    is_right = isinstance(kinds, list) and len(kinds) == n_layers and set(kinds) <= set(KINDS)
+    check("layer_types", is_right, f"has to have {' or '.join(KINDS)} for each of {n_layers} layers")
+    return list(kinds)
+
+
+def _layers(family: Family, values: Mapping[str, Any], n_layers: int, check: Check) -> dict[str, Any]:
+    """Return the settings of global and local layers."""
+    kinds = _kinds(family, values, n_layers, check)
+    if KINDS[1] not in kinds:
+        return {"model.window": 0, "model.global_every": 0}
+    check("layer_types", bool(family.window), f"can be read with {KINDS[0]} only")
+    width = values.get(family.window)
+    if widths := [x for x in values.get("attention_windows") or [] if x]:
+        check("attention_windows", len({*widths}) == 1, "has to have one width, of all local layers")
+        width = widths[0]
+    rule = "has to be a whole number, so large that a layer looks beyond each position"
+    window = (
+        (width // 2 - family.is_causal if family.window == "local_attention" else width) if type(width) is int else 0
+    )
+    check(family.window, window > 0, rule)
+    settings = {"model.window": window, "model.global_every": 0, "model.global_first": True}
+    is_global = [kind == KINDS[0] for kind in kinds]
+    if any(is_global):
+        usual = [(3, family.settings.get("first_norm", True) is False)]
+        orders = usual + [(n, first) for n in range(2, n_layers + 1) for first in (True, False)]
+        for every, first in orders:
+            if is_global == [i % every == (0 if first else every - 1) for i in range(n_layers)]:
+                return settings | {"model.global_every": every, "model.global_first": first}
+        check(
+            "layer_types", False, "can be read where global layers are each n-th, from the first or the n-th on, only"
+        )
+    return settings
+
+
+def _pooling(family: Family, values: Mapping[str, Any], source: Path) -> str:
+    """Return the setting for what a classifier reads of a text."""
+    if family.is_causal:
+        return "last"
+    told = {key: values[key] for key in ("classifier_pooling", family.old_pooling) if key in values}
+    named = {*told.values()} or {next(iter(family.poolings), "cls")}
+    if len(named) > 1 or (family.poolings and not named <= family.poolings.keys()):
+        key = next(iter(told))
+        rule = f"can be read with {', '.join(family.poolings)} only, and the same in all such keys"
+        raise UserError(f"{source}: {key}={json.dumps(told[key])}: {rule}")
+    return family.poolings.get(named.pop(), "first")
+
+
+def _tensors(family: Family, is_tied: bool, stored: Mapping[str, np.ndarray], source: Path) -> tuple[Arrays, bool]:
+    """Return the tensors of a file under the names that transformers gives them today, none twice.
+
+    And whether the names were those of the base model alone.
+    """
+    prefix, table = family.prefix, f"{family.modules['embedding.token']}.weight"
+    stored = names.without_wrappers(stored, str(source))
+    for pattern, new in family.renamed.items():
+        stored = {re.sub(pattern, new, name): x for name, x in stored.items()}
+    for name in stored:  # an attribute by which another model has held this one
+        if name.endswith(f".{table}") and not name.endswith(f".{prefix}{table}") and name != f"{prefix}{table}":
+            stored = names.without_prefix(stored, name.removesuffix(table), str(source))
+            break
+        if name.endswith(f".{prefix}{table}"):
+            stored = names.without_prefix(stored, name.removesuffix(f"{prefix}{table}"), str(source))
+            break
     is_bare = not any(name.startswith(prefix) for name in stored)  # as openai-community/gpt2 is
     heads = (family.output, *(x for task in family.heads.values() for x in task.values() if not x.startswith(prefix)))
     tensors: Arrays = {}
@@ -170,19 +372,45 @@ def _tensors(family: Family, stored: Mapping[str, np.ndarray], source: Path) -> 
         if is_bare and not name.startswith(heads):
             name = prefix + name
         tensors[name] = names.exact(array)
-    head = family.heads.get("mlm", {}).get("head", family.output)
-    for kind, module in (("weight", family.module("embedding.token")), ("bias", head)):
+    head = next((x["head"] for x in family.heads.values() if "head" in x), family.output)
+    copies = [("weight", family.module("embedding.token")), ("bias", head)]
+    for kind, module in copies if is_tied else copies[1:]:
         copy, name = f"{family.output}.{kind}", f"{module}.{kind}"
         if copy in tensors and not np.array_equal(array := tensors.pop(copy), tensors.setdefault(name, array)):
-            raise UserError(f"{source}: {copy} is another than {name}, but can be read as the same only")
-    return {name: x for name, x in tensors.items() if not re.search(UNUSED, name)}
+            mend = (
+                "; set tie_word_embeddings=false"
+                if "tied_embedding" in family.keys
+                else ", but can be read as the same only"
+            )
+            raise UserError(f"{source}: {copy} is another than {name}{mend}")
+    return {name: x for name, x in tensors.items() if not re.search(UNUSED, name)}, is_bare
 
 
-def _has_head(family: Family, task: str, tensors: Mapping[str, np.ndarray]) -> bool:
+def _task_of(
+    family: Family, is_tied: bool, values: Mapping[str, Any], tensors: Mapping[str, np.ndarray], is_bare: bool
+) -> str:
+    """Return the task whose output layer a file has, by its tensors, and by the class that config.json names."""
+    told = values.get("architectures")
+    named = str(told[0]) if isinstance(told, list) and told else ""
+    fits = [task for task in family.heads if _has_head(family, task, tensors, is_tied)]
+    if named.endswith(OTHER_CLASSES):
+        fits = [task for task in fits if task not in (CLASSES, TAGS)]
+    if CLASS_NAMES[TAGS] in named:  # it may still have the pooler of its base, as older files do
+        fits = [task for task in fits if task != CLASSES]
+    for task in fits:
+        if named == family.class_name(task):
+            return task
+    return fits[0] if fits else BASE
+
+
+def _has_head(family: Family, task: str, tensors: Mapping[str, np.ndarray], is_tied: bool) -> bool:
+    """Return whether the tensors have those of an output layer; a tied one may have none of its own."""
     modules = family.heads.get(task)
-    return modules is not None and all(
-        f"{theirs}.{'bias' if ours == 'head' else 'weight'}" in tensors for ours, theirs in modules.items()
-    )
+    if modules is None:
+        return False
+    is_table = {"head.linear": is_tied and task in ("mlm", "gpt"), "head": "output_bias" in family.keys}
+    expected = {ours: theirs for ours, theirs in modules.items() if not is_table.get(ours)}
+    return all(f"{theirs}.{'bias' if ours == 'head' else 'weight'}" in tensors for ours, theirs in expected.items())
 
 
 def _class_names(modules: Mapping[str, str], values: Mapping[str, Any], tensors: Arrays, source: Path) -> list[str]:
@@ -226,21 +454,27 @@ def _ignores_case(path: Path) -> bool:
 
 def _weights(family: Family, config: Config, tensors: Arrays, n_segments: Any, source: Path) -> Arrays:
     """Return the tensors of a file under our names. Raises UserError unless they are all those of the model."""
-    places, position = _places(family, config), f"{family.module(POSITION)}.weight"
+    places, position = _places(family, config), _position(family)
     expected = _shapes(family, config, places)
     if family.segments:
         expected[family.segments] = (n_segments, config.model.d_model)
     names.check_shapes({name: x.shape for name, x in tensors.items()}, expected, str(source))
-    tensors = tensors | {position: tensors[position][family.first_position(config.model.pad_id) :]}
+    if position:
+        tensors = tensors | {position: tensors[position][family.first_position(config.model.pad_id) :]}
     if family.segments and tensors[family.segments][0].any():
         tensors[position] = tensors[position] + tensors[family.segments][0]
     weights: Arrays = {}
     for theirs, ours in places.items():
         array = tensors[theirs].T if re.search(family.transposed, theirs) else tensors[theirs]
         weights |= {name: np.ascontiguousarray(x) for name, x in zip(ours, np.split(array, len(ours)), strict=True)}
-    if family.is_causal:
+    if "head.bias" in parameters.shapes(config) and "head.bias" not in weights:
         weights["head.bias"] = np.zeros(config.model.vocab_size, np.float32)
     return weights
+
+
+def _position(family: Family) -> str:
+    """Return the name of the table of positions, "" if there is none."""
+    return f"{family.module(POSITION)}.weight" if POSITION in family.modules else ""
 
 
 def _places(family: Family, config: Config) -> dict[str, list[str]]:
@@ -248,10 +482,12 @@ def _places(family: Family, config: Config) -> dict[str, list[str]]:
     modules = {f"base.{ours}": family.module(ours) for ours in family.modules} | family.heads[_task(config)]
     places: dict[str, list[str]] = {}
     for ours in parameters.shapes(config):
+        if ours == "head.bias" and not config.model.output_bias:
+            continue
         module, _, kind = (f"{ours}.weight" if ours == f"base.{POSITION}" else ours).rpartition(".")
         number = re.search(r"(?<=\.)\d+(?=\.)", module)
         theirs = modules.get(module.replace(f".{number[0]}.", ".#.") if number else module)
-        if theirs:  # else it is the bias that GPT-2 has not
+        if theirs:
             places.setdefault(f"{theirs.replace('#', number[0] if number else '')}.{kind}", []).append(ours)
     return places
 
@@ -293,25 +529,40 @@ def check(config: Config, family: Family) -> None:
         raise UserError(
             f"--as {family.type}: task={config.task}, but a model of {family.type} has {', '.join(tasks)} only"
         )
-    expected = family.settings | {"lora_rank": 0, "norm": "layernorm", "mlp": "gelu", "biases": "all"}
-    expected |= {"qk_norm": False, "window": 0, "first_norm": True}
+    model, kind, keys = config.model, parameters.model_kind(config.task), family.keys
+    expected: dict[str, Any] = {"lora_rank": 0, "norm": "layernorm", "mlp": "gelu", "biases": "all", "qk_norm": False}
+    expected |= {"first_norm": True, "window": 0, "rotary_scaling": 1.0, "head_dense": "none", "classifier_bias": True}
+    expected |= family.settings
+    for name in {"window"} if family.window else {"rotary_scaling"} if family.bases else ():
+        del expected[name]
+    if "attention_bias" in family.read and (model.biases in ("none", "attention") or "mlp_bias" in family.read):
+        expected["biases"] = model.biases
+    usual = dataclasses.replace(model, head_dense=expected["head_dense"])
+    if names.head_layers(model, kind) == names.head_layers(usual, kind):
+        del expected["head_dense"]
+    if task == CLASSES:
+        poolings = {*family.poolings.values()} or {"last" if family.is_causal else "first"}
+        expected |= {"head_outputs": "labels", "pooling": model.pooling if model.pooling in poolings else min(poolings)}
+    else:
+        del expected["classifier_bias"]
     if task in (CLASSES, TAGS):
-        expected |= {"head_outputs": "labels", "pooling": "first"}
-        for name in ("tied_embedding", "output_bias", *(["head_dense"] if task == TAGS else [])):
-            expected.pop(name, None)  # which make no difference to it
+        for name in ("tied_embedding", "output_bias"):  # which make no difference to it
+            expected.pop(name, None)
+    if task in (TAGS, BASE):
+        expected |= {"pooling": "last"} if family.is_causal else {}
     problems = [
         f"model.{name}={stored}, but a model of {family.type} has {value}"
         for name, value in expected.items()
-        if (stored := getattr(config.model, name)) != value
+        if (stored := getattr(model, name)) != value
     ]
-    if config.model.n_hidden != 4 * config.model.d_model:
-        problems.append(f"model.d_ff={config.model.d_ff}, but a model of {family.type} has 4 x model.d_model")
-    if config.model.kv_heads != config.model.n_heads:
-        problems.append(f"model.n_kv_heads={config.model.n_kv_heads}, but a model of {family.type} has model.n_heads")
-    if config.model.head_size * config.model.n_heads != config.model.d_model:
-        problems.append(f"model.head_dim={config.model.head_dim}, but a model of {family.type} has d_model / n_heads")
-    if config.model.logit_softcap and task not in (CLASSES, TAGS):
-        problems.append(f"model.logit_softcap={config.model.logit_softcap}, but a model of {family.type} has none")
+    if "d_ff" not in keys and model.n_hidden != 4 * model.d_model:
+        problems.append(f"model.d_ff={model.d_ff}, but a model of {family.type} has 4 x model.d_model")
+    if "n_kv_heads" not in keys and model.kv_heads != model.n_heads:
+        problems.append(f"model.n_kv_heads={model.n_kv_heads}, but a model of {family.type} has model.n_heads")
+    if "head_dim" not in keys and model.head_size * model.n_heads != model.d_model:
+        problems.append(f"model.head_dim={model.head_dim}, but a model of {family.type} has d_model / n_heads")
+    if model.logit_softcap and task not in (CLASSES, TAGS):
+        problems.append(f"model.logit_softcap={model.logit_softcap}, but a model of {family.type} has none")
     if family.has_positions_behind_pad and config.model.pad_id < 0:
         problems.append(f"model.pad_id={config.model.pad_id}, but positions of {family.type} begin behind its pad_id")
     if problems:
@@ -324,23 +575,36 @@ def write(path: Path, snapshot: Snapshot, family: Family, tokenizer: Tokenizer |
 
     config, model, task = snapshot.config, snapshot.config.model, _task(snapshot.config)
     check(config, family)
-    skipped, position = family.first_position(model.pad_id), f"{family.module(POSITION)}.weight"
+    skipped, position = family.first_position(model.pad_id), _position(family)
     tensors: Arrays = {}
     for theirs, ours in _places(family, config).items():
         array = np.concatenate([snapshot.weights[name] for name in ours])
         tensors[theirs] = np.ascontiguousarray(array.T) if re.search(family.transposed, theirs) else array
-    tensors[position] = np.pad(tensors[position], ((skipped, 0), (0, 0)))
+    if position:
+        tensors[position] = np.pad(tensors[position], ((skipped, 0), (0, 0)))
     told = {name: getattr(model, name, None) for name in family.keys}
-    told |= {"seq_len": model.seq_len + skipped, "width": 4 * model.d_model}
-    told["gelu"] = next(name for name, kind in GELU.items() if kind == model.gelu)
+    told |= {"seq_len": model.seq_len + skipped, "width": 4 * model.d_model, "d_ff": model.n_hidden}
+    told |= {
+        "n_kv_heads": model.kv_heads,
+        "head_dim": model.head_size,
+        "head_hidden": model.head_hidden or model.d_model,
+    }
+    if "gelu" in family.keys:
+        told["gelu"] = next(name for name, kind in GELU.items() if kind == model.gelu)
     values: dict[str, Any] = {
-        "architectures": [f"{family.name}{CLASS_NAMES[task]}"],
+        "architectures": [family.class_name(task)],
         "model_type": family.type,
         "dtype": "float32",
+        **family.fixed,
+        "tie_word_embeddings": True,
         **{key: told[name] for name, key in family.keys.items()},
         **dict.fromkeys(family.dropouts, model.dropout),
-        "tie_word_embeddings": True,
+        **_written_positions(family, model),
     }
+    if "attention_bias" in family.read:
+        values["attention_bias"] = model.biases in ("attention", "all")
+    if "mlp_bias" in family.read:
+        values["mlp_bias"] = model.biases in ("feed_forward", "all")
     if family.segments:
         values["type_vocab_size"] = 2
         tensors[family.segments] = np.zeros((2, model.d_model), np.float32)
@@ -352,9 +616,9 @@ def write(path: Path, snapshot: Snapshot, family: Family, tokenizer: Tokenizer |
             class_names = _unnamed(n)
         values["id2label"] = {str(i): name for i, name in enumerate(class_names)}
         values["label2id"] = {name: i for i, name in enumerate(class_names)}
-    if family.is_causal:
-        article = tokenization.special_ids(tokenizer).get("article") if tokenizer else None
-        values |= {"bos_token_id": article, "eos_token_id": article}
+        if family.poolings:
+            values["classifier_pooling"] = next(key for key, x in family.poolings.items() if x == model.pooling)
+    values |= _written_tokens(family, task, config, tokenizer)
     if task == BASE:
         tensors = {name.removeprefix(family.prefix): x for name, x in tensors.items()}
     path.mkdir()
@@ -362,6 +626,45 @@ def write(path: Path, snapshot: Snapshot, family: Family, tokenizer: Tokenizer |
     (path / WEIGHTS).write_bytes(save(tensors, {"format": "pt"}))
     if tokenizer is not None:
         _write_tokenizer(path, tokenizer, model.seq_len)
+
+
+def _written_positions(family: Family, model: ModelConfig) -> dict[str, Any]:
+    """Return the keys of config.json on rotary positions, and on global and local layers."""
+    if not family.bases:
+        return {}
+    if len(family.bases) == 1:
+        scaling = {
+            "rope_type": "llama3",
+            "factor": model.rotary_scaling,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+        }
+        scaling["original_max_position_embeddings"] = model.rotary_scaling_len
+        return {"rope_theta": model.rotary_base, "rope_scaling": None if model.rotary_scaling == 1 else scaling}
+    kinds = [KINDS[model.window_of(i) > 0] for i in range(model.n_layers)]
+    width = 2 * (model.window + family.is_causal) if family.window == "local_attention" else model.window
+    bases = (model.rotary_base, model.rotary_base_local or model.rotary_base)
+    values: dict[str, Any] = {"layer_types": kinds} | ({family.window: width} if model.window else {})
+    if family.window == "sliding_window":
+        parts = ({"rope_type": "default", "rope_theta": base} for base in bases)
+        return values | {"rope_parameters": dict(zip(KINDS, parts, strict=True))}
+    values |= dict(zip(("global_rope_theta", "local_rope_theta"), bases, strict=True))
+    # As versions before layer_types have it.
+    if model.global_first and model.global_every:
+        values["global_attn_every_n_layers"] = model.global_every
+    return values
+
+
+def _written_tokens(family: Family, task: str, config: Config, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """Return the keys of config.json on special tokens."""
+    if not family.is_causal:
+        return {}
+    specials = tokenization.special_ids(tokenizer) if tokenizer else {}
+    article = specials.get("article")
+    values = {"bos_token_id": article, "eos_token_id": article}
+    if task == CLASSES or family.needs_tokens:  # in rows of several texts, what is not behind the last token of one
+        values["pad_token_id"] = specials.get("pad", article)
+    return {key: 0 if x is None and family.needs_tokens else x for key, x in values.items()}
 
 
 def _write_tokenizer(path: Path, tokenizer: Tokenizer, seq_len: int) -> None:

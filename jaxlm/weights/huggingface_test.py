@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from jaxlm import config as configs
@@ -20,7 +21,7 @@ from jaxlm.errors import UserError
 from jaxlm.inference import load
 from jaxlm.training import resume
 from jaxlm.weights import huggingface, snapshots
-from jaxlm.weights.families import CLASS_NAMES, FAMILIES
+from jaxlm.weights.families import FAMILIES
 from jaxlm.weights.formats import RUN
 
 TEXTS = ["the cat sat on the mat and the dog sat on the log", "a dog and a cat, both of them old: what they saw"]
@@ -75,8 +76,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
             ),
         }[family]()
         task = {"classes": "sst2", "tags": "tag"}[is_classes] if is_classes else "gpt" if family == "gpt2" else "mlm"
-        name = f"{FAMILIES[family].name}{CLASS_NAMES[task]}"
-        theirs = getattr(transformers, name)(config).eval()
+        theirs = getattr(transformers, FAMILIES[family].class_name(task))(config).eval()
         random = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for x in theirs.parameters():  # norms are not left at 1 and 0, nor biases at 0
@@ -179,7 +179,7 @@ def test_what_is_written_back_is_loaded_by_transformers_and_here(kind: str, make
     ("family", "task", "settings", "message"),
     [
         ("bert", "gpt", {}, "--as bert: task=gpt, but a model of bert has mlm, sst2, tag only"),
-        ("gpt2", "mlm", {}, "--as gpt2: task=mlm, but a model of gpt2 has gpt only"),
+        ("gpt2", "mlm", {}, "--as gpt2: task=mlm, but a model of gpt2 has gpt, sst2 only"),
         ("gpt2", "gpt", {"model.positions": "rotary"}, "model.positions=rotary, but a model of gpt2 has learned"),
         ("gpt2", "gpt", {"model.positions": "fixed"}, "model.final_norm=False, but a model of gpt2 has True"),
         ("gpt2", "gpt", {"model.tied_embedding": True}, "model.output_bias=True, but a model of gpt2 has False"),
@@ -210,7 +210,7 @@ def test_what_transformers_has_not_is_refused_by_name(
 
 def rewritten(folder: Path, to: Path, change: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]) -> Path:
     """Return a copy of a model's folder with other tensors in it."""
-    from safetensors.numpy import load_file, save_file
+    from safetensors.numpy import load_file
 
     shutil.copytree(folder, to)
     save_file(
@@ -244,6 +244,26 @@ def test_files_as_they_are_on_the_hub_are_read_as_well(kind: str, change: Any, m
     want, got = snapshots.read(folder), snapshots.read(rewritten(folder, tmp_path / "other", change))
     for name, array in want.weights.items():
         np.testing.assert_array_equal(array, got.weights[name])
+
+
+@pytest.mark.parametrize("kind", ["several files", "pickle", "pickle, several files"])
+def test_weights_in_other_files_are_read_as_well(kind: str, make: Make, tmp_path: Path) -> None:
+    first, theirs = make("bert classes")
+    folder = shutil.copytree(first, tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    if kind == "several files":
+        theirs.save_pretrained(folder, max_shard_size="20KB")
+        assert len(list(folder.glob("model-*.safetensors"))) > 2
+    else:
+        torch.save(state := theirs.state_dict(), folder / "pytorch_model.bin")
+        if "several" in kind:
+            places = {name: f"pytorch_model-{i % 2}.bin" for i, name in enumerate(state)}
+            for file in {*places.values()}:
+                torch.save({name: x for name, x in state.items() if places[name] == file}, folder / file)
+            (folder / "pytorch_model.bin").unlink()
+            (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    want, got = (snapshots.read(path).weights for path in (first, folder))
+    assert all(np.array_equal(got[name], x) for name, x in want.items())
 
 
 @pytest.mark.parametrize("dtype", [np.float16, "bfloat16"])
@@ -359,7 +379,11 @@ def test_a_model_is_trained_further_and_written_for_transformers(
 # Refused
 
 CONFIGS: dict[str, tuple[str, dict[str, Any], str]] = {
-    "kind": ("bert", {"model_type": "t5"}, "model_type=t5: can be read from bert, distilbert, roberta, gpt2 only"),
+    "kind": (
+        "bert",
+        {"model_type": "t5"},
+        "model_type=t5: can be read from bert, distilbert, roberta, gpt2, llama, qwen3, ",
+    ),
     "activation": ("bert", {"hidden_act": "relu"}, "hidden_act=relu: can be read with gelu, gelu_new, "),
     "activation of RoBERTa": ("roberta", {"hidden_act": "gelu_new"}, "hidden_act=gelu_new: can be read with gelu only"),
     "positions": ("bert", {"position_embedding_type": "relative_key"}, 'position_embedding_type="relative_key": '),
@@ -455,8 +479,22 @@ def test_files_that_are_missing_or_damaged_are_told(make: Make, tmp_path: Path) 
         file.truncate(1000)
     assert failure().startswith("/model.safetensors: cannot be read as safetensors: ")
     (folder / "model.safetensors").unlink()
-    (folder / "pytorch_model.bin").write_bytes(b"\x80\x02")
-    assert "there is no model.safetensors; " in failure() and "a pickle that could run code: " in failure()
+    torch.save({"weight": print}, folder / "pytorch_model.bin")
+    assert failure().startswith("/pytorch_model.bin: refused: its pickle is damaged, or has more than tensors")
+    index = {"weight_map": {"a": "model-1.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert (
+        failure()
+        == "/model.safetensors.index.json: its file model-1.safetensors is not there; copy or download it, too"
+    )
+    save_file({"b": np.zeros(1)}, folder / "model-1.safetensors")
+    assert failure() == "/model.safetensors.index.json: a is not in model-1.safetensors; copy both again"
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../model-1.safetensors"}}')
+    assert failure().startswith("/model.safetensors.index.json: weight_map has to say which file beside it each tensor")
+    (folder / "model.safetensors.index.json").unlink()
+    (folder / "pytorch_model.bin").rename(tmp_path / "pytorch_model.bin")
+    assert failure() == ": there is no model.safetensors; copy or download it, too"
+    (tmp_path / "pytorch_model.bin").rename(folder / "pytorch_model.bin")
     (folder / "config.json").write_text("{")
     assert failure().startswith("/config.json: cannot be read (")
     (folder / "config.json").unlink()

@@ -1,18 +1,28 @@
 """Faults of the output layers: logits of language models, and classifiers."""
 
 from parity_tests.faults.planting import both, edit, mirrored
-from parity_tests.faults.targets import at, classifier_head, classifier_start, lm_head
+from parity_tests.faults.targets import (
+    at,
+    classifier_head,
+    classifier_shares,
+    classifier_start,
+    head_activation,
+    head_prepared,
+    lm_head,
+)
 
 MLM, COLA, BERT, GPT2 = "batch 0 of mlm", "batch 0 of cola", "BERT of transformers", "GPT-2 of transformers"
 LAST = "GPT-2 of transformers that classifies"
 
 FAULTS = [
-    *mirrored("no norm in the head: mlm's output without its LayerNorm", MLM, lm_head, ("self.layernorm(_x)", "_x")),
+    *mirrored(
+        "no norm in the head: mlm's output without its LayerNorm", MLM, head_prepared, ("self.layernorm(_x)", "_x")
+    ),
     *mirrored(
         "no dense layer in the head: mlm's output without BERT's dense layer",
         BERT,
-        lm_head,
-        ("_gelu(self.dense(_x), self.config.gelu)", "_x"),
+        head_prepared,
+        ("self.activation(_y)", "x"),
     ),
     *mirrored(
         "bias for GPT-2: the setting output_bias is ignored", GPT2, lm_head, ("_x * self.config.output_bias", "_x")
@@ -57,7 +67,37 @@ FAULTS = [
     *mirrored(
         "tanh for ReLU: DistilBERT's head with BERT's tanh",
         "head of DistilBERT",
-        classifier_head,
+        head_activation,
         ("self.config.head_dense == 'bert'", "True"),
+    ),
+    *mirrored(
+        "pads in the mean: a classifier's mean over a text counts the pads behind it",
+        "mean of ModernBERT",
+        classifier_shares,
+        ("tokens_BT != self.base.config.pad_id", "tokens_BT == tokens_BT"),
+    ),
+    *mirrored(
+        "mean of other texts: a classifier's mean over a packed text counts those beside it",
+        "packed mean of sst2",
+        classifier_shares,
+        ("segments_BT[:, None] == _y", "(segments_BT[:, None] == _y) | (segments_BT[:, None] != _y)"),
+    ),
+    *mirrored(
+        "late for mean: a classifier takes the mean of hidden states in place of that of logits",
+        "mean of EuroBERT",
+        classifier_head,
+        ("self.config.pooling == 'late'", "False"),
+    ),
+    *mirrored(
+        "no GELU in UltraBERT's head: its second layer is not followed by GELU",
+        "head of UltraBERT",
+        head_prepared,
+        ("self.activation(_y)", "(_y if name == 'dense2' else self.activation(_y))"),
+    ),
+    *mirrored(
+        "no norm in a causal head: Ettin's decoder without the layers before its output",
+        "head of Ettin's decoder",
+        head_prepared,
+        ("self.layernorm(_x)", "_x"),
     ),
 ]

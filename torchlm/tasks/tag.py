@@ -13,8 +13,8 @@ from torchlm.tasks.base import Task
 
 class Tag(Task, tag.Tag):
     def build_model(self, rngs: torch.Generator) -> Classifier:
-        model = dataclasses.replace(self.config.model, head_dense="none", head_outputs="labels")
-        return Classifier(model, self.config.data.n_classes, self.dtype, rngs)
+        model = dataclasses.replace(self.config.model, head_outputs="labels")
+        return Classifier(model, self.config.data.n_classes, self.dtype, rngs, kind="tagger")
 
     def loss(self, model: Classifier, batch: dict[str, Tensor], key: None) -> Totals:
         return self.totals(model(batch["tokens"], key, batch["positions"]), batch["labels"])
