@@ -33,7 +33,7 @@ INFO = {
 
 def state_at(i: int, n: int = 7) -> step.TrainState:
     """Return a state with random numbers everywhere, a function of i; the kernel has n rows."""
-    optimizer = optim.adamw(TrainConfig(), lambda i: 0.1, 2)
+    optimizer = optim.make_optimizer(TrainConfig(), lambda i: 0.1, 2)
     state = step.init_state({"base": {"kernel": jnp.zeros((n, 50))}, "head": {"bias": jnp.zeros(50)}}, optimizer)
     random = np.random.default_rng(i)
     floats = lambda x: jnp.asarray(random.normal(size=x.shape), x.dtype) if x.ndim else jnp.full_like(x, i)  # noqa: E731
@@ -257,6 +257,6 @@ def test_what_does_not_fit_is_refused_before_orbax_restores_it(tmp_path: Path) -
         with pytest.raises(UserError, match="1/base: kernel is float32, but has to be bfloat16 here"):
             checkpoints.restore(1, other)
         params = {"base": {"kernel": jnp.zeros((7, 50)), "w": jnp.zeros(1)}, "head": {"bias": jnp.zeros(50)}}
-        more = step.init_state(params, optim.adamw(TrainConfig(), lambda i: 0.1, 2))
+        more = step.init_state(params, optim.make_optimizer(TrainConfig(), lambda i: 0.1, 2))
         with pytest.raises(UserError, match=r"1/base: weights of another model: w \[1\] is missing"):
             checkpoints.restore(1, more)

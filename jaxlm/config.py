@@ -182,6 +182,11 @@ class TrainConfig:
     cycle_amplitude: Share = 0.03  # share by which the rate rises within a cycle, or falls where updates have 2 batches
     layer_decay: Annotated[float, Meta(gt=0, le=1)] = 1.0  # rate of a block relative to the block above; the head has 1
     weight_decay: Rate = 0.01  # decoupled weight decay, on matrices only
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: Muon for the matrices of blocks, AdamW for all else
+    muon_momentum: Share = 0.95  # Muon, decay of the mean gradient, with Nesterov's look ahead
+    muon_scale: Literal["rms", "spectral"] = "rms"  # rms: Moonshot's, for AdamW's rates; spectral: Keller Jordan's
+    muon_coefficients: Literal["newton_schulz", "polar_express"] = "newton_schulz"  # of its five iterations
+    muon_rate: Annotated[float, Meta(gt=0, le=1000)] = 1.0  # rate of Muon's matrices, as a multiple of learning_rate
     beta1: Share = 0.9  # AdamW, decay of the first moment
     beta2: Share = 0.999  # AdamW, decay of the second moment
     epsilon: Annotated[float, Meta(gt=0, le=1)] = 1e-8  # AdamW, added to the denominator
@@ -637,6 +642,7 @@ def warnings(config: Config, origins: dict[str, str], of_other_tasks: Iterable[s
     is_new = config.resume in ("", "auto")
     no_base, no_teacher = is_new and not config.init_from, not distill.teacher and "there is no distill.teacher"
     no_rotary = model.positions != "rotary" and shown("model.positions")
+    no_muon = train.optimizer != "muon" and shown("train.optimizer")
     without_effect = {  # settings, and why they have no effect if they have none
         "data.hub_config": not data.hub and "there is no data.hub",
         "data.format data.header data.documents": not has_files and "no local file is read",
@@ -659,6 +665,8 @@ def warnings(config: Config, origins: dict[str, str], of_other_tasks: Iterable[s
         "model.z_loss": distill.teacher and "distill.teacher is given",
         "model.lora_alpha model.lora_products": not model.lora_rank and shown("model.lora_rank"),
         "train.cycle_amplitude": not train.cycle_steps and shown("train.cycle_steps"),
+        "train.optimizer": model.lora_rank and "model.lora_rank freezes the matrices of blocks",
+        "train.muon_momentum train.muon_scale train.muon_coefficients train.muon_rate": no_muon,
         "train.reset_optimizer": is_new and "it goes with --resume PATH",
         "train.switch_training": no_base and "it goes with --resume PATH and --init-from",
         "distill.temperature distill.soft_weight distill.hard_weight distill.cosine_weight": no_teacher,

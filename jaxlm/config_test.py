@@ -107,6 +107,8 @@ def test_dump_is_read_back_to_the_same_settings(tmp_path):
             "model.rotary_base_local": 9.0,
             "model.rotary_scaling": 8.0,
         }
+        choices |= {"train.optimizer": "muon", "train.muon_scale": "spectral"}
+        choices |= {"train.muon_coefficients": "polar_express"}
         choices |= {"model.initialization": "gpt2", "model.logit_softcap": 15.0, "model.z_loss": 1e-4}
         if name in choices:
             return choices[name]

@@ -25,7 +25,7 @@ from jaxlm import loop as jax_loop
 from jaxlm import tasks as jax_tasks
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.config import Config
-from jaxlm.params import names
+from jaxlm.params import muon, names
 from jaxlm.params.snapshot import Snapshot
 from jaxlm.tasks import parameters
 from jaxlm.weights import snapshots
@@ -45,6 +45,7 @@ MODELS = {
     "sst2 of three labels": ("sst2", {"data.n_labels": 3, "model.positions": "learned", "model.final_norm": True}),
     "cola with the slip": ("cola", {"model.head_outputs": "vocabulary", "model.post_norm": True}),
     "sst2 with adapters": ("sst2", {"model.lora_rank": 2, "model.lora_products": "output,fc2"}),
+    "gpt by Muon": ("gpt", {"train.optimizer": "muon", "model.frozen_layers": 1, "model.n_kv_heads": 1}),
     "gpt in part": ("gpt", {"model.frozen_embedding": True, "model.frozen_layers": 1, "train.layer_decay": 0.5}),
 }
 SUFFIXES = {RUN: "", CHECKPOINT_1_2: ".pt", STATE_DICT: ".pt", SAFETENSORS: ".safetensors"}
@@ -68,6 +69,7 @@ def snapshot_of(config: Config) -> Snapshot:
 
     info = {"step": 7, "task": config.task, "rate": 0.1 + 0.2, "tokenizer": "a hash", "sample_iter": 17}
     weights, *moments = arrays(), *(names.trained(config.model, arrays()) for _ in range(2))
+    moments[1] = muon.with_second_moment(config.train, moments[1])
     return Snapshot(config, {**info, "val_loss": 1 / 3}, weights, (moments[0], moments[1]), n_updates=5)
 
 
@@ -175,7 +177,7 @@ def restored(run: Path, config: Config) -> step.TrainState:
     shapes = nnx.eval_shape(lambda: nnx.to_pure_dict(nnx.split(task.build_model(nnx.Rngs(0)), nnx.Param)[1]))
     params = jax.tree.map(lambda x: jax.numpy.asarray(np.zeros(x.shape, x.dtype)), shapes)
     like = step.init_state(
-        params, optim.adamw(config.train, schedule.learning_rate(config.train), config.model.n_layers)
+        params, optim.make_optimizer(config.train, schedule.learning_rate(config.train), config.model.n_layers)
     )
     with Checkpoints(run / "checkpoints") as checkpoints:
         return checkpoints.restore(checkpoints.steps()[-1], like)

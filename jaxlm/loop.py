@@ -86,7 +86,7 @@ def build(
     """
     train = config.train
     rate = schedule.learning_rate(train, rewarmed)
-    optimizer = optim.adamw(train, rate, config.model.n_layers)
+    optimizer = optim.make_optimizer(train, rate, config.model.n_layers)
     rule = step.Rule(optimizer, rate, train.clip_norm, train.on_nonfinite == "skip", config.model)
 
     def fresh() -> TrainState:

@@ -84,14 +84,16 @@ def apart(x: Any, y: Any) -> float:
     return float(np.linalg.norm(x - y) / np.linalg.norm(x))
 
 
-def matrix(task: str, n_updates: int, is_double: bool, meshes: Sequence[str] = tuple(MESHES)) -> dict[str, Any]:
+def matrix(
+    task: str, n_updates: int, is_double: bool, meshes: Sequence[str] = tuple(MESHES), **values: Any
+) -> dict[str, Any]:
     """Return how far training on some meshes is from training on one device."""
     with jax.enable_x64(is_double):
         dtype, found = (jnp.float64 if is_double else jnp.float32), {}
-        one = OnMesh(settings(task), dtype, n_devices=1)
+        one = OnMesh(settings(task, **values), dtype, n_devices=1)
         state, numbers, totals = one.train(n_updates)
         for name in meshes:
-            many = OnMesh(settings(task, MESHES[name]), dtype)
+            many = OnMesh(settings(task, MESHES[name], **values), dtype)
             others = many.train(n_updates)
             assert all(x.dtype == dtype for x in jax.tree.leaves(others[0].params))
             assert jax.tree.map(lambda x: x.sharding, others[0]) == many.compiled.shardings
@@ -159,6 +161,12 @@ def check(found: dict[str, Any], tolerance: float, of_movement: float) -> None:
 
 def test_every_mesh_trains_as_one_device_does() -> None:
     check(run_with_8_devices("matrix('mlm', 3, True, ['fsdp 2 x tensor 2 x data 2'])"), 1e-10, 1e-10)
+
+
+def test_muon_updates_whole_matrices_on_every_mesh() -> None:
+    meshes = ["fsdp 2 x tensor 2 x data 2"]  # three layers over eight devices
+    found = run_with_8_devices(f"matrix('gpt', 3, True, {meshes}, **{{'train.optimizer': 'muon'}})")
+    check(found, 1e-10, 1e-10)
 
 
 @pytest.mark.slow

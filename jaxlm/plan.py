@@ -115,7 +115,7 @@ def show(found: Plan, config: Config) -> None:
         ],
         f"bytes of a {chip}": [
             ("weights", _size(step.weights), "float32"),
-            ("moments", _size(step.moments), "of AdamW"),
+            ("moments", _size(step.moments), "of AdamW" if config.train.optimizer == "adamw" else "of Muon and AdamW"),
             ("batches", _size(step.batches), "and what fills the tiles of all arguments"),
             ("activations", _size(step.activations), "that JAX keeps for gradients, at most"),
             ("temporary", _size(step.temporary), "XLA's: activations, gradients and the rest"),

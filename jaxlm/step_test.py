@@ -230,7 +230,7 @@ def test_an_update_that_is_no_number_changes_nothing_but_the_count(bad: dict[str
         key = jax.random.key(0)
         return step.train_step(step.Rule(optimizer, rate, 1.0, skips_nonfinite=True), loss, state, batch, key)
 
-    optimizer = optim.adamw(TrainConfig(weight_decay=0.1), rate, 1)
+    optimizer = optim.make_optimizer(TrainConfig(weight_decay=0.1), rate, 1)
     state, _ = update(step.init_state({"w": jnp.arange(1.0, 5.0)}, optimizer), GOOD)
     after, metrics = update(state, GOOD | bad)
     assert np.isfinite(metrics["loss"]) == ("root" in bad) and not np.isfinite(metrics["grad_norm"])

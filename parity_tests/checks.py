@@ -162,6 +162,9 @@ def _checks() -> dict[str, Callable[[], list[Row]]]:
     for name in FURTHER:
         add(f"further case: {name}", further, name)
     add("AdamW", references.adamw)
+    add("Muon", references.muon)
+    add("Muon over 200 updates", references.muon, 200)
+    add("200 updates by Muon: gpt", inputs.option, "gpt", "Muon", 200)
     add("transformers: GPT-2", references.gpt2)
     add("transformers: GPT-2 that classifies", references.gpt2, "sst2")
     add("transformers: GPT-2 that answers", references.gpt2, "pairs")
@@ -206,11 +209,11 @@ CHECKS = _checks()
 # cola differ in their scores only, and transformers' models have most options.
 FAST = {
     *(f"{kind}: {name}" for kind in ("replay", "recorder") for name in RECORDED),
-    *("further case: mlm, other settings of the optimizer", "AdamW", "transformers: GPT-2", "transformers: BERT"),
-    *("transformers: BERT that tags", "seqeval: spans"),
+    *("further case: mlm, other settings of the optimizer", "AdamW", "Muon", "transformers: BERT"),
+    *("transformers: GPT-2", "transformers: BERT that tags", "seqeval: spans"),
     *("attention of PyTorch: mlm", "layers of PyTorch: gpt", "post-norm layers of PyTorch: sst2"),
     *("finite differences: gpt", "edges: mlm", "4096 positions: mlm"),
     *("float64: mlm", "float64: gpt", "dropout: gpt", "dropout statistics", "rotary, no pad: gpt"),
     *("packed: mlm, rotary positions", "packed: sst2"),
-    *("distillation: mlm", "layer decay, frozen: gpt", "LoRA of rank 1 everywhere: gpt"),
+    *("distillation: mlm", "layer decay, frozen: gpt", "Muon: gpt", "LoRA of rank 1 everywhere: gpt"),
 }

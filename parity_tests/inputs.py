@@ -144,6 +144,10 @@ PARTS: dict[str, dict[str, Any]] = {
         **{"model.n_layers": 3, "model.frozen_layers": 1, "model.frozen_embedding": True},
         **{"train.layer_decay": 0.6, "model.tied_embedding": True},
     },
+    "Muon": {
+        **{"train.optimizer": "muon", "train.muon_rate": 3.0, "train.layer_decay": 0.6, "model.n_layers": 3},
+        **{"model.n_kv_heads": 1, "model.frozen_layers": 1, "model.tied_embedding": True, "model.mlp": "geglu"},
+    },
     "LoRA": {"model.lora_rank": 2, "model.lora_alpha": 3.0},
     "LoRA of rank 1 everywhere": {
         **{"model.lora_rank": 1, "model.lora_alpha": 1.0, "model.lora_products": "query,key,value,output,fc1,fc2"},

@@ -91,7 +91,7 @@ class Jaxlm:
         """Let the rate of further updates be another function of their numbers."""
         self.rate = rate
         model, clip_norm = self.config.model, self.config.train.clip_norm
-        self.optimizer = jax_optim.adamw(self.config.train, rate, model.n_layers)
+        self.optimizer = jax_optim.make_optimizer(self.config.train, rate, model.n_layers)
         step = functools.partial(
             jax_step.train_step, jax_step.Rule(self.optimizer, rate, clip_norm, model=model), self.loss
         )
@@ -192,7 +192,7 @@ class Torchlm:
         loss = self._taught(teacher) if teacher else self.task.loss
         self.loss = mean_of_each(loss) if is_mean_of_means else loss
         self.set_rate(rate)
-        self.state = torch_step.init_state(self.model, torch_optim.adamw(self.config.train, self.model))
+        self.state = torch_step.init_state(self.model, torch_optim.make_optimizer(self.config.train, self.model))
 
     def set_rate(self, rate: Rate) -> None:
         """Let the rate of further updates be another function of their numbers."""
@@ -243,7 +243,7 @@ class Torchlm:
         """Return the optimizer's first and second moments."""
         trained = {name: x for name, x in self.model.named_parameters() if x.requires_grad}
         states = {name: self.state.optimizer.state[x] for name, x in trained.items()}
-        first, second = ({name: s[key].numpy().copy() for name, s in states.items()} for key in _MOMENTS)
+        first, second = ({name: s[key].numpy().copy() for name, s in states.items() if key in s} for key in _MOMENTS)
         return first, second
 
     def counts(self) -> list[int]:

@@ -1,4 +1,4 @@
-"""What neither package has made: PyTorch's attention and layers, NumPy's AdamW, transformers, finite differences."""
+"""What neither package has made: PyTorch's layers, NumPy's AdamW and Muon, transformers, finite differences."""
 
 import dataclasses
 import functools
@@ -362,15 +362,31 @@ def _of_transformers(model: nn.Module, state: Arrays, batch: Batch, back: Callab
     return First(logits.detach().numpy(), float(loss.detach()), gradients)
 
 
-# AdamW
+# AdamW and Muon
 
 
 def adamw(n_updates: int = 30) -> list[Row]:
-    """Return how far the update steps of both packages are from NumPy's and PyTorch's, for the same gradients.
+    """Return how far the update steps of both packages are from NumPy's and PyTorch's, for the same gradients."""
+    return _updates("AdamW", n_updates, {"NumPy": _adamw_of_numpy, "PyTorch": _adamw_of_pytorch})
+
+
+def muon(n_updates: int = 20) -> list[Row]:
+    """Return how far updates of Muon in both packages are from NumPy's, with each scale and polynomial."""
+    heads = {"model.n_heads": 4, "model.n_kv_heads": 2, "model.mlp": "swiglu", "train.muon_rate": 3.0}
+    rows = []
+    for scale, coefficients in (("rms", "newton_schulz"), ("spectral", "polar_express")):
+        changes = heads | {"train.muon_scale": scale, "train.muon_coefficients": coefficients}
+        wanted = {"NumPy": _muon_of_numpy}
+        rows += _updates(f"Muon, {scale}", n_updates, wanted, **changes, **{"train.optimizer": "muon"})
+    return rows
+
+
+def _updates(name: str, n_updates: int, wanted: dict[str, Callable[..., Arrays]], **changes: Any) -> list[Row]:
+    """Return how far the weights are apart after some updates with the same gradients.
 
     The loss is linear in the weights, so that its gradients are known; their norms lie on both sides of the bound.
     """
-    changes = {"train.max_steps": n_updates, "train.warmup_steps": 5, "train.decay_steps": 20, "train.accumulate": 1}
+    changes |= {"train.max_steps": n_updates, "train.warmup_steps": 5, "train.decay_steps": 20, "train.accumulate": 1}
     config = config_of("mlm", **changes, **{"train.weight_decay": 0.3, "train.learning_rate": 0.02})
     random, shapes = np.random.default_rng(10), parameters.shapes(config)
     start = {name: np.asarray(x, np.float64) for name, x in random_weights(config, 10).items()}
@@ -380,28 +396,27 @@ def adamw(n_updates: int = 30) -> list[Row]:
     ]
     norms = [norm(gradient) for gradient in gradients]
     assert min(norms) < config.train.clip_norm < max(norms)
-    found = {"jaxlm": _adamw_of_jaxlm, "torchlm": _adamw_of_torchlm}
-    wanted = {"NumPy": _adamw_of_numpy, "PyTorch": _adamw_of_pytorch}
-    ours = {name: update(config, start, gradients) for name, update in found.items()}
+    found = {"jaxlm": _updated_by_jaxlm, "torchlm": _updated_by_torchlm}
+    ours = {package: update(config, start, gradients) for package, update in found.items()}
     rows = []
     for reference, update in wanted.items():
         want = update(config, start, gradients)
         for package, got in ours.items():
-            for name, x in want.items():
-                apart, moved = (np.linalg.norm(x - y) for y in (got[name], start[name]))
+            for tensor, x in want.items():
+                apart, moved = (np.linalg.norm(x - y) for y in (got[tensor], start[tensor]))
                 quantity = f"{n_updates} updates as {reference} makes them"
-                rows.append(Row("AdamW", package, quantity, float(apart / moved), FLOAT64.weights, name))
+                rows.append(Row(name, package, quantity, float(apart / moved), FLOAT64.weights, tensor))
     return rows
 
 
-def _adamw_of_jaxlm(config: Config, start: Arrays, gradients: list[Arrays]) -> Arrays:
+def _updated_by_jaxlm(config: Config, start: Arrays, gradients: list[Arrays]) -> Arrays:
     def loss(params: Any, batch: Any, key: Any) -> Any:
         products = jax.tree.map(lambda x, gradient: (x * gradient).sum(), params, batch)
         return {"loss": sum(jax.tree.leaves(products)), "count": np.int32(1)}
 
     with jax.enable_x64(True):
         rate = jax_schedule.learning_rate(config.train)
-        optimizer = jax_optim.adamw(config.train, rate, config.model.n_layers)
+        optimizer = jax_optim.make_optimizer(config.train, rate, config.model.n_layers)
         rule = jax_step.Rule(optimizer, rate, config.train.clip_norm)
         update = jax.jit(functools.partial(jax_step.train_step, rule, loss))
         state = jax_step.init_state(names.to_jax(start), optimizer)
@@ -410,14 +425,14 @@ def _adamw_of_jaxlm(config: Config, start: Arrays, gradients: list[Arrays]) -> A
         return names.to_torch(jax.device_get(state.params))
 
 
-def _adamw_of_torchlm(config: Config, start: Arrays, gradients: list[Arrays]) -> Arrays:
+def _updated_by_torchlm(config: Config, start: Arrays, gradients: list[Arrays]) -> Arrays:
     def loss(model: nn.Module, batch: Any, key: Any) -> Any:
         products = [(x * batch[name]).sum() for name, x in model.named_parameters()]
         return {"loss": torch.stack(products).sum(), "count": torch.tensor(1)}
 
     model = torch_tasks.TASKS[config.task](config).build_model(torch.Generator()).double()
     model.load_state_dict({name: torch.from_numpy(x) for name, x in start.items()})
-    state = torch_step.init_state(model, torch_optim.adamw(config.train, model))
+    state = torch_step.init_state(model, torch_optim.make_optimizer(config.train, model))
     rate = torch_schedule.learning_rate(config.train)
     for gradient in gradients:
         batch = {name: torch.from_numpy(x)[None] for name, x in gradient.items()}
@@ -449,6 +464,45 @@ def _adamw_of_numpy(config: Config, start: Arrays, gradients: list[Arrays]) -> A
             decay = train.weight_decay if x.ndim == 2 and x.shape[0] > 1 else 0
             weights[name] = x - _rate(config, t - 1) * (step + decay * x)
     return weights
+
+
+def _muon_of_numpy(config: Config, start: Arrays, gradients: list[Arrays]) -> Arrays:
+    """Return the weights by Muon for the matrices of attention and feed-forwards, and by AdamW for the rest.
+
+    By the definition: the polynomials are of the singular values, which leaves the singular vectors as they are.
+    """
+    train, weights = config.train, dict(_adamw_of_numpy(config, start, gradients))
+    factor, polynomials = 1.0, [(3.4445, -4.7750, 2.0315)] * 5
+    if train.muon_coefficients == "polar_express":  # arXiv 2505.16932, algorithm 1
+        factor, polynomials = 1.01, [(a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in POLAR_EXPRESS]
+    hidden = [name for name, x in start.items() if x.ndim == 2 and (".attention." in name or ".feed_forward." in name)]
+    for name in hidden:
+        weight, momentum = start[name], np.zeros_like(start[name])
+        n_out, n_in = weight.shape
+        scale = 0.2 * max(n_out, n_in) ** 0.5 if train.muon_scale == "rms" else max(1, n_out / n_in) ** 0.5
+        for i, gradient in enumerate(gradients):
+            whole = math.sqrt(sum(np.sum(x**2) for x in gradient.values()))
+            g = gradient[name] * min(1, train.clip_norm / (whole + 1e-6))
+            momentum = train.muon_momentum * momentum + (1 - train.muon_momentum) * g
+            left, sizes, right = np.linalg.svd(
+                train.muon_momentum * momentum + (1 - train.muon_momentum) * g, full_matrices=False
+            )
+            sizes = sizes / np.linalg.norm(sizes) / factor
+            for a, b, c in polynomials:
+                sizes = a * sizes + b * sizes**3 + c * sizes**5
+            step = scale * (left * sizes) @ right
+            weight = weight - train.muon_rate * _rate(config, i) * (step + train.weight_decay * weight)
+        weights[name] = weight
+    return weights
+
+
+POLAR_EXPRESS = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+)
 
 
 def _adamw_of_pytorch(config: Config, start: Arrays, gradients: list[Arrays]) -> Arrays:

@@ -166,7 +166,7 @@ def with_snapshot(
             i: {
                 "step": torch.tensor(float(snapshot.n_updates)),
                 "exp_avg": torch.tensor(first[name]),
-                "exp_avg_sq": torch.tensor(second[name]),
+                **({"exp_avg_sq": torch.tensor(second[name])} if name in second else {}),
             }
             for i, name in enumerate(sum(names.decay_groups(trained), []))
         }

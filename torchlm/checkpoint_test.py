@@ -38,7 +38,7 @@ def recorded_config(name: str) -> configs.Config:
 
 def start(config: configs.Config) -> step.TrainState:
     model = TASKS[config.task](config).build_model(torch.Generator().manual_seed(0))
-    return step.init_state(model, optim.adamw(config.train, model))
+    return step.init_state(model, optim.make_optimizer(config.train, model))
 
 
 def info_of(config: configs.Config, i: int) -> dict[str, Any]:

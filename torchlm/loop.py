@@ -15,7 +15,7 @@ from jaxlm.data import loader
 from jaxlm.data.position import Position
 from jaxlm.errors import UserError, slow
 from jaxlm.io import storage
-from jaxlm.params import layout, names
+from jaxlm.params import layout, muon, names
 from jaxlm.runtime import chips
 from jaxlm.tasks import flops, parameters
 from jaxlm.training import rollback, run_dir, signals, summary
@@ -89,7 +89,7 @@ def build(
 
     def fresh() -> TrainState:
         model = parallel.replicated(mesh, task.build_model(torch.Generator().manual_seed(train.seed)))
-        return step.init_state(model, optim.adamw(train, model))
+        return step.init_state(model, optim.make_optimizer(train, model))
 
     def without_training(function: Callable[..., Any]) -> Callable[..., Any]:
         @torch.no_grad()
@@ -133,7 +133,8 @@ def begin(run: Run, fresh: Callable[[], TrainState]) -> TrainState:
         state = checkpoint.with_snapshot(state, snapshot, str(begun.path), begun.parts, begun.position().step, is_base)
     numbers = {name: x.numel() for name, x in parallel.single(state.model).named_parameters()}
     sizes = {part: [n for name, n in numbers.items() if name.startswith(part)] for part in layout.PARTS[:2]}
-    moments = [*names.trained(run.config.model, numbers).values()] * 2
+    trained = names.trained(run.config.model, numbers)
+    moments = [*trained.values(), *muon.with_second_moment(run.config.train, trained).values()]
     run.log.say(summary.start_table(begun, sizes | {"optimizer": moments}))
     return state
 

@@ -37,6 +37,7 @@ ONLY_JAX = {
     "heads": {"LanguageModel.loss": "logits and loss in one pass that never has all logits"},
     "optim": {
         "scale_by_adam": "Optax's own rounds the bias correction",
+        "scale_by_muon": "torchlm has an optimizer, Muon",
         **dict.fromkeys(("moments", "with_moments", "at_step"), "a state without names"),
     },
     "parallel": dict.fromkeys(
@@ -60,6 +61,7 @@ ONLY_JAX = {
 }
 ONLY_TORCH = {
     "model": {"Embedding.table_TD": "a constant on the device; JAX compiles it in"},
+    "optim": dict.fromkeys(("Muon", "Muon.__init__", "Muon.step"), "jaxlm has a transformation, scale_by_muon"),
     "schedule": {"Schedule": "Optax has the type"},
     "step": {"TrainState.model": "holds the parameters", "TrainState.optimizer": "holds its state"},
     "parallel": {
@@ -90,8 +92,9 @@ ARGUMENTS = {  # (jaxlm's, torchlm's) where they differ otherwise
     "ops/layers.start": (["config", "std"], ["x", "config", "rngs", "std"]),
     "ops/dropout.dropout": (["x", "rate", "key"], ["x", "rate", "is_training"]),
     "ops/plain_attention.hidden": (["mask", "T", "S"], ["mask", "T", "device"]),
-    "optim.adamw": (["config", "rate", "n_layers"], ["config", "model"]),
+    "optim.make_optimizer": (["config", "rate", "n_layers"], ["config", "model"]),
     "optim.layer_shares": (["params", "layer_decay", "n_layers"], ["model", "layer_decay"]),
+    "optim.rate_shares": (["params", "config", "n_layers"], ["model", "config"]),
     "optim.is_decayed": (["params"], ["parameter"]),
     "optim.clip_by_global_norm": (["grads", "max_norm"], ["parameters", "max_norm"]),
     "parallel.replicated": (["mesh"], ["mesh", "model"]),

@@ -8,8 +8,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from jaxlm.config import TrainConfig
 from jaxlm.errors import UserError
-from jaxlm.params import names
+from jaxlm.params import muon, names
 from jaxlm.params.names import Prefixes, Shapes
 from jaxlm.tasks import parameters
 
@@ -110,29 +111,31 @@ def info(checkpoint: dict[str, Any], weights: Mapping[str, Any]) -> dict[str, An
     return result | {"tokenizer": None, "config": settings, "original_config": config}
 
 
-def moments(optimizer: dict[str, Any], shapes: Shapes, source: str) -> tuple[list[dict[str, Any]], int]:
-    """Return the first and second moments in the state dict of torch.optim.AdamW, and how many updates they are of.
+def moments(
+    optimizer: dict[str, Any], train: TrainConfig, shapes: Shapes, source: str
+) -> tuple[list[dict[str, Any]], int]:
+    """Return the first and second moments in the state dict of torchlm's optimizer, and how many updates they are of.
 
     There are none before the first update. `shapes` are those of what is trained; PyTorch numbers its tensors group by
-    group. Raises UserError, which begins with `source`, for another optimizer.
+    group. Raises UserError, which begins with `source`, for another optimizer than that of `train`.
     """
     state, groups = optimizer["state"], names.decay_groups(shapes)
     if not state:
         return [], 0
     numbers = [group["params"] for group in optimizer["param_groups"]]
     sizes, expected = [len(group) for group in numbers], [len(group) for group in groups]
-    # With layer_decay, a group of ours is several.
+    # With layer_decay or Muon, a group of ours is several.
     if sizes != expected and (len(sizes) <= len(expected) or sum(sizes) != sum(expected)):
         raise UserError(
             f"{source}: its optimizer has groups of {sizes} tensors, but the model {expected}, decayed first"
         )
     entries = {name: state.get(i, {}) for name, i in zip(sum(groups, []), sum(numbers, []), strict=True)}
     for name, entry in entries.items():
-        if sorted(entry) != [*_MOMENTS, "step"]:
-            raise UserError(
-                f"{source}: its optimizer has {sorted(entry)} for {name}, but AdamW has {[*_MOMENTS, 'step']}"
-            )
+        kind, keys = ("Muon", _MOMENTS[:1]) if muon.updates(train, name) else ("AdamW", _MOMENTS)
+        if sorted(entry) != [*keys, "step"]:
+            raise UserError(f"{source}: its optimizer has {sorted(entry)} for {name}, but {kind} has {[*keys, 'step']}")
     counts = {int(entry["step"]) for entry in entries.values()}
     if len(counts) > 1:
         raise UserError(f"{source}: its optimizer has counted {sorted(counts)} updates; only one count can be kept")
-    return [{name: entry[key] for name, entry in entries.items()} for key in _MOMENTS], counts.pop()
+    tensors = [{name: entry[key] for name, entry in entries.items() if key in entry} for key in _MOMENTS]
+    return tensors, counts.pop()

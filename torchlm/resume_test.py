@@ -55,19 +55,23 @@ def content(folder: Path) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("n_points", [3, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("optimizer", "n_points"),
+    [("adamw", 3), *(pytest.param(name, 8, marks=pytest.mark.slow) for name in ("adamw", "muon"))],
+)
 def test_a_run_interrupted_anywhere_goes_on_alike(
-    n_points: int, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    optimizer: str, n_points: int, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    settings = f"--train.optimizer {optimizer} --resume auto"
     with interrupted_at(10**9, monkeypatch) as calls:
-        assert run(table, tmp_path / "whole") == 0
+        assert run(table, tmp_path / "whole", settings) == 0
     assert calls[0] > 40
     whole = content(tmp_path / "whole")
     for point in range(1, calls[0], calls[0] // n_points):
         folder = tmp_path / str(point)
         with interrupted_at(point, monkeypatch, signal.SIGTERM):
-            assert run(table, folder, "--resume auto") == 143
-        assert run(table, folder, "--resume auto") == 0
+            assert run(table, folder, settings) == 143
+        assert run(table, folder, settings) == 0
         found = content(folder)
         for name, value in whole.items():
             assert found[name] == value, (point, name)

@@ -36,7 +36,7 @@ def batch_of(n: int = B, seed: int = 0) -> dict[str, torch.Tensor]:
 def start(config: configs.Config) -> tuple[Any, step.TrainState]:
     task = TASKS[config.task](config)
     model = task.build_model(torch.Generator().manual_seed(0))
-    return task, step.init_state(model, optim.adamw(config.train, model))
+    return task, step.init_state(model, optim.make_optimizer(config.train, model))
 
 
 def update(
@@ -105,7 +105,7 @@ def test_updates_are_those_of_the_equations(clip_norm: float) -> None:
 def test_decay_spares_biases_norms_and_tables_of_one_row() -> None:
     config = config_of(**{"model.positions": "learned", "model.tied_embedding": True, "model.final_norm": True})
     model = TASKS["mlm"](config).build_model(torch.Generator())
-    groups = optim.adamw(config.train, model).param_groups
+    groups = optim.make_optimizer(config.train, model).param_groups
     assert [group["weight_decay"] for group in groups] == [config.train.weight_decay, 0.0]
     decayed = {id(x) for x in groups[0]["params"]}
     assert len(decayed) + len(groups[1]["params"]) == len(list(model.parameters()))
@@ -163,7 +163,7 @@ def test_an_update_that_is_no_number_changes_nothing_but_the_count(bad: dict[str
     def trained(batches: list[dict[str, torch.Tensor]], steps: list[int]) -> tuple[list[Any], torch.Tensor, Any]:
         model = torch.nn.Linear(4, 1, bias=False)
         model.weight.data = torch.arange(1.0, 5.0)[None]
-        state = step.init_state(model, optim.adamw(configs.TrainConfig(), model))
+        state = step.init_state(model, optim.make_optimizer(configs.TrainConfig(), model))
         rule, metrics = step.Rule(lambda i: 0.1 / (1 + i), 1.0, skips_nonfinite=True), []
         for batch, i in zip(batches, steps, strict=True):
             state.step = i

@@ -77,7 +77,7 @@ def test_what_is_frozen_stays_to_the_bit_in_both_packages_and_all_else_changes(c
     task = torchlm.tasks.TASKS["gpt"](config)
     model = task.build_model(torch.Generator())
     model.load_state_dict({name: torch.tensor(x) for name, x in start.items()})
-    other = torchlm.step.init_state(model, torchlm.optim.adamw(config.train, model))
+    other = torchlm.step.init_state(model, torchlm.optim.make_optimizer(config.train, model))
     for batch in batches(config, 2):
         tensors = {name: torch.tensor(x).long() for name, x in batch.items()}
         torchlm.step.train_step(torchlm.step.Rule(lambda i: 0.1, 1.0), task.loss, other, tensors)

@@ -116,7 +116,7 @@ def shapes_of_tree(tree: Mapping[str, Any]) -> Shapes:
     for path, x in _leaves(tree):
         shape = x.shape[1:] if _is_stacked(path) else x.shape
         for name in (torch_names := _torch_names(path, x.shape, _n_stacked(tree))):
-            if _jax_path(name)[0] != path or any(key.isdecimal() for key in path):
+            if jax_path(name)[0] != path or any(key.isdecimal() for key in path):
                 raise UserError(
                     f"its parameter {'/'.join(path)} would be {name} in other forms, which does not lead back to it; "
                     "call the module otherwise, and use attributes in place of a list"
@@ -145,7 +145,7 @@ def first_trained(model: ModelConfig, path: Sequence[str]) -> int | None:
 
 def is_trained(model: ModelConfig, name: str) -> bool:
     """Return whether a parameter, by torchlm's name, is trained."""
-    path, block = _jax_path(name)
+    path, block = jax_path(name)
     first = first_trained(model, path)
     return first is not None and block >= first
 
@@ -257,7 +257,7 @@ def to_jax(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Return torchlm's state dict, with all blocks or all from one on, as jaxlm's tree of arrays."""
     leaves: dict[str, dict[int, np.ndarray]] = {}
     for name, array in state.items():
-        path, block = _jax_path(name)
+        path, block = jax_path(name)
         leaves.setdefault("/".join(path), {})[block] = array.T if path[-1] in _TRANSPOSED else array
     tree: dict[str, Any] = {}
     for name, blocks in leaves.items():
@@ -296,7 +296,7 @@ def _torch_names(path: list[str], shape: Sequence[int], n_blocks: int) -> list[s
     return [".".join([*words[:2], str(n_blocks - shape[0] + i), *words[2:]]) for i in range(shape[0])]
 
 
-def _jax_path(name: str) -> tuple[list[str], int]:
+def jax_path(name: str) -> tuple[list[str], int]:
     """Return the path of a parameter of torchlm in jaxlm's tree, and the number of its block."""
     path = name.split(".")
     block = int(path.pop(2)) if _is_stacked(path) else 0

@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxlm import config as configs
 from jaxlm.config import Config
-from jaxlm.params import names
+from jaxlm.params import muon, names
 from jaxlm.params.names import Arrays, Shapes
 
 POSITION = "base.embedding.position"  # the table of learned positions
@@ -23,13 +23,13 @@ class Snapshot:
     # step, task, rate, tokenizer, sample_iter, val_loss; original_config where it comes from there
     info: dict[str, Any]
     weights: Arrays
-    moments: Moments | None  # None: zero, as before the first update
+    moments: Moments | None  # None: zero, as before the first update; params/muon.py says what has a second one
     n_updates: int
 
     def moments_or_zeros(self) -> Moments:
         """Return the moments of what is trained, zero before the first update."""
         zeros = {name: np.zeros_like(x) for name, x in names.trained(self.config.model, self.weights).items()}
-        return self.moments or (zeros, zeros)
+        return self.moments or (zeros, muon.with_second_moment(self.config.train, zeros))
 
     def merge_adapters(self) -> "Snapshot":
         """Return the state with its adapters, if there are any, in the weights. These have no moments."""

@@ -121,6 +121,16 @@ def test_a_run_interrupted_again_and_again_goes_on_alike(
     assert content(tmp_path / "run") == undisturbed
 
 
+@pytest.mark.slow
+def test_a_run_by_muon_goes_on_alike(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = "--resume auto --train.optimizer muon"
+    for name, calls in (("whole", (10**9,)), ("interrupted", (8, 10**9))):
+        for call in calls:
+            with interrupted_at(call, monkeypatch):
+                assert run(texts, tmp_path / name, settings) == (130 if call == 8 else 0)
+    assert content(tmp_path / "interrupted") == content(tmp_path / "whole")
+
+
 def test_signals_have_their_exit_status(launch: Any, texts: Path, tmp_path: Path) -> None:
     settings = f"{TINY} --data.path {texts} --train.max-steps 1000000 --run.dir run --resume auto"
     for number, status in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):

@@ -42,7 +42,7 @@ HEAD_SETTINGS = (
 FIXED = (
     *(*BASE_SETTINGS, *HEAD_SETTINGS, "model.seq_len"),
     *("data.stride", "data.pack", "train.seed", "model.frozen_embedding", "model.frozen_layers"),
-    *("model.lora_rank", "model.lora_alpha", "model.lora_products"),
+    *("model.lora_rank", "model.lora_alpha", "model.lora_products", "train.optimizer"),
 )
 SCHEDULE = (
     *("learning_rate", "min_learning_rate", "schedule", "warmup_steps", "stable_steps", "decay_steps"),
@@ -125,7 +125,8 @@ class Start:
         """Return the settings that cannot change."""
         if self.kind == "resume":  # how many positions are masked says which samples share a row
             is_packed = self.settings()["data.pack"] == "documents"
-            return (*FIXED, "data.mask_fraction") if is_packed else FIXED
+            fixed = (*FIXED, "data.mask_fraction") if is_packed else FIXED
+            return fixed if "optimizer" in self.parts else tuple(name for name in fixed if name != "train.optimizer")
         names = (*BASE_SETTINGS, *HEAD_SETTINGS) if "head" in self.parts else BASE_SETTINGS
         return tuple(name for name in names if not self.is_student or name != "model.n_layers")
 
@@ -147,9 +148,9 @@ class Start:
         fixed = self._fixed()
         for name, old, new in changed:
             if name in fixed and not (name == "model.vocab_size" and old == 0):
+                mend = "start it anew with --train.reset-optimizer" if name == "train.optimizer" else "start a new run"
                 raise UserError(
-                    f"{name}={new}, but {self.path} has {old}, which cannot change; "
-                    "leave this setting out, or start a new run"
+                    f"{name}={new}, but {self.path} has {old}, which cannot change; leave this setting out, or {mend}"
                 )
         return changed if self.kind == "resume" else []
 

@@ -194,6 +194,13 @@ def test_reset_optimizer_keeps_head_and_counters(run: Path) -> None:
     assert start.position() == Position(9, 36, ((8, 12),))
 
 
+def test_another_optimizer_starts_anew(run: Path) -> None:
+    argv = ("--resume", run, "--train.optimizer", "muon")
+    with pytest.raises(UserError, match="leave this setting out, or start it anew with --train.reset-optimizer$"):
+        loaded(*argv)
+    assert loaded(*argv, "--train.reset-optimizer")[0].train.optimizer == "muon"
+
+
 def test_another_program_goes_on_in_a_new_folder(run: Path, torch_run: Path) -> None:
     for form, source, path in (
         (RUN, torch_run, torch_run / "checkpoints" / "9.pt"),
@@ -274,6 +281,7 @@ OTHER = {
     "model.lora_rank": 2,
     "model.lora_alpha": 3.0,
     "model.lora_products": "key",
+    "train.optimizer": "muon",
 }
 
 

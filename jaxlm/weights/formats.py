@@ -7,7 +7,8 @@
                        optimizer.second_moment.NAME, with optimizer.step; all else as JSON in the metadata `jaxlm`
 
 Between two forms, arrays are NumPy's under torchlm's names (names.py). There are two counts: `step`, that of the run,
-drives the rate; `n_updates`, that of the moments, is what AdamW corrects their bias by. torch, jax and safetensors are
+drives the rate; `n_updates`, that of the moments, is what AdamW corrects their bias by. What Muon updates has no second
+moment. torch, jax and safetensors are
 imported where they are needed. Models of transformers (huggingface.py) have no training state.
 """
 
@@ -25,6 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxlm import config as configs
+from jaxlm.config import Config
 from jaxlm.errors import UserError, outside, reason
 from jaxlm.io import checksums, storage, utf8
 from jaxlm.params import frozen, layout, names
@@ -58,21 +60,22 @@ def _reading(failure: str, mend: str) -> Iterator[None]:
         raise UserError(f"{failure}: {type(error).__name__}: {why}; {mend}") from error
 
 
-def moments(stored: StoredFile, shapes: Shapes, first_block: int = 0) -> tuple[Moments | None, int]:
-    """Return the moments of AdamW, not checked, and how many updates they are of; None if there are none.
+def moments(stored: StoredFile, config: Config, shapes: Shapes) -> tuple[Moments | None, int]:
+    """Return the moments of the optimizer, not checked, and how many updates they are of; None if there are none.
 
-    `shapes` are those of what is trained, with blocks from the first of these on. Raises UserError for what is no
-    optimizer of AdamW.
+    `shapes` are those of what is trained. Raises UserError for another optimizer than that of the settings.
     """
-    with _reading(f"{stored.path}: its optimizer is not that of AdamW", "save it again"):
+    with _reading(f"{stored.path}: its optimizer is not that of its settings", "save it again"):
         if stored.form == RUN:
             part = stored.tree["optimizer"]
-            first, second = (names.to_torch(part[f"{order}_moment"], first_block) for order in ("first", "second"))
+            first, second = (
+                names.to_torch(part[f"{order}_moment"], config.model.frozen_layers) for order in ("first", "second")
+            )
             return (first, second), int(part["count"])
         if stored.form == CHECKPOINT_1_2:
             from torchlm import original
 
-            tensors, n_updates = original.moments(stored.tree["optimizer"], shapes, str(stored.path))
+            tensors, n_updates = original.moments(stored.tree["optimizer"], config.train, shapes, str(stored.path))
             if not tensors:
                 return None, 0
             first, second = (_arrays(x, f"{stored.path}: optimizer: ") for x in tensors)
@@ -167,7 +170,7 @@ def _write_run(path: Path, snapshot: Snapshot) -> None:
     params, first, second = (names.to_jax(x) for x in (snapshot.weights, *snapshot.moments_or_zeros()))
     step: Any = np.int32(snapshot.info["step"])  # Orbax takes NumPy's arrays as well as JAX's
     train = snapshot.config.train
-    optimizer = optim.adamw(train, schedule.learning_rate(train), snapshot.config.model.n_layers)
+    optimizer = optim.make_optimizer(train, schedule.learning_rate(train), snapshot.config.model.n_layers)
     opt_state = jax.eval_shape(optimizer.init, first)
     opt_state = optim.with_moments(opt_state, first, second, np.int32(snapshot.n_updates))
     path.mkdir()
@@ -254,7 +257,7 @@ def _write_1_2(path: Path, snapshot: Snapshot) -> None:
 
     config, info = snapshot.config, snapshot.info
     model = checkpoint.model_for(snapshot, str(path))
-    state = step.init_state(model, optim.adamw(config.train, model))
+    state = step.init_state(model, optim.make_optimizer(config.train, model))
     state = checkpoint.with_snapshot(state, snapshot, str(path))
     loss = math.inf if info["val_loss"] is None else info["val_loss"]
     content = checkpoint.content(state, {**info, "config": configs.flat(config)}, loss)

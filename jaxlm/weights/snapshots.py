@@ -16,7 +16,7 @@ from jaxlm.config import Config
 from jaxlm.data import tokenization
 from jaxlm.errors import UserError, nearest, os_errors, reason, slow
 from jaxlm.io import temporary, utf8
-from jaxlm.params import names
+from jaxlm.params import muon, names
 from jaxlm.params.layout import MEND
 from jaxlm.params.names import Arrays
 from jaxlm.params.snapshot import Snapshot
@@ -102,9 +102,10 @@ def to_snapshot(stored: StoredFile, config: Config | None) -> Snapshot:
     shapes = parameters.shapes(config)
     weights = _float32(stored.weights, shapes, str(path) if stored.info else f"{path}, with the settings of --config")
     shapes = names.trained(config.model, shapes)
-    moments, n_updates = formats.moments(stored, shapes, config.model.frozen_layers)
+    moments, n_updates = formats.moments(stored, config, shapes)
     if moments is not None:
         first = _float32(moments[0], shapes, f"{path}: first moments of the optimizer")
+        shapes = muon.with_second_moment(config.train, shapes)
         moments = first, _float32(moments[1], shapes, f"{path}: second moments of the optimizer")
     train = config.train
     info = {"sample_iter": info["step"] * train.batch_size * train.accumulate, "val_loss": None} | info

@@ -3,8 +3,9 @@
 planting.py      how a mistake gets into a function of jaxlm or torchlm, in memory
 targets.py       the functions, which planting replaces or edits; where one moves, only its import changes
 checks.py        the checks, with their own tolerances
-model.py modern.py heads.py loss.py optimizer.py schedule.py tuning.py randomness.py data.py tags.py packed.py
-checkpoint.py    FAULTS, by subject: lists of what goes wrong in ports
+model.py modern.py heads.py loss.py optimizer.py muon.py schedule.py tuning.py randomness.py data.py tags.py
+packed.py checkpoint.py
+                 FAULTS, by subject: lists of what goes wrong in ports
 diagnosis.py     `python -m parity_tests.faults.diagnosis`: what parity_tests.compare says of each
 __main__.py      `python -m parity_tests.faults [--only TEXT] [--sample N] [--json FILE]`
 """
@@ -27,6 +28,7 @@ from parity_tests.faults import (
     loss,
     model,
     modern,
+    muon,
     optimizer,
     packed,
     randomness,
@@ -38,7 +40,7 @@ from parity_tests.faults.checks import CHECKS, once
 from parity_tests.faults.planting import Fault
 from parity_tests.packages import PACKAGES, Package
 
-_SUBJECTS = (model, modern, heads, data, tags, packed, checkpoint, loss, tuning, optimizer, schedule, randomness)
+_SUBJECTS = (model, modern, heads, data, tags, packed, checkpoint, loss, tuning, optimizer, muon, schedule, randomness)
 FAULTS: list[Fault] = [fault for subject in _SUBJECTS for fault in subject.FAULTS]
 
 

@@ -74,6 +74,7 @@ CHECKS: dict[str, Callable[[type[Package]], list[Row]]] = {
     "GPT-2 of transformers that answers": of_one(references, lambda: references.gpt2("pairs")),
     "inputs at the edges": of_two(lambda: inputs.edges("mlm")),
     "AdamW of NumPy and PyTorch": of_two(lambda: references.adamw(n_updates=8)),
+    "Muon of NumPy": of_two(lambda: references.muon(n_updates=4)),
     "start values": of_one(randomness, lambda: randomness.start_values("mlm")),
     "start values of GPT-2": of_one(randomness, lambda: randomness.start_values("gpt", initialization="gpt2")),
     "start values of ModernBERT": of_one(
@@ -95,6 +96,7 @@ CHECKS: dict[str, Callable[[type[Package]], list[Row]]] = {
     "window to both sides": of_two(lambda: inputs.option("mlm", "window", n_updates=1)),
     "LoRA": of_two(lambda: inputs.option("gpt", "LoRA", n_updates=2)),
     "frozen layers and layer decay": of_two(lambda: inputs.option("gpt", "layer decay, frozen", n_updates=2)),
+    "Muon of layers": of_two(lambda: inputs.option("gpt", "Muon", n_updates=2)),
     "distillation": of_two(lambda: inputs.distilled("mlm", n_updates=2)),
     "packed mlm": of_one(packed, lambda: packed.packed("mlm", False, **{"model.positions": "rotary"})),
     "packed gpt": of_one(packed, lambda: packed.packed("gpt", False, **{"model.positions": "learned"})),
@@ -118,7 +120,7 @@ def once(package: type[Package]) -> Iterator[None]:
     """
     (other,) = (x for x in PACKAGES if x is not package)
     run, numpy = trajectory.run, references._adamw_of_numpy
-    update = getattr(references, f"_adamw_of_{other.name}")
+    update = getattr(references, f"_updated_by_{other.name}")
 
     def remembered(asked: type[Package], plan: Any, precision: Any = "float32") -> trajectory.Trajectory:
         if asked is package or plan.config.model.dropout:
@@ -130,9 +132,10 @@ def once(package: type[Package]) -> Iterator[None]:
 
     def remembered_update(name: str, compute: Function) -> Function:
         def updated(*args: Any) -> Any:
-            if name not in _RUNS:
-                _RUNS[name] = compute(*args)
-            return _RUNS[name]
+            key = name, args[0]  # the settings
+            if key not in _RUNS:
+                _RUNS[key] = compute(*args)
+            return _RUNS[key]
 
         return updated
 

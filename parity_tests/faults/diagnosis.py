@@ -93,8 +93,8 @@ class RecordedJaxlm(_Recorded, Jaxlm):
         return record.jax(nnx.merge(self.graphdef, self.params), params=self.params)
 
     def set_rate(self, rate: Any) -> None:
-        adamw = jax_optim.adamw
-        with mock.patch.object(jax_optim, "adamw", lambda *args: self.recorder.optimizer(adamw(*args))):
+        adamw = jax_optim.make_optimizer
+        with mock.patch.object(jax_optim, "make_optimizer", lambda *args: self.recorder.optimizer(adamw(*args))):
             super().set_rate(rate)
 
     def _end(self, metrics: Any) -> None:
@@ -197,6 +197,8 @@ PLANS: dict[str, Callable[[], Plan]] = {
     "GPT-2 of transformers that answers": lambda: _gpt2("pairs"),
     "inputs at the edges": _edges,
     "AdamW of NumPy and PyTorch": _adamw,
+    "Muon of NumPy": lambda: _option("gpt", "Muon"),
+    "Muon of layers": lambda: _option("gpt", "Muon"),
     "gpt in float64": _accumulated,
     "distillation": _distilled,
     "LoRA": lambda: _option("gpt", "LoRA"),

@@ -85,9 +85,13 @@ distilled = Pair(jax_distill.loss, torch_distill.loss)
 soft_loss = Pair(jax_distill.soft_loss, torch_distill.soft_loss)
 cosine_loss = Pair(jax_distill.cosine_loss, torch_distill.cosine_loss)
 
-adamw = Pair(jax_optim.adamw, torch_optim.adamw)
+adamw = Pair(jax_optim.make_optimizer, torch_optim.make_optimizer)
 scale_by_adam = jax_optim.scale_by_adam
+muon_step = Pair(jax_optim.scale_by_muon, torch_optim.Muon.step)
+apart = jax_optim._apart
+orthogonal = Pair(jax_optim.orthogonal, torch_optim.orthogonal)
 is_decayed = Pair(jax_optim.is_decayed, torch_optim.is_decayed)
+rate_shares = Pair(jax_optim.rate_shares, torch_optim.rate_shares)
 layer_shares = Pair(jax_optim.layer_shares, torch_optim.layer_shares)
 clip = Pair(jax_optim.clip_by_global_norm, torch_optim.clip_by_global_norm)
 train_step = Pair(jax_step.train_step, torch_step.train_step)
