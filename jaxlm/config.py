@@ -57,6 +57,7 @@ class DataConfig:
     stride: Count = 0  # gpt, mlm: tokens between the starts of training windows of a document; 0: a window's
     header: Literal["auto", "yes", "no"] = "auto"  # whether the first row of CSV and TSV files names the columns
     text_column: str = ""  # name, or number from 0, of the column with the text; "": by usual names
+    pair_column: str = ""  # name, or number from 0, of the column with a second text; auto: by usual names; "": none
     label_column: str = ""  # name, or number from 0, of the column with the label; "": by usual names
     prompt_column: str = ""  # name, or number from 0, of the column with the prompt; "": by usual names
     answer_column: str = ""  # name, or number from 0, of the column with the answer; "": by usual names
@@ -125,6 +126,7 @@ class ModelConfig:
     logit_softcap: Annotated[float, Meta(ge=0, le=1e6)] = 0.0  # c: the vocabulary's logits are c tanh(x / c); 0: x
     z_loss: Rate = 0.0  # weight in training of the squared logarithm of the softmax's denominator; PaLM: 1e-4
     pad_id: Annotated[int, Meta(ge=-1, le=MOST)] = 0  # token id of padding, which attention and loss ignore; -1: none
+    segments: Count = 0  # token types with an embedding each: 2 tell two texts apart, as in BERT; 0: there are none
     head_outputs: Literal["labels", "vocabulary"] = "labels"  # one per class, or per token, a bug of the original
     # What a classifier reads: the first token; the last, in a causal model; mean: the mean of all; late: the mean of
     # the logits of all.
@@ -234,7 +236,9 @@ class LogConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
-    task: str = "mlm"  # mlm, gpt, sst2, cola, pairs, tag, or your own (jaxlm/tasks/README.md)
+    # mlm, gpt, sst2, cola, pairs, tag, classify, regress, a task of GLUE (mrpc, qqp, stsb, mnli, qnli, rte, wnli), or
+    # your own (jaxlm/tasks/README.md)
+    task: str = "mlm"
     resume: str = ""  # run or checkpoint to resume; auto: the run in run.dir, or a new one if there is none
     init_from: str = ""  # run, checkpoint, or public model (folder or hub name) whose base model the run starts from
     debug: bool = False  # show the traceback of input errors
@@ -292,6 +296,7 @@ BASE = "base"  # in place of the task of a model without an output layer, and th
 GATED = ("geglu", "swiglu")  # kinds of feed-forward with a third matrix, `up`
 LORA_PRODUCTS = ("query", "key", "value", "output", "fc1", "up", "fc2")
 FREEZING = ("model.frozen_embedding", "model.frozen_layers", "model.lora_rank")  # all 0: the whole model is trained
+GLUE = ("mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli")  # tasks that share the preset glue.toml
 COMMAND_LINE = "command line"
 HELP = ("-h", "--help")
 LEAST_COLUMNS = 10  # of the help; with fewer, tyro never returns
@@ -429,6 +434,9 @@ def _preset(task: Any) -> list[Layer]:
     presets = task_presets()
     if str(task) in presets:
         return presets[str(task)]
+    if task in GLUE:
+        path = presets_dir() / "glue.toml"
+        return [("task", task, str(path)), ("data.hub_config", task, str(path)), *_file(path)]
     is_own = str(task).isidentifier() and (Path(__file__).parent / "tasks" / f"{task}.py").is_file()
     if is_own or task == BASE:
         return []
@@ -646,7 +654,7 @@ def warnings(config: Config, origins: dict[str, str], of_other_tasks: Iterable[s
     without_effect = {  # settings, and why they have no effect if they have none
         "data.hub_config": not data.hub and "there is no data.hub",
         "data.format data.header data.documents": not has_files and "no local file is read",
-        "data.text_column data.label_column": is_embedded and "the data is the embedded default",
+        "data.text_column data.pair_column data.label_column": is_embedded and "the data is the embedded default",
         "data.prompt_column data.answer_column": is_embedded and "the data is the embedded default",
         "data.validation_path data.test_path": is_embedded and "the data is the embedded default (give data.path too)",
         "data.validation_fraction": data.validation_path and "data.validation_path is given",

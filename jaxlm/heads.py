@@ -191,15 +191,17 @@ class Classifier(nnx.Module):
         positions: Array | None = None,
         with_hidden: bool = False,
         segments_BT: Array | None = None,
+        types_BT: Array | None = None,
     ) -> Any:
         """Return logits; a causal model needs the `positions` [B] of the last token of each text.
 
         With `with_hidden`, return them and the hidden states [B, T, D]. With `segments_BT`, the texts of packed rows,
-        `positions` [B, N] are of the token of each text that is read, and logits are [B, N, C].
+        `positions` [B, N] are of the token of each text that is read, and logits are [B, N, C]. `types_BT` says which
+        of two texts each token is of.
         """
         has_several = positions is not None and positions.ndim == 2
         assert has_several or self.is_causal == (positions is not None), "the last tokens go with model.pooling=last"
-        x_BTD = self.base(tokens_BT, key, segments_BT)
+        x_BTD = self.base(tokens_BT, key, segments_BT, types_BT)
         shares = self._shares(tokens_BT, positions, segments_BT) if self.is_mean else None
         logits = self.head(x_BTD, positions, shares)
         return (logits, x_BTD) if with_hidden else logits

@@ -14,7 +14,7 @@ from jaxlm import checkpoint, distill, optim, parallel, schedule, step
 from jaxlm import config as configs
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.config import Config
-from jaxlm.data import loader
+from jaxlm.data import loader, metrics
 from jaxlm.data.position import Position
 from jaxlm.errors import UserError, slow
 from jaxlm.io import storage
@@ -240,12 +240,12 @@ def evaluate(run: Run, compiled: Compiled, params: Any, name: str, status: Calla
         for i, batch in enumerate(batches):
             ahead.append(compiled.totals(params, parallel.put_batch(compiled.mesh, batch)))
             if len(ahead) > 1:
-                _add(sums, ahead.pop(0))
+                metrics.add(sums, jax.device_get(ahead.pop(0)))
             show(i * batch_size)
             if status():
                 return None
     for totals in ahead:
-        _add(sums, totals)
+        metrics.add(sums, jax.device_get(totals))
     return sums | chosen.constants(samples)
 
 
@@ -294,8 +294,3 @@ def _describe(mesh: Mesh, config: Config) -> str:
 def _info(run: Run, i: int, position: Position) -> dict[str, Any]:
     rate = float(schedule.learning_rate(run.config.train, run.rewarmed)(i - 1))
     return {"format": checkpoint.FORMAT, **info(run, i, position, rate)}
-
-
-def _add(sums: dict[str, Any], totals: Any) -> None:
-    for name, value in jax.device_get(totals).items():
-        sums[name] = sums.get(name, 0.0) + np.asarray(value, np.float64)

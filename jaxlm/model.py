@@ -50,7 +50,7 @@ class Places(NamedTuple):
 
 
 class Embedding(nnx.Module):
-    """Token table plus positions, norm, dropout. The row of `pad_id` starts at zero and gets no gradient."""
+    """Token table plus positions and types, norm, dropout. The row of `pad_id` starts at zero and gets no gradient."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = config
@@ -63,12 +63,20 @@ class Embedding(nnx.Module):
             self.token.embedding[...] = self.token.embedding[...].at[config.pad_id].set(0)
         if config.positions == "learned":
             self.position = nnx.Param(0.02 * jax.random.normal(rngs.params(), (config.seq_len, config.d_model)))
+        if config.segments:
+            self.segment = nnx.Param(0.02 * jax.random.normal(rngs.params(), (config.segments, config.d_model)))
         if config.embedding_norm:
             self.layernorm = norm(config, rngs)
 
     @jax.named_scope("embedding")
-    def __call__(self, tokens_BT: Array, dropout_key: Array | None, positions_BT: Array | None = None) -> Array:
-        """Return [B, T, D]; positions are 0 to T - 1, or `positions_BT`."""
+    def __call__(
+        self,
+        tokens_BT: Array,
+        dropout_key: Array | None,
+        positions_BT: Array | None = None,
+        types_BT: Array | None = None,
+    ) -> Array:
+        """Return [B, T, D]; positions are 0 to T - 1, or `positions_BT`; token types are 0, or `types_BT`."""
         T = tokens_BT.shape[1]
         # Gathered over fsdp before the lookup: XLA would gather the result of the whole batch otherwise.
         x_BTD = constrain(self.token.embedding[...], "tensor")[tokens_BT]
@@ -80,6 +88,8 @@ class Embedding(nnx.Module):
             x_BTD += table_TD[None, :T] if positions_BT is None else jnp.asarray(table_TD)[positions_BT]
         elif self.config.positions == "learned":
             x_BTD += self.position[...][None, :T] if positions_BT is None else self.position[...][positions_BT]
+        if self.config.segments:
+            x_BTD += self.segment[...][None, :1] if types_BT is None else self.segment[...][types_BT]
         if self.config.embedding_norm:
             x_BTD = self.layernorm(x_BTD)
         return constrain(dropout(x_BTD, self.config.dropout, dropout_key), BATCH)
@@ -175,7 +185,9 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """Token ids [B, T] to hidden states float32 [B, T, D]; `segments_BT` says which document of a row each token is of.
+    """Token ids [B, T] to hidden states float32 [B, T, D].
+
+    `segments_BT` says which document of a row each token is of, and `types_BT` which of two texts (model.segments).
 
     The blocks are one Block whose parameters have a leading axis of n_layers, run by a scan (scan_blocks).
     """
@@ -190,14 +202,20 @@ class Transformer(nnx.Module):
         if config.final_norm:
             self.final_norm = norm(config, rngs)
 
-    def __call__(self, tokens_BT: Array, key: Array | None = None, segments_BT: Array | None = None) -> Array:
+    def __call__(
+        self,
+        tokens_BT: Array,
+        key: Array | None = None,
+        segments_BT: Array | None = None,
+        types_BT: Array | None = None,
+    ) -> Array:
         is_pad_BT = tokens_BT == self.config.pad_id if self.config.pad_id >= 0 else None
         places = Places(is_pad_BT, segments_BT, None if segments_BT is None else restarting(segments_BT))
         embedding_key, dropout_keys = None, None
         if key is not None:  # at once: to split a key takes 64 operations, however many it gives
             all_keys = jax.random.split(key, 1 + DROPOUTS * self.config.n_layers)
             embedding_key, dropout_keys = all_keys[0], all_keys[1:].reshape(-1, DROPOUTS)
-        x_BTD = self.embedding(tokens_BT, embedding_key, places.positions_BT)
+        x_BTD = self.embedding(tokens_BT, embedding_key, places.positions_BT, types_BT)
 
         def run_block(x_BTD: Array, of_block: tuple[Block, Array | None], layer: int) -> tuple[Array, None]:
             block, block_keys = of_block

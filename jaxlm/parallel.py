@@ -28,7 +28,7 @@ _AUTO = (AxisType.Auto,) * len(AXES)  # XLA decides where `constrain` says nothi
 # dimension of each matrix, which is gathered where it is used (ZeRO, arXiv 1910.02054, stage 3).
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     ("embedding/token/embedding", ("tensor", "fsdp")),
-    ("embedding/position", (None, "fsdp")),
+    ("embedding/(position|segment)", (None, "fsdp")),
     ("(query|key|value|fc1|up)/kernel", ("fsdp", "tensor")),
     ("(query|key|value|fc1|up)/bias", ("tensor",)),
     ("(attention/output|fc2)/kernel", ("tensor", "fsdp")),

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from jaxlm.tasks import TASKS, parameters
+from jaxlm.tasks import parameters
 from parity_tests import case as cases
 from parity_tests import drift, families, inputs, original, packed, references, replay, trajectory
 from parity_tests.compare.rows import Row
@@ -137,6 +137,8 @@ _OF_HEADS = {
     *("model.tied_embedding", "model.logit_softcap", "model.z_loss", "model.head_hidden", "model.classifier_bias"),
 }
 _TASKS_OF_BLOCKS = ("mlm", "gpt")
+# cola, classify and the tasks of GLUE have sst2's model and loss with other scores; regress differs in its loss alone.
+_TASKS = ("mlm", "gpt", "sst2", "pairs")
 _PACKED: dict[str, tuple[str, bool, dict[str, Any]]] = {
     "mlm, rotary positions": ("mlm", False, {"model.positions": "rotary"}),
     "gpt, learned positions": ("gpt", False, {"model.positions": "learned"}),
@@ -178,9 +180,7 @@ def _checks() -> dict[str, Callable[[], list[Row]]]:
     for name in families.SETTINGS:
         add(f"transformers: {name}", families.family, name)
     add("dropout statistics", drift.dropout_statistics)
-    for task in TASKS:
-        if task in ("cola", "tag"):  # sst2's model; what differs, recorded and further cases and those above have
-            continue
+    for task in _TASKS:
         for name, (layers, changes) in _BLOCKS.items():
             add(f"{name}: {task}", references.blocks, task, layers, **changes)
         add(f"finite differences: {task}", references.finite_differences, task)
@@ -198,6 +198,10 @@ def _checks() -> dict[str, Callable[[], list[Row]]]:
                 add(f"{name}: {task}", inputs.option, task, name)
         for name in inputs.PARTS if task in _TASKS_OF_BLOCKS else ():
             add(f"{name} in float32: {task}", inputs.option, task, name, 10, "float32")
+    for task in ("classify", "regress"):
+        for name in ("two texts", "two texts, the last token", "rotary positions"):
+            add(f"{name}: {task}", inputs.option, task, name)
+    add("finite differences: regress", references.finite_differences, "regress")
     for name, (task, is_distilled, changes) in _PACKED.items():
         add(f"packed: {name}", packed.packed, task, is_distilled, **changes)
     return found
@@ -215,5 +219,6 @@ FAST = {
     *("finite differences: gpt", "edges: mlm", "4096 positions: mlm"),
     *("float64: mlm", "float64: gpt", "dropout: gpt", "dropout statistics", "rotary, no pad: gpt"),
     *("packed: mlm, rotary positions", "packed: sst2"),
+    *("two texts: classify", "two texts, the last token: regress"),
     *("distillation: mlm", "layer decay, frozen: gpt", "Muon: gpt", "LoRA of rank 1 everywhere: gpt"),
 }

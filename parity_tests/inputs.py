@@ -132,6 +132,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
         **{"model.window": 1, "model.global_every": 2, "model.n_layers": 4, "model.positions": "rotary"},
         **{"model.rotary_base_local": 7.0, "model.global_first": False, "model.seq_len": 13, "model.pad_id": 2},
     },
+    "two texts": {"data.pair_column": "auto", "model.segments": 2, "model.embedding_norm": True},
+    "two texts, the last token": {
+        **{"data.pair_column": "auto", "model.segments": 3, "model.positions": "learned"},
+        **{"model.pooling": "last", "model.pad_id": -1},
+    },
     "z-loss": {"model.z_loss": 0.05, "model.tied_embedding": True},
 }
 # Settings that train a part.

@@ -265,9 +265,12 @@ Package = Jaxlm | Torchlm
 
 def _inputs(task: str, batch: Any) -> tuple[Any, ...]:
     """Return what a model has logits of."""
+    if "types" in batch:
+        return batch["tokens"], None, batch.get("last"), False, None, batch["types"]
     places = "positions" if task == "tag" else "last"
     return (batch["tokens"], None, batch[places]) if places in batch else (batch["tokens"],)
 
 
 def _tensors(batch: Batch) -> dict[str, torch.Tensor]:
-    return {name: torch.from_numpy(np.array(x, np.int64)) for name, x in batch.items()}
+    tensors = {name: torch.from_numpy(np.array(x)) for name, x in batch.items()}
+    return {name: x if x.is_floating_point() else x.long() for name, x in tensors.items()}

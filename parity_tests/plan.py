@@ -6,7 +6,7 @@ import numpy as np
 
 from jaxlm.config import Config, TrainConfig
 from jaxlm.params.names import Arrays
-from jaxlm.tasks import parameters
+from jaxlm.tasks import TASKS, parameters
 from jaxlm.training.teacher import Teacher
 
 Batch = dict[str, np.ndarray]
@@ -83,6 +83,11 @@ def random_batch(config: Config, random: np.random.Generator, batch_size: int, p
         positions = np.where(is_word, order, 0)
         return {"tokens": tokens, "labels": labels.astype(np.int32), "positions": positions.astype(np.int32)}
     batch = {"tokens": tokens, "labels": random.integers(0, config.data.n_classes, batch_size, dtype=np.int32)}
+    if TASKS[config.task].samples.reads == "values":
+        batch["labels"] = random.normal(size=batch_size).astype(np.float32)
+    if config.data.pair_column and model.segments:
+        begin = random.integers(1, lengths + 1)[:, None]  # of the second text
+        batch["types"] = ((np.arange(T) >= begin) & ~is_pad).astype(np.int32)
     return batch | ({"last": (lengths - 1).astype(np.int32)} if model.pooling == "last" else {})
 
 

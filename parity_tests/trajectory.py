@@ -92,7 +92,7 @@ def run(package: type[Package], plan: Plan, precision: Precision = "float32") ->
         saved=saved,
         final=final,
         eval_loss=_mean_loss(evaluated),
-        eval_counts=np.array([int(evaluated["count"]), int(evaluated["correct"])]),
+        eval_counts=np.array([int(evaluated["count"]), int(evaluated.get("correct", 0))]),
     )
 
 

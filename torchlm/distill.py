@@ -31,10 +31,10 @@ def loss(task: Any, student: Any, teacher: Any, batch: dict[str, Tensor], key: N
     The teacher has no dropout.
     """
     settings, positions = task.config.distill, batch.get("positions", batch.get("last"))
-    segments_BT = batch.get("segments")
-    logits, x_BTD = student(batch["tokens"], key, positions, True, segments_BT)
+    segments_BT, types = batch.get("segments"), (batch["types"],) if "types" in batch else ()
+    logits, x_BTD = student(batch["tokens"], key, positions, True, segments_BT, *types)
     with torch.no_grad():
-        target_logits, target_BTD = teacher.eval()(batch["tokens"], None, positions, True, segments_BT)
+        target_logits, target_BTD = teacher.eval()(batch["tokens"], None, positions, True, segments_BT, *types)
     totals = task.totals(logits, batch["labels"])
     is_pad_BT = batch["tokens"] == task.config.model.pad_id
     if segments_BT is not None:

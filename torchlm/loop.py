@@ -6,12 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import nn
 
 from jaxlm.config import Config
-from jaxlm.data import loader
+from jaxlm.data import loader, metrics
 from jaxlm.data.position import Position
 from jaxlm.errors import UserError, slow
 from jaxlm.io import storage
@@ -211,12 +210,12 @@ def evaluate(
         for i, batch in enumerate(batches):
             ahead.append(compiled.totals(model, parallel.put_batch(compiled.mesh, batch)))
             if len(ahead) > 1:
-                _add(sums, ahead.pop(0))
+                metrics.add(sums, _read(ahead.pop(0)))
             show(i * batch_size)
             if status():
                 return None
     for totals in ahead:
-        _add(sums, totals)
+        metrics.add(sums, _read(totals))
     return sums | chosen.constants(samples)
 
 
@@ -252,11 +251,6 @@ def _info(run: Run, i: int, position: Position) -> dict[str, Any]:
 
 def _read(metrics: dict[str, Any]) -> dict[str, Any]:
     return {name: value.cpu().numpy() for name, value in metrics.items()}
-
-
-def _add(sums: dict[str, Any], totals: Any) -> None:
-    for name, value in _read(totals).items():
-        sums[name] = sums.get(name, 0.0) + np.asarray(value, np.float64)
 
 
 def restored(path: Path, like: TrainState) -> TrainState:

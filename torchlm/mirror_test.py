@@ -23,7 +23,8 @@ MIRRORED = (
     *("checkpoint", "loop", "train"),
     *("ops/__init__", "ops/layers", "ops/activations", "ops/token_positions", "ops/dropout"),
     *("ops/plain_attention", "ops/stacks"),
-    *("tasks/__init__", "tasks/base", "tasks/mlm", "tasks/gpt", "tasks/sst2", "tasks/cola", "tasks/pairs", "tasks/tag"),
+    *("tasks/__init__", "tasks/base", "tasks/mlm", "tasks/gpt", "tasks/classify", "tasks/sst2", "tasks/cola"),
+    *("tasks/pairs", "tasks/regress", "tasks/tag"),
 )
 
 # What one framework needs and the other does not, with the reason. All else must be in both.
@@ -145,7 +146,7 @@ def test_public_names_their_order_and_arguments_are_the_same(name: str) -> None:
         # Inherited from jaxlm; a task of torchlm has its model, loss and prediction only, and says what its loss takes.
         assert {own for own in ours if "." in own} <= {
             f"{kind}.{method}"
-            for kind in ("Task", "Mlm", "Gpt", "Sst2", "Cola", "Pairs", "Tag")
+            for kind in ("Task", "Mlm", "Gpt", "Classify", "Pairs", "Regress", "Tag")
             for method in ("packs", "dtype", "build_model", "loss", "totals", "predict")
         }
         assert not extra

@@ -44,7 +44,7 @@ class Places(NamedTuple):
 
 
 class Embedding(nn.Module):
-    """Token table plus positions, norm, dropout. The row of `pad_id` starts at zero and gets no gradient."""
+    """Token table plus positions and types, norm, dropout. The row of `pad_id` starts at zero and gets no gradient."""
 
     table_TD: Tensor
 
@@ -64,17 +64,21 @@ class Embedding(nn.Module):
         elif config.positions == "fixed":
             table_TD = torch.from_numpy(fixed_positions(config.seq_len, config.d_model))
             self.register_buffer("table_TD", table_TD, persistent=False)
+        if config.segments:
+            self.segment = nn.Parameter(0.02 * torch.randn(config.segments, config.d_model, generator=rngs))
         if config.embedding_norm:
             self.layernorm = norm(config)
 
-    def forward(self, tokens_BT: Tensor, positions_BT: Tensor | None = None) -> Tensor:
-        """Return [B, T, D]; positions are 0 to T - 1, or `positions_BT`."""
+    def forward(self, tokens_BT: Tensor, positions_BT: Tensor | None = None, types_BT: Tensor | None = None) -> Tensor:
+        """Return [B, T, D]; positions are 0 to T - 1, or `positions_BT`; token types are 0, or `types_BT`."""
         T = tokens_BT.shape[1]
         x_BTD = self.token(tokens_BT)
         if self.config.positions == "fixed":
             x_BTD = x_BTD + (self.table_TD[None, :T] if positions_BT is None else self.table_TD[positions_BT])
         elif self.config.positions == "learned":
             x_BTD = x_BTD + (self.position[None, :T] if positions_BT is None else self.position[positions_BT])
+        if self.config.segments:
+            x_BTD = x_BTD + (self.segment[None, :1] if types_BT is None else self.segment[types_BT])
         if self.config.embedding_norm:
             x_BTD = self.layernorm(x_BTD)
         return dropout(x_BTD, self.config.dropout, self.training)
@@ -157,7 +161,9 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Token ids [B, T] to hidden states float32 [B, T, D]; `segments_BT` says which document of a row each token is of.
+    """Token ids [B, T] to hidden states float32 [B, T, D].
+
+    `segments_BT` says which document of a row each token is of, and `types_BT` which of two texts (model.segments).
 
     The blocks are n_layers modules in a list, run by a loop.
     """
@@ -173,10 +179,10 @@ class Transformer(nn.Module):
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(is_trained(config, f"base.{name}"))
 
-    def forward(self, tokens_BT: Tensor, segments_BT: Tensor | None = None) -> Tensor:
+    def forward(self, tokens_BT: Tensor, segments_BT: Tensor | None = None, types_BT: Tensor | None = None) -> Tensor:
         is_pad_BT = tokens_BT == self.config.pad_id if self.config.pad_id >= 0 else None
         places = Places(is_pad_BT, segments_BT, None if segments_BT is None else restarting(segments_BT))
-        x_BTD = self.embedding(tokens_BT, places.positions_BT)
+        x_BTD = self.embedding(tokens_BT, places.positions_BT, types_BT)
         run_block = rematerialized(self.config, nn.Module.__call__)
         for block in self.blocks:
             x_BTD = run_block(block, x_BTD, places)

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from jaxlm import config as configs
 from jaxlm.config import Config, LogConfig
+from jaxlm.data.metrics import LISTED
 from jaxlm.errors import CLEANUPS, UserError, slow
 from jaxlm.runtime import rendezvous
 from jaxlm.runtime.rendezvous import variable
@@ -95,7 +96,8 @@ def rows(mesh: Mesh, n: int) -> np.ndarray:
 
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, Any]:
     """Return the batch, of this process's `rows`, on the device."""
-    return {name: torch.as_tensor(x, dtype=torch.int64).to(mesh.device) for name, x in batch.items()}
+    tensors = {name: torch.as_tensor(x) for name, x in batch.items()}
+    return {name: (x if x.is_floating_point() else x.long()).to(mesh.device) for name, x in tensors.items()}
 
 
 def any_process(mesh: Mesh, function: Callable[..., int]) -> Callable[..., int]:
@@ -129,9 +131,15 @@ def gradients_exchanged(model: nn.Module, is_last: bool) -> contextlib.AbstractC
 
 
 def sum_over_processes(totals: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return each of the totals, summed over the processes."""
-    if dist.is_initialized():
-        for total in totals.values():
+    """Return each of the totals, summed over the processes, but a row for each sample where there are such."""
+    if not dist.is_initialized():
+        return totals
+    for name, total in totals.items():
+        if name in LISTED:
+            rows = [torch.empty_like(total) for _ in range(dist.get_world_size())]
+            dist.all_gather(rows, total.contiguous())
+            totals[name] = torch.cat(rows)
+        else:
             dist.all_reduce(total)
     return totals
 

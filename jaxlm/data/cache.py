@@ -12,7 +12,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -41,7 +41,7 @@ class Split:
 
     tokens: np.ndarray  # memory-mapped, narrowest unsigned type
     offsets: np.ndarray  # int64, one more than articles
-    labels: np.ndarray  # int32, -1: none
+    labels: np.ndarray  # int32, -1: none; values to predict are float32, NaN: none
     n_bytes: np.ndarray  # int64, length of the text in UTF-8
 
     def __len__(self) -> int:
@@ -73,6 +73,15 @@ def open_cache(
     killed builds have left is removed. `on_progress` gets the bytes of text tokenized so far. Raises UserError if the
     cache cannot be written; then, as after an interrupt, nothing of it stays.
     """
+    splits = _open_cache(source, tokenizer, cache_dir, on_progress)
+    if source.has_values:  # the file has their bits
+        splits = {name: replace(split, labels=split.labels.view(np.float32)) for name, split in splits.items()}
+    return splits
+
+
+def _open_cache(
+    source: Source, tokenizer: Tokenizer, cache_dir: Path, on_progress: Callable[[int], None]
+) -> dict[str, Split]:
     key = f"{FORMAT} {source.fingerprint} {tokenization.fingerprint(tokenizer)} {library_version}"
     folder = cache_dir / "tokens" / hashlib.sha256(key.encode()).hexdigest()[:32]
     temporary.remove(cache_dir, temporary.is_abandoned)
@@ -217,7 +226,7 @@ def _build(source: Source, tokenizer: Tokenizer, folder: Path, on_progress: Call
                 with contextlib.ExitStack() as stack:
                     # Plain writes: a full disk under a memory map would kill the process instead of raising.
                     files = {name: stack.enter_context(open(unfinished / name, "wb")) for name in dtypes}
-                    _write(source.articles(), tokenizer, files, dtypes, on_progress)
+                    _write(source.articles(), source.has_values, tokenizer, files, dtypes, on_progress)
                 for name in dtypes:
                     temporary.fsync(unfinished / name)
                 meta = {"dtype": dtypes["train.tokens"].name, "source": source.description}
@@ -262,6 +271,7 @@ def _move(unfinished: Path, folder: Path, n_ids: int) -> None:
 
 def _write(
     articles: Iterator[Article],
+    has_values: bool,
     tokenizer: Tokenizer,
     files: Mapping[str, BinaryIO],
     dtypes: Mapping[str, np.dtype],
@@ -278,7 +288,8 @@ def _write(
             n_bytes = len(article.text.encode())
             ends[article.split] += len(encoding.ids)
             n_bytes_done += n_bytes
-            values = {"tokens": encoding.ids, "offsets": ends[article.split], "labels": article.label}
+            label = np.float32(article.label).view(np.int32) if has_values else int(article.label)
+            values = {"tokens": encoding.ids, "offsets": ends[article.split], "labels": label}
             for name, value in (values | {"n_bytes": n_bytes}).items():
                 path = f"{article.split}.{name}"
                 files[path].write(np.asarray(value, dtypes[path]).tobytes())

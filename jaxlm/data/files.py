@@ -139,6 +139,9 @@ def _folder_files(folder: Path, config: DataConfig, notes: list[str]) -> list[tu
     if not found:
         return [("train", file) for file in unnamed]
     for split, files in found.items():
+        if {_stem(file) for file in files} == {"dev", "val"}:  # as WNLI has them, where val is a part of its train
+            notes.append(f"not used beside dev: {_some([file for file in files if _stem(file) == 'val'])}")
+            files[:] = [file for file in files if _stem(file) == "dev"]
         if len(files) > 1:
             rule = f"{_some(files, ' and ')} are each the {split} part"
             raise UserError(f"data.path={folder}: {rule}; move all but one elsewhere")

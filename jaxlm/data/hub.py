@@ -31,19 +31,20 @@ def open_parts(config: DataConfig, reads: Reads, named: Collection[str], notes: 
         if not split or split in named:
             continue
         name, names = f"{name_of(config)}, {key}", rows.column_names
-        at_text, at_label = Wanted(config, reads, split).columns(name, names)
-        text, label = names[at_text], None if at_label is None else names[at_label]
+        used = Wanted(config, reads, split).columns(name, names)
+        text, label, pair = (None if column is None else names[column] for column in used)
         feature = rows.features[label] if label else None
         class_names = tuple(getattr(getattr(feature, "feature", feature), "names", None) or ())  # also of lists
-        table = Table(partial(_rows, rows, text, label, is_wikitext), (text, label, is_wikitext), class_names)
+        read = partial(_rows, rows, text, label, pair, is_wikitext)
+        table = Table(read, (text, label, is_wikitext), class_names, pair)
         parts.append(Part(name, split, "hub", rows._fingerprint, rows.data.nbytes, table))
     return parts
 
 
-def _rows(rows: Any, text: str, label: str | None, is_wikitext: bool) -> Iterator[Row]:
-    columns = list(dict.fromkeys(filter(None, (text, label))))
+def _rows(rows: Any, text: Any, label: str | None, pair: str | None, is_wikitext: bool) -> Iterator[Row]:
+    columns = list(dict.fromkeys(filter(None, (text, label, pair))))
     batches = rows.select_columns(columns).with_format("arrow").iter(batch_size=BATCH)
-    found = batch_rows((batch.to_pydict() for batch in batches), text, label)
+    found = batch_rows((batch.to_pydict() for batch in batches), text, label, pair)
     return grouped(found) if is_wikitext else found
 
 

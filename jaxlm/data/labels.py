@@ -1,5 +1,6 @@
 """From labels as files have them to the numbers of classes."""
 
+import math
 import re
 import unicodedata
 from collections import Counter
@@ -44,9 +45,22 @@ def label_of(part: Part, number: int, value: Any) -> str:
         raise part.bad(number, "the label is missing; write one, leave the row out, or set data.label_column")
     if DECIMAL.fullmatch(name) or re.fullmatch(r"[+-]?(inf|infinity|nan)", name.lower()):
         rule = f"label {value!r} is no class: classes are words, true and false, or whole numbers"
-        mend = "write words or whole numbers (a task as in jaxlm/tasks/README.md predicts these as numbers)"
+        mend = "write words or whole numbers (--task regress predicts numbers)"
         raise part.bad(number, f"{rule}; {mend}, or set data.label_column")
     return name
+
+
+def value_of(part: Part, number: int, value: Any) -> str:
+    """Return a number to predict, as text. Raises UserError for what is not a finite number."""
+    text = "" if value is None else str(value).strip()
+    try:
+        is_finite = math.isfinite(float(text))
+    except ValueError:
+        is_finite = False
+    if not is_finite or isinstance(value, bool):
+        rule = f"the label {value!r} is not a finite number" if text else "the label is missing"
+        raise part.bad(number, f"{rule}; correct it, leave the row out, or set data.label_column")
+    return "-1" if float(text) == -1 else text  # in one spelling: all rows of a test part with it are hidden
 
 
 def _spelled(label: str) -> str:
@@ -75,10 +89,10 @@ class Labels:
     counts: dict[str, Counter[str]] = field(default_factory=lambda: {split: Counter() for split in SPLITS})
     places: dict[tuple[str, str], str] = field(default_factory=dict)  # where a split has a label first
 
-    def read(self, part: Part, rows: Iterable[tuple[int, str, str, str]], has_doubtful_header: bool) -> None:
-        """Count the labels of a part's (number, split, text, label). Raises UserError for more than can be classes."""
+    def read(self, part: Part, rows: Iterable[tuple[Any, ...]], has_doubtful_header: bool) -> None:
+        """Count the labels of a part's (number, split, text, label, ...). Raises UserError for too many classes."""
         first = ("", "")
-        for number, split, _, label in rows:
+        for number, split, _, label, *_ in rows:
             self.counts[split][label] += 1
             first = first if first[1] else (label, part.place(number))
             if (split, label) not in self.places:

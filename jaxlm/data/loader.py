@@ -10,7 +10,7 @@ import numpy as np
 from jaxlm.config import TrainConfig
 from jaxlm.data import position as positions
 from jaxlm.data.position import Position
-from jaxlm.data.samples import Batch, Samples, uniform
+from jaxlm.data.samples import IGNORED, Batch, Samples, uniform
 
 START = Position()
 GROUP = 64  # updates whose samples are sorted by length, with train.group_by_length
@@ -103,10 +103,15 @@ def evaluation_batches(
     for start in range(0, len(chosen), batch_size):
         indices = chosen[np.minimum(start + rows, len(chosen) - 1)]
         batch = samples.batch(indices, np.zeros_like(indices))
-        batch["labels"][start + rows >= len(chosen)] = -1
+        batch["labels"][start + rows >= len(chosen)] = ignored(batch["labels"])
         if are_cut:
             batch = samples.cut(batch, _shape(samples, chosen[start : start + batch_size]))
         yield batch
+
+
+def ignored(labels: np.ndarray) -> float:
+    """Return the label that counts nothing: NaN where labels are numbers to predict, -1 where they are classes."""
+    return np.nan if np.issubdtype(labels.dtype, np.floating) else IGNORED
 
 
 def _by_length(

@@ -1,15 +1,23 @@
 """Scores from totals, sums over samples or tokens: every score is a quotient of sums, never a mean of means.
 
 Totals hold `loss` (nats), `count`, `correct`, and for classification `confusion` [C, C + 1]: row label, column
-prediction, the last for predictions that are no class.
+prediction, the last for predictions that are no class; for regression `values` [N, 2], label and prediction.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
 Scores = dict[str, float]
+LISTED = ("values",)  # totals that are no sums: a row for each sample, since ranks are of all samples together
+
+
+def add(sums: dict[str, np.ndarray], totals: Mapping[str, np.ndarray]) -> None:
+    """Add totals of a batch to the sums so far, in float64."""
+    for name, x in totals.items():
+        x = np.asarray(x, np.float64)
+        sums[name] = np.concatenate([sums[name], x]) if name in LISTED and name in sums else sums.get(name, 0.0) + x
 
 
 def number(name: str, x: float | None) -> str:
@@ -63,6 +71,36 @@ def matthews(confusion: np.ndarray) -> float:
     covariance = np.trace(confusion) * total - labels @ predictions[: len(labels)]
     spread = math.sqrt(float(total**2 - predictions @ predictions) * float(total**2 - labels @ labels))
     return float(covariance / spread) if spread else 0.0
+
+
+def pearson(values: np.ndarray) -> float:
+    """Return the correlation of the columns of values [N, 2], labels and predictions; 0 where one is constant."""
+    x, y = (values - values.mean(axis=0)).T
+    spread = math.sqrt(float(x @ x) * float(y @ y))
+    return float(x @ y) / spread if spread else 0.0
+
+
+def spearman(values: np.ndarray) -> float:
+    """Return the correlation of the ranks of labels and predictions [N, 2]; equal numbers share their mean rank."""
+    return pearson(np.stack([_ranks(column) for column in values.T], axis=1))
+
+
+def _ranks(x: np.ndarray) -> np.ndarray:
+    _, group, counts = np.unique(x, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[group]
+
+
+def counted(values: np.ndarray) -> np.ndarray:
+    """Return the rows of values [N, 2] that have a label, in float64."""
+    return np.asarray(values[~np.isnan(values[:, 0])], np.float64)
+
+
+# Scores of a classification by name.
+OF_CLASSES: dict[str, Callable[[Mapping], float]] = {
+    "accuracy": accuracy,
+    "f1": lambda totals: f1(np.asarray(totals["confusion"], np.float64)),
+    "matthews": lambda totals: matthews(np.asarray(totals["confusion"], np.float64)),
+}
 
 
 def unigram(counts: np.ndarray) -> dict[str, float]:

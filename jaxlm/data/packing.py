@@ -78,6 +78,8 @@ class PackedSamples:
             "tokens": _joined(alone["tokens"], lengths, rows, (B, self.seq_len), self.pad),
             "segments": _joined(numbers, lengths, rows, (B, self.seq_len), 0),
         }
+        if "types" in alone:
+            batch["types"] = _joined(alone["types"], lengths, rows, (B, self.seq_len), 0)
         if not self.unpacked.n_slots:
             return batch | {"labels": _joined(alone["labels"], lengths, rows, (B, self.seq_len), IGNORED)}
         shape, n_slots = (B, self.unpacked.n_slots), self.unpacked.slots(lengths)

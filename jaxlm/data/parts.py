@@ -11,9 +11,15 @@ SPLITS = ("train", "validation", "test")
 STEMS = {"train": "train", "in_domain_train": "train"}  # file name before its first dot -> split
 STEMS |= dict.fromkeys(("validation", "valid", "val", "dev", "in_domain_dev"), "validation")
 STEMS |= dict.fromkeys(("test", "out_of_domain_dev"), "test")
+# As the publishers of GLUE name them. MNLI has two validation parts: the mismatched one is scored as the test part.
+STEMS |= {"msr_paraphrase_train": "train", "msr_paraphrase_test": "test"}
+STEMS |= {"sts-train": "train", "sts-dev": "validation", "sts-test": "test"}
+STEMS |= dict.fromkeys(("dev_matched", "validation_matched"), "validation")
+STEMS |= dict.fromkeys(("dev_mismatched", "validation_mismatched"), "test")
 MOST_COLUMNS = 10_000
+AUTO = "auto"  # data.pair_column: by a usual name
 WHOLE = ("file", "blank_line")  # data.documents that divide any text, whatever its lines are
-# Settings of the two columns that are used, and their usual names in order of preference.
+# Settings of the columns that are used, and their usual names in order of preference.
 ARTICLES = (
     ("text_column", ("text", "sentence", "content", "document", "article", "review")),
     ("label_column", ("label", "labels", "acceptability", "target")),
@@ -22,15 +28,23 @@ TAGS = (
     ("text_column", ("tokens", "words", "text")),
     ("label_column", ("tags", "ner_tags", "labels", "ner", "label")),
 )
+SENTENCES = (  # two texts with a label
+    ("text_column", ("sentence1", "premise", "question1", "#1 string", "text1", "text_a", "question", "text")),
+    ("label_column", ("label", "labels", "gold_label", "quality", "is_duplicate", "score", "similarity", "target")),
+    ("pair_column", ("sentence2", "hypothesis", "question2", "#2 string", "text2", "text_b", "sentence")),
+)
 PAIRS = (
     ("prompt_column", ("prompt", "question", "instruction", "input")),
     ("answer_column", ("answer", "completion", "response", "output", "reply")),
 )
 
-# What of a source is used: texts, these with labels, prompts and answers, or words with tags.
-Reads = Literal["text", "labels", "pairs", "tags"]
+# What of a source is used: texts, these with the name of a class or with a number, prompts and answers, or words with
+# tags.
+Reads = Literal["text", "labels", "values", "pairs", "tags"]
 WITH_CLASSES = ("labels", "tags")
-Row = tuple[int, Any, Any]  # its number, text and label, or number, prompt and answer, as found
+LABELLED = ("labels", "values")  # one label a row
+ANNOTATED = (*LABELLED, "tags")  # of which all samples are scored
+Row = tuple[Any, ...]  # its number, then text and label, or prompt and answer, as found; a second text is last
 
 
 @dataclass(frozen=True)
@@ -40,6 +54,7 @@ class Table:
     rows: Callable[[], Iterator[Row]]
     columns: tuple[Any, ...] = (None, None, False)  # text or prompt, label or answer (None: there is none), has header
     names: tuple[str, ...] = ()  # of the classes, where labels are declared as numbers of names
+    pair: Any = None  # column of the second text
 
 
 @dataclass(frozen=True)
@@ -87,9 +102,15 @@ class Wanted:
 
     @property
     def choices(self) -> list[tuple[str, str, tuple[str, ...]]]:
-        """The setting, its value and the usual names for each of the two columns."""
-        columns = {"pairs": PAIRS, "tags": TAGS}.get(self.reads, ARTICLES)
-        return [(setting, getattr(self.config, setting), usual) for setting, usual in columns]
+        """The setting, its value ("": by a usual name) and the usual names of each column."""
+        columns: Any = {"pairs": PAIRS, "tags": TAGS}.get(self.reads, ARTICLES)
+        if self.reads in ("labels", "values") and self.config.pair_column:
+            columns = SENTENCES
+        if self.reads == "values":
+            more = {"label_column": ("score", "similarity", "value")}
+            columns = [(name, (*usual, *more.get(name, ()))) for name, usual in columns]
+        values = [(setting, getattr(self.config, setting), usual) for setting, usual in columns]
+        return [(setting, "" if value == AUTO else value, usual) for setting, value, usual in values]
 
     def is_header(self, cells: Iterable[str]) -> bool:
         """Return whether cells, in lower case, may be names of columns, by that of the text."""
@@ -103,8 +124,10 @@ class Wanted:
         names: Sequence[str],
         usual: Sequence[tuple[str, ...]] | None = None,
         shown: Sequence[str] = (),
-    ) -> tuple[int, int | None]:
-        """Return which of the columns `names` are used; None: the label is not wanted or, in test, not there.
+    ) -> tuple[int, int | None, int | None]:
+        """Return which of the columns `names` are used: of the text, the label and the second text.
+
+        None: the label is not wanted or, in test, not there; there is no second text.
 
         `usual` replaces the usual names, and `shown` the names in messages. Raises UserError for a column that is not
         there, or there twice.
@@ -131,15 +154,16 @@ class Wanted:
                 raise UserError(f"{name}: columns {both} have the same name; set data.{setting} to the number of one")
             return numbers[0]
 
-        first, second = (
+        first, second, *others = (
             (setting, value, usual[i] if usual else known) for i, (setting, value, known) in enumerate(self.choices)
         )
         is_only = len(names) == 1 and self.reads != "pairs" and not first[1]
         text = 0 if is_only else choose(*first)
         # GLUE publishes test files without labels.
         has_label = second[1] or not {key.lower() for key in keys}.isdisjoint(second[2])
-        is_hidden = self.reads == "labels" and self.split == "test" and not has_label
-        return text, None if self.reads == "text" or is_hidden else choose(*second)
+        is_hidden = self.reads in LABELLED and self.split == "test" and not has_label
+        label = None if self.reads == "text" or is_hidden else choose(*second)
+        return text, label, choose(*others[0]) if others else None
 
 
 def check_width(name: str, names: Sequence[str]) -> None:

@@ -14,7 +14,7 @@ from jaxlm import config as configs
 from jaxlm.config import Config, DataConfig
 from jaxlm.data import cache, labels, packing, sources, tokenization
 from jaxlm.data.cache import Split
-from jaxlm.data.parts import WITH_CLASSES
+from jaxlm.data.parts import ANNOTATED, WITH_CLASSES
 from jaxlm.data.samples import Samples
 from jaxlm.data.sources import Source
 from jaxlm.errors import UserError, slow
@@ -155,7 +155,7 @@ def _specials(config: Config, tokenizer: Tokenizer, samples_class: type[Any]) ->
             if not config.tokenizer.path:
                 setting = f"tokenizer.kind={config.tokenizer.kind}"
                 mend = f"set tokenizer.kind={'bpe' if config.tokenizer.kind == 'wordpiece' else 'wordpiece'}"
-            if samples_class.reads in WITH_CLASSES and config.model.pooling == "last":
+            if samples_class.reads in ANNOTATED and config.model.pooling == "last":
                 needs, mend = f"{needs} with model.pooling=last", f"start from a GPT with --init-from, or {mend}"
             raise UserError(f"{setting}: the tokenizer has no {names}, which {needs} needs; {mend}")
     if "pad" in roles and specials["pad"] != config.model.pad_id:
@@ -206,8 +206,8 @@ def _notes(config: Config, samples: dict[str, Samples], source: Source, is_embed
             if getattr(config.data, name) != getattr(DataConfig(), name):
                 yield f"data.{name}={getattr(config.data, name)} has no effect: these samples are rows of a table"
     for name in ("validation_tokens", "final_tokens"):
-        if samples["train"].reads in WITH_CLASSES and getattr(config.data, name) != getattr(DataConfig(), name):
-            yield f"data.{name}={getattr(config.data, name)} has no effect: all samples with classes are scored"
+        if samples["train"].reads in ANNOTATED and getattr(config.data, name) != getattr(DataConfig(), name):
+            yield f"data.{name}={getattr(config.data, name)} has no effect: all samples with labels are scored"
     if not len(samples["test"]) and not source.test_refusal:
         yield "there is no test part, so there will be no test score"
     yield from length_notes(config, samples.values())
@@ -231,7 +231,7 @@ def _beginnings_note(source: Source, samples: Samples) -> Iterator[str]:
 def document_note(config: Config, split: Split, samples: Samples) -> str:
     """Return a line on the documents of the training part, and how much of its samples is padding."""
     sizes = getattr(samples, "sizes", np.diff(split.offsets))
-    if samples.reads == "pairs":
+    if samples.reads == "pairs" or getattr(samples, "n_texts", 1) == 2:
         sizes = sizes.reshape(-1, 2).sum(axis=1)
     spread = np.linspace(0, len(samples) - 1, min(len(samples), MANY_PLACES)).astype(np.int64)
     lengths, seq_len = samples.lengths(spread), config.model.seq_len
@@ -257,4 +257,5 @@ def length_notes(config: Config, samples: Collection[Samples]) -> Iterator[str]:
     for name, kind, what in (("n_cut", "texts", "are cut"), ("n_left_out", "pairs", "are left out")):
         if n_longer := sum(getattr(part, name, 0) for part in samples):
             n += n_longer if name == "n_left_out" else 0
-            yield f"{n_longer} of {n} {kind} are longer than model.seq_len={config.model.seq_len} and {what}"
+            share = f"{n_longer} of {n} {kind} ({n_longer / n:.1%})"
+            yield f"{share} are longer than model.seq_len={config.model.seq_len} and {what}"

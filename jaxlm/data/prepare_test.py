@@ -179,7 +179,8 @@ def test_notes_tell_of_no_test_part_and_of_cut_texts(folder):
     assert any("no test score" in note for note in data.notes)
     cut = next(note for note in data.notes if "are cut" in note)
     lengths = [len(data.tokenizer.encode(line, add_special_tokens=False).ids) for line in LINES]
-    assert cut == f"{sum(n > 10 for n in lengths)} of 400 texts are longer than model.seq_len=12 and are cut"
+    n = sum(size > 10 for size in lengths)
+    assert cut == f"{n} of 400 texts ({n / 400:.1%}) are longer than model.seq_len=12 and are cut"
     _, data = prepared(folder, "sst2", model__seq_len=64)
     assert not any("are cut" in note for note in data.notes)
 

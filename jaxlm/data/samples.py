@@ -9,9 +9,11 @@ of them, and `slots(lengths)` is how many each sample takes. The tokenizer must 
 `model_kind` is the kind of model that they are for, as tasks.parameters.model_kind returns it.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from jaxlm.config import Config, ModelConfig
 from jaxlm.data.cache import Split
@@ -71,7 +73,7 @@ class _Samples:
     n_slots = 0
 
     def __init__(self, split: Split, config: Config):
-        self.split, self.seq_len = split, config.model.seq_len
+        self.split, self.seq_len, self.labels = split, config.model.seq_len, split.labels
         self.constants: dict[str, int] = {}  # added to the totals of an evaluation
 
     @staticmethod
@@ -208,7 +210,9 @@ class MaskedSamples(_Samples):
 class ClassifiedSamples(_Samples):
     """One sample an article: `tokens` [B, T] = [CLS] ids [SEP], cut to seq_len, and its class, `labels` [B].
 
-    With model.pooling=last, `tokens` are [end of text] ids [end of text], and `last` [B] is where the second of these
+    With data.pair_column, a sample has two texts, articles 2i and 2i + 1, and `tokens` are [CLS] a [SEP] b [SEP]; with
+    model.segments, `types` [B, T] are 1 at b and the [SEP] behind it. The longer text is cut first.
+    With model.pooling=last, `tokens` are [end of text] ids [end of text], and `last` [B] is where the last of these
     is; there is no pad, since a causal model does not see what follows.
     """
 
@@ -222,45 +226,93 @@ class ClassifiedSamples(_Samples):
         self.pad = self.start if self.is_last else specials["pad"]
         self.n_end = int(self.end is not None)
         self.n_slots = most_texts(self.seq_len)
+        self.n_texts = 2 if config.data.pair_column else 1
+        self.has_types = self.n_texts == 2 and config.model.segments > 1
+        self.room = self.seq_len - 1 - self.n_texts * self.n_end  # for the ids of the texts
+        self.labels = split.labels[:: self.n_texts]
 
     @staticmethod
     def roles(model: ModelConfig) -> tuple[str, ...]:
         return ("article",) if model.pooling == "last" else ("pad", "start")
 
     def __len__(self) -> int:
-        return len(self.split)
+        return len(self.labels)
 
     def n_tokens(self, batch: Batch) -> int:
         return int(np.sum(batch["last"] + 1) if self.is_last else np.count_nonzero(batch["tokens"] != self.pad))
 
     @property
     def n_cut(self) -> int:
-        """How many articles are longer than a sample."""
-        return int(np.sum(np.diff(self.split.offsets) > self.seq_len - 1 - self.n_end))
+        """How many samples are longer than model.seq_len."""
+        return int(np.sum(np.diff(self.split.offsets).reshape(-1, self.n_texts).sum(axis=1) > self.room))
 
     def batch(self, indices: np.ndarray, epochs: np.ndarray) -> Batch:
-        first, last = self.split.offsets[indices][:, None], self.split.offsets[indices + 1][:, None]
-        n_real = np.minimum(last - first, self.seq_len - 1 - self.n_end)
         place = np.arange(self.seq_len)
         ids = np.zeros((len(indices), self.seq_len), np.int32)
-        if len(self.split.tokens):  # else every text is empty
-            ids[...] = self.split.tokens[np.clip(first + place - 1, 0, len(self.split.tokens) - 1)]
-        tokens = np.where(place <= n_real, ids, self.pad)
+        tokens = np.full_like(ids, self.pad)
         tokens[:, 0] = self.start
-        if self.end is not None:
-            tokens[np.arange(len(indices)), n_real[:, 0] + 1] = self.end
-        batch = {"tokens": tokens, "labels": self.split.labels[indices].astype(np.int32)}
-        return batch | ({"last": (n_real[:, 0] + 1).astype(np.int32)} if self.is_last else {})
+        types = np.zeros_like(ids)
+        begin = np.ones((len(indices), 1), np.int64)  # of the text in its row
+        for i, n_real in enumerate(self._sizes(indices).T):
+            first, end = self.split.offsets[self.n_texts * indices + i][:, None], begin + n_real[:, None]
+            if len(self.split.tokens):  # else every text is empty
+                ids[...] = self.split.tokens[np.clip(first + place - begin, 0, len(self.split.tokens) - 1)]
+            tokens = np.where((place >= begin) & (place < end), ids, tokens)
+            if self.end is not None:
+                tokens[np.arange(len(indices)), end[:, 0]] = self.end
+            types[(place >= begin) & (place < end + self.n_end)] = i
+            begin = end + self.n_end
+        batch = {"tokens": tokens, "labels": self._labels(indices)}
+        batch |= {"types": types} if self.has_types else {}
+        return batch | ({"last": (begin[:, 0] - 1).astype(np.int32)} if self.is_last else {})
+
+    def text(self, i: int, tokenizer: Tokenizer) -> str:
+        """Return the text of a sample, or its two."""
+        places = range(self.n_texts * i, self.n_texts * (i + 1))
+        parts = (self.split.tokens[self.split.offsets[k] : self.split.offsets[k + 1]] for k in places)
+        return " | ".join(tokenizer.decode(part.tolist()) for part in parts)
 
     def lengths(self, indices: np.ndarray) -> np.ndarray:
-        sizes = self.split.offsets[indices + 1] - self.split.offsets[indices]
-        return np.minimum(sizes + 1 + self.n_end, self.seq_len)
+        return self._sizes(indices).sum(axis=1) + 1 + self.n_texts * self.n_end
+
+    def _labels(self, indices: np.ndarray) -> np.ndarray:
+        return self.labels[indices].astype(np.int32)
+
+    def _sizes(self, indices: np.ndarray) -> np.ndarray:
+        """Return how many ids of each text are used, [B, n_texts]."""
+        first = self.n_texts * indices
+        sizes = [self.split.offsets[first + i + 1] - self.split.offsets[first + i] for i in range(self.n_texts)]
+        return np.stack(longest_first(sizes, self.room), axis=1)
 
     def slots(self, lengths: np.ndarray) -> np.ndarray:
         return np.ones_like(lengths)
 
     def cut(self, batch: Batch, length: int) -> Batch:
-        return batch | {"tokens": batch["tokens"][:, :length]}
+        return batch | {name: batch[name][:, :length] for name in ("tokens", "types") if name in batch}
+
+
+class ValuedSamples(ClassifiedSamples):
+    """As ClassifiedSamples, with numbers to predict: `labels` [B] are float32, NaN: none."""
+
+    reads = "values"
+
+    def _labels(self, indices: np.ndarray) -> np.ndarray:
+        return self.labels[indices].astype(np.float32)
+
+
+def longest_first(sizes: Sequence[Any], room: int) -> list[Any]:
+    """Return how many tokens of one or two texts are used, `room` at most: the longer text is cut first.
+
+    Two of equal size are cut alike; the odd token is of the second. Source: truncation "longest_first" of tokenizers.
+    """
+    if len(sizes) == 1:
+        return [np.minimum(sizes[0], room)]
+    a, b = map(np.asarray, sizes)
+    short, long = np.minimum(a, b), np.maximum(a, b)
+    long = np.minimum(long, np.maximum(room - short, short))
+    is_over = short + long > room
+    short, long = np.where(is_over, room // 2, short), np.where(is_over, room - room // 2, long)
+    return [np.where(a > b, long, short), np.where(a > b, short, long)]
 
 
 def most_texts(seq_len: int) -> int:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 
 from jaxlm.config import DataConfig
 from jaxlm.data import documents, files, hub, labels, tags
-from jaxlm.data.parts import SPLITS, WHOLE, Part, Reads, Wanted, no_article
+from jaxlm.data.parts import LABELLED, SPLITS, WHOLE, Part, Reads, Wanted, no_article
 from jaxlm.errors import UserError
 
 CHECK_LIMIT = 200_000_000  # bytes; rows of a larger file are checked as they are used, not at the start
@@ -22,7 +23,7 @@ HIDDEN = "-1"  # label of all rows of a test part whose labels are not published
 class Article(NamedTuple):
     split: str  # one of SPLITS
     text: str
-    label: int  # number of its class, -1: none
+    label: float  # number of its class, -1: none; or a value, NaN: none
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Source:
     place: Callable[[str], str] = lambda text: ""  # file and line of an article, for people; a pass over the source
     classes: tuple[str, ...] = ()  # their names by number; (): there are no labels, or they are such numbers
     documents: str = "auto"  # what separates them, as in data.documents
+    has_values: bool = False  # labels are numbers to predict, not classes
 
 
 def open_source(config: DataConfig, reads: Reads, classes: Sequence[str] = ()) -> Source:
@@ -83,6 +85,7 @@ def open_source(config: DataConfig, reads: Reads, classes: Sequence[str] = ()) -
         place=partial(_place, parts),
         classes=tuple(classes),
         documents=config.documents,
+        has_values=reads == "values",
     )
 
 
@@ -98,6 +101,10 @@ def _fingerprint(config: DataConfig, parts: list[Part], reading: "_Reading") -> 
         reading.shares,
         contents,
     ]
+    if reading.reads == "values":
+        settings.append("values")
+    if pairs := [part.table.pair for part in parts if part.table.pair is not None]:
+        settings.append(pairs)
     # Labels that are such numbers already were all that could be read once, and token caches of them are kept.
     numbers = {name: i for part in parts for i, name in enumerate(part.table.names)}
     if other := {name: i for name, i in reading.ids.items() if str(numbers.get(name, name)) != str(i)}:
@@ -178,28 +185,42 @@ class _Reading:
                 yield from (Article(split, block, -1) for split, block in documents.divided(text, self.shares))
             return
         hidden_at = 0  # number of the first row of a test part, if its label is hidden; then all must be
-        for index, (number, split, text, label) in enumerate(self.rows(part)):
-            if index == 0 and part.split == "test" and label == HIDDEN and HIDDEN not in self.ids:
+        for index, (number, split, text, label, *pair) in enumerate(self.rows(part)):
+            can_hide = self.reads == "labels" or part.format == "hub"  # elsewhere, -1 may be a value
+            if index == 0 and part.split == "test" and label == HIDDEN and HIDDEN not in self.ids and can_hide:
                 hidden_at = number
             if hidden_at and label != HIDDEN:
                 rule = f"label {HIDDEN} hides a label, but line or row {number} has {label!r}"
                 raise part.bad(hidden_at, f"{rule}; hide all labels of the part or none")
             is_hidden = hidden_at or not label
-            if not is_hidden and label not in self.ids:
-                raise labels.unknown(part.place(number), label, self.ids)
-            yield Article(split, text, -1 if is_hidden else self.ids[label])
+            value: float = -1 if self.reads != "values" else math.nan
+            if not is_hidden and self.reads == "values":
+                value = float(label)
+            elif not is_hidden:
+                if label not in self.ids:
+                    raise labels.unknown(part.place(number), label, self.ids)
+                value = self.ids[label]
+            yield from (Article(split, one, value) for one in (text, *pair))
 
-    def rows(self, part: Part) -> Iterator[tuple[int, str, str, str]]:
-        """Yield number, split, text and label of each row; "": there are no labels. Raises UserError for a bad row."""
-        is_labelled = self.reads == "labels" and part.table.columns[1] is not None
-        for number, text, label in part.rows():
-            text = "" if text is None else text
-            if not isinstance(text, str):
-                kind = type(text).__name__
-                raise part.bad(number, f"the text is of type {kind}, not a string; set data.text_column")
-            if self.reads == "text" and not text.strip():
+    def rows(self, part: Part) -> Iterator[tuple[Any, ...]]:
+        """Yield number, split, text and label of each row, and its second text; "": there are no labels.
+
+        Raises UserError for a bad row.
+        """
+        is_labelled = self.reads in LABELLED and part.table.columns[1] is not None
+        read_label = labels.label_of if self.reads == "labels" else labels.value_of
+        for number, *cells in part.rows():
+            label = cells.pop(1)
+            texts = ["" if text is None else text for text in cells]
+            for text, name in zip(texts, ("text", "pair"), strict=False):
+                if not isinstance(text, str):
+                    kind = type(text).__name__
+                    raise part.bad(number, f"the text is of type {kind}, not a string; set data.{name}_column")
+            if self.reads == "text" and not texts[0].strip():
                 continue  # a blank line; a labelled row counts in the score, so it is kept
-            yield number, self._split(part, text), text, labels.label_of(part, number, label) if is_labelled else ""
+            name = read_label(part, number, label) if is_labelled else ""
+            # By the first text alone: one that comes with several others is in one split only.
+            yield number, self._split(part, texts[0]), texts[0], name, *texts[1:]
 
     def _pairs(self, part: Part) -> Iterator[Article]:
         """Yield a prompt and its answer in turn. Raises UserError for one that is none."""
@@ -286,7 +307,7 @@ def _check(reading: _Reading, parts: list[Part], counts: Counter[str], notes: li
         articles, n_before = reading.articles(part), counts.total()
         for article in articles if part.size <= CHECK_LIMIT else islice(articles, 1):
             counts[article.split] += 1
-            if reading.reads == "labels" and article.label == -1:
+            if reading.reads in LABELLED and (math.isnan(article.label) or reading.ids and article.label == -1):
                 is_there = part.table.columns[1] is not None
                 why = (
                     f"the test labels of {part.name} are hidden (-1)"

@@ -702,7 +702,7 @@ def test_classes_that_are_much_alike_or_rare_are_noted(tmp_path):
     [
         (["good", "", "bad", "good"], ["line 3", "label is missing", "data.label_column"]),
         (["good", "  ", "bad", "good"], ["line 3", "label is missing"]),
-        (["1", "0", "1.5", "0"], ["line 4: label '1.5' is no class", "tasks/README.md"]),
+        (["1", "0", "1.5", "0"], ["line 4: label '1.5' is no class", "--task regress"]),
         ([".5", "0", "1", "0"], ["line 2: label '.5' is no class"]),
         (["1", "0", "nan", "0"], ["line 4: label 'nan' is no class"]),
         (["1", "0", "1.5e-3", "0"], ["line 4: label '1.5e-3' is no class"]),

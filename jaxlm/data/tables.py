@@ -18,13 +18,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from jaxlm.data.parts import WHOLE, Row, Table, Wanted, check_width, guarded, no_article
+from jaxlm.data.parts import MOST_COLUMNS, WHOLE, Row, Table, Wanted, check_width, guarded, no_article
 from jaxlm.errors import UserError
 from jaxlm.io import utf8
 
 TITLE = re.compile(r"\s*= [^=].* =\s*")  # a full line; "= = Section = =" has "=" where a title has a word
 DELIMITERS = {"tsv": "\t,;|", "csv": ",;\t|"}  # the first, unless only another makes columns
 EXCEL = re.compile(r'"?sep=.?"?[\r\n]')  # a first line that only says what the delimiter is
+STS_SCORE = re.compile(r"[0-5]\.[0-9]{1,3}")
 CSV_END = "\0end of file\0"  # a line behind the last one, by which a quote that is still open is noticed
 TWICE = ()  # value of a key that a JSON object has more than once; JSON has no tuples
 BATCH = 1000  # rows
@@ -49,12 +50,11 @@ def open_table(path: Path, kind: str, head: str, wanted: Wanted) -> Table:
     check_width(str(path), names)
     if not names:
         raise no_article(str(path))
-    text, label = wanted.columns(str(path), names)
-    used: tuple[Any, Any] = (text, label)
+    used: list[Any] = [*wanted.columns(str(path), names)]
     if len(set(names)) == len(names):  # else names do not tell columns apart
-        used = (names[text], None if label is None else names[label])
+        used = [None if column is None else names[column] for column in used]
     rows = partial(_json_rows if kind == "jsonl" else _parquet_rows, path, *used)
-    return Table(rows, (*used, False), class_names.get(used[1], ()))
+    return Table(rows, (*used[:2], False), class_names.get(used[1], ()), used[2])
 
 
 def guess(head: str, wanted: Wanted) -> str:
@@ -184,14 +184,14 @@ def _json_columns(path: Path) -> Iterator[tuple[list[str], dict[Any, tuple[str, 
     return ((list(row), {}) for _, row in _json_objects(path))
 
 
-def _json_rows(path: Path, text: str, label: str | None) -> Iterator[Row]:
+def _json_rows(path: Path, text: str, label: str | None, pair: str | None) -> Iterator[Row]:
     for number, row in _json_objects(path):
-        for column in filter(None, (text, label)):
+        for column in filter(None, (text, label, pair)):
             if column not in row:
                 raise UserError(f"{path}, line {number}: the object has no {column!r}; add it")
             if row[column] is TWICE:
                 raise UserError(f"{path}, line {number}: the object has {column!r} more than once; keep one of them")
-        yield number, row[text], row[label] if label else None
+        yield number, row[text], row[label] if label else None, *([row[pair]] if pair else [])
 
 
 # CSV and TSV
@@ -202,6 +202,11 @@ def _csv_table(path: Path, kind: str, head: str, wanted: Wanted) -> Table:
         raise UserError(f"{path}, line 1: {line[0].strip()} is for Excel alone; remove this line")
     dialect = _dialect(head, kind, wanted)
     rows = _first_rows(head, dialect)
+    # That of STS-B: four columns on the source, score, two texts, and in some rows the licences of the texts.
+    plain = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    is_sts = len(wanted.choices) == 3 and all(_is_sts(row) for row in _first_rows(head, plain))
+    if is_sts:
+        dialect, rows = plain, _first_rows(head, plain)
     if not rows:
         raise no_article(str(path))
     first = rows[0]
@@ -214,16 +219,24 @@ def _csv_table(path: Path, kind: str, head: str, wanted: Wanted) -> Table:
     shown = names if is_header else [f"{column} ({cell[:30]})" for column, cell in enumerate(first)]
     # The raw release of CoLA: source, label, mark, text.
     is_cola = wanted.reads != "pairs" and all(len(row) == 4 and row[1] in ("0", "1") for row in rows)
-    by_number = (("3",), ("1",)) if is_cola else ((), ())
-    text, label = wanted.columns(str(path), names, None if is_header else by_number, shown)
+    by_number: Any = (("3",), ("1",), ()) if is_cola else ((), (), ())
+    if is_sts:
+        by_number = (("5",), ("4",), ("6",))
+    used = wanted.columns(str(path), names, None if is_header else by_number, shown)
     delimiter = dialect["delimiter"] if dialect["delimiter"] != DELIMITERS[kind][0] else ""
-    return Table(
-        partial(_csv_rows, path, dialect, len(first), is_header, text, label), (text, label, is_header, *delimiter)
-    )
+    n_columns = MOST_COLUMNS if is_sts else len(first)
+    rows_of = partial(_csv_rows, path, dialect, n_columns, is_header, *used)
+    return Table(rows_of, (*used[:2], is_header, *delimiter), pair=used[2])
 
 
 def _csv_rows(
-    path: Path, dialect: dict[str, Any], n_columns: int, is_header: bool, text: int, label: int | None
+    path: Path,
+    dialect: dict[str, Any],
+    n_columns: int,
+    is_header: bool,
+    text: int,
+    label: int | None,
+    pair: int | None,
 ) -> Iterator[Row]:
     start, size = 1, 0  # of the row that is being read: its first line, and its characters so far
 
@@ -252,9 +265,13 @@ def _csv_rows(
         if any(cell and not cell.isspace() for cell in row):
             if not is_header:
                 row += [""] * (n_columns - len(row))
-                yield start, row[text], None if label is None else row[label]
+                yield start, row[text], None if label is None else row[label], *([] if pair is None else [row[pair]])
             is_header = False
         start, size = reader.line_num + 1, 0
+
+
+def _is_sts(row: list[str]) -> bool:
+    return len(row) > 6 and STS_SCORE.fullmatch(row[4]) is not None
 
 
 def _reader(lines: Iterable[str], dialect: dict[str, Any]) -> Any:
@@ -323,15 +340,15 @@ def _parquet_columns(path: Path) -> Iterator[tuple[list[str], dict[Any, tuple[st
     yield names, {name: tuple(feature["names"] or ()) for name, feature in features.items() if "names" in feature}
 
 
-def _parquet_rows(path: Path, text: str | int, label: str | int | None) -> Iterator[Row]:
+def _parquet_rows(path: Path, text: str | int, label: str | int | None, pair: str | int | None) -> Iterator[Row]:
     with _parquet(path) as file:
-        columns = [column for column in (text, label) if column is not None]
+        columns = [column for column in (text, label, pair) if column is not None]
         by_name = [column for column in columns if isinstance(column, str)]
         # A value that is written once may be repeated in many rows, so that a small file can make a huge batch.
         size = min(BATCH, max(1, BATCH_BYTES // max(1, _largest_chunk(file.metadata, by_name))))
         batches = file.iter_batches(size, columns=by_name or None)
         lists = ({column: batch.column(column).to_pylist() for column in columns} for batch in batches)
-        yield from batch_rows(lists, text, label)
+        yield from batch_rows(lists, text, label, pair)
 
 
 def _largest_chunk(metadata: Any, names: list[str]) -> int:
@@ -343,12 +360,12 @@ def _largest_chunk(metadata: Any, names: list[str]) -> int:
     return max((chunk.total_uncompressed_size for chunk in used), default=0)
 
 
-def batch_rows(batches: Iterable[dict[Any, list[Any]]], text: Any, label: Any) -> Iterator[Row]:
-    """Yield number, text and label of each row. Raises ValueError for a text that is too long."""
-    number = 0
+def batch_rows(batches: Iterable[dict[Any, list[Any]]], text: Any, label: Any, pair: Any = None) -> Iterator[Row]:
+    """Yield number, text, label and second text of each row. Raises ValueError for a text that is too long."""
+    number, columns = 0, [text, text if label is None else label, *([] if pair is None else [pair])]
     for batch in batches:
-        for row in zip(batch[text], batch[text if label is None else label], strict=True):
+        for row in zip(*(batch[column] for column in columns), strict=True):
             number += 1
-            if isinstance(row[0], str) and len(row[0]) > utf8.LONGEST:
+            if any(isinstance(cell, str) and len(cell) > utf8.LONGEST for cell in (row[0], *row[2:])):
                 raise ValueError(f"row {number}: the text is {utf8.TOO_LONG}")
             yield number, *row

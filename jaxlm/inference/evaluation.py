@@ -17,9 +17,10 @@ import numpy as np
 
 from jaxlm import config as configs
 from jaxlm.config import DataConfig
-from jaxlm.data import loader, prepare
+from jaxlm.data import loader, metrics, prepare
 from jaxlm.data.labels import numbered
 from jaxlm.data.packing import StreamSamples
+from jaxlm.data.parts import LABELLED
 from jaxlm.data.samples import Samples
 from jaxlm.data.sources import Source
 from jaxlm.errors import UserError, slow
@@ -58,7 +59,7 @@ class Bin:
 @dataclasses.dataclass(frozen=True)
 class Mistake:
     text: str
-    label: int | str
+    label: float | str
     predicted: Any  # what the task predicts; None: the original's head predicts no class
     probability: float | None  # of the label; None for tasks without probabilities
     loss: float
@@ -96,7 +97,7 @@ def evaluate(
     groups, drawn = _groups(articles)
     totals = totals_of_samples(trained, samples, batch_size) | _constants(samples, articles)
     grouped = {name: _grouped(totals[name], groups) for name in totals.keys() - {"prediction", "probability"}}
-    sums = {name: x.sum(axis=0) for name, x in grouped.items()}
+    sums = {name: x.reshape(-1, 2) if name in metrics.LISTED else x.sum(axis=0) for name, x in grouped.items()}
     intervals = bootstrap(grouped, functools.partial(_scores, task))
     baseline: Mapping[str, float] = task.baseline(samples)
     lower = (*task.lower_is_better, "calibration_error")
@@ -137,7 +138,7 @@ def part(trained: LoadedModel, split: str, given: Mapping[str, Any]) -> tuple[So
         if Path(path).is_dir():
             raise UserError(f"data.path={path}: is a folder; name the file in it that is to be scored")
         # All of the file, with the settings that say what a sample is.
-        names = ["n_labels", "mask_fraction", "n_maskings", "pack"]
+        names = ["n_labels", "mask_fraction", "n_maskings", "pack", "pair_column"]
         names += [] if config.data.documents == "column" else ["documents"]  # of tables: the file may be a text
         kept = {name: configs.get(config, f"data.{name}") for name in names}
         data = DataConfig(**kept, cache_dir=config.data.cache_dir, validation_fraction=0.0, test_fraction=0.0)
@@ -191,7 +192,7 @@ def _one(trained: LoadedModel, model: Any, sample: dict[str, Any]) -> dict[str, 
     task, batch = trained.task, {name: x[None] for name, x in sample.items()}
     if not trained.has_probabilities():
         totals = task.loss(model, batch, None)
-        return totals | ({"prediction": task.predict(model, batch)[0]} if task.samples.reads == "labels" else {})
+        return totals | ({"prediction": task.predict(model, batch)[0]} if task.samples.reads in LABELLED else {})
     totals, logits = task.loss_with_logits(model, batch)
     p, labels = jax.nn.softmax(logits[0]), sample["labels"]
     confidence, prediction, is_counted = p.max(axis=-1), p.argmax(axis=-1), labels >= 0
@@ -218,7 +219,12 @@ def bootstrap(
     found: dict[str, list[float]] = {}
     for _ in range(N_DRAWS):
         times = np.bincount(random.integers(n, size=n), minlength=n).astype(np.float64)
-        sums = {name: (times @ x).reshape(totals[name].shape[1:]) for name, x in flat.items()}
+        sums = {
+            name: np.repeat(x, times.astype(int), axis=0)
+            if name in metrics.LISTED
+            else (times @ x).reshape(totals[name].shape[1:])
+            for name, x in flat.items()
+        }
         if sums["count"] > 0:  # else nothing that counts was drawn
             for name, value in scores(sums).items():
                 found.setdefault(name, []).append(value)
@@ -280,14 +286,14 @@ def _bins(reliability: np.ndarray) -> list[Bin]:
 
 def _worst(trained: LoadedModel, samples: Any, totals: Totals) -> list[Mistake]:
     """Return the wrong predictions of the largest loss; without probabilities, all with a loss count as wrong."""
-    task, split, losses, predictions = trained.task, samples.split, totals["loss"], totals["prediction"]
+    task, labels, losses, predictions = trained.task, samples.labels, totals["loss"], totals["prediction"]
     probabilities = totals.get("probability")
-    is_wrong, order = (losses > 0, -losses) if probabilities is None else (predictions != split.labels, probabilities)
+    is_wrong, order = (losses > 0, -losses) if probabilities is None else (predictions != labels, probabilities)
     wrong = np.flatnonzero(is_wrong)
     found = []
     for i in wrong[np.argsort(order[wrong], kind="stable")][:N_WORST]:
-        text = trained.tokenizer.decode(split.tokens[split.offsets[i] : split.offsets[i + 1]].tolist())
-        label, predicted, loss = int(split.labels[i]), predictions[i].tolist(), float(losses[i])
+        text = samples.text(int(i), trained.tokenizer)
+        label, predicted, loss = labels[i].item(), predictions[i].tolist(), float(losses[i])
         if probabilities is None:
             found.append(Mistake(text, label, predicted, None, loss))
         else:

@@ -230,7 +230,7 @@ class Classify(Predict):
     wants = "a text to classify"
 
     def _outputs(self, model: Any, batch: dict[str, Array]) -> Array:
-        return jax.nn.softmax(model(batch["tokens"], None, batch.get("last")))
+        return jax.nn.softmax(self.trained.task.logits(model, batch))
 
     def _answer(self, output: np.ndarray) -> Answer:
         # The original's head has an output for each token of the vocabulary: those are no class.

@@ -38,10 +38,11 @@ _HEAD_LAYERS: dict[str, dict[str, tuple[str, ...]]] = {  # by model.head_dense a
 _MOST_TOLD = 6  # differences in one error message
 
 
-def shapes(config: Config, kind: str) -> Shapes:
+def shapes(config: Config, kind: str, n_outputs: int) -> Shapes:
     """Return torchlm's name and shape of every parameter of a model of heads.py, in model order.
 
-    `kind` is "masked", "causal", "classifier", "tagger" or BASE. The order is PyTorch's, where a module's own
+    `kind` is "masked", "causal", "classifier" (with `n_outputs`), "tagger" or BASE. The order is PyTorch's, where a
+    module's own
     parameters come before those of its parts.
     """
     model, adapted = config.model, lora_products(config.model)
@@ -61,6 +62,8 @@ def shapes(config: Config, kind: str) -> Shapes:
         return found
 
     result: Shapes = {"base.embedding.position": (model.seq_len, D)} if model.positions == "learned" else {}
+    if model.segments:
+        result["base.embedding.segment"] = (model.segments, D)
     result["base.embedding.token.weight"] = (V, D)
     if model.embedding_norm:
         result |= norm("base.embedding.layernorm")
@@ -88,7 +91,7 @@ def shapes(config: Config, kind: str) -> Shapes:
     if kind == "tagger":
         return result | linear("head.linear", D, config.data.n_classes, True)
     if kind == "classifier":
-        n_outputs = V if model.head_outputs == "vocabulary" else config.data.n_classes
+        n_outputs = V if model.head_outputs == "vocabulary" else n_outputs
         return result | linear("head.linear", D, n_outputs, model.classifier_bias)
     return result if model.tied_embedding else result | linear("head.linear", D, V, model.output_bias)
 

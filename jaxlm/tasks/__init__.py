@@ -1,10 +1,13 @@
 """The tasks by name. To add one: README.md beside this file."""
 
+from jaxlm.tasks import glue
 from jaxlm.tasks.base import Task
+from jaxlm.tasks.classify import Classify
 from jaxlm.tasks.cola import Cola
 from jaxlm.tasks.gpt import Gpt
 from jaxlm.tasks.mlm import Mlm
 from jaxlm.tasks.pairs import Pairs
+from jaxlm.tasks.regress import Regress
 from jaxlm.tasks.sst2 import Sst2
 from jaxlm.tasks.tag import Tag
 
@@ -15,4 +18,7 @@ TASKS: dict[str, type[Task]] = {
     "cola": Cola,
     "pairs": Pairs,
     "tag": Tag,
+    "classify": Classify,
+    "regress": Regress,
+    **glue.tasks(Classify, Regress),
 }

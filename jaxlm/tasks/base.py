@@ -65,7 +65,11 @@ class Task(abc.ABC):
 
         For tasks with probabilities. XLA runs a model once that is called twice alike.
         """
-        return self.loss(model, batch, None), model(batch["tokens"], None, batch.get("positions", batch.get("last")))
+        return self.loss(model, batch, None), self.logits(model, batch)
+
+    def logits(self, model: Any, batch: dict[str, Any], key: Any = None) -> Any:
+        """Return the logits that probabilities are of."""
+        return model(batch["tokens"], key, batch.get("positions", batch.get("last")))
 
     @abc.abstractmethod
     def predict(self, model: Any, batch: dict[str, "Array"]) -> "Array":

@@ -25,7 +25,7 @@ def n_logits(config: Config, seq_len: int = 0) -> tuple[int, int]:
     seq_len = seq_len or model.seq_len
     kind = parameters.model_kind(config.task)
     if kind == "classifier":
-        classes = model.vocab_size if model.head_outputs == "vocabulary" else data.n_classes
+        classes = model.vocab_size if model.head_outputs == "vocabulary" else parameters.n_outputs(config)
         own = {} if config.task in parameters.BUILT_IN else parameters.shapes(config)
         n_texts = most_texts(seq_len) if data.pack == "documents" else 1
         return n_texts, own.get("head.linear.weight", (classes,))[0]

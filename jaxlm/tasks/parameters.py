@@ -2,20 +2,14 @@
 
 import functools
 
-from jaxlm.config import BASE, Config
+from jaxlm.config import BASE, GLUE, Config
 from jaxlm.errors import UserError
 from jaxlm.params import names
 from jaxlm.params.names import Prefixes, Shapes
 from jaxlm.tasks import TASKS, Task
 
-BUILT_IN = (
-    "mlm",
-    "gpt",
-    "sst2",
-    "cola",
-    "pairs",
-    "tag",
-)  # whose models heads.py has; those of other tasks are built to look
+# Tasks whose models heads.py has; those of other tasks are built to look.
+BUILT_IN = ("mlm", "gpt", "sst2", "cola", "pairs", "tag", "classify", "regress", *GLUE)
 
 
 def model_kind(task: str) -> str:
@@ -25,6 +19,11 @@ def model_kind(task: str) -> str:
     return BASE if task == BASE else TASKS[task].samples.model_kind if task in TASKS else "classifier"
 
 
+def n_outputs(config: Config) -> int:
+    """Return how many outputs a classifier has for a text: one for each class, or one that is the predicted number."""
+    return 1 if config.task in TASKS and TASKS[config.task].samples.reads == "values" else config.data.n_classes
+
+
 def prefixes(task: str) -> Prefixes:
     """Return what the original's names of the base model and of the head begin with."""
     return TASKS[task].original_prefixes if task in TASKS else Task.original_prefixes
@@ -32,7 +31,7 @@ def prefixes(task: str) -> Prefixes:
 
 def shapes(config: Config) -> Shapes:
     """Return torchlm's name and shape of every parameter of the task's model, in model order."""
-    known = names.shapes(config, model_kind(config.task))
+    known = names.shapes(config, model_kind(config.task), n_outputs(config))
     if config.task in BUILT_IN or config.task not in TASKS:
         return known
     built = _built_shapes(config)

@@ -28,7 +28,7 @@ LOCK = ".lock"  # in a run folder, locked for as long as a process works in it
 BASE_SETTINGS = (
     *("model.d_model", "model.n_layers", "model.n_heads", "model.vocab_size", "model.positions"),
     *("model.final_norm", "model.post_norm", "model.embedding_norm", "model.norm_epsilon", "model.gelu"),
-    *("model.norm", "model.mlp", "model.d_ff", "model.biases", "model.pad_id"),
+    *("model.norm", "model.mlp", "model.d_ff", "model.biases", "model.pad_id", "model.segments"),
     *("model.n_kv_heads", "model.head_dim", "model.qk_norm", "model.first_norm"),
     *("model.window", "model.global_every", "model.global_first"),
     *("model.rotary_base", "model.rotary_base_local", "model.rotary_scaling", "model.rotary_scaling_len"),

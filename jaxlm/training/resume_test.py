@@ -248,6 +248,7 @@ OTHER = {
     "model.norm_epsilon": "1e-06",
     "model.gelu": "tanh",
     "model.pad_id": 1,
+    "model.segments": 2,
     "model.seq_len": 6,
     "model.tied_embedding": "true",
     "model.head_outputs": "vocabulary",

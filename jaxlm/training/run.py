@@ -17,7 +17,7 @@ from jaxlm import config as configs
 from jaxlm.config import Config
 from jaxlm.data import cache, loader, metrics, prepare, tokenization
 from jaxlm.data.labels import listed
-from jaxlm.data.parts import WITH_CLASSES
+from jaxlm.data.parts import ANNOTATED
 from jaxlm.data.position import Position
 from jaxlm.errors import CLEANUPS, UserError, slow
 from jaxlm.io import storage, temporary
@@ -76,7 +76,7 @@ class Run:
         """
         data, samples = self.config.data, self.data.samples
         in_training, at_end = (
-            (0, 0) if self.task.samples.reads in WITH_CLASSES else (data.validation_tokens, data.final_tokens)
+            (0, 0) if self.task.samples.reads in ANNOTATED else (data.validation_tokens, data.final_tokens)
         )
         found = {"validation": loader.choose(samples["validation"], "validation", in_training, data.split_seed)}
         final = loader.choose(samples["validation"], "validation", at_end, data.split_seed)
@@ -183,7 +183,7 @@ def _announce(run: Run, origins: dict[str, str], device: str, task_settings: set
     sizes = ", ".join(f"{len(samples):,} {split}" for split, samples in data.samples.items())
     say(f"samples {sizes}; of {config.model.seq_len} tokens, vocabulary {config.model.vocab_size:,}")
     if data.source.classes:
-        labels = data.samples["train"].split.labels  # type: ignore[union-attr]
+        labels = data.samples["train"].labels  # type: ignore[union-attr]
         counts = np.bincount(labels[labels >= 0], minlength=len(data.source.classes))
         shown = [f"{name} ({n:,})" for name, n in zip(data.source.classes, counts, strict=True)]
         say(f"classes {listed(shown, N_CLASSES)}")
@@ -228,11 +228,8 @@ def _cost(run: Run) -> Iterator[str]:
     yield f"{counted('validation')} {often}"
     if run.ending:
         n = updates(run.ending)
-        bound = (
-            " (data.final_tokens bounds it)"
-            if n > train.max_steps and run.task.samples.reads not in WITH_CLASSES
-            else ""
-        )
+        is_bounded = n > train.max_steps and run.task.samples.reads not in ANNOTATED
+        bound = " (data.final_tokens bounds it)" if is_bounded else ""
         yield f"{' and '.join(map(counted, run.ending))} at the end, in the time of about {n:,}{bound}"
 
 

@@ -209,6 +209,7 @@ def _next_command(run: Run) -> str:
         elsewhere = " --run.checkpoint-dir NEW" if run.config.run.checkpoint_dir else ""
         n_updates = 2 * run.config.train.max_steps
         return f"train for longer: {_same_command(run)}{elsewhere} --train.max-steps {n_updates}"
-    files = {"text": "your_text.txt", "labels": "reviews.tsv", "pairs": "questions.jsonl", "tags": "names.conll"}
+    files = {"text": "your_text.txt", "labels": "reviews.tsv", "values": "scores.tsv", "pairs": "questions.jsonl"}
+    files["tags"] = "names.conll"
     own = files[run.task.samples.reads]
     return f"train on a file of yours: {run.program} --task {run.config.task} --data.path {own}"

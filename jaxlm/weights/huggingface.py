@@ -1,7 +1,6 @@
 """Models of transformers: a folder with config.json, model.safetensors and a tokenizer. PUBLIC_WEIGHTS.md has examples.
 
-families.py says which are read and written. transformers itself is not needed, and nothing is unpickled. Segments
-(token types) are not kept apart: the row of the first is added to the table of positions.
+families.py says which are read and written. transformers itself is not needed, and nothing is unpickled.
 """
 
 import dataclasses
@@ -49,7 +48,7 @@ FILES = (
 )  # of weights; the first that is there is read
 TOKENIZER = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt")
 GENERATION = "generation_config.json"
-POSITION = "embedding.position"
+POSITION, SEGMENT = "embedding.position", "embedding.segment"
 ROPE = (
     "rope_theta",
     "rope_type",
@@ -141,7 +140,7 @@ def load(path: Path) -> StoredFile:
         tokenizer = tokenization.read(config)
         _check_ends(family, tokenizer, path)
         fingerprint = tokenization.fingerprint(tokenizer)
-    weights = _weights(family, configs.build(settings), tensors, values.get("type_vocab_size", 2), file)
+    weights = _weights(family, configs.build(settings), tensors, file)
     info = {"step": 0, "task": task, "rate": 0.0, "tokenizer": fingerprint, "val_loss": None, "config": settings}
     info["classes"] = () if class_names == _unnamed(len(class_names)) else tuple(class_names)
     return StoredFile(f"{formats.TRANSFORMERS}{family.type}", path, tree, weights, info)
@@ -223,6 +222,9 @@ def _settings(family: Family, values: dict[str, Any], source: Path) -> dict[str,
     if family.bases:
         settings |= _rotary(family, values, check) | _layers(family, values, settings["model.n_layers"], check)
     settings["model.seq_len"] -= family.first_position(settings["model.pad_id"])
+    if family.segments:
+        n_segments = settings["model.segments"] = values.get("type_vocab_size", 2)
+        check("type_vocab_size", type(n_segments) is int and n_segments > 0, "has to be a whole number above 0")
     return settings
 
 
@@ -452,17 +454,13 @@ def _ignores_case(path: Path) -> bool:
     return not file.is_file() or _read_json(file).get("do_lower_case", True) is not False
 
 
-def _weights(family: Family, config: Config, tensors: Arrays, n_segments: Any, source: Path) -> Arrays:
+def _weights(family: Family, config: Config, tensors: Arrays, source: Path) -> Arrays:
     """Return the tensors of a file under our names. Raises UserError unless they are all those of the model."""
     places, position = _places(family, config), _position(family)
     expected = _shapes(family, config, places)
-    if family.segments:
-        expected[family.segments] = (n_segments, config.model.d_model)
     names.check_shapes({name: x.shape for name, x in tensors.items()}, expected, str(source))
     if position:
         tensors = tensors | {position: tensors[position][family.first_position(config.model.pad_id) :]}
-    if family.segments and tensors[family.segments][0].any():
-        tensors[position] = tensors[position] + tensors[family.segments][0]
     weights: Arrays = {}
     for theirs, ours in places.items():
         array = tensors[theirs].T if re.search(family.transposed, theirs) else tensors[theirs]
@@ -484,7 +482,8 @@ def _places(family: Family, config: Config) -> dict[str, list[str]]:
     for ours in parameters.shapes(config):
         if ours == "head.bias" and not config.model.output_bias:
             continue
-        module, _, kind = (f"{ours}.weight" if ours == f"base.{POSITION}" else ours).rpartition(".")
+        is_table = ours in (f"base.{POSITION}", f"base.{SEGMENT}")
+        module, _, kind = (f"{ours}.weight" if is_table else ours).rpartition(".")
         number = re.search(r"(?<=\.)\d+(?=\.)", module)
         theirs = modules.get(module.replace(f".{number[0]}.", ".#.") if number else module)
         if theirs:
@@ -563,6 +562,8 @@ def check(config: Config, family: Family) -> None:
         problems.append(f"model.head_dim={model.head_dim}, but a model of {family.type} has d_model / n_heads")
     if model.logit_softcap and task not in (CLASSES, TAGS):
         problems.append(f"model.logit_softcap={model.logit_softcap}, but a model of {family.type} has none")
+    if model.segments and not family.segments:
+        problems.append(f"model.segments={model.segments}, but a model of {family.type} has none")
     if family.has_positions_behind_pad and config.model.pad_id < 0:
         problems.append(f"model.pad_id={config.model.pad_id}, but positions of {family.type} begin behind its pad_id")
     if problems:
@@ -606,12 +607,14 @@ def write(path: Path, snapshot: Snapshot, family: Family, tokenizer: Tokenizer |
     if "mlp_bias" in family.read:
         values["mlp_bias"] = model.biases in ("feed_forward", "all")
     if family.segments:
-        values["type_vocab_size"] = 2
-        tensors[family.segments] = np.zeros((2, model.d_model), np.float32)
+        values["type_vocab_size"] = model.segments or 2
+        tensors.setdefault(family.segments, np.zeros((2, model.d_model), np.float32))
     if "pad_id" in family.keys and model.pad_id < 0:
         values[family.keys["pad_id"]] = None
     if task in (CLASSES, TAGS):
-        n, class_names = config.data.n_classes, snapshot.info.get("classes") or ()
+        n, class_names = parameters.n_outputs(config), snapshot.info.get("classes") or ()
+        if n == 1:
+            values["problem_type"] = "regression"
         if tuple(class_names) in ((), numbered(n)):
             class_names = _unnamed(n)
         values["id2label"] = {str(i): name for i, name in enumerate(class_names)}

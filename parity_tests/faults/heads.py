@@ -3,9 +3,11 @@
 from parity_tests.faults.planting import both, edit, mirrored
 from parity_tests.faults.targets import (
     at,
+    classifier,
     classifier_head,
     classifier_shares,
     classifier_start,
+    embedding,
     head_activation,
     head_prepared,
     lm_head,
@@ -15,6 +17,21 @@ MLM, COLA, BERT, GPT2 = "batch 0 of mlm", "batch 0 of cola", "BERT of transforme
 LAST = "GPT-2 of transformers that classifies"
 
 FAULTS = [
+    *both(
+        "one type for both texts: the model of a classifier is not told the token types",
+        "two texts",
+        edit(
+            classifier.jaxlm,
+            ("self.base(tokens_BT, key, segments_BT, types_BT)", "self.base(tokens_BT, key, segments_BT)"),
+        ),
+        edit(classifier.torchlm, ("self.base(tokens_BT, segments_BT, types_BT)", "self.base(tokens_BT, segments_BT)")),
+    ),
+    *both(
+        "types swapped: the first text has the embedding of the second",
+        "two texts",
+        edit(embedding.jaxlm, ("self.segment[...][types_BT]", "self.segment[...][1 - types_BT]")),
+        edit(embedding.torchlm, ("self.segment[types_BT]", "self.segment[1 - types_BT]")),
+    ),
     *mirrored(
         "no norm in the head: mlm's output without its LayerNorm", MLM, head_prepared, ("self.layernorm(_x)", "_x")
     ),

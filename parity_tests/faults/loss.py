@@ -1,11 +1,17 @@
 """Faults of the losses: cross-entropy, and what a student learns from its teacher."""
 
 from parity_tests.faults.planting import both, edit, mirrored
-from parity_tests.faults.targets import cosine_loss, cross_entropy, gpt_loss, soft_loss
+from parity_tests.faults.targets import cosine_loss, cross_entropy, gpt_loss, regression, soft_loss
 
 MLM, GPT, COLA, DISTILLATION = "batch 0 of mlm", "batch 0 of gpt", "replay of cola", "distillation"
 
 FAULTS = [
+    *both(
+        "absolute errors: the error of a predicted number is not squared",
+        "a number for two texts",
+        edit(regression.jaxlm, ("errors_B**2", "jnp.abs(errors_B)")),
+        edit(regression.torchlm, ("errors_B.square()", "errors_B.abs()")),
+    ),
     *both(
         "mean over all positions: ignored labels are in the count",
         MLM,

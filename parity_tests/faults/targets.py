@@ -23,6 +23,7 @@ from jaxlm.ops import token_positions as jax_positions
 from jaxlm.params import frozen, names
 from jaxlm.tasks.gpt import Gpt as JaxGpt
 from jaxlm.tasks.mlm import Mlm as JaxMlm
+from jaxlm.tasks.regress import Regress as JaxRegress
 from jaxlm.tasks.tag import Tag as JaxTag
 from parity_tests.faults.planting import Pair
 from torchlm import distill as torch_distill
@@ -39,6 +40,7 @@ from torchlm.ops import plain_attention as torch_attention
 from torchlm.ops import token_positions as torch_positions
 from torchlm.tasks.gpt import Gpt as TorchGpt
 from torchlm.tasks.mlm import Mlm as TorchMlm
+from torchlm.tasks.regress import Regress as TorchRegress
 from torchlm.tasks.tag import Tag as TorchTag
 
 framework_norm = Pair(nnx.LayerNorm.__call__, LayerNorm.forward)
@@ -73,10 +75,12 @@ head_prepared = Pair(jax_heads.Head.prepared, torch_heads.Head.prepared)
 head_activation = Pair(jax_heads.Head.activation, torch_heads.Head.activation)
 classifier_shares = Pair(jax_heads.Classifier._shares, torch_heads.Classifier._shares)
 classifier_head = Pair(jax_heads.ClassifierHead.__call__, torch_heads.ClassifierHead.forward)
+classifier = Pair(jax_heads.Classifier.__call__, torch_heads.Classifier.forward)
 classifier_start = Pair(jax_heads.Classifier.__init__, torch_heads.Classifier.__init__)
 at = Pair(jax_heads._at, torch_heads._at)
 
 cross_entropy = Pair(jax_loss.cross_entropy, torch_loss.cross_entropy)
+regression = Pair(JaxRegress.totals, TorchRegress.totals)
 gpt_loss = Pair(JaxGpt.loss, TorchGpt.loss)
 lm_loss = jax_heads.LanguageModel.loss
 mlm_loss = Pair(JaxMlm.loss, TorchMlm.loss)

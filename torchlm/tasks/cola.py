@@ -1,8 +1,8 @@
-"""Whether a sentence is acceptable (CoLA, arXiv 1805.12471): as sst2, but Matthews correlation comes first."""
+"""Whether a sentence is acceptable (CoLA, arXiv 1805.12471); Matthews correlation comes first."""
 
 from jaxlm.tasks import cola
-from torchlm.tasks.sst2 import Sst2
+from torchlm.tasks.classify import Classify
 
 
-class Cola(Sst2, cola.Cola):
+class Cola(Classify, cola.Cola):
     pass

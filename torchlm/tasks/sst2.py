@@ -1,33 +1,8 @@
-"""Sentence classification, by default whether a review is positive (SST-2, arXiv 1804.07461)."""
-
-import torch
-from torch import Tensor
+"""Whether a sentence of a review is positive (SST-2, arXiv 1804.07461)."""
 
 from jaxlm.tasks import sst2
-from torchlm.heads import Classifier
-from torchlm.loss import Totals, cross_entropy
-from torchlm.tasks.base import Task
+from torchlm.tasks.classify import Classify
 
 
-class Sst2(Task, sst2.Sst2):
-    packs = True
-
-    def build_model(self, rngs: torch.Generator) -> Classifier:
-        return Classifier(self.config.model, self.config.data.n_classes, self.dtype, rngs)
-
-    def loss(self, model: Classifier, batch: dict[str, Tensor], key: None) -> Totals:
-        positions = batch.get("positions", batch.get("last"))
-        return self.totals(model(batch["tokens"], key, positions, False, batch.get("segments")), batch["labels"])
-
-    def totals(self, logits: Tensor, labels: Tensor) -> Totals:
-        """Return what `loss` does, of logits [..., C] and labels [...], one for each text."""
-        C, logits_BC, labels_B = self.config.data.n_classes, logits.flatten(0, -2), labels.flatten()
-        # The original's head has an output for each token of the vocabulary: those are no class.
-        predictions_B = logits_BC.argmax(dim=-1).clamp(max=C)
-        # Sums of zeros and ones in float32 are exact; GPUs have no product of integers.
-        rows_BC = (labels_B[:, None] == torch.arange(C, device=labels_B.device)).float()
-        columns_BC = (predictions_B[:, None] == torch.arange(C + 1, device=labels_B.device)).float()
-        return {**cross_entropy(logits_BC, labels_B), "confusion": (rows_BC.T @ columns_BC).long()}
-
-    def predict(self, model: Classifier, batch: dict[str, Tensor]) -> Tensor:
-        return model(batch["tokens"], None, batch.get("last")).argmax(dim=-1)
+class Sst2(Classify, sst2.Sst2):
+    pass
