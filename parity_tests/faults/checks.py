@@ -109,7 +109,7 @@ CHECKS: dict[str, Callable[[type[Package]], list[Row]]] = {
     "mean of EuroBERT": of_two(lambda: inputs.option("sst2", "parts of EuroBERT", n_updates=1)),
     "head of UltraBERT": of_two(lambda: inputs.option("mlm", "parts of UltraBERT", n_updates=1)),
     "head of Ettin's decoder": of_two(lambda: inputs.option("gpt", "parts of ModernBERT", n_updates=1)),
-    "packed mean of sst2": of_one(packed, lambda: packed.packed("sst2", **{"model.pooling": "mean"})),
+    "packed mean of sst2": of_one(packed, lambda: packed.packed("sst2", False, **{"model.pooling": "mean"})),
     **{f"replay of {name}": functools.partial(all_of, name) for name in ("mlm_cycle", "gpt_resume", "cola")},
 }
 
