@@ -18,6 +18,7 @@ from parity_tests.trajectory import _Rows
 
 SPECIALS = {"pad": 0, "mask": 1, "start": 2, "end": 3, "article": 4}
 N_DOCUMENTS, LONGEST = 24, 13
+SIZES = {"model.seq_len": 28, "train.warmup_steps": 0, "train.accumulate": 1, "data.pack": "documents"}
 
 
 def packed(task: str, is_distilled: bool = False, **changes: Any) -> list[Row]:
@@ -25,8 +26,7 @@ def packed(task: str, is_distilled: bool = False, **changes: Any) -> list[Row]:
 
     Losses, counts, and first moments, which are a share of the gradients; in float64.
     """
-    sizes = {"model.seq_len": 28, "train.warmup_steps": 0, "train.accumulate": 1, "data.pack": "documents"}
-    config = config_of(task, **sizes, **changes)
+    config = config_of(task, **SIZES, **changes)
     batches = [batch_of(config, is_packed) for is_packed in (False, True)]
     assert len(batches[1]["tokens"]) < 0.7 * len(batches[0]["tokens"])
     teacher = Teacher(config, random_weights(config, seed=9), "") if is_distilled else None

@@ -8,7 +8,7 @@ command.py       `python -m parity_tests.compare A B`
 verdict.py       the comparison of two records and its result
 pairing.py       which parameter and module of one is which of the other
 divergence.py    differences in the order of execution, their tolerances, and what cannot be seen
-diagnose.py      the catalogue of causes            attention.py    how attention may be computed
+diagnose.py      the likeliest causes     catalogue/    what goes wrong, by where
 arrays.py        runs that the user has written as arrays
 rows.py          measured differences       tolerances.py    how large those of arrays.py may be, and why
 page.py          pages

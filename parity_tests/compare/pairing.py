@@ -135,7 +135,7 @@ def find(a: Record, b: Record) -> Names:
     used = {pair.a.name for pair in pairs}, {pair.b.name for pair in pairs}
     lonely = tuple([name for name in start if name not in known] for start, known in zip(starts, used, strict=True))
     names = Names(pairs, {}, notes, (lonely[0], lonely[1]))
-    _straighten(names, starts)
+    _straighten(names)
     names.modules = _modules(a, b, names.pairs)
     return names
 
@@ -328,29 +328,27 @@ def _is_turned(a: View, b: View) -> bool:
     return "kernel" in ends and "weight" in ends
 
 
-def _straighten(names: Names, starts: Sequence[Arrays]) -> None:
+def _straighten(names: Names) -> None:
     """Where the values of numbered layers are in another order, pair by number, and say so."""
+    stacks: dict[tuple[str, str], list[tuple[int, int, int]]] = {}
     for i, pair in enumerate(names.pairs):
-        numbers = [re.findall(r"(?<![^.])\d+(?![^.])", view.name) for view in (pair.a, pair.b)]
-        mine = [
-            x if view.index is None else [str(view.index)] for x, view in zip(numbers, (pair.a, pair.b), strict=True)
-        ]
-        if mine[0] == mine[1] or len(mine[0]) != 1 or len(mine[1]) != 1 or pair.by not in ("value", "value and name"):
-            continue
-        words = [{w for w in _words(view) if not w.isdecimal()} for view in (pair.a, pair.b)]
-        if pair.b.index is None and words[0] != words[1]:  # numbers of another kind of name
-            continue
-        index = int(mine[0][0])
-        x = starts[1][pair.b.name]
-        if pair.b.index is not None and index < len(x):
-            view = View(pair.b.name, index, pair.b.part)
-        else:
-            name = re.sub(rf"(?<![^.]){mine[1][0]}(?![^.])", mine[0][0], pair.b.name)
-            if name not in starts[1]:
-                continue
-            view = View(name, pair.b.index, pair.b.part)
-        names.moved.append(f"{pair.a} has the values of {pair.b}")
-        names.pairs[i] = dataclasses.replace(pair, b=view)
+        views = (pair.a, pair.b)
+        numbers = [re.findall(_NUMBER, v.name) if v.index is None else [v.index] for v in views]
+        words = [{w for w in _words(v) if not w.isdecimal()} for v in views]
+        is_alike = pair.b.index is not None or words[0] == words[1]  # or they number something else
+        if pair.by in ("value", "value and name") and len(numbers[0]) == len(numbers[1]) == 1 and is_alike:
+            key = re.sub(_NUMBER, "*", pair.a.name), re.sub(_NUMBER, "*", pair.b.name)
+            stacks.setdefault(key, []).append((int(numbers[0][0]), int(numbers[1][0]), i))
+    for stack in stacks.values():
+        in_order = [names.pairs[i].b for _, _, i in sorted(stack, key=lambda row: row[1])]
+        for (_, _, i), view in zip(sorted(stack), in_order, strict=True):
+            pair = names.pairs[i]
+            if pair.b != view:
+                names.moved.append(f"{pair.a} has the values of {pair.b}")
+                names.pairs[i] = dataclasses.replace(pair, b=view)
+
+
+_NUMBER = r"(?<![^.])\d+(?![^.])"  # a whole part of a dotted name
 
 
 def _order(record: Record, start: Arrays) -> dict[str, int]:

@@ -7,6 +7,7 @@ model.py modern.py heads.py loss.py optimizer.py muon.py schedule.py tuning.py r
 packed.py checkpoint.py
                  FAULTS, by subject: lists of what goes wrong in ports
 diagnosis.py     `python -m parity_tests.faults.diagnosis`: what parity_tests.compare says of each
+expected.py      what it should say: the cause and the module of each
 __main__.py      `python -m parity_tests.faults [--only TEXT] [--sample N] [--json FILE]`
 """
 
@@ -40,8 +41,8 @@ from parity_tests.faults.checks import CHECKS, once
 from parity_tests.faults.planting import Fault
 from parity_tests.packages import PACKAGES, Package
 
-_SUBJECTS = (model, modern, heads, data, tags, packed, checkpoint, loss, tuning, optimizer, muon, schedule, randomness)
-FAULTS: list[Fault] = [fault for subject in _SUBJECTS for fault in subject.FAULTS]
+SUBJECTS = (model, modern, heads, data, tags, packed, checkpoint, loss, tuning, optimizer, muon, schedule, randomness)
+FAULTS: list[Fault] = [fault for subject in SUBJECTS for fault in subject.FAULTS]
 
 
 @dataclass(frozen=True)

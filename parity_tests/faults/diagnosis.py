@@ -1,4 +1,4 @@
-"""`python -m parity_tests.faults.diagnosis`: does the tool name the cause of each planted fault?
+"""`python -m parity_tests.faults.diagnosis [--only TEXT] [--sample N] [--json FILE]`: does the tool name each fault?
 
 Each fault is planted in one package, both do the same plan with a recorder on, and compare.runs says where they part
 first and why.
@@ -17,14 +17,16 @@ import torch
 
 from jaxlm import optim as jax_optim
 from jaxlm.config import Config
-from parity_tests import compare, drift, faults, inputs, randomness, record, references, trajectory
+from jaxlm.training.teacher import Teacher
+from parity_tests import compare, drift, faults, inputs, packed, randomness, record, references, trajectory
 from parity_tests.compare import Verdict
 from parity_tests.compare.pairing import Names, Pair, View
 from parity_tests.compare.verdict import sentence
+from parity_tests.faults import expected
 from parity_tests.faults.checks import recorded
 from parity_tests.faults.planting import Fault
 from parity_tests.packages import PACKAGES, Jaxlm, Package, Torchlm
-from parity_tests.plan import Batch, Plan, random_plan
+from parity_tests.plan import Batch, Plan, random_plan, random_weights
 from parity_tests.record.files import Record
 
 
@@ -118,9 +120,9 @@ def run(package: type[Package], plan: Plan, precision: Any = "float64") -> Recor
     finally:
         for recorder in _Recorded.recorders:
             recorder.__exit__()
-    # Frozen layers are in a scan of their own, so that activations and gradients are of other layers than they seem.
-    is_split = plan.config.model.frozen_layers > 0
-    return _kept(_Recorded.recorders[0], ("parameter", "rate", "batch", "loss") if is_split else ())
+    # Stacks of gradients and moments have only the layers that are trained, so that their numbers are others.
+    kinds = ("parameter", "rate", "batch", "input", "activation", "loss") if plan.config.model.frozen_layers else ()
+    return _kept(_Recorded.recorders[0], kinds)
 
 
 def _kept(recorder: Any, kinds: tuple[str, ...] = ()) -> Record:
@@ -135,7 +137,7 @@ def _kept(recorder: Any, kinds: tuple[str, ...] = ()) -> Record:
 
 def _option(task: str, name: str, changes: dict[str, Any] | None = None) -> Plan:
     sizes = {"train.max_steps": 2, "train.warmup_steps": 1, "model.n_heads": 2, "train.accumulate": 1}
-    config = drift.config_of(task, **sizes, **(inputs.OPTIONS[name] if name else {}), **(changes or {}))
+    config = drift.config_of(task, **(sizes | (inputs.OPTIONS[name] if name else {}) | (changes or {})))
     return random_plan(f"{task}, {name}", config, seed=6)
 
 
@@ -186,6 +188,14 @@ def _distilled() -> Plan:
     return plan
 
 
+def _packed(task: str, positions: str = "fixed", is_distilled: bool = False) -> Plan:
+    config = drift.config_of(task, **packed.SIZES, **{"model.positions": positions})
+    batch = packed.batch_of(config, is_packed=True)
+    teacher = Teacher(config, random_weights(config, seed=9), "") if is_distilled else None
+    batches = [{name: x[None] for name, x in batch.items()}]
+    return Plan(f"{task}, packed", config, random_weights(config, seed=3), batches, batch, teacher=teacher)
+
+
 PLANS: dict[str, Callable[[], Plan]] = {
     "batch 0 of mlm": lambda: _recorded("mlm"),
     "batch 0 of gpt": lambda: _recorded("gpt"),
@@ -207,11 +217,20 @@ PLANS: dict[str, Callable[[], Plan]] = {
     "rotary positions": lambda: _option("gpt", "rotary positions"),
     **{
         name: functools.partial(_option, "gpt", name)
-        for name in ("RMSNorm", "GEGLU", "SwiGLU", "squared ReLU", "soft cap", "z-loss")
+        for name in (
+            *("RMSNorm", "GEGLU", "SwiGLU", "squared ReLU", "soft cap", "z-loss"),
+            *("grouped heads", "norm of queries and keys", "scaled rotary positions"),
+            *("window", "window in blocks", "global and local layers", "no first norm"),
+        )
     },
+    "window to both sides": lambda: _option("mlm", "window"),
+    "packed mlm": lambda: _packed("mlm", "rotary"),
+    "packed gpt": lambda: _packed("gpt", "learned"),
+    "packed sst2": lambda: _packed("sst2"),
+    "packed and distilled mlm": lambda: _packed("mlm", is_distilled=True),
     **{f"replay of {name}": functools.partial(_recorded, name, 99) for name in ("mlm_cycle", "gpt_resume", "cola")},
     "dropout with the same masks": _dropped,
-    "statistics of dropout": _dropped,
+    "statistics of dropout": _dropped,  # with the same masks, too: others differ everywhere
     "masks of updates": lambda: _dropped(2),
 }
 STARTS = {
@@ -226,7 +245,7 @@ def recorded_by(package: type[Package], check: str) -> Record:
     if check in STARTS:
         return _start(package, *STARTS[check])
     plan = PLANS[check]()
-    if check == "dropout with the same masks" and package is Torchlm:
+    if plan.config.model.dropout and package is Torchlm:
         with drift.injected(drift.jaxlm_masks(plan, "float64")):
             return run(package, plan)
     return run(package, plan)
@@ -261,20 +280,82 @@ def diagnose(fault: Fault) -> Verdict:
     return compare.runs(a, b, same if is_start else "auto")
 
 
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What the tool says of a fault, and whether it is right."""
+
+    name: str
+    package: str
+    subject: str
+    first: str  # where the runs part
+    stage: str
+    causes: list[str]
+    expected: str
+    is_cause_right: bool
+    is_module_right: bool | None  # None: no activation is changed
+
+
+def judged(fault: Fault) -> Result:
+    """Diagnose a fault, and score what the tool says by what the fault declares."""
+    try:
+        verdict = diagnose(fault)
+    except Exception as error:  # a fault may end a run, which the tool then cannot compare
+        raised = f"raises {type(error).__name__}: {error}"
+        return Result(fault.name, fault.package, subject(fault), raised, "", [], expected.cause(fault), False, None)
+    first, module = verdict.first, expected.module(fault)
+    kinds = [cause.kind for cause in verdict.causes[:3]]
+    is_right = expected.is_in(module, first.name.partition("#")[0]) if first and first.stage == "forward" else None
+    return Result(
+        fault.name,
+        fault.package,
+        subject(fault),
+        sentence(first) if first else "passes",
+        first.stage if first else "",
+        [f"{cause.kind}: {cause.text}" for cause in verdict.causes[:3]],
+        expected.cause(fault),
+        expected.cause(fault) in kinds,
+        is_right,
+    )
+
+
+def subject(fault: Fault) -> str:
+    """Return the file that has a fault."""
+    (name,) = {s.__name__.rpartition(".")[2] for s in faults.SUBJECTS if fault in s.FAULTS}
+    return name
+
+
+def summary(results: list[Result]) -> str:
+    """Return the table of the page: by subject, how often cause and module are right; and what is missed."""
+
+    def row(name: str, own: list[Result]) -> str:
+        causes = sum(x.is_cause_right for x in own)
+        modules = [x.is_module_right for x in own if x.is_module_right is not None]
+        return f"| {name} | {causes} of {len(own)} | {sum(modules)} of {len(modules)} |"
+
+    lines = ["| faults of | cause among the first three | first module |", "| --- | --- | --- |"]
+    for name in dict.fromkeys(x.subject for x in results):
+        lines.append(row(name, [x for x in results if x.subject == name]))
+    lines += [row("all", results), "", "| missed cause | in | said instead |", "| --- | --- | --- |"]
+    for x in results:
+        if not x.is_cause_right:
+            said = ", ".join(cause.partition(":")[0] for cause in x.causes) or x.first.partition(":")[0]
+            lines.append(f"| {x.name} ({x.expected}) | {x.package} | {said} |")
+    return "\n".join(lines)
+
+
 def main(argv: list[str]) -> int:
-    """Diagnose the faults of a command line, and print where each shows first, and three causes."""
+    """Diagnose the faults of a command line; print what is said of each, and the table of the page."""
     planted, file = faults.command("python -m parity_tests.faults.diagnosis", "Diagnose planted faults.", argv)
-    rows = []
+    results = []
     with faults.operation_by_operation():
         for fault in planted:
-            verdict = diagnose(fault)
-            first = sentence(verdict.first) if verdict.first else "passes"
-            print(f"{fault.name} ({fault.package}): {first}", flush=True)
-            causes = [f"{cause.kind}: {cause.text}" for cause in verdict.causes[:3]]
-            print("".join(f"    {i}. {cause}\n" for i, cause in enumerate(causes, start=1)), end="", flush=True)
-            rows.append({"name": fault.name, "package": fault.package, "first": first, "causes": causes})
-    if file:
-        file.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+            result = judged(fault)
+            results.append(result)
+            print(f"{fault.name} ({fault.package}): {result.first}", flush=True)
+            print("".join(f"    {i}. {cause}\n" for i, cause in enumerate(result.causes, start=1)), end="", flush=True)
+            if file:
+                file.write_text(json.dumps([dataclasses.asdict(x) for x in results], indent=1), encoding="utf-8")
+    print(summary(results))
     return 0
 
 

@@ -6,6 +6,7 @@ wrapped while a recorder is open. Rematerialization computes some taps twice: wh
 once. What no result needs is not computed, and so not recorded.
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -30,14 +31,39 @@ _open: list["JaxRecorder"] = []
 
 
 @dataclasses.dataclass(eq=False)
+class Scan:
+    """A scan that is traced now: its number, and its iteration, an array. Layers of a stack are counted by its path."""
+
+    number: int
+    iteration: Any
+    n_before: collections.Counter[str]
+    n_inside: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """Which of several alike a call of a module is: the iteration of a scan, or the layer of a stack with this path."""
+
+    depth: int | None = None  # of the scan
+    first: int = 0
+    scan: Scan | None = None
+    path: str = ""
+
+    def number(self, iterations: tuple[int, ...]) -> int:
+        step = self.scan.n_inside[self.path] if self.scan else 1
+        return self.first + (0 if self.depth is None else iterations[self.depth] * step)
+
+
+@dataclasses.dataclass(eq=False)
 class Tap:
     """A place in a program. `order` has the numbers of the scans around it, and last its own."""
 
     recorder: "JaxRecorder"
     kind: str
-    name: str  # with {0}, {1}, ... for numbers of iterations
+    name: str  # with {0}, {1}, ... for numbers of layers
     order: tuple[int, ...]
     info: dict[str, Any]
+    layers: tuple[Layer, ...]
     aliases: list["Tap"] = dataclasses.field(default_factory=list)  # the same array as another module's
 
     def placed(self, iterations: tuple[int, ...]) -> tuple[int, ...]:
@@ -103,8 +129,10 @@ class JaxRecorder(Recorder):
         self.model, self.lock = model, threading.Lock()
         self.received: dict[tuple[int, ...], list[tuple[Tap, tuple[int, ...], dict[str, Any], np.ndarray]]] = {}
         self.numbers = itertools.count()
-        self.scans: list[tuple[int, Any]] = []  # around what is traced now: number of the scan, and of its iteration
-        self.calls: list[tuple[Any, str, str, int]] = []  # module, its path, what it is called here, scans around it
+        self.scans: list[Scan] = []  # around what is traced now
+        self.n_layers: collections.Counter[str] = collections.Counter()  # called so far of each stack
+        # Modules that are called now: each with its path, what it is called here, scans around it, and layers.
+        self.calls: list[tuple[Any, str, str, int, tuple[Layer, ...]]] = []
         self.paths: dict[int, tuple[Any, str]] = {}
         self.seen: dict[int, tuple[Any, Tap, tuple[int, ...]]] = {}
         self.used: dict[Any, int] = {}
@@ -201,12 +229,13 @@ class JaxRecorder(Recorder):
         if not (is_number or (kind == "input" and name == "")):
             return x
         name += f"#{i}" if (i := next(numbers)) else ""
-        tap = Tap(self, kind, name, (*(n for n, _ in self.scans), next(self.numbers)), info)
-        here = tuple(id(i) for _, i in self.scans)
+        layers = self.calls[-1][4] if self.calls else ()
+        tap = Tap(self, kind, name, (*(scan.number for scan in self.scans), next(self.numbers)), info, layers)
+        here = tuple(id(scan.iteration) for scan in self.scans)
         if known and known[2] == here:
             known[1].aliases.append(tap)
             return x
-        x = tap_p.bind(x, *(i for _, i in self.scans), tap=tap)
+        x = tap_p.bind(x, *(scan.iteration for scan in self.scans), tap=tap)
         if self.calls:
             self.seen[id(x)] = x, tap, here
         return x
@@ -236,7 +265,7 @@ class JaxRecorder(Recorder):
         numbers: dict[Any, int] = {}
         for i, place, tap, iterations, line, same in sorted(lines, key=lambda x: x[:2]):
             body = line if same is None else {"same": numbers[same]}
-            name = tap.name.format(*iterations)
+            name = tap.name.format(*(layer.number(iterations) for layer in tap.layers))
             numbers[i, place] = self.writer.add(self.update, tap.kind, name, info=tap.info, **body)
         self.received.clear()
 
@@ -249,15 +278,19 @@ class JaxRecorder(Recorder):
         if not self.calls:
             self.seen.clear()
             self.used.clear()
+            self.n_layers.clear()
             self.paths = {}
+        is_in_model = path is not None or id(module) in self.paths
         path = self._path(module) if path is None else path
         shown, depth = path, len(self.scans)
+        layers: tuple[Layer, ...] = ()
         if self.calls:
-            _, parent, parent_shown, parent_depth = self.calls[-1]
+            _, parent, parent_shown, parent_depth, layers = self.calls[-1]
             inner = path.removeprefix(parent).lstrip(".") if path.startswith(parent) else path
-            shown = ".".join(x for x in (parent_shown, inner) if x)
-            shown += "".join(f".{{{i}}}" for i in range(parent_depth, depth))
-        self.calls.append((module, path, shown, depth))
+            own = self._layers(module, path, parent_depth, is_in_model)
+            numbers = "".join(f".{{{i}}}" for i in range(len(layers), len(layers) + len(own)))
+            shown, layers = ".".join(x for x in (parent_shown, inner) if x) + numbers, layers + own
+        self.calls.append((module, path, shown, depth, layers))
         try:
             args, kwargs = self.tap("input", shown, (args, kwargs), {})
             return self.tap("activation", shown, function(*args, **kwargs), _info(module))
@@ -266,6 +299,25 @@ class JaxRecorder(Recorder):
             if not self.calls:
                 self.seen.clear()
                 self.paths.clear()
+
+    def _layers(self, module: Any, path: str, parent_depth: int, is_in_model: bool) -> tuple[Layer, ...]:
+        """Return which layer of its stack a call is: one more than the call before, also where scans run groups."""
+        depths = range(parent_depth, len(self.scans))
+        if is_in_model or not self._is_stacked(module, path):
+            return tuple(Layer(depth) for depth in depths)
+        if not depths:
+            self.n_layers[path] += 1
+            return (Layer(first=self.n_layers[path] - 1),)
+        scan = self.scans[-1]
+        scan.n_inside[path] += 1
+        first = scan.n_before[path] + scan.n_inside[path] - 1
+        return (*(Layer(depth) for depth in depths[:-1]), Layer(depths[-1], first, scan, path))
+
+    def _is_stacked(self, module: Any, path: str) -> bool:
+        """Return whether the model's module has one more axis than this one: the axis of layers."""
+        whole = _modules(self.model, _base(self.model)).get(path)
+        one, all_ = (jax.tree.leaves(named(x)) for x in (module, whole))
+        return bool(one) and bool(all_) and np.ndim(all_[0]) == np.ndim(one[0]) + 1
 
     def _path(self, module: Any) -> str:
         base: Any = _base(module)
@@ -298,18 +350,23 @@ class JaxRecorder(Recorder):
     def _scan(self, scan: Any) -> Any:
         @functools.wraps(scan)
         def counted(f: Any, init: Any, xs: Any = None, length: int | None = None, **options: Any) -> Any:
-            leaves, number = jax.tree.leaves(xs), next(self.numbers)
+            leaves, number, n_before = jax.tree.leaves(xs), next(self.numbers), self.n_layers.copy()
             n = leaves[0].shape[0] if leaves else length
             assert n is not None, "jax.lax.scan tells what is wrong with its arguments"
 
+            scans: list[Scan] = []
+
             def body(carry: Any, x: Any) -> Any:
-                self.scans.append((number, x[0]))
+                self.scans.append(Scan(number, x[0], n_before))
                 try:
                     return f(carry, x[1])
                 finally:
-                    self.scans.pop()
+                    scans.append(self.scans.pop())
 
-            return scan(body, init, (jnp.arange(n), xs), length, **options)
+            result = scan(body, init, (jnp.arange(n), xs), length, **options)
+            for path, n_inside in (scans[-1].n_inside if scans else {}).items():
+                self.n_layers[path] = n_before[path] + n * n_inside
+            return result
 
         return counted
 

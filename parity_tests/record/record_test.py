@@ -68,6 +68,37 @@ def test_stacked_layers_in_a_scan_are_told_apart_and_recorded_as_they_are() -> N
     np.testing.assert_allclose(gradients["output.kernel"], grads["output"]["kernel"][...], rtol=1e-5)
 
 
+class Grouped(Stacked):
+    """The same five blocks: one apart, and two scanned groups of two."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.blocks = jax.vmap(Block)(rngs.split(5))
+        self.output = nnx.Linear(4, 2, rngs=rngs)
+
+    def __call__(self, x: jax.Array, unroll: int = 1) -> jax.Array:
+        def run_group(x: jax.Array, group: Block) -> tuple[jax.Array, None]:
+            for i in range(2):
+                x = jax.tree.map(lambda leaf, i=i: leaf[i], group)(x)
+            return x, None
+
+        x = jax.tree.map(lambda leaf: leaf[0], self.blocks)(x)
+        groups = jax.tree.map(lambda leaf: leaf[1:].reshape(2, 2, *leaf.shape[1:]), self.blocks)
+        return self.output(jax.lax.scan(run_group, x, groups, unroll=unroll)[0])
+
+
+@pytest.mark.parametrize("is_jitted", [True, False])
+def test_layers_in_groups_are_numbered_through(is_jitted: bool) -> None:
+    model = Grouped(nnx.Rngs(0))
+    with record.jax(model) as b, jax.disable_jit(not is_jitted):
+        jax.jit(lambda model, x: model(x))(model, jnp.asarray(X))
+    found = {e.name: e.array() for e in b.read().all("activation")}
+    assert list(found) == [*(f"blocks.{i}{part}" for i in range(5) for part in (".norm", ".linear", "")), "output", ""]
+    x = jnp.asarray(X)
+    for i in range(5):
+        x = jax.tree.map(lambda leaf, i=i: leaf[i], model.blocks)(x)
+        np.testing.assert_allclose(found[f"blocks.{i}"], x, rtol=1e-5, atol=1e-6)
+
+
 def test_linen_and_functions_with_tags_and_vmap() -> None:
     model = linen.Sequential([linen.Dense(3), linen.relu, linen.Dense(2)])
     params = model.init(jax.random.key(0), X)
@@ -223,7 +254,7 @@ def test_bad_records_are_told(tmp_path: Path) -> None:
 
 def test_the_tool_imports_numpy_and_the_framework_that_it_records() -> None:
     own = {"jax_taps": {"jax"}, "torch_hooks": {"torch"}, "pytest_plugin": {"pytest"}}
-    files = [*ROOT.glob("parity_tests/record/*.py"), *ROOT.glob("parity_tests/compare/*.py")]
+    files = [*ROOT.glob("parity_tests/record/*.py"), *ROOT.rglob("parity_tests/compare/**/*.py")]
     files.append(ROOT / "parity_tests" / "pytest_plugin.py")
     plain = {"errors", "io", "reporting"}
     for path in files:
