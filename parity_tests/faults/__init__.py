@@ -8,7 +8,7 @@ packed.py checkpoint.py
                  FAULTS, by subject: lists of what goes wrong in ports
 diagnosis.py     `python -m parity_tests.faults.diagnosis`: what parity_tests.compare says of each
 expected.py      what it should say: the cause and the module of each
-__main__.py      `python -m parity_tests.faults [--only TEXT] [--sample N] [--json FILE]`
+__main__.py      `python -m parity_tests.faults [--only TEXT] [--package NAME] [--sample N] [--json FILE]`
 """
 
 import argparse
@@ -101,15 +101,16 @@ def command(program: str, description: str, argv: list[str]) -> tuple[list[Fault
     """Return the faults that a command line selects, and the file for its table; set both frameworks up for them."""
     parser = argparse.ArgumentParser(program, description=description)
     parser.add_argument("--only", help="only faults with this in their name")
+    parser.add_argument("--package", choices=[x.name for x in PACKAGES], help="only faults in this package")
     parser.add_argument("--sample", type=int, help="so many of them, evenly over the list")
     parser.add_argument("--json", type=Path, help="file to keep the table in")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     jax.config.update("jax_disable_most_optimizations", True)  # tiny models take longer to compile than to run
-    return chosen(args.only, args.sample), args.json
+    return chosen(args.only, args.sample, args.package), args.json
 
 
-def chosen(only: str | None, n: int | None) -> list[Fault]:
-    """Return the faults whose name contains `only`, and of these n, evenly over the whole list."""
-    found = [fault for fault in FAULTS if only is None or only in fault.name]
+def chosen(only: str | None, n: int | None, package: str | None = None) -> list[Fault]:
+    """Return the faults of a package whose name contains `only`, and of these n, evenly over the whole list."""
+    found = [x for x in FAULTS if (only is None or only in x.name) and package in (None, x.package)]
     return found if n is None or n >= len(found) else [found[i * len(found) // n] for i in range(n)]
