@@ -1,4 +1,4 @@
-"""Ports that others made: transformers' GPT-2 and BERT in PyTorch against jaxlm's, names by themselves."""
+"""Ports that others made, names by themselves: transformers' models, Flax's, Equinox's, and optimizers."""
 
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,9 @@ from flax import nnx
 
 from jaxlm import config as configs
 from jaxlm.weights import huggingface
-from parity_tests import compare, record
+from parity_tests import compare, drift, families, record
 from parity_tests.packages import Jaxlm
+from parity_tests.plan import random_weights
 
 SIZES: dict[str, Any] = {
     "gpt2": {"n_positions": 40, "n_embd": 24, "n_layer": 2, "n_head": 3, "bos_token_id": None, "eos_token_id": None},
@@ -62,3 +63,26 @@ def test_a_model_of_transformers_is_jaxlms(family: str, tmp_path: Path) -> None:
     assert {x.stage for x in found.found} >= {"parameter", "forward"} and len(found.names.pairs) > 30
     wrong = of("exact" if family == "gpt2" else "tanh")
     assert wrong.first and wrong.causes[0].kind == "gelu", wrong.text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", families.SETTINGS)
+def test_a_model_with_the_modern_block_is_jaxlms(family: str) -> None:
+    config = drift.config_of(
+        "mlm" if family == "ModernBERT" else "gpt", **(families._SIZES | families.SETTINGS[family])
+    )
+    start = random_weights(config, seed=10)
+    model, names = families._model(family, config), families._names(family, config)
+    state = {theirs: torch.tensor(np.concatenate([start[x] for x in ours])) for theirs, ours in names.items()}
+    model.load_state_dict(state, strict=False)
+    model.eval()
+    tokens = np.random.default_rng(0).integers(1, config.model.vocab_size, (3, config.model.seq_len)).astype(np.int32)
+    with record.torch(model) as a:
+        model(torch.from_numpy(np.int64(tokens)))
+    ours = Jaxlm(config, start, "float32")
+    with record.jax(nnx.merge(ours.graphdef, ours.params), params=ours.params) as b:
+        jax.jit(lambda params: nnx.merge(ours.graphdef, params)(tokens))(ours.params)
+    found = compare.runs(a, b)
+    assert found.passes, found.text()
+    for i in range(config.model.n_layers):  # layers are told apart, whatever scans and groups of scans they are in
+        assert found.names.modules[f"model.layers.{i}"] == f"base.blocks.{i}"

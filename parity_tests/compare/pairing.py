@@ -15,7 +15,7 @@ import dataclasses
 import itertools
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -181,9 +181,10 @@ def _views(arrays: Arrays, kind: str, taken: set[View], n_layers: set[int]) -> I
                 View(view.name, view.index, (axis, i * n, (i + 1) * n))
                 for view in views
                 for axis, length in enumerate(view.of(x).shape)
-                for n in [length // 3]
-                if length % 3 == 0 and n > 1
-                for i in range(3)
+                for n_parts in (3, 2)  # queries, keys and values; a gate and what it gates
+                if length % n_parts == 0 and length > n_parts
+                for n in [length // n_parts]
+                for i in range(n_parts)
             ]
         for view in views:
             if not _overlaps(view, taken):
@@ -365,16 +366,20 @@ def _order(record: Record, start: Arrays) -> dict[str, int]:
     return result
 
 
-def shown(view: View, modules: Iterable[str]) -> str:
-    """Return the module of a parameter, as its activations are called: a layer of a stack has its number in it."""
+def shown(view: View, modules: Collection[str]) -> str:
+    """Return the module of a parameter, as its activations are called: a layer of a stack has its number in it.
+
+    A stack may have no parameters of some layers: then the n-th is that of the n-th layer that has such a module.
+    """
     parts = view.name.split(".")[:-1]
     if view.index is None:
         return ".".join(parts)
-    known = set(modules)
     for i in range(len(parts), 0, -1):
-        name = ".".join([*parts[:i], str(view.index), *parts[i:]])
-        if name in known:
-            return name
+        start, end = ".".join(parts[:i]) + ".", "".join(f".{part}" for part in parts[i:])
+        inside = [x[len(start) : len(x) - len(end)] for x in modules if x.startswith(start) and x.endswith(end)]
+        numbers = sorted(int(x) for x in inside if x.isdecimal())
+        if view.index < len(numbers):
+            return f"{start}{numbers[view.index]}{end}"
     return ".".join([*parts[:1], str(view.index), *parts[1:]])
 
 
@@ -402,15 +407,17 @@ def _modules(a: Record, b: Record, pairs: list[Pair]) -> dict[str, str]:
         alike = [x for x in listed[1] if mine and inside[1].get(x) == mine and x not in result.values()]
         if name not in result and alike:
             result[name] = min(alike, key=lambda x: x.count("."))
+    sizes = [{e.name: np.prod(e.shape) for e in record.all("activation")} for record in (a, b)]
     for name in listed[0]:
-        if name not in result and name in known[1] and name not in result.values():
+        if name not in result and name not in result.values() and sizes[0][name] == sizes[1].get(name):
             result[name] = name
     values: list[dict[Any, list[str]]] = [{}, {}]
     for side, record in enumerate((a, b)):
         taken = set(result) if side == 0 else set(result.values())
+        inputs = {e.name: _fingerprint(e.array()) for e in record.all("input") if e.update == e.call == 0}
         for e in record.all("activation"):
-            if e.name not in taken and e.update == 0 and e.call == 0 and e.source is e:
-                values[side].setdefault(_fingerprint(e.array()), []).append(e.name)
+            if e.name not in taken and e.update == e.call == 0 and e.source is e:
+                values[side].setdefault((_fingerprint(e.array()), inputs.get(e.name)), []).append(e.name)
     for key, names in values[0].items():
         if len(names) == 1 and len(values[1].get(key, [])) == 1:
             result[names[0]] = values[1][key][0]

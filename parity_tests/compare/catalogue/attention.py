@@ -13,11 +13,13 @@ from parity_tests.compare.catalogue.place import Divergence
 
 FUTURE = 10**6  # a side of a window that has no end
 MOST = 10**6  # elements times positions, above which windows of unknown size are not searched for
-DIVISORS: dict[str, Callable[[int, int, int], float]] = {  # of D (width), K (size of a head), H (heads)
-    "root of the head size": lambda D, K, H: K**0.5,
-    "1": lambda D, K, H: 1.0,
-    "root of the width": lambda D, K, H: D**0.5,
-    "the head size": lambda D, K, H: float(K),
+DIVISORS: dict[str, Callable[[int, int, int, int], float]] = {  # of D (queries), K (a head), H (heads), W (model)
+    "root of the head size": lambda D, K, H, W: K**0.5,
+    "1": lambda D, K, H, W: 1.0,
+    "root of the width": lambda D, K, H, W: D**0.5,
+    "root of the model's width": lambda D, K, H, W: W**0.5,
+    "root of the model's width over heads": lambda D, K, H, W: (W / H) ** 0.5,
+    "the head size": lambda D, K, H, W: float(K),
 }
 ROTARY = ("none", "halves", "interleaved", "interleaved, apart", "halves, half the exponent", "halves, from 1",
           "halves, opposite")  # fmt: skip
@@ -42,6 +44,7 @@ class Attention:
     is_swapped: bool = False
     groups: str = "in stretches"
     documents: str = "seen"  # of packed rows
+    width: int = 1  # of the model
 
     def compute(self, q: np.ndarray, k: np.ndarray, v: np.ndarray, tokens: Any, segments: Any) -> np.ndarray | None:
         """Return the mixed values [B, T, H K], or None where the sizes do not allow it."""
@@ -57,7 +60,7 @@ class Attention:
         if self.rotary != "none":
             q, k = self._turned(q), self._turned(k)
         k, v = (self._repeated(x, H) for x in (k, v))
-        scores = np.einsum("bthk,bshk->bhts", q, k) / DIVISORS[self.scale](D, K, H)
+        scores = np.einsum("bthk,bshk->bhts", q, k) / DIVISORS[self.scale](D, K, H, self.width)
         if self.pad is not None and tokens is not None:
             is_pad = tokens == self.pad
             mask = is_pad[:, None, None, :] if self.masks == "keys" else is_pad[:, None, :, None]
@@ -143,6 +146,8 @@ class _Block:
         self.tokens = d.tokens[rows] if d.tokens is not None and len(d.tokens) == len(d.x) else None
         segments = d.batch("segments")
         self.segments = segments[rows] if segments is not None and segments.shape == d.x.shape[:2] else None
+        source = d.input(d.module.rpartition(".")[0])
+        self.width = self.q.shape[-1] if source is None else source.shape[-1]
         self.pads = [None, *([] if self.tokens is None else pads_of(self.tokens))]
 
     def fits(self, how: Attention, target: np.ndarray) -> bool:
@@ -151,6 +156,10 @@ class _Block:
 
     def usual(self) -> Iterator[Attention]:
         """Yield usual settings: first without, then with windows, documents apart, and other bases."""
+        for how in self._usual():
+            yield dataclasses.replace(how, width=self.width)
+
+    def _usual(self) -> Iterator[Attention]:
         D, T = self.q.shape[-1], self.q.shape[1]
         heads = [h for h in range(1, D + 1) if D % h == 0 and D // h <= 512]
         documents = ["seen"] if self.segments is None else ["apart", "seen"]
@@ -205,6 +214,19 @@ def settings(d: Divergence) -> Iterator[Cause]:
     yield from _guesses(d, False)
 
 
+def norms_of_queries_and_keys(d: Divergence) -> Iterator[Cause]:
+    """What a norm of queries or keys gets differs, or what is made of their outputs."""
+    is_norm_of_one = d.module.rpartition(".")[2] in NORMS
+    parent = d.module.rpartition(".")[0]
+    has_norms = any(f"{parent}.{name}" in d.modules for name in NORMS)
+    if has_norms and (is_norm_of_one or d.first.kind == "input"):
+        text = "heads are split otherwise, or a norm is of the other one, missing or over another axis"
+        yield Cause("query and key norm", f"{d.where}: {text}", 0.6)
+
+
+NORMS = ("query_norm", "key_norm", "q_norm", "k_norm")
+
+
 def _change(block: _Block, how: Attention, target: np.ndarray) -> tuple[str, Attention] | None:
     """Return the first change of one setting, or else of two, with which settings make an array."""
     changes = [(change,) for change in (*block.changes(how), *block.windows(how))]
@@ -237,12 +259,12 @@ QUERIES_KEYS_VALUES = (
 
 
 def _queries_keys_values(d: Divergence) -> list[np.ndarray] | None:
-    """Return the queries, keys and values of the block that an array is in: by name, or three in one."""
-    before = d.earlier(d.a, 14)
-    outputs: dict[str, np.ndarray] = {}
+    """Return the queries, keys and values of the attention that an array is in: by name, or three in one."""
+    before, outputs = d.earlier(d.a, 14), dict[str, np.ndarray]()
     for label, z in before:
-        if label.startswith("the output"):
-            outputs.setdefault(label.rpartition(" ")[2].rpartition(".")[2].lower(), z)
+        parent, _, name = label.rpartition(" ")[2].rpartition(".")
+        if label.startswith("the output") and d.module.startswith(parent):
+            outputs.setdefault(name.lower(), z)
     named = [next((outputs[name] for name in names if name in outputs), None) for names in QUERIES_KEYS_VALUES]
     found = [z.reshape(*z.shape[:2], -1) if z.ndim == 4 else z for z in named if z is not None]
     if len(found) < 3:
@@ -251,4 +273,4 @@ def _queries_keys_values(d: Divergence) -> list[np.ndarray] | None:
     return found if len(found) == 3 and all(z.ndim == 3 and z.shape[:2] == d.x.shape[:2] for z in found) else None
 
 
-RULES: tuple[Rule, ...] = (settings,)
+RULES: tuple[Rule, ...] = (settings, norms_of_queries_and_keys)

@@ -29,13 +29,13 @@ def _formulas(d: Divergence, side: Side, target: np.ndarray) -> Iterator[Formula
     for label, z in before:
         if z.ndim == target.ndim + 1 and z.shape[0] == target.shape[0] and z.shape[-1] == target.shape[-1]:
             yield from _pooled(d, label, z)
-        elif z.ndim == target.ndim == 3 and z.shape[::2] == target.shape[::2]:
+        elif z.ndim == 3 and z.shape[-1] == target.shape[-1]:
             yield from _at_positions(d, label, z)
 
 
 def _of_one(before: Labelled, same: Labelled, target: np.ndarray) -> Iterator[Formula]:
     for label, z in same:
-        yield from activations(z, f" of {label}") if z.size <= MOST else ()
+        yield from activations(z, f"of {label}") if z.size <= MOST else ()
 
 
 def _gates(same: Labelled, before: Labelled, target: np.ndarray) -> Iterator[Formula]:
@@ -47,7 +47,7 @@ def _gates(same: Labelled, before: Labelled, target: np.ndarray) -> Iterator[For
     for (one, x), (two, y) in [*itertools.permutations(same, 2), *pairs, *turned]:
         for formula in activations(x) if x.size <= MOST else ():
             for text, z in ((f"of {one} times {two}", formula.array * y), (f"of {one} plus {two}", formula.array + y)):
-                yield Formula({"gate": text} | formula.choices, z, "gate")
+                yield Formula({"gate": text} | formula.choices, z, "gate", f"{formula.said} {text}")
 
 
 def _capped(same: Labelled, d: Divergence) -> Iterator[Formula]:
@@ -55,8 +55,7 @@ def _capped(same: Labelled, d: Divergence) -> Iterator[Formula]:
     for label, z in same:
         at = np.unravel_index(np.abs(z).argmax(), z.shape)
         caps = {_cap(float(abs(z[at])), float(abs(w[at]))) for w in (d.x, d.y)} | {float(np.abs(d.y).max())}
-        yield Formula({"soft cap": f"is {label}"}, z, "module skipped")
-        for cap in caps - {0.0}:
+        for cap in (c for c in caps if 0 < c < abs(z[at])):
             for text, w in (
                 ("cap * tanh(x / cap)", cap * np.tanh(z / cap)),
                 ("tanh(x / cap)", np.tanh(z / cap)),
@@ -122,10 +121,13 @@ def _pooled(d: Divergence, label: str, z: np.ndarray) -> Iterator[Formula]:
 def _at_positions(d: Divergence, label: str, z: np.ndarray) -> Iterator[Formula]:
     """Yield what is taken at the positions that the batch names."""
     positions = d.batch("positions")
-    for shift in (0, 1, -1) if positions is not None and positions.shape == d.x.shape[:2] else ():
+    if positions is None or positions.ndim != 2 or len(positions) != len(z):
+        return
+    shifts = (1, -1) if z.shape == d.x.shape else (0, 1, -1)
+    for shift in shifts if positions.size * z.shape[-1] == d.x.size else ():
         index = (np.asarray(positions, int) + shift) % z.shape[1]
         text = f"takes the positions {f'{shift:+d} ' if shift else ''}of {label}"
-        taken = np.take_along_axis(z, index[:, :, None], 1)
+        taken = np.take_along_axis(z, index[:, :, None], 1).reshape(d.x.shape)
         yield Formula({"positions taken": text}, taken, "positions taken" if shift else "")
 
 

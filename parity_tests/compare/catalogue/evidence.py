@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 
 NEAR = 0.1  # of the difference of both sides: a formula that is as near to one of them explains it
+FIRST = ("gate",)  # of the causes that two formulas name; the others of the two follow from it
+LAST = ("module skipped", "residual", "another input", "scale", "loss")  # these follow from any other difference
 EXACT = 1e-3  # of that difference: so near are formulas that leave nothing open
 
 
@@ -33,10 +35,11 @@ class Formula:
     choices: dict[str, str]
     array: np.ndarray
     kind: str = ""
+    said: str = ""  # the formula in words; "" if the choices say it
 
     @property
     def text(self) -> str:
-        return ", ".join(text for text in self.choices.values() if text)
+        return self.said or ", ".join(text for text in self.choices.values() if text)
 
 
 def distance(x: np.ndarray, y: np.ndarray) -> float:
@@ -73,9 +76,10 @@ def explained(
     two = _best(y, formulas if of_b is None else of_b, apart, near)
     if one and two:
         keys = list(dict.fromkeys([*two.choices, *one.choices]))
+        keys.sort(key=lambda key: (key not in FIRST, key in LAST))
         differing = [key for key in keys if one.choices.get(key) != two.choices.get(key)]
         if differing:
-            texts = [z.choices.get(differing[0]) or z.text for z in (one, two)]
+            texts = [z.said or z.choices.get(differing[0]) or z.text for z in (one, two)]
             yield Cause(differing[0], f"{where}: B {texts[1]}, A {texts[0]}", 1.0)
     elif two:
         yield Cause(two.kind or "another formula", f"{where}: B {two.text}, which A does not", 0.7 if two.kind else 0.3)

@@ -68,8 +68,8 @@ def never_called(d: Divergence) -> Iterator[Cause]:
     """A module of A before the divergence, or next to it, is never called in B."""
     called = {name for update, kind, name, _ in d.b.entries if kind == "activation" and update == d.update}
     here = d.modules.index(d.module) if d.module in d.modules else 0
-    for name in d.modules[max(0, here - 3) : here + 4]:
-        if name not in called and name in d.a.names.modules and d.parameters(name):
+    for name in d.modules[max(0, here - 3) : here + 10]:
+        if name not in called and d.parameters(name):
             yield Cause("module skipped", f"A calls {name}, B never does", 0.55)
 
 
@@ -110,8 +110,18 @@ def dropout_of_modules(d: Divergence) -> Iterator[Cause]:
 
 
 def factor(d: Divergence) -> Iterator[Cause]:
-    if d.x.shape == d.y.shape and (ratio := ratio_of(d.x, d.y)):
+    if ratio := ratio_of(d.x, d.y):
         yield Cause("scale", f"{d.where}: B's is {ratio:.6g} times A's{meaning(ratio, d.x.shape)}", 0.7)
+    elif d.x.ndim > 1:
+        rows = [z.reshape(-1, z.shape[-1]) for z in d.both]
+        if (ratio := ratio_of(*(z - z.mean(0) for z in rows))) and abs(ratio - 1) > 1e-6:
+            text = f"but for a bias, B's is {ratio:.6g} times A's{meaning(ratio, _widths(d))}"
+            yield Cause("scale", f"{d.where}: {text}", 0.7)
+
+
+def _widths(d: Divergence) -> list[int]:
+    x = d.input(d.module)
+    return [*d.x.shape, *([] if x is None else x.shape[-1:])]
 
 
 def order_of_elements(d: Divergence) -> Iterator[Cause]:
@@ -176,6 +186,7 @@ def where_shapes_agree(rule: Rule) -> Callable[[Divergence], Iterator[Cause]]:
 RULES: tuple[Rule, ...] = (
     shapes,
     *map(where_shapes_agree, (not_finite, *modules.RULES, *composed.RULES, *attention.RULES, *embedding.RULES)),
-    *(another_source, never_called, dropout, dropout_of_modules, factor, order_of_elements, constant_vector),
+    *(another_source, never_called, dropout, dropout_of_modules, where_shapes_agree(factor), order_of_elements),
+    constant_vector,
     *(few_positions, precision, unknown),
 )

@@ -132,18 +132,23 @@ def zero_in_one(d: Divergence) -> Iterator[Cause]:
 
 
 def few_rows(d: Divergence) -> Iterator[Cause]:
-    """One or two rows of a table have a gradient in one only."""
+    """One or two rows of a table have a gradient in one only, by which clipping scales all gradients otherwise."""
+    values = Factors(d).values
+    factor = float(np.median(values)) if len(values) else 1.0
     for pair, x, y in d.gradients():
         if x.ndim != 2:
             continue
-        rows = np.flatnonzero(np.abs(x - y).max(1) > 1e-6 * np.abs(x).max())
+        rows = np.flatnonzero(np.abs(factor * x - y).max(1) > 1e-6 * np.abs(x).max())
         if 0 < len(rows) <= 2 < len(x) and (np.abs(x[rows]).max() > 0) != (np.abs(y[rows]).max() > 0):
             yield Cause("pad row", f"{pair.a}: only row {listed(rows)} differs, and has a gradient in one only", 0.95)
 
 
 def few_parameters(d: Divergence) -> Iterator[Cause]:
-    names = sorted({f.name for f in d.failed("gradient")})
-    if len(names) <= 2 and len(d.of("gradient")) > 4:
+    factors = Factors(d)
+    factor = float(np.median(factors.values)) if len(factors.values) else 1.0  # by clipping
+    near = {str(g.a): np.linalg.norm(factor * x - y) < 1e-6 * np.linalg.norm(y) for g, x, y in factors.large}
+    names = sorted(name for name, is_near in near.items() if not is_near)
+    if 0 < len(names) <= 2 and len(near) > 4:
         text = f"only {listed(names)} differs: a gradient is stopped on one of its uses, as of a tied weight"
         yield Cause("gradient stopped", text, 0.7)
 

@@ -27,11 +27,11 @@ LORA_SCALES = (0, 1, 2, 3, 4, 8, 16, 32, 0.5, 1.5, 3 / 2**0.5, 0.25, 1 / 3, 2**0
 
 
 def activations(x: np.ndarray, of: str = "") -> Iterator[Formula]:
-    """Yield what activation functions make of an array."""
+    """Yield what activation functions make of an array; `of` says of which."""
     for (name, how), function in ACTIVATIONS.items():
-        text = f"computes {name}" if how else f"computes {name}{of}"
-        choices = {"activation function": text} | ({"gelu": f"computes GELU {how}{of}"} if how else {})
-        yield Formula(choices, function(x), "gelu" if how else "activation function")
+        choices = {"activation function": name, "gelu": how, "module skipped": of}
+        said = " ".join(text for text in ("computes", name, how, of) if text)
+        yield Formula(choices, function(x), "gelu" if how else "activation function", said)
 
 
 def norms(x: np.ndarray, weight: np.ndarray | None, bias: np.ndarray | None) -> Iterator[Formula]:

@@ -89,8 +89,15 @@ class Divergence:
             name = e.name.partition("#")[0]
             if is_own and name in known and len(result) < n:
                 text = f"the {'input' if e.kind == 'input' else 'output'} of {known[name] or 'the model'}"
-                result.append((text, e.array().astype(np.float64)))
+                z = e.array().astype(np.float64)
+                result.append((text, self._aligned(z) if e.shape == me.shape else z))
         return result
+
+    def _aligned(self, z: np.ndarray) -> np.ndarray:
+        """Return an array of the shape of the one that differs in the layout in which both are compared."""
+        shape = self.x.shape
+        is_cut = z.shape != shape and z.shape[-1] == shape[-1] and z.size >= self.x.size
+        return z.reshape(-1, shape[-1])[: self.x.size // shape[-1]].reshape(shape) if is_cut else z
 
     def parameters(self, module: str) -> dict[str, np.ndarray]:
         """Return A's parameters of a module, by the last part of their names."""
