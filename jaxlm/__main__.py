@@ -17,6 +17,7 @@ COMMANDS = {
     "serve": "serve a page and a JSON interface to a trained model",
     "report": "write a page about one run or several",
     "runs": "list, show, compare, verify and clean up runs",
+    "cache": "list, verify and clean up token caches",
     "plan": "tell memory, time and cost of a training before it",
     "convert": "convert checkpoints between formats",
     "schedule": "draw the learning rate of a training before it",

@@ -2,6 +2,7 @@
 
 import argparse
 import shutil
+import sys
 from typing import NoReturn
 
 from jaxlm import terminal
@@ -19,3 +20,14 @@ class Parser(argparse.ArgumentParser):
     def format_help(self) -> str:
         """Return the help, in lines that fit the terminal."""
         return terminal.wrapped(super().format_help(), shutil.get_terminal_size().columns)
+
+
+def agrees(question: str) -> bool:
+    """Return whether the user says yes. Raises UserError where there is nobody to ask."""
+    if not sys.stdin.isatty():
+        raise UserError("there is no terminal to ask in; add --yes to remove these")
+    try:
+        return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError:
+        print()
+        return False

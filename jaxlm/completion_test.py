@@ -34,6 +34,7 @@ LINES = [
     ("jaxlm predict --checkpoint", "ru", ["run"]),
     ("jaxlm runs", "", ["clean", "compare", "list", "show", "verify"]),
     ("jaxlm runs clean", "--y", ["--yes"]),
+    ("jaxlm cache", "", ["clean", "list", "verify"]),
     ("jaxlm convert", "tin", ["tiny.toml"]),
     ("jaxlm convert run out --as", "gp", ["gpt2"]),
     ("jaxlm completion", "", ["bash", "fish", "zsh"]),

@@ -51,9 +51,14 @@ class DataConfig:
     test_path: str = ""  # file of the test split; "": split off from the source
     hub: str = ""  # data set on the Hugging Face hub, such as wikitext or nyu-mll/glue
     hub_config: str = ""  # its configuration, such as wikitext-2-raw-v1 or sst2
+    # Several sources at once, NAME=PATH:WEIGHT, each by a flag of its own; more in [[data.sources]] of a file.
+    sources: tuple[dict[str, Any], ...] = ()
+    temperature: Annotated[float, Meta(gt=0, le=1000)] = 1.0  # weights of sources are raised to the power of 1 / this
+    weights_after: Count = 0  # update after which each source has its weight_after; 0: none has
     format: Literal["auto", "text", "wikitext", "csv", "tsv", "jsonl", "parquet"] = "auto"  # auto: by name and content
     # What separates documents in plain text; file: nothing, each file is one; auto: what the files look like.
     documents: Literal["auto", "file", "blank_line", "line", "wikitext", "column"] = "auto"
+    unique: bool = False  # leave out texts that are equal to one before, in the same split; told by a hash
     stride: Count = 0  # gpt, mlm: tokens between the starts of training windows of a document; 0: a window's
     header: Literal["auto", "yes", "no"] = "auto"  # whether the first row of CSV and TSV files names the columns
     text_column: str = ""  # name, or number from 0, of the column with the text; "": by usual names
@@ -282,6 +287,12 @@ def _settings(kind: type, section: str = "") -> dict[str, Any]:
 
 
 SETTINGS = _settings(Config)
+# Keys of one of several sources; the others are settings of [data] that say how it is read.
+SOURCE = {"name": str, "weight": Rate, "weight_after": Rate, "epochs": Rate}
+SOURCE_DATA = (
+    *("path", "validation_path", "test_path", "hub", "hub_config", "format", "documents", "unique", "header"),
+    *("text_column", "prompt_column", "answer_column", "validation_fraction", "test_fraction"),
+)
 # Settings of one invocation; not saved with the run.
 TRANSIENT = (
     *("resume", "debug", "profile", "run.dir", "run.checkpoint_dir"),
@@ -368,6 +379,7 @@ def _command_line(argv: list[str]) -> Iterator[Layer]:
     Those of --arch come first, wherever it stands.
     """
     args, others = list(argv), list[Layer]()
+    sources: list[dict[str, Any]] = []
     while args:
         flag, equals, value = args.pop(0).partition("=")
         if not flag.startswith("--"):
@@ -387,9 +399,21 @@ def _command_line(argv: list[str]) -> Iterator[Layer]:
             yield from _architecture(value)
         elif name == "config":
             others += _file(Path(value))
+        elif name == "data.sources":
+            sources.append(_source(value))
         else:
             others.append((name, value, COMMAND_LINE))
     yield from others
+    if sources:
+        yield ("data.sources", sources, COMMAND_LINE)
+
+
+def _source(text: str) -> dict[str, Any]:
+    """Return the source that NAME=PATH:WEIGHT is; the weight may be missing."""
+    name, _, path = text.partition("=")
+    before, _, weight = path.rpartition(":")
+    is_weighted = before and re.fullmatch(r"[0-9.]+", weight)
+    return {"name": name} | ({"path": before, "weight": weight} if is_weighted else {"path": path} if path else {})
 
 
 def _architecture(name: str) -> list[Layer]:
@@ -449,6 +473,9 @@ def _convert(name: str, value: Any, origin: str) -> Any:
     is_text = origin == COMMAND_LINE
     if name.endswith("_column") and type(value) is int:  # the number of a column, as TOML has it
         value = str(value)
+    if name == "data.sources" and isinstance(value, list) and all(isinstance(source, dict) for source in value):
+        found = [_convert_source(source, origin) for source in value]
+        return tuple(sorted(found, key=lambda source: source.get("name", "")))
     try:
         return msgspec.convert(value, SETTINGS[name], strict=not is_text)
     except msgspec.ValidationError as error:
@@ -458,6 +485,33 @@ def _convert(name: str, value: Any, origin: str) -> Any:
         if typing.get_origin(SETTINGS[name]) is Literal:
             rule = f"must be one of {', '.join(typing.get_args(SETTINGS[name]))}"
         raise UserError(f"{given}: {rule} (default: {get(Config(), name)!r})") from error
+
+
+def _convert_source(source: Mapping[str, Any], origin: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in source.items():
+        try:
+            if key in SOURCE:
+                found[key] = msgspec.convert(value, SOURCE[key], strict=origin != COMMAND_LINE)
+            elif key in SOURCE_DATA:
+                found[key] = _convert(f"data.{key}", value, origin)
+            else:
+                raise UserError(f"{key}: unknown key{nearest(key, [*SOURCE, *SOURCE_DATA])}")
+        except (UserError, msgspec.ValidationError) as error:
+            rule = str(error) if isinstance(error, UserError) else f"{key}={value!r}: {error}"
+            raise UserError(
+                f"{origin}: data.sources, {source.get('name', 'a source without a name')}: {rule}"
+            ) from error
+    return found
+
+
+def source_configs(config: Config) -> dict[str, Config]:
+    """Return the settings for each of several sources, by its name; {"": config} of one alone."""
+    found = {}
+    for source in config.data.sources:
+        own = {key: value for key, value in source.items() if key in SOURCE_DATA}
+        found[source["name"]] = dataclasses.replace(config, data=dataclasses.replace(config.data, sources=(), **own))
+    return found or {"": config}
 
 
 def _print_help(config: Config, prog: str) -> None:
@@ -471,13 +525,21 @@ def _print_help(config: Config, prog: str) -> None:
         "Trains a small language model. Settings come in layers, later wins: the preset of the task, then "
         "--arch NAME (a design of the model, such as modernbert), then --config FILE (TOML, or the name of a preset; "
         "repeatable) and --section.key VALUE in the order given. The "
-        f"defaults below are those of task {config.task}; for others, name another with --task.",
+        f"defaults below are those of task {config.task}; for others, name another with --task. "
+        "Several sources at once: --data.sources NAME=PATH:WEIGHT, once for each.",
         width,
     )
     options = (tyro.conf.FlagConversionOff,)
     os.environ["COLUMNS"] = str(width)  # for tyro
     with contextlib.redirect_stdout(terminal.raw(sys.stdout)), contextlib.suppress(SystemExit):  # it has colours
-        tyro.cli(Config, args=["--help"], default=config, prog=prog, description=description, config=options)
+        tyro.cli(
+            Config,
+            args=["--help"],
+            default=replace(config, "data.sources", ()),
+            prog=prog,
+            description=description,
+            config=options,
+        )
     sys.stdout.flush()  # here, where it is known what to do if nobody reads it
     sys.exit(0)
 
@@ -514,7 +576,8 @@ def dump(config: Config) -> str:
 
 def flat(config: Config) -> dict[str, Any]:
     """Return {dotted name: value} of the lasting settings, as checkpoints have them."""
-    return {name: get(config, name) for name in SETTINGS if name not in TRANSIENT}
+    values = {name: get(config, name) for name in SETTINGS if name not in TRANSIENT}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def is_whole(settings: Mapping[str, Any]) -> bool:
@@ -630,6 +693,7 @@ def _check(config: Config) -> None:
         raise UserError("data.n_labels=1: a classifier has two classes or more; leave it out to have those of the data")
     if data.path and data.hub:
         raise UserError(f"{shown('data.path')} and {shown('data.hub')} name two sources; give one of them")
+    _check_sources(data)
     if data.pack != "none" and train.group_by_length:
         raise UserError(f"{shown('data.pack')} fills all rows; set train.group_by_length=false, or data.pack=none")
     if data.validation_fraction + data.test_fraction >= 1:
@@ -637,12 +701,34 @@ def _check(config: Config) -> None:
         raise UserError(f"{shares} leave nothing to train on; their sum must be below 1")
 
 
+def _check_sources(data: DataConfig) -> None:
+    """Raise UserError for sources that do not go together."""
+    what, names = "data.sources", [source.get("name", "") for source in data.sources]
+    if names and (root := data.path or data.hub):
+        raise UserError(f"{what} and {root} both name what to train on; give it as one of the sources, or leave it out")
+    for source, name in zip(data.sources, names, strict=True):
+        if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
+            raise UserError(
+                f"{what}: the name {name!r} has to be of letters, digits, _ . and -; write NAME=PATH:WEIGHT"
+            )
+        if names.count(name) > 1:
+            raise UserError(f"{what}: two have the name {name}; rename one")
+        if bool(source.get("path")) == bool(source.get("hub")):
+            raise UserError(f"{what}, {name}: give either its path or its hub")
+    for key in ("weight", "weight_after"):
+        given = [source[key] for source in data.sources if key in source]
+        if given and (len(given) < len(names) or not sum(given)):
+            raise UserError(f"{what}: give every source a {key}, one of them above 0, or none of them")
+    if any("weight_after" in source for source in data.sources) != bool(names and data.weights_after):
+        raise UserError("data.weights_after and the weight_after of each source go together; give both, or neither")
+
+
 def warnings(config: Config, origins: dict[str, str], of_other_tasks: Iterable[str]) -> list[str]:
     """Return a line for each setting that the user gave and that cannot do in this run what it says."""
     data, tokenizer, model, train = config.data, config.tokenizer, config.model, config.train
     distill, shown = config.distill, functools.partial(_shown, config)
-    has_files = data.path or data.validation_path or data.test_path
-    is_embedded = not data.path and not data.hub
+    has_files = data.path or data.validation_path or data.test_path or data.sources
+    is_embedded = not data.path and not data.hub and not data.sources
     path, has_path = Path(tokenizer.path), tokenizer.path and "tokenizer.path is given"
     is_vocab_txt = path.suffix == ".txt" or (path / "vocab.txt").is_file() and not (path / "tokenizer.json").is_file()
     keeps_case = not is_vocab_txt if has_path else tokenizer.kind != "wordpiece"
@@ -653,6 +739,8 @@ def warnings(config: Config, origins: dict[str, str], of_other_tasks: Iterable[s
     no_muon = train.optimizer != "muon" and shown("train.optimizer")
     without_effect = {  # settings, and why they have no effect if they have none
         "data.hub_config": not data.hub and "there is no data.hub",
+        "data.unique": is_embedded and "the data is the embedded default",
+        "data.temperature": not data.sources and "there are no data.sources",
         "data.format data.header data.documents": not has_files and "no local file is read",
         "data.text_column data.pair_column data.label_column": is_embedded and "the data is the embedded default",
         "data.prompt_column data.answer_column": is_embedded and "the data is the embedded default",

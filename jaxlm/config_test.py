@@ -98,6 +98,8 @@ def test_dump_is_read_back_to_the_same_settings(tmp_path):
             "data.validation_path": 'a "folder" é \\ = [x]',
             "data.path": "C:\\new\tfile",
             "data.hub": "",
+            "data.sources": (),
+            "data.weights_after": 0,
             "model.d_model": 48,
         }
         choices |= {"train.min_learning_rate": 1e-7, "train.learning_rate": 1 / 3}
@@ -127,7 +129,14 @@ def test_dump_is_read_back_to_the_same_settings(tmp_path):
     lasting = [name for name in SETTINGS if name not in configs.TRANSIENT]
     config = configs.build({name: other(name) for name in lasting if name != "model.n_heads"})
     same = [name for name in lasting if configs.get(config, name) == configs.get(Config(), name)]
-    assert same == ["data.hub", "model.n_heads", "model.first_norm", "train.group_by_length"]
+    assert same == [
+        "data.hub",
+        "data.sources",
+        "data.weights_after",
+        "model.n_heads",
+        "model.first_norm",
+        "train.group_by_length",
+    ]
     path = write(tmp_path / "config.toml", configs.dump(config))
     again, origins = configs.load(["--config", path])
     assert again == config

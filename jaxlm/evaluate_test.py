@@ -60,12 +60,12 @@ def test_scores_are_those_of_training(task: str, runs: Path) -> None:
     found, samples, result = evaluated(runs, task)
     config = configs.replace(found.config, "train.batch_size", 8)
     _, compiled = loop.build(config, found.task, parallel.make_mesh(config))
-    chosen = {"validation": loader.choose(samples, "validation", 0, 0)}
+    chosen = {"validation": {"": loader.choose(samples, "validation", [0], 0)[0]}}
     data = SimpleNamespace(samples={"validation": samples})
     run: Any = SimpleNamespace(config=config, data=data, chosen=chosen, log=RunLog())
     params = nnx.to_pure_dict(nnx.split(found.model, nnx.Param)[1])
-    totals = loop.evaluate(run, compiled, params, "validation", lambda: 0)
-    assert totals is not None and result.n_counted == totals["count"] and len(samples) > 20
+    totals = loop.evaluate(run, compiled, params, "validation", lambda: 0)[""]
+    assert result.n_counted == totals["count"] and len(samples) > 20
     expected, baseline = found.task.scores(totals), found.task.baseline(samples)
     assert list(result.scores) == list(expected)
     for name, score in result.scores.items():

@@ -14,7 +14,7 @@ from jaxlm import checkpoint, distill, optim, parallel, schedule, step
 from jaxlm import config as configs
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.config import Config
-from jaxlm.data import loader, metrics
+from jaxlm.data import loader, metrics, mixture
 from jaxlm.data.position import Position
 from jaxlm.errors import UserError, slow
 from jaxlm.io import storage
@@ -229,24 +229,30 @@ def roll_back(
 
 
 def evaluate(run: Run, compiled: Compiled, params: Any, name: str, status: Callable[[], int]) -> dict[str, Any] | None:
-    """Return the totals over the samples run.chosen[name], summed in float64 on the host; None after a signal."""
-    sums: dict[str, Any] = {}
-    ahead: list[Any] = []
-    chosen, batch_size = run.chosen[name], run.config.train.batch_size
-    samples, rows = run.data.samples[chosen.split], parallel.rows(compiled.mesh, batch_size)
-    are_cut = run.config.train.group_by_length
-    with run.log.pass_bar(f"scoring {chosen.split}", len(chosen.indices)) as show:
-        batches = loader.evaluation_batches(samples, batch_size, rows, are_cut, chosen.indices)
-        for i, batch in enumerate(batches):
-            ahead.append(compiled.totals(params, parallel.put_batch(compiled.mesh, batch)))
-            if len(ahead) > 1:
-                metrics.add(sums, jax.device_get(ahead.pop(0)))
-            show(i * batch_size)
-            if status():
-                return None
-    for totals in ahead:
-        metrics.add(sums, jax.device_get(totals))
-    return sums | chosen.constants(samples)
+    """Return the totals over the samples run.chosen[name], by source, summed in float64 on the host.
+
+    None after a signal.
+    """
+    found: dict[str, Any] = {}
+    train = run.config.train
+    for source, chosen in run.chosen[name].items():
+        sums: dict[str, Any] = {}
+        ahead: list[Any] = []
+        samples = mixture.parts_of(run.data.samples[chosen.split])[source]
+        rows = parallel.rows(compiled.mesh, train.batch_size)
+        with run.log.pass_bar(f"scoring {chosen.split} {source}".strip(), len(chosen.indices)) as show:
+            batches = loader.evaluation_batches(samples, train.batch_size, rows, train.group_by_length, chosen.indices)
+            for i, batch in enumerate(batches):
+                ahead.append(compiled.totals(params, parallel.put_batch(compiled.mesh, batch)))
+                if len(ahead) > 1:
+                    metrics.add(sums, jax.device_get(ahead.pop(0)))
+                show(i * train.batch_size)
+                if status():
+                    return None
+        for totals in ahead:
+            metrics.add(sums, jax.device_get(totals))
+        found[source] = sums | chosen.constants(samples)
+    return found
 
 
 def evaluate_and_show(run: Run, compiled: Compiled, state: TrainState, i: int, status: Callable[[], int]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from rich.table import Table
 
 from jaxlm import terminal
-from jaxlm.cli import Parser
+from jaxlm.cli import Parser, agrees
 from jaxlm.data import metrics
 from jaxlm.errors import UserError, nearest, reported
 from jaxlm.io import checksums, storage
@@ -146,23 +146,13 @@ def clean(paths: Sequence[Path], yes: bool) -> int:
             print(f"{checkpoint.path}: {run_reader.size(checkpoint.n_bytes)}{kind}")
         size = run_reader.size(sum(checkpoint.n_bytes for checkpoint in spare))
         what = f"{len(spare)} checkpoint{'s' * (len(spare) != 1)}, {size}"
-        if not yes and not _agrees(f"Remove {what}?"):
+        if not yes and not agrees(f"Remove {what}?"):
             print("nothing is removed")
             return 1
         for checkpoint in spare:
             checksums.remove(checkpoint.path)
         print(f"removed {what}")
     return 0
-
-
-def _agrees(question: str) -> bool:
-    if not sys.stdin.isatty():
-        raise UserError("there is no terminal to ask in; add --yes to remove these")
-    try:
-        return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
-    except EOFError:
-        print()
-        return False
 
 
 FOLDERS: dict[str, Any] = {"nargs": "*", "type": Path, "default": [Path("runs")], "help": "run, or folder (runs)"}

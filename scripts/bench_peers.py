@@ -14,6 +14,7 @@ from bench_systems import N_THREADS, InTorch, Reply, prompts, read_data, scored
 
 from jaxlm.config import Config
 from jaxlm.data import cache
+from jaxlm.io import temporary
 
 
 class Peer(InTorch):
@@ -38,7 +39,7 @@ class Peer(InTorch):
         if spec["compiled"]:
             self.model.compile(dynamic=True if config.task == "sst2" else None)
         splits = cache.open_cache(
-            self.data.source, self.data.tokenizer, cache.user_cache_dir(config.data.cache_dir), lambda n: None
+            self.data.source, self.data.tokenizer, temporary.user_cache_dir(config.data.cache_dir), lambda n: None
         )
         self.splits, self.batches = splits, self._batches(splits["train"])
 

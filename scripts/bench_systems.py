@@ -89,9 +89,9 @@ class Jaxlm:
 
         run = _run(self.config, self.data)
         started_s = time.perf_counter()
-        totals = loop.evaluate(run, self.compiled, self.state.params, "validation", lambda: 0)
+        totals: Any = loop.evaluate(run, self.compiled, self.state.params, "validation", lambda: 0)
         assert totals is not None, "no signal was given"
-        return scored(totals, time.perf_counter() - started_s, self.data)
+        return scored(totals[""], time.perf_counter() - started_s, self.data)
 
     def generate(self, n_rows: int, n_prompt: int, n_new: int) -> Reply:
         """Continue prompts greedily, with a cache of keys and values."""
@@ -208,9 +208,9 @@ class Torchlm(InTorch):
 
         run = _run(self.config, self.data)
         started_s = time.perf_counter()
-        totals = loop.evaluate(run, self.compiled, self.state.model, "validation", lambda: 0)
+        totals: Any = loop.evaluate(run, self.compiled, self.state.model, "validation", lambda: 0)
         assert totals is not None, "no signal was given"
-        return scored(totals, time.perf_counter() - started_s, self.data)
+        return scored(totals[""], time.perf_counter() - started_s, self.data)
 
 
 def _loss_everywhere(model: Any, batch: dict[str, Any], key: None) -> Any:
@@ -307,7 +307,7 @@ def _run(config: Config, data: prepare.Data) -> Any:
     from jaxlm.data import loader
     from jaxlm.training.log import RunLog
 
-    chosen = {"validation": loader.choose(data.samples["validation"], "validation", 0, 0)}
+    chosen = {"validation": {"": loader.choose(data.samples["validation"], "validation", [0], 0)[0]}}
     return SimpleNamespace(data=data, config=config, chosen=chosen, log=RunLog())
 
 

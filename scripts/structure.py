@@ -30,7 +30,7 @@ FLOORS = (
     ("loop",),
     ("cost", "reporting"),
     ("inference",),
-    ("convert", "evaluate", "plan", "predict", "report", "runs", "train"),
+    ("cache", "convert", "evaluate", "plan", "predict", "report", "runs", "train"),
     ("serve", "__main__"),
     ("completion",),
 )

@@ -43,13 +43,13 @@ def built() -> tuple[configs.Config, Any, step.TrainState, loop.Compiled]:
 
 def run_of(config: configs.Config) -> Any:
     data = types.SimpleNamespace(samples={"validation": Sentences()})
-    chosen = {"validation": loader.Chosen("validation", np.arange(10), 0, 1.0)}
+    chosen = {"validation": {"": loader.Chosen("validation", np.arange(10), 0, 1.0)}}
     return types.SimpleNamespace(config=config, data=data, chosen=chosen, log=RunLog())
 
 
 def test_evaluation_covers_every_sample_once_without_dropout(built: tuple) -> None:
     config, task, state, compiled = built
-    totals = loop.evaluate(run_of(config), compiled, state.model.train(), "validation", lambda: False)
+    (totals,) = loop.evaluate(run_of(config), compiled, state.model.train(), "validation", lambda: False).values()
     batch = {name: torch.from_numpy(x).long() for name, x in Sentences().batch(np.arange(10), None).items()}
     with torch.no_grad():
         expected = task.loss(state.model.eval(), batch, None)
@@ -63,8 +63,8 @@ def test_evaluation_covers_every_sample_once_without_dropout(built: tuple) -> No
 def test_evaluation_scores_the_chosen_samples(built: tuple) -> None:
     config, task, state, compiled = built
     run, chosen = run_of(config), np.array([1, 2, 4, 7, 9])
-    run.chosen["validation"] = loader.Chosen("validation", chosen, 0, 0.5)
-    totals = loop.evaluate(run, compiled, state.model, "validation", lambda: False)
+    run.chosen["validation"] = {"": loader.Chosen("validation", chosen, 0, 0.5)}
+    (totals,) = loop.evaluate(run, compiled, state.model, "validation", lambda: False).values()
     batch = {name: torch.from_numpy(x).long() for name, x in Sentences().batch(chosen, None).items()}
     with torch.no_grad():
         expected = task.loss(state.model.eval(), batch, None)

@@ -40,13 +40,33 @@ def word_tokenizer(n: int) -> Tokenizer:
     return tokenizer
 
 
+@pytest.mark.parametrize("most", [50, 1_000_000])
+def test_a_cache_without_duplicates_has_the_first_of_each(most: int, tmp_path: Path, monkeypatch, tokenizer) -> None:
+    monkeypatch.setattr(tokenization.chunks, "__defaults__", (most,))
+    random = np.random.default_rng(0)
+    lines = [f"article {i} of a few" for i in random.integers(0, 90, 400)]
+    (tmp_path / "text.txt").write_text("".join(f"{line}\n" for line in lines))
+    config = DataConfig(path=str(tmp_path / "text.txt"), unique=True, test_fraction=0.0)
+    source = sources.open_source(config, "text")
+    splits = open_cache(source, tokenizer, tmp_path / "cache")
+    for split in ("train", "validation"):
+        all_of = [article.text for article in source.articles() if article.split == split]
+        expected = [ids.ids for ids in tokenizer.encode_batch(list(dict.fromkeys(all_of)), add_special_tokens=False)]
+        found = splits[split]
+        assert [x.tolist() for x in np.split(found.tokens, found.offsets[1:-1])] == expected
+        assert found.n_left_out == len(all_of) - len(expected) > 0
+    assert open_cache(source, tokenizer, tmp_path / "cache")["train"].n_left_out == splits["train"].n_left_out
+    other = sources.open_source(dataclasses.replace(config, unique=False), "text")
+    assert len(open_cache(other, tokenizer, tmp_path / "cache")["train"]) > len(splits["train"])
+
+
 class Counted:
     """A source that counts its passes."""
 
     def __init__(self, source: Source):
         self.n_passes = 0
         self.inner = source
-        self.source = dataclasses.replace(source, articles=self.articles)
+        self.source = dataclasses.replace(source, articles=self.articles, parts=())
 
     def articles(self) -> Iterator[Article]:
         self.n_passes += 1
@@ -174,10 +194,10 @@ def test_a_changed_file_tokenizer_or_setting_makes_it_anew(tmp_path, tokenizer):
 
 def test_user_cache_dir(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache.user_cache_dir("") == tmp_path / "jaxlm" and cache.user_cache_dir("here") == Path("here")
+    assert temporary.user_cache_dir("") == tmp_path / "jaxlm" and temporary.user_cache_dir("here") == Path("here")
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     monkeypatch.setenv("HOME", "/home/someone")
-    assert cache.user_cache_dir("") == Path("/home/someone/.cache/jaxlm")
+    assert temporary.user_cache_dir("") == Path("/home/someone/.cache/jaxlm")
 
 
 # What goes wrong
@@ -354,7 +374,7 @@ def test_two_builders_at_once_agree(tmp_path, tokenizer):
         shutil.copytree(tmp_path / "other", tmp_path / "mine", dirs_exist_ok=True)
         return source.articles()
 
-    splits = open_cache(dataclasses.replace(source, articles=articles), tokenizer, tmp_path / "mine")
+    splits = open_cache(dataclasses.replace(source, articles=articles, parts=()), tokenizer, tmp_path / "mine")
     assert len(splits["train"]) == len(LINES)
     assert len(list((tmp_path / "mine" / "tokens").iterdir())) == 1
 

@@ -18,13 +18,17 @@ SHORT = 200  # characters of a line, at most, that is a verse, or of a paragraph
 GAP = 1000  # characters left out between the splits of a document, at most
 
 
-def resolved(config: DataConfig) -> tuple[DataConfig, str]:
-    """Return the settings of local files with what separates their documents in the place of auto, and why.
+def resolved(config: DataConfig) -> tuple[DataConfig, str, files.Tree]:
+    """Return the settings of local files with what separates their documents in the place of auto, why, and the files.
 
     Raises UserError for files that are not there.
     """
     is_auto = config.documents == "auto"
-    tree = files.tree(config)[0] if is_auto or config.documents in WHOLE else []
+    tree = files.tree(config) if is_auto or config.documents in WHOLE else files.NO_TREE
+    return *_resolved(config, is_auto, tree[0]), tree
+
+
+def _resolved(config: DataConfig, is_auto: bool, tree: list[Path]) -> tuple[DataConfig, str]:
     if tree and not is_auto:
         return dataclasses.replace(config, format="text"), ""
     by_line = dataclasses.replace(config, documents="line")

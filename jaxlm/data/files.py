@@ -17,6 +17,8 @@ from jaxlm.io import utf8
 PARQUET = b"PAR1"  # how such a file begins
 FORMATS = {"txt": "text", "csv": "csv", "tsv": "tsv", "jsonl": "jsonl", "json": "jsonl", "parquet": "parquet"}
 HEAD = 1 << 18  # bytes at the start of a text that tell what separates its documents
+Tree = tuple[list[Path], list[Path]]  # files that may be a document each, and those that are left out
+NO_TREE: Tree = ([], [])
 MOST_HEAD = 1 << 23  # characters in which the first row of a table ends
 CHECK_PATH = "check the path and its permissions"
 
@@ -24,15 +26,18 @@ CHECK_PATH = "check the path and its permissions"
 # Which
 
 
-def find(config: DataConfig) -> tuple[list[tuple[str, Path]], list[str]]:
-    """Return the (split, file) pairs of a source, and notes. Raises UserError for files that do not fit."""
+def find(config: DataConfig, found_tree: Tree = NO_TREE) -> tuple[list[tuple[str, Path]], list[str]]:
+    """Return the (split, file) pairs of a source, and notes; `found_tree` is what `tree` returns for it.
+
+    Raises UserError for files that do not fit.
+    """
     found: list[tuple[str, Path]] = []
     notes: list[str] = []
     folder = Path()
     if config.path:
         path = _existing("data.path", config.path, Path())
         folder = path if path.is_dir() else path.parent
-        files, unused = tree(config) if config.documents in WHOLE else ([], [])
+        files, unused = found_tree if config.documents in WHOLE else NO_TREE
         if files and unused:
             notes.append(f"not used (hidden, binary or empty): {_some(unused)}")
         found = [("train", file) for file in files or [path]]
@@ -76,7 +81,7 @@ def _existing(setting: str, value: str, beside: Path) -> Path:
     raise UserError(f"{setting}={value}: no such file or folder{hint or '; check the name'}")
 
 
-def tree(config: DataConfig) -> tuple[list[Path], list[Path]]:
+def tree(config: DataConfig) -> Tree:
     """Return the files below the folder data.path that have text, whatever they are called, if each may be a document.
 
     There are none where that is no folder, or where the names of the files in it tell splits or tables. Also returns
@@ -88,9 +93,9 @@ def tree(config: DataConfig) -> tuple[list[Path], list[Path]]:
         return [], []
     with os_errors(f"data.path={folder}: cannot be read", CHECK_PATH):
         children = [file for file in folder.iterdir() if file.is_file() and not file.name.startswith(".")]
-        are_tables = config.format == "auto" and any(_format_by_name(file) not in ("", "text") for file in children)
+        are_tables = config.format == "auto" and any(format_by_name(file) not in ("", "text") for file in children)
         named = [file for file in children if _stem(file) in STEMS and file.suffix != ".py"]
-        if are_tables or any(_format_by_name(file) or STEMS[_stem(file)] == "train" for file in named):
+        if are_tables or any(format_by_name(file) or STEMS[_stem(file)] == "train" for file in named):
             return [], []
         found: list[Path] = []
         unused: list[Path] = []
@@ -100,7 +105,7 @@ def tree(config: DataConfig) -> tuple[list[Path], list[Path]]:
             for path in (Path(parent, name) for name in sorted(names)):
                 has_text = not path.name.startswith(".") and path.is_file() and _has_text(path)
                 (found if has_text else unused).append(path)
-    is_table = [_format_by_name(file) not in ("", "text") for file in found]
+    is_table = [format_by_name(file) not in ("", "text") for file in found]
     return ([], []) if 2 * sum(is_table) > len(found) else (found, unused)
 
 
@@ -121,7 +126,7 @@ def _folder_files(folder: Path, config: DataConfig, notes: list[str]) -> list[tu
         files = [file for file in children if file.is_file()]
         visible = [file for file in files if not file.name.startswith(".")]
         wanted = "text" if config.format == "wikitext" else config.format
-        usable = [f for f in visible if (_format_by_name(f) if wanted == "auto" else _format_by_name(f) == wanted)]
+        usable = [f for f in visible if (format_by_name(f) if wanted == "auto" else format_by_name(f) == wanted)]
         unused = sorted({*visible} - {*usable})
         if not usable:
             usable = visible if wanted != "auto" else [file for file in visible if _has_text(file)]
@@ -130,7 +135,7 @@ def _folder_files(folder: Path, config: DataConfig, notes: list[str]) -> list[tu
         names = _some(children) or "nothing"
         raise UserError(f"data.path={folder}: no file of text in it, only {names}; name a folder or file with text")
     if unused and wanted == "auto":
-        why = "the format of others is told by their names" if _format_by_name(usable[0]) else "hidden, binary or empty"
+        why = "the format of others is told by their names" if format_by_name(usable[0]) else "hidden, binary or empty"
         notes.append(f"not used ({why}): {_some(unused)}")
     found: dict[str, list[Path]] = {}
     for file in usable:
@@ -206,7 +211,7 @@ def is_one_line(path: Path) -> bool:
 def _named_kind(path: Path, config: DataConfig) -> str:
     if config.format != "auto":
         return config.format
-    return "parquet" if _is_parquet(_start(path)) else _format_by_name(path)
+    return "parquet" if _is_parquet(_start(path)) else format_by_name(path)
 
 
 def _kind(kind: str, head: str, wanted: Wanted) -> str:
@@ -218,8 +223,10 @@ def _kind(kind: str, head: str, wanted: Wanted) -> str:
     return "wikitext" if is_titled else kind
 
 
-def _format_by_name(path: Path) -> str:
-    name = path.name.lower().removesuffix(".gz").removesuffix(".xz")
+def format_by_name(path: Path) -> str:
+    name = path.name.lower()
+    for ending in utf8.COMPRESSED:
+        name = name.removesuffix(ending)
     return FORMATS.get(name.rpartition(".")[2], "") if "." in name else ""
 
 
@@ -262,7 +269,7 @@ def _scan(path: Path, kind: str) -> tuple[str, int, str]:
     try:
         with open(path, "rb") as file:
             start = file.read(utf8.START)
-        is_plain_text = kind in ("", "text", "wikitext") and path.suffix.lower() not in (".gz", ".xz")
+        is_plain_text = kind in ("", "text", "wikitext") and path.suffix.lower() not in utf8.COMPRESSED
         if start and not is_plain_text and (why := utf8.stand_in(start)):
             raise ValueError(why)
         with utf8.opened(path) as stream:

@@ -1,6 +1,7 @@
 """Data sets of the hub, and whether it can be reached."""
 
 import contextlib
+import re
 import threading
 import warnings
 from collections.abc import Collection, Iterator
@@ -60,6 +61,9 @@ def _load(config: DataConfig) -> Any:
         reason = " ".join(str(error).split())[:300]
         if "LocalEntryNotFoundError" in reason:  # something answered, such as the log-in page of a network
             failure = "what answers is not the hub"
+        if not failure and re.search(r"gated|authenticat|private|\b40[13]\b", reason):
+            mend = "ask for access on its page of the hub, then log in with `hf auth login`, or set HF_TOKEN"
+            raise UserError(f"data.hub={name}: not open to this account: {reason}; {mend}") from error
         if not failure:
             raise UserError(f"data.hub={name}: {reason}; check data.hub and data.hub_config") from error
         cache = reason if isinstance(error, ValueError) else "it is not in the cache"

@@ -1,17 +1,20 @@
 """The order of samples and the batches made of them, ahead of the device, with grain."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import grain
 import numpy as np
 
 from jaxlm.config import TrainConfig
+from jaxlm.data import mixture
 from jaxlm.data import position as positions
+from jaxlm.data.mixture import Mix
 from jaxlm.data.position import Position
 from jaxlm.data.samples import IGNORED, Batch, Samples, uniform
 
+Order = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]  # places to samples and their epochs
 START = Position()
 GROUP = 64  # updates whose samples are sorted by length, with train.group_by_length
 
@@ -29,14 +32,9 @@ def training_batches(
     With train.group_by_length the samples of some updates in a row are dealt out to them anew, those of like length to
     one, and the arrays of an update are cut to its longest sample.
     """
-    n, B = len(samples), train.batch_size
+    B = train.batch_size
     rows = np.arange(B) if rows is None else rows
-    # shuffle permutes each pass over the range anew.
-    order = grain.MapDataset.range(n).seed(train.seed).shuffle().repeat()
-
-    def at(places: np.ndarray) -> np.ndarray:
-        return np.array([order[int(place)] for place in places.ravel()])
-
+    at = order_of(samples, train, position)
     regrouped = _by_length(samples, at, train)
 
     def load(step: int) -> Batch:
@@ -44,15 +42,30 @@ def training_batches(
         places = (first + np.arange(n_batches * B)).reshape(n_batches, B)
         if train.group_by_length:
             places = regrouped(places)
-        own = places[:, rows].ravel()
-        batch = samples.batch(at(own), own // n)
+        batch = samples.batch(*at(places[:, rows].ravel()))
         if train.group_by_length:
-            batch = samples.cut(batch, _shape(samples, at(places)))
+            batch = samples.cut(batch, _shape(samples, at(places.ravel())[0]))
         return {name: x.reshape(n_batches, len(rows), *x.shape[1:]) for name, x in batch.items()}
 
     most = np.iinfo(np.int64).max // (2 * train.accumulate * B)
     steps = grain.MapDataset.range(position.step, most).map(load)
     return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))
+
+
+def order_of(samples: Samples, train: TrainConfig, position: Position = START) -> Order:
+    """Return which sample is at each of some places of the endless order, and in which epoch that is."""
+    parts = list(mixture.parts_of(samples).values())
+    sizes = np.array([len(part) for part in parts])
+    # shuffle permutes each pass over the range anew.
+    shuffled = [grain.MapDataset.range(n).seed(train.seed).shuffle().repeat() for n in sizes.tolist()]
+    sources = samples.order(train, position) if isinstance(samples, Mix) else lambda places: (0 * places, places)
+
+    def order(places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        source, number = sources(places)
+        inside = np.array([shuffled[i][n] for i, n in zip(source.tolist(), number.tolist(), strict=True)])
+        return (np.cumsum(sizes) - sizes)[source] + inside, number // sizes[source]
+
+    return order
 
 
 @dataclass(frozen=True)
@@ -69,21 +82,23 @@ class Chosen:
         return {name: x if self.share == 1 else x * self.share for name, x in samples.constants.items()}
 
 
-def choose(samples: Samples, split: str, n_tokens: int, seed: int) -> Chosen:
-    """Return samples of `n_tokens` or a little more, drawn at random; all if there are fewer, or if `n_tokens` is 0.
+def choose(samples: Samples, split: str, numbers: Sequence[int], seed: int) -> list[Chosen]:
+    """Return samples of each of some numbers of tokens, or a little more, drawn at random; all for 0 or if fewer.
 
     They depend on the samples and the seed alone, so that they are the same in each process and after a resume.
     """
     indices = np.arange(len(samples))
     lengths = samples.lengths(indices)
-    total = int(lengths.sum())
-    if not 0 < n_tokens < total:
-        return Chosen(split, indices, total, 1.0)
-    order = np.argsort(uniform(seed, np.zeros_like(indices), indices, 1)[:, 0], kind="stable")
-    n = int(np.searchsorted(np.cumsum(lengths[order]), n_tokens)) + 1
-    indices = np.sort(order[:n])
-    n_tokens = int(lengths[indices].sum())
-    return Chosen(split, indices, n_tokens, n_tokens / total)
+    total, found = int(lengths.sum()), []
+    for n_tokens in numbers:
+        chosen = indices
+        if 0 < n_tokens < total:
+            order = np.argsort(uniform(seed, np.zeros_like(indices), indices, 1)[:, 0], kind="stable")
+            n = int(np.searchsorted(np.cumsum(lengths[order]), n_tokens)) + 1
+            chosen = np.sort(order[:n])
+        n_chosen = int(lengths[chosen].sum())
+        found.append(Chosen(split, chosen, n_chosen, n_chosen / total if len(chosen) < len(indices) else 1.0))
+    return found
 
 
 def evaluation_batches(
@@ -114,16 +129,14 @@ def ignored(labels: np.ndarray) -> float:
     return np.nan if np.issubdtype(labels.dtype, np.floating) else IGNORED
 
 
-def _by_length(
-    samples: Samples, at: Callable[[np.ndarray], np.ndarray], train: TrainConfig
-) -> Callable[[np.ndarray], np.ndarray]:
+def _by_length(samples: Samples, at: Order, train: TrainConfig) -> Callable[[np.ndarray], np.ndarray]:
     """Return a permutation of places in the order of samples, within groups of updates, that sorts them by length."""
     size = GROUP * train.accumulate * train.batch_size
 
     @functools.lru_cache(maxsize=2)
     def group(number: int) -> np.ndarray:
         places = np.arange(number * size, (number + 1) * size)
-        sorted_places = places[np.argsort(samples.lengths(at(places)), kind="stable")]
+        sorted_places = places[np.argsort(samples.lengths(at(places)[0]), kind="stable")]
         shuffled = np.argsort(uniform(train.seed, np.full(GROUP, number), np.arange(GROUP), 1)[:, 0])
         return sorted_places.reshape(GROUP, -1)[shuffled].ravel()
 

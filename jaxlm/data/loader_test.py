@@ -135,13 +135,13 @@ def uneven(n_articles: int) -> CausalSamples:
 def test_a_bounded_evaluation_scores_a_sample_that_only_the_seed_changes():
     samples = uneven(300)
     lengths = samples.lengths(np.arange(len(samples)))
-    chosen = loader.choose(samples, "validation", 1000, seed=3)
+    chosen = loader.choose(samples, "validation", [1000], seed=3)[0]
     assert 1000 <= chosen.n_tokens < 1000 + 12 and chosen.n_tokens == lengths[chosen.indices].sum()
     assert np.all(np.diff(chosen.indices) > 0) and len(chosen.indices) < len(samples) / 3
     assert chosen.share == chosen.n_tokens / lengths.sum()
-    assert np.array_equal(loader.choose(samples, "validation", 1000, seed=3).indices, chosen.indices)
-    assert not np.array_equal(loader.choose(samples, "validation", 1000, seed=4).indices, chosen.indices)
-    more = loader.choose(samples, "validation", 2000, seed=3)
+    assert np.array_equal(loader.choose(samples, "validation", [1000], seed=3)[0].indices, chosen.indices)
+    assert not np.array_equal(loader.choose(samples, "validation", [1000], seed=4)[0].indices, chosen.indices)
+    more = loader.choose(samples, "validation", [2000], seed=3)[0]
     assert set(chosen.indices) < set(more.indices)  # another bound keeps what it can
     # Spread over the whole split: about as many in each third of it.
     assert np.bincount(3 * chosen.indices // len(samples)).min() > len(chosen.indices) / 4
@@ -160,7 +160,7 @@ def test_a_bounded_evaluation_scores_a_sample_that_only_the_seed_changes():
 @pytest.mark.parametrize("n_tokens", [0, 10_000])
 def test_an_evaluation_without_a_bound_or_below_it_scores_everything(n_tokens):
     samples = uneven(300)
-    chosen = loader.choose(samples, "test", n_tokens, seed=0)
+    chosen = loader.choose(samples, "test", [n_tokens], seed=0)[0]
     assert chosen.share == 1 and np.array_equal(chosen.indices, np.arange(len(samples)))
     assert chosen.constants(samples) == samples.constants
 

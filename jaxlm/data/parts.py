@@ -67,6 +67,7 @@ class Part:
     content: str  # hash
     size: int  # bytes, decompressed
     table: Table
+    is_remote: bool = False  # it is fetched each time that it is read
 
     def rows(self) -> Iterator[Row]:
         """Yield the rows. Raises UserError where the libraries that read them raise anything."""

@@ -1,6 +1,8 @@
 """How far a run is in the endless order of its training samples, and how many batches an update takes from it."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from jaxlm.config import TrainConfig
 
@@ -12,6 +14,7 @@ class Position:
     step: int = 0  # updates made
     sample: int = 0  # of the endless order of samples, where that update's begin
     skipped: tuple[tuple[int, int], ...] = ()
+    mix: Mapping[str, Any] = field(default_factory=dict)  # of several sources: as Mix.state makes it; {}: unused yet
 
     def after(self, step: int, train: TrainConfig) -> int:
         """Return where the samples of update `step` (counted from 0) end."""

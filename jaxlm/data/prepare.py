@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -12,12 +12,13 @@ from tokenizers import Tokenizer
 
 from jaxlm import config as configs
 from jaxlm.config import Config, DataConfig
-from jaxlm.data import cache, labels, packing, sources, tokenization
+from jaxlm.data import cache, labels, mixture, packing, sources, tokenization
 from jaxlm.data.cache import Split
 from jaxlm.data.parts import ANNOTATED, WITH_CLASSES
 from jaxlm.data.samples import Samples
-from jaxlm.data.sources import Source
+from jaxlm.data.sources import SPLITS, Source
 from jaxlm.errors import UserError, slow
+from jaxlm.io import temporary
 
 # Told a title and the bytes of text to come; inside the context, the returned function is told those done so far.
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
@@ -52,23 +53,31 @@ def prepare(
     `classes` are as in `open_source`. Raises UserError for a source, tokenizer or size that does not fit the settings.
 
     A tokenizer is trained on at most about TOKENIZER_BYTES: of more text, on articles chosen by a hash of each, so
-    that they are spread evenly, the same in every process, and bounded in memory.
+    that they are spread evenly, the same in every process, and bounded in memory. Of URLs, on the first of that many.
     """
-    is_embedded = not (config.data.path or config.data.hub)
-    source = _source(config, samples_class, embedded, classes)
+    configs_of = configs.source_configs(config)
+    if config.data.sources and samples_class.reads in ANNOTATED:
+        raise UserError(f"data.sources: task={config.task} reads one source; give its path as data.path")
+    sources_of = {name: _source(own, samples_class, embedded, classes) for name, own in configs_of.items()}
+    source = mixture.joined(sources_of) if config.data.sources else sources_of[""]
     if source.classes:
         config = configs.replace(config, "data.n_labels", len(source.classes))
-    config = configs.replace(config, "data.documents", source.documents)
-    cache_dir = cache.user_cache_dir(config.data.cache_dir)
+    config = _with_documents(config, sources_of)
+    cache_dir = temporary.user_cache_dir(config.data.cache_dir)
 
     last = ""
     long_words: list[tuple[str, int]] = []
 
     def training_texts() -> Iterator[str]:
         nonlocal last
-        share = 1 if config.tokenizer.kind == "characters" else TOKENIZER_BYTES / max(source.n_bytes, 1)
+        is_whole = config.tokenizer.kind == "characters" or source.is_remote
+        share = 1 if is_whole else TOKENIZER_BYTES / max(source.n_bytes, 1)
+        n_bytes = 0
         for article in source.articles():
             last = article.text
+            n_bytes += len(last)
+            if source.is_remote and n_bytes > TOKENIZER_BYTES:
+                return  # what follows would be fetched for a few articles of it
             # The seed is none of a split, so that the choice does not depend on which articles are for training.
             if article.split == "train" and (share >= 1 or sources.hash_of(article.text, seed=-1) < share):
                 yield article.text
@@ -79,19 +88,43 @@ def prepare(
     tokenizer = tokenization.cached(config.tokenizer, training_texts, source.fingerprint, cache_dir, on_long_word)
     config = _with_vocab_size(config, tokenizer)
     specials = _specials(config, tokenizer, samples_class)
-    with progress("tokenizing", source.n_bytes) as on_progress:
-        splits = cache.open_cache(source, tokenizer, cache_dir, on_progress)
-    n_ids = tokenization.n_ids(tokenizer)
-    with slow("cutting the texts into samples"):
-        configs_of = {"train": config, **dict.fromkeys(("validation", "test"), _without_overlap(config))}
-        samples = {
-            name: packing.samples_of(samples_class, split, configs_of[name], specials, n_ids)
-            for name, split in splits.items()
-        }
-    _check_sizes(config, splits, samples)
-    notes = (*source.notes, *_long_words_note(long_words), *_notes(config, samples, source, is_embedded))
-    notes += (*_beginnings_note(source, samples["train"]),)
-    return config, Data(source, tokenizer, samples, (*notes, document_note(config, splits["train"], samples["train"])))
+    notes = [*source.notes, *_long_words_note(long_words)]
+    samples: dict[str, dict[str, Samples]] = {split: {} for split in SPLITS}
+    for name, own in configs.source_configs(config).items():
+        with progress(f"tokenizing {name}".strip(), sources_of[name].n_bytes) as on_progress:
+            splits = cache.open_cache(sources_of[name], tokenizer, cache_dir, on_progress)
+        with slow("cutting the texts into samples"):
+            n_ids, scored = tokenization.n_ids(tokenizer), _without_overlap(own)
+            for split, part in splits.items():
+                as_read = own if split == "train" else scored
+                samples[split][name] = packing.samples_of(samples_class, part, as_read, specials, n_ids)
+        found = {split: samples[split][name] for split in SPLITS}
+        _check_sizes(own, splits, found, bool(name))
+        prefix = f"{name}: " if name else ""
+        notes += [prefix + line for line in _notes(own, found, sources_of[name])]
+        notes += [prefix + line for line in _beginnings_note(sources_of[name], found["train"])]
+        if n_left_out := {split: part.n_left_out for split, part in splits.items() if part.n_left_out}:
+            of_splits = ", ".join(f"{n:,} of {split}" for split, n in n_left_out.items())
+            notes.append(f"{prefix}documents left out, as equal to one before (data.unique): {of_splits}")
+        notes.append(prefix + document_note(own, splits["train"], found["train"]))
+    if not config.data.sources:
+        return config, Data(
+            source, tokenizer, {split: of_source[""] for split, of_source in samples.items()}, (*notes,)
+        )
+    mixed: dict[str, Any] = {split: mixture.MixedSamples(samples[split]) for split in SPLITS}
+    fingerprints = {name: one.fingerprint for name, one in sources_of.items()}
+    if not len(mixed["validation"]):
+        raise UserError("data.sources: no source has a validation part; give one a validation_fraction above 0")
+    mixed["train"] = mixture.Mix(samples["train"], config.data, fingerprints)
+    return config, Data(source, tokenizer, mixed, (*notes,))
+
+
+def _with_documents(config: Config, sources_of: Mapping[str, Source]) -> Config:
+    """Return the settings with what separates the documents of each source."""
+    if not config.data.sources:
+        return configs.replace(config, "data.documents", sources_of[""].documents)
+    resolved = ({**source, "documents": sources_of[source["name"]].documents} for source in config.data.sources)
+    return configs.replace(config, "data.sources", tuple(resolved))
 
 
 def part(
@@ -110,7 +143,7 @@ def part(
     source = _source(config, samples_class, embedded, classes)
     specials = _specials(config, tokenizer, samples_class)
     with progress("tokenizing", source.n_bytes) as on_progress:
-        splits = cache.open_cache(source, tokenizer, cache.user_cache_dir(config.data.cache_dir), on_progress)
+        splits = cache.open_cache(source, tokenizer, temporary.user_cache_dir(config.data.cache_dir), on_progress)
     n_ids = tokenization.n_ids(tokenizer)
     return source, packing.samples_of(samples_class, splits[split], _without_overlap(config), specials, n_ids)
 
@@ -165,13 +198,18 @@ def _specials(config: Config, tokenizer: Tokenizer, samples_class: type[Any]) ->
     return specials
 
 
-def _check_sizes(config: Config, splits: dict[str, Split], samples: dict[str, Samples]) -> None:
-    """Raise UserError for too little text for one update or for validation, with the setting that helps."""
+def _check_sizes(config: Config, splits: dict[str, Split], samples: dict[str, Samples], is_mixed: bool) -> None:
+    """Raise UserError for too little text for one update or for validation, with the setting that helps.
+
+    One of several sources may have a single sample to train on and, with data.validation_fraction=0, none to score.
+    """
     name = config.data.path or config.data.hub or "the embedded text"
-    for split, needed in (("train", config.train.batch_size * config.train.accumulate), ("validation", 1)):
+    n_scored = int(not is_mixed or config.data.validation_fraction > 0 or bool(config.data.validation_path))
+    n_trained = 1 if is_mixed else config.train.batch_size * config.train.accumulate
+    for split, needed in (("train", n_trained), ("validation", n_scored)):
         if (n := len(samples[split])) < needed:
             there = f"{len(splits[split])} articles with {len(splits[split].tokens)} tokens make {n} samples"
-            needs = f"but {needed} are needed" + (" for one update" if split == "train" else "")
+            needs = f"but {needed} are needed" + (" for one update" if split == "train" and not is_mixed else "")
             rule = f"{name}: the {split} part is too small: {there} of model.seq_len={config.model.seq_len}, {needs}"
             raise UserError(f"{rule}; {_mend(config, split, splits, samples)}")
 
@@ -195,14 +233,15 @@ def _mend(config: Config, split: str, splits: dict[str, Split], samples: dict[st
     return f"{fraction}, or {file}" if file else fraction
 
 
-def _notes(config: Config, samples: dict[str, Samples], source: Source, is_embedded: bool) -> Iterator[str]:
+def _notes(config: Config, samples: dict[str, Samples], source: Source) -> Iterator[str]:
+    is_embedded = not (config.data.path or config.data.hub)
     if is_embedded and samples["train"].reads != "text":
         for name in ("validation_fraction", "test_fraction", "split_seed"):
             if getattr(config.data, name) != getattr(DataConfig(), name):
                 value = getattr(config.data, name)
                 yield f"data.{name}={value} has no effect: the embedded sentences have parts of their own"
     if samples["train"].reads != "text" and not is_embedded:
-        for name in ("documents", "stride"):
+        for name in ("documents", "stride", "unique"):
             if getattr(config.data, name) != getattr(DataConfig(), name):
                 yield f"data.{name}={getattr(config.data, name)} has no effect: these samples are rows of a table"
     for name in ("validation_tokens", "final_tokens"):
@@ -223,7 +262,7 @@ def _long_words_note(words: list[tuple[str, int]]) -> Iterator[str]:
 
 
 def _beginnings_note(source: Source, samples: Samples) -> Iterator[str]:
-    if samples.reads == "text":
+    if samples.reads == "text" and not source.is_remote:
         texts = (article.text for article in source.articles() if article.split == "train")
         yield f"the first documents begin: {', '.join(repr(text[:N_BEGINNING]) for text in itertools.islice(texts, 2))}"
 

@@ -16,7 +16,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from jaxlm.config import Config, ModelConfig
-from jaxlm.data.cache import Split
+from jaxlm.data.cache import BLOCK, Split
 from jaxlm.data.sources import Reads
 
 IGNORED = -1
@@ -365,12 +365,17 @@ class PairSamples(_Samples):
     def counted_tokens(self) -> np.ndarray:
         """Return how often each id is a label, for the baseline."""
         _, middle, end = (self.split.offsets[2 * self.pairs + i] for i in range(3))
-        steps = np.zeros(len(self.split.tokens) + 1, np.int8)
-        steps[middle] = 1
-        steps[end] -= 1
-        counts = np.bincount(self.split.tokens[np.cumsum(steps[:-1], dtype=np.int8) > 0], minlength=self.article + 1)
+        counts = np.zeros(self.article + 1, np.int64)
+        for start in range(0, len(self.split.tokens), BLOCK):
+            tokens = self.split.tokens[start : start + BLOCK]
+            steps = np.zeros(len(tokens) + 1, np.int8)
+            np.add.at(steps, np.clip(middle - start, 0, len(tokens)), 1)
+            np.add.at(steps, np.clip(end - start, 0, len(tokens)), -1)
+            block = np.bincount(tokens[np.cumsum(steps[:-1], dtype=np.int8) > 0], minlength=len(counts))
+            block[: len(counts)] += counts
+            counts = block
         counts[self.article] += len(self.pairs)
-        return counts.astype(np.int64)
+        return counts
 
 
 Samples = CausalSamples | MaskedSamples | ClassifiedSamples | PairSamples

@@ -1,7 +1,5 @@
 """Samples: windows and their borders, labels, padding, and the statistics and purity of masking."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 
@@ -451,7 +449,7 @@ def test_pairs_that_are_too_long_are_left_out_whole():
 
 def test_shared_arrays_are_not_written_to():
     split = split_of(numbered([40, 3]), [1, 0])
-    for array in dataclasses.astuple(split):
+    for array in (split.tokens, split.offsets, split.labels, split.n_bytes):
         array.flags.writeable = False  # as those of a memory map
     every(MaskedSamples(split, config_of(model__seq_len=10), BERT, 100))["tokens"][:] = 0
     every(CausalSamples(split, config_of(model__seq_len=10), {"article": END}, 100))["tokens"][:] = 0

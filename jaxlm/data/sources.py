@@ -1,5 +1,6 @@
 """From settings to a stream of articles, out of local files or a data set of the hub."""
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -11,9 +12,10 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from jaxlm.config import DataConfig
-from jaxlm.data import documents, files, hub, labels, tags
+from jaxlm.data import documents, files, hub, labels, remote, tags
 from jaxlm.data.parts import LABELLED, SPLITS, WHOLE, Part, Reads, Wanted, no_article
 from jaxlm.errors import UserError
+from jaxlm.io import temporary
 
 CHECK_LIMIT = 200_000_000  # bytes; rows of a larger file are checked as they are used, not at the start
 PROMPT_END = "\n"  # between a prompt and its answer
@@ -38,6 +40,9 @@ class Source:
     classes: tuple[str, ...] = ()  # their names by number; (): there are no labels, or they are such numbers
     documents: str = "auto"  # what separates them, as in data.documents
     has_values: bool = False  # labels are numbers to predict, not classes
+    parts: tuple[Callable[[], Iterator[Article]], ...] = ()  # the same passes, a file each
+    is_unique: bool = False  # texts that are equal to one before are left out of token caches
+    is_remote: bool = False  # a pass fetches the files again
 
 
 def open_source(config: DataConfig, reads: Reads, classes: Sequence[str] = ()) -> Source:
@@ -47,16 +52,25 @@ def open_source(config: DataConfig, reads: Reads, classes: Sequence[str] = ()) -
     read for that. Raises UserError for what cannot be found, read or understood, and for a label of no class.
     """
     assert config.path or config.hub, "the embedded data is not a source"
-    root, why = config.path or hub.name_of(config), ""
+    root, why, tree = config.path or hub.name_of(config), "", files.NO_TREE
+    urls = {split: path for split in SPLITS if remote.is_url(path := _path(config, split))}
+    own = config
+    for split in urls:
+        config = dataclasses.replace(config, **dict[str, Any]({_setting(split): ""}))
     if reads == "text" and config.path:
-        config, why = documents.resolved(config)
-    found, notes = files.find(config)
-    parts = hub.open_parts(config, reads, {split for split, _ in found}, notes) if config.hub else []
+        config, why, tree = documents.resolved(config)
+    found, notes = files.find(config, tree)
+    found = [(split, path) for split, path in found if split not in urls]
+    named = {split for split, _ in found} | urls.keys()
+    parts = hub.open_parts(config, reads, named, notes) if config.hub else []
     parts += [files.open_part(path, Wanted(config, reads, split)) for split, path in found]
+    parts += remote.open_parts(own, reads, urls, temporary.user_cache_dir(config.cache_dir)) if urls else []
     parts.sort(key=lambda part: SPLITS.index(part.split))
     given = {part.split for part in parts}
     if "train" not in given:
         raise UserError(f"{root}: no train part, only {', '.join(sorted(given))}; choose a source that has one")
+    if config.documents == "line" and any(part.format == "wikitext" for part in parts):
+        why = why or "data.documents=line divides files without titles; data.format=text divides these, too"
     shares = _shares(config, given)
     are_divided = documents.are_divided(parts, shares)
     notes += _notes(config, parts, shares, are_divided)
@@ -79,6 +93,9 @@ def open_source(config: DataConfig, reads: Reads, classes: Sequence[str] = ()) -
         description=f"{root} ({size})",
         fingerprint=_fingerprint(config, parts, reading),
         articles=lambda: (article for part in parts for article in reading.articles(part)),
+        parts=tuple(partial(reading.articles, part) for part in parts),
+        is_unique=config.unique and reads == "text",
+        is_remote=any(part.is_remote for part in parts),
         n_bytes=n_bytes,
         notes=tuple(notes),
         test_refusal=refusal,
@@ -87,6 +104,15 @@ def open_source(config: DataConfig, reads: Reads, classes: Sequence[str] = ()) -
         documents=config.documents,
         has_values=reads == "values",
     )
+
+
+def _setting(split: str) -> str:
+    return "path" if split == "train" else f"{split}_path"
+
+
+def _path(config: DataConfig, split: str) -> str:
+    path: str = getattr(config, _setting(split))
+    return path
 
 
 def _fingerprint(config: DataConfig, parts: list[Part], reading: "_Reading") -> str:
@@ -111,6 +137,8 @@ def _fingerprint(config: DataConfig, parts: list[Part], reading: "_Reading") -> 
         settings.append(other)
     if reading.are_divided:
         settings.append("divided")
+    if config.unique and reading.reads == "text":
+        settings.append("unique")
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
 
@@ -304,6 +332,8 @@ def _check(reading: _Reading, parts: list[Part], counts: Counter[str], notes: li
     for part in parts:
         if reading.reads == "labels" and part.split == "train":
             continue  # all of it has been read for its classes
+        if part.is_remote:
+            continue  # it is read once, when it is tokenized
         articles, n_before = reading.articles(part), counts.total()
         for article in articles if part.size <= CHECK_LIMIT else islice(articles, 1):
             counts[article.split] += 1
@@ -317,7 +347,7 @@ def _check(reading: _Reading, parts: list[Part], counts: Counter[str], notes: li
                 refusal = f"{why}: no test score; use --data.test-path with a labelled file"
         if counts.total() == n_before:
             raise no_article(part.name)
-    if sum(part.size for part in parts) <= CHECK_LIMIT:
+    if sum(part.size for part in parts) <= CHECK_LIMIT and not any(part.is_remote for part in parts):
         if not counts["train"]:
             raise _none_to_train(parts[0], counts)
         empty = [split for split, share in reading.shares.items() if share and not counts[split]]

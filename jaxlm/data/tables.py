@@ -324,7 +324,7 @@ def _parquet(path: Path) -> Iterator[Any]:
 
     with utf8.opened(path) as stream, contextlib.ExitStack() as stack:
         plain: Any = path
-        if not isinstance(stream, io.BufferedReader):  # it is decompressed
+        if not isinstance(getattr(stream, "raw", None), io.FileIO):  # it is decompressed
             plain = stack.enter_context(tempfile.TemporaryFile(suffix=".parquet"))
             shutil.copyfileobj(stream, plain)
         # Not by the builder of `datasets`, which does not take categories, as pandas writes them.

@@ -7,7 +7,7 @@ of devices, and so that what they would be on other articles of the same kind ca
 import dataclasses
 import functools
 import importlib.metadata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm import config as configs
-from jaxlm.config import DataConfig
+from jaxlm.config import Config, DataConfig
 from jaxlm.data import loader, metrics, prepare
 from jaxlm.data.labels import numbered
 from jaxlm.data.packing import StreamSamples
@@ -144,13 +144,15 @@ def part(trained: LoadedModel, split: str, given: Mapping[str, Any]) -> tuple[So
         data = DataConfig(**kept, cache_dir=config.data.cache_dir, validation_fraction=0.0, test_fraction=0.0)
         config, read = dataclasses.replace(config, data=data), "train"
     for name, value in given.items():
-        config = configs.replace(config, name, value)
+        config = configs.replace(config, name, value) if name != "data.sources" else config
+    if config.data.sources:
+        config = _source_of(config, given.get("data.sources", ()))
     if config.data.pack == "documents":  # each sample is scored for itself, which gives the same
         config = configs.replace(config, "data.pack", "none")
     progress = RunLog(stderr=True).pass_bar
     source, samples = prepare.part(config, task.samples, task.embedded, trained.tokenizer, read, progress, task.classes)
-    stored = trained.start.info.get("data")
-    if not path and stored and stored != source.fingerprint:
+    stored, mix = trained.start.info.get("data"), trained.start.info.get("mix") or {}
+    if not path and stored and source.fingerprint not in (stored, *mix.get("sources", ())):
         raise UserError(
             f"{source.description}: the data are others than those of {trained}, so that its parts may be, too; "
             "put them back as they were, or give a file with --data.path"
@@ -160,6 +162,17 @@ def part(trained: LoadedModel, split: str, given: Mapping[str, Any]) -> tuple[So
     if not len(samples):
         raise UserError(f"{source.description}: its {split} part has no sample; give a file with --data.path")
     return source, samples
+
+
+def _source_of(config: Config, named: Sequence[Mapping[str, Any]]) -> Config:
+    """Return the settings with one of the sources of a run. Raises UserError if none of them is named."""
+    found = configs.source_configs(config)
+    if len(named) != 1 or named[0]["name"] not in found or len(named[0]) > 1:
+        raise UserError(
+            f"data.sources: the model was trained on {', '.join(found)}; name one of them, such as "
+            f"--data.sources {next(iter(found))}, or give a file with --data.path"
+        )
+    return found[named[0]["name"]]
 
 
 def totals_of_samples(trained: LoadedModel, samples: Samples, batch_size: int) -> Totals:

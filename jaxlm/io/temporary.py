@@ -12,12 +12,20 @@ from pathlib import Path
 
 from jaxlm.io import storage
 
-FOLDERS = ("tokens", "tokenizers")  # of a cache folder
+FOLDERS = ("tokens", "tokenizers", "downloads")  # of a cache folder
+PROGRESS = "progress.json"  # in a temporary folder that another process can go on with
 # What `name_for`, here and in earlier versions, makes of the names in these folders. No other file is removed.
 NAME = re.compile(r"[0-9a-f]{32}([-.].*)?\.[0-9]+\.tmp")
 LOCK = "lock"  # in a temporary folder, locked by the process that writes there
 IDLE_S = 3600  # where neither lock nor process number tells: after this time without a write, nobody writes any more
 START_S = 10  # in which a process that makes a temporary folder locks it
+
+
+def user_cache_dir(configured: str) -> Path:
+    """Return the folder for caches: `configured`, or jaxlm in the user's cache folder."""
+    if configured:
+        return Path(configured)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxlm"
 
 
 def name_for(path: Path) -> Path:
@@ -78,7 +86,7 @@ def remove(folder: Path, is_removable: Callable[[Path], bool]) -> None:
     """Remove the temporary files and folders in a cache folder for which `is_removable` holds."""
     for name in FOLDERS:
         for path in (folder / name).glob("*.tmp"):
-            if NAME.fullmatch(path.name) and is_removable(path):
+            if NAME.fullmatch(path.name) and not (path / PROGRESS).is_file() and is_removable(path):
                 with contextlib.suppress(OSError):
                     storage.remove(path)
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+COMPRESSED = (".gz", ".xz", ".zst")
 LONGEST = 1 << 26  # characters of a line or a document: its tokens take about 8 GB while they are made
 START = 1 << 16  # bytes, in which a NUL tells binary data
 DAMAGED = (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error)  # what reading a damaged .gz or .xz raises
@@ -77,7 +78,7 @@ def read(path: Path) -> str:
 
 
 def opened(path: Path) -> IO[bytes]:
-    """Open a file for reading; .gz and .xz are decompressed on the way, and may raise one of DAMAGED while read.
+    """Open a file for reading; .gz, .xz and .zst are decompressed on the way, and may raise one of DAMAGED while read.
 
     A file is one of these by its name or, if it can be read twice, by how it begins.
     """
@@ -85,11 +86,40 @@ def opened(path: Path) -> IO[bytes]:
     if path.is_file():
         with open(path, "rb") as file:
             start = file.read(6)
-    for suffix, first, opener in ((".gz", b"\x1f\x8b\x08", gzip.open), (".xz", b"\xfd7zXZ\0", lzma.open)):
+    for suffix, first, opener in (
+        (".gz", b"\x1f\x8b\x08", gzip.open),
+        (".xz", b"\xfd7zXZ\0", lzma.open),
+        (".zst", b"\x28\xb5\x2f\xfd", _zstd),
+    ):
         if path.suffix.lower() == suffix or start.startswith(first):
             compressed: Any = opener(path, "rb")
             return compressed
     return open(path, "rb")
+
+
+def _zstd(path: Path, mode: str) -> IO[bytes]:
+    import pyarrow  # which takes long to import
+
+    class Reader(io.RawIOBase):
+        def __init__(self) -> None:
+            self.stream = pyarrow.input_stream(str(path), compression="zstd")
+
+        def readable(self) -> bool:
+            return True
+
+        def readinto(self, buffer: Any) -> int:
+            try:
+                data = self.stream.read(len(buffer))
+            except OSError as error:  # of Arrow, which has no type of its own for it
+                raise zlib.error(str(error)) from error
+            buffer[: len(data)] = data
+            return len(data)
+
+        def close(self) -> None:
+            self.stream.close()
+            super().close()
+
+    return io.BufferedReader(Reader(), 1 << 17)
 
 
 def lines(stream: IO[bytes], errors: str = "strict", keep_ends: bool = False) -> Iterator[str]:

@@ -18,7 +18,14 @@ from jaxlm.terminal import command
 from jaxlm.training import environment, history
 
 MOST_STEPS = 8  # evaluations whose samples are shown
-COMPARABLE = ("data.path", "data.hub", "tokenizer.path", "tokenizer.kind", "model.vocab_size")  # where losses are
+COMPARABLE = (
+    "data.path",
+    "data.hub",
+    "data.sources",
+    "tokenizer.path",
+    "tokenizer.kind",
+    "model.vocab_size",
+)  # where losses are
 TRAINING = {  # charts of the training rows: title, and whether on a log scale
     "accuracy": ("accuracy in training", False),
     "rate": ("learning rate", False),

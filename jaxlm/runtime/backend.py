@@ -6,8 +6,8 @@ import jax
 
 from jaxlm import config as configs
 from jaxlm.config import Config
-from jaxlm.data import cache
 from jaxlm.errors import UserError
+from jaxlm.io import temporary
 
 # Flags of libtpu's compiler, which reads them when it is loaded. Its threads overflow their stacks in the random
 # numbers of dropout on large attention. And where fsdp splits the axis that a matmul sums over, it would pass parts of
@@ -36,7 +36,7 @@ def configure(config: Config) -> None:
     given = os.environ.get("LIBTPU_INIT_ARGS", "")
     if LIBTPU_FLAGS not in given:
         os.environ["LIBTPU_INIT_ARGS"] = f"{LIBTPU_FLAGS} {given}"  # of two values, the later counts
-    folder = (cache.user_cache_dir(config.data.cache_dir) / "xla").absolute()
+    folder = (temporary.user_cache_dir(config.data.cache_dir) / "xla").absolute()
     if not configs.is_unicode(str(folder)):
         raise UserError(
             f"{str(folder)!r}: has bytes that are not UTF-8, which JAX takes for no cache; give another "

@@ -204,6 +204,36 @@ def test_a_signal_to_one_process_saves_in_all_and_another_number_goes_on(
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
+def test_a_packed_mix_that_is_killed_takes_the_same_samples_in_another_number_of_processes(
+    start: Start, tmp_path: Path
+) -> None:
+    texts = [text for text, _ in grammar.sentences("sst2")["train"]]
+    (tmp_path / "a.txt").write_text("".join(f"{text}\n" for text in texts[:300]))
+    (tmp_path / "b.txt").write_text(
+        "".join(f"{one} {other}\n" for one, other in zip(texts[300:400], texts[400:500], strict=True))
+    )
+    # The epoch of b ends within the run, between two evaluations.
+    table = '[[data.sources]]\nname = "{0}"\npath = "{1}/{0}.txt"\nweight = {2}\nepochs = {3}\n'
+    (tmp_path / "mix.toml").write_text(table.format("a", tmp_path, 3, 9) + table.format("b", tmp_path, 1, 0.1))
+    settings = f"{SETTINGS} --data.path= --config {tmp_path}/mix.toml --data.pack documents --run.dir {tmp_path}"
+    one, two = start(1, f"{settings}/one"), start(2, f"{settings}/two")
+    wait_for(lambda: checksums.is_finished(tmp_path / "two" / "checkpoints" / "4"), two)
+    for process in two:
+        process.kill()
+    ended(two)
+    assert not checksums.is_finished(tmp_path / "two" / "checkpoints" / "12")
+    assert ended(one)[0] == [0]
+    assert "resumes" in finished(start(1, f"{settings}/two --resume auto"))
+    for row, other in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        assert row.keys() == other.keys() and {"loss_a", "loss_b"} <= row.keys() or row["split"] == "train"
+        assert row["loss"] == pytest.approx(other["loss"], rel=1e-5)
+    ends = [snapshots.read(tmp_path / name / "checkpoints" / "12").info for name in ("one", "two")]
+    assert ends[0]["mix"] == ends[1]["mix"] and 0 < ends[0]["mix"]["place"] < 96
+    used = {source["name"]: source["used"] for source in ends[0]["mix"]["sources"].values()}
+    assert sum(used.values()) == 96 and 0 < used["b"] < 24, "a quarter until its epoch ended"
+
+
 def test_wrong_places_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     def place(**given: Any) -> Any:
         return processes._place(configs.build({"task": "gpt"} | {f"distributed.{k}": x for k, x in given.items()}))

@@ -13,6 +13,7 @@ from jaxlm import config as configs
 from jaxlm.config import BASE, Config, Layer, TrainConfig
 from jaxlm.data import metrics, tokenization
 from jaxlm.data.labels import listed, numbered
+from jaxlm.data.mixture import Mix
 from jaxlm.data.position import Position
 from jaxlm.data.prepare import Data
 from jaxlm.errors import UserError, slow
@@ -143,7 +144,8 @@ class Start:
                     f"run.checkpoint_dir={folder}: the checkpoints of {self.run_dir} are in {self.path.parent}; "
                     "leave this setting out, or go on in a new folder with --run.dir"
                 )
-        changed = [(name, old, configs.get(config, name)) for name, old in self.settings().items()]
+        now = configs.flat(config)
+        changed = [(name, old, now[name]) for name, old in self.settings().items()]
         changed = [(name, old, new) for name, old, new in changed if old != new]
         fixed = self._fixed()
         for name, old, new in changed:
@@ -169,20 +171,39 @@ class Start:
                 f"{self.path}: its tokenizer is another than that of this run; "
                 "give its own with --tokenizer.path (a run has it as tokenizer.json)"
             )
-        if self.kind == "resume" and self.info.get("data") not in (None, "", data.source.fingerprint):
-            raise UserError(
-                f"{self.path}: the data have changed since ({data.source.description}), so that the run cannot go on "
-                "as the same; put them back as they were, or start a new run with --init-from"
-            )
+        if self.kind == "resume":
+            self._check_sources(data)
         if self.teacher:
             self.teacher.check(data)
+
+    def _check_sources(self, data: Data) -> None:
+        """Raise UserError if the data are not those of the checkpoint; a run may go on with more sources, or fewer."""
+        stored, source, train = self.info.get("data"), data.source, data.samples["train"]
+        before = {stored: ""} if stored else {}
+        if isinstance(train, Mix):
+            mixed = self.info.get("mix") or {}
+            now = dict(zip(train.fingerprints, train.parts, strict=True))
+            before = {key: x["name"] for key, x in mixed.get("sources", {}).items() if x["name"] in now.values()}
+            if stored is None or before.keys() <= now.keys():
+                return
+            (name, *_) = [name for key, name in before.items() if key not in now]
+            what = f"the source {name} has changed since, so that the run cannot go on with it"
+            raise UserError(f"{self.path}: {what}; put it back as it was, or give other text another name")
+        if before and source.fingerprint not in before:
+            raise UserError(
+                f"{self.path}: the data have changed since ({source.description}), so that the run cannot go on "
+                "as the same; put them back as they were, name several in data.sources, or start a new run with "
+                "--init-from"
+            )
 
     def position(self) -> Position:
         """Return where the run is in its data."""
         if self.kind != "resume":
             return Position()
         skipped = tuple((first, end) for first, end in self.info.get("skipped") or ())
-        return Position(self.info["step"], self.info["sample_iter"], skipped)
+        step, sample, data = self.info["step"], self.info["sample_iter"], self.info.get("data")
+        mix = self.info.get("mix") or {"sources": {data: {"name": "", "rate": 0, "before": 0, "used": sample}}}
+        return Position(step, sample, skipped, mix)
 
     def rewarmed(self, train: TrainConfig) -> tuple[int, float] | None:
         """Return the update at which a re-warmup begins, and the rate before it; None if there is none.

@@ -69,6 +69,9 @@ def damage(run: Path, step: int) -> None:
     flip(max((run / "checkpoints" / str(step) / "head").rglob("d/*"), key=lambda path: path.stat().st_size))
 
 
+MIX = {"sources": {"a hash": {"name": "", "rate": 0, "before": 0, "used": 36}}}  # should several sources follow
+
+
 def find(form: str = RUN, /, **given: Any) -> Start:
     """Return what settings find; their names have __ for a point."""
     return resume.find({name.replace("__", "."): str(value) for name, value in given.items()}, form)
@@ -102,7 +105,7 @@ def test_auto_takes_the_newest(run: Path) -> None:
     start = find(resume="auto", run__dir=run)
     assert (start.kind, start.path, start.form) == ("resume", run / "checkpoints" / "9", RUN)
     assert (start.parts, start.run_dir, start.damaged) == (PARTS, str(run), ())
-    assert start.position() == Position(9, 36, ((8, 12),))
+    assert start.position() == Position(9, 36, ((8, 12),), MIX)
 
 
 def test_auto_sets_aside_what_is_damaged_and_takes_the_one_before(run: Path) -> None:
@@ -191,7 +194,7 @@ def test_a_base_is_used_though_the_rest_is_damaged(run: Path) -> None:
 def test_reset_optimizer_keeps_head_and_counters(run: Path) -> None:
     start = find(resume=run, train__reset_optimizer=True)
     assert (start.kind, start.parts) == ("resume", ("base", "head"))
-    assert start.position() == Position(9, 36, ((8, 12),))
+    assert start.position() == Position(9, 36, ((8, 12),), MIX)
 
 
 def test_another_optimizer_starts_anew(run: Path) -> None:
@@ -362,7 +365,7 @@ def test_other_data_and_another_tokenizer_are_refused(run: Path) -> None:
 
     def data(tokenizer: Tokenizer = TOKENIZER, fingerprint: str = "a hash") -> Any:
         source = SimpleNamespace(fingerprint=fingerprint, description="texts.txt", classes=())
-        return SimpleNamespace(tokenizer=tokenizer, source=source)
+        return SimpleNamespace(tokenizer=tokenizer, source=source, samples={"train": None})
 
     resumed, base = find(resume=run), find(init_from=run)
     for start in (resumed, base, Start()):

@@ -1,5 +1,6 @@
 """Which checkpoint a run rolls back to after NaN or infinity, and where its data go on (train.on_nonfinite)."""
 
+from jaxlm.data import mixture
 from jaxlm.data.position import Position
 from jaxlm.errors import UserError
 from jaxlm.training import history
@@ -44,4 +45,5 @@ def without(run: Run, position: Position, step: int, bad: int) -> Position:
     for later in [i for i in run.validation if i > step]:
         del run.validation[later]
     sample = position.after(step - 1, train) if step > position.step else position.sample
-    return Position(step, sample, (*position.skipped, (first, end)))
+    mix = mixture.state_of(run.data.samples["train"], train, position, sample)
+    return Position(step, sample, (*position.skipped, (first, end)), mix)

@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import math
 import platform
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxlm import config as configs
 from jaxlm.config import Config
-from jaxlm.data import cache, loader, metrics, prepare, tokenization
+from jaxlm.data import loader, metrics, mixture, prepare, tokenization
 from jaxlm.data.labels import listed
 from jaxlm.data.parts import ANNOTATED
 from jaxlm.data.position import Position
@@ -29,6 +29,7 @@ from jaxlm.training.teacher import Teacher
 N_CLASSES = 30  # shown at the start
 # Paths may differ between processes; their contents are compared.
 OWN_SETTINGS = ("data.cache_dir", "data.path", "data.validation_path", "data.test_path", "tokenizer.path")
+LOSS_OF = "loss_"  # begins the name of the loss on one of several sources
 UNSAVED = 1  # exit status of a run whose last state could not be saved
 
 
@@ -64,27 +65,57 @@ class Run:
     @slow("scoring the baselines")
     def baselines(self) -> dict[str, metrics.Scores]:
         """The scores of the best guess that looks at no input, of each split that is scored."""
-        splits = ("validation", *(["test"] if has_test(self) else []))
-        return {split: self.task.baseline(self.data.samples[split]) for split in splits}
+        found = {}
+        for split in ("validation", *(["test"] if has_test(self) else [])):
+            found[split] = self.task.baseline(self.data.samples[split])
+            if len(parts := mixture.parts_of(self.data.samples[split])) > 1:
+                losses = {loss_of(name): self.task.baseline(part)["loss"] for name, part in parts.items() if len(part)}
+                found[split] = {**found[split], **losses}
+        return found
 
     @functools.cached_property
     @slow("choosing the samples to score")
-    def chosen(self) -> dict[str, loader.Chosen]:
-        """The samples of each evaluation: "validation" in training, and at the end "final_validation" and "test".
+    def chosen(self) -> dict[str, dict[str, loader.Chosen]]:
+        """The samples of each evaluation, by source: "validation" in training; "final_validation", "test" at the end.
 
-        There is no final validation of no more than each validation has scored.
+        There is no final validation of no more than each validation has scored. Several sources have equal shares of
+        the tokens to score.
         """
         data, samples = self.config.data, self.data.samples
-        in_training, at_end = (
-            (0, 0) if self.task.samples.reads in ANNOTATED else (data.validation_tokens, data.final_tokens)
-        )
-        found = {"validation": loader.choose(samples["validation"], "validation", in_training, data.split_seed)}
-        final = loader.choose(samples["validation"], "validation", at_end, data.split_seed)
-        if final.n_tokens > found["validation"].n_tokens:
+        reads_labels = self.task.samples.reads in ANNOTATED
+        in_training, at_end = (0, 0) if reads_labels else (data.validation_tokens, data.final_tokens)
+
+        def choose(split: str, *n_tokens: int) -> list[dict[str, loader.Chosen]]:
+            parts = {name: part for name, part in mixture.parts_of(samples[split]).items() if len(part)}
+            numbers = [-(-n // max(len(parts), 1)) for n in n_tokens]
+            found = {name: loader.choose(part, split, numbers, data.split_seed) for name, part in parts.items()}
+            return [{name: chosen[i] for name, chosen in found.items()} for i in range(len(numbers))]
+
+        during, final = choose("validation", in_training, at_end)
+        found = {"validation": during}
+        if sum(x.n_tokens for x in final.values()) > sum(x.n_tokens for x in during.values()):
             found["final_validation"] = final
         if has_test(self):
-            found["test"] = loader.choose(samples["test"], "test", at_end, data.split_seed)
+            (found["test"],) = choose("test", at_end)
         return found
+
+    def scores(self, totals: Mapping[str, Any]) -> metrics.Scores:
+        """Return the scores of totals by source: those of all of them together, and the loss of each of several."""
+        summed: dict[str, Any] = {}
+        for of_source in totals.values():
+            metrics.add(summed, of_source)
+        scores = self.task.scores(summed)
+        if len(totals) > 1:
+            losses = {loss_of(name): self.task.scores(of_source)["loss"] for name, of_source in totals.items()}
+            scores = {**scores, **losses}
+        return scores
+
+    def warning(self, totals: Mapping[str, Any]) -> str:
+        """Return one line on totals by source that look like a collapsed model, or ""."""
+        return next(filter(None, map(self.task.warning, totals.values())), "")
+
+    def is_lower_better(self, score: str) -> bool:
+        return score in self.task.lower_is_better or score.startswith(LOSS_OF)
 
     @property
     def ending(self) -> list[str]:
@@ -106,6 +137,10 @@ class Run:
     def losses(self) -> dict[int, float]:
         """Return the validation losses so far, by step."""
         return {step: scores["loss"] for step, scores in self.validation.items()}
+
+
+def loss_of(source: str) -> str:
+    return f"{LOSS_OF}{source}"
 
 
 @contextlib.contextmanager
@@ -136,7 +171,7 @@ def started(
 
     def undo() -> None:
         claim.undo()
-        temporary.remove(cache.user_cache_dir(config.data.cache_dir), temporary.is_own)
+        temporary.remove(temporary.user_cache_dir(config.data.cache_dir), temporary.is_own)
         run_log.console.show_cursor()  # which a progress bar hides
 
     CLEANUPS.append(undo)
@@ -187,6 +222,9 @@ def _announce(run: Run, origins: dict[str, str], device: str, task_settings: set
         counts = np.bincount(labels[labels >= 0], minlength=len(data.source.classes))
         shown = [f"{name} ({n:,})" for name, n in zip(data.source.classes, counts, strict=True)]
         say(f"classes {listed(shown, N_CLASSES)}")
+    if isinstance(data.samples["train"], mixture.Mix):
+        for i, line in enumerate(data.samples["train"].describe(config.train, start.position())):
+            say(f"{'' if i else 'sources':<7} {line}")
     for i, line in enumerate(_cost(run)):
         say(f"{'' if i else 'scores':<7} {line}")
     say(f"device  {device}")
@@ -216,13 +254,19 @@ def _cost(run: Run) -> Iterator[str]:
     train, chosen = run.config.train, run.chosen
 
     def updates(names: Iterable[str]) -> int:
-        n_batches = sum(-(-len(chosen[name].indices) // train.batch_size) for name in names)
+        found = [part for name in names for part in chosen[name].values()]
+        n_batches = sum(-(-len(part.indices) // train.batch_size) for part in found)
         return max(1, round(n_batches / (3 * train.accumulate)))
 
     def counted(name: str) -> str:
-        what, n_all = chosen[name], len(run.data.samples[chosen[name].split])
-        n = f"{len(what.indices):,} of {n_all:,}" if what.share < 1 else f"all {n_all:,}"
-        return f"{n} {what.split} samples ({what.n_tokens:,} tokens)"
+        parts = list(chosen[name].values())
+        n, n_all, n_tokens = (
+            sum(len(x.indices) for x in parts),
+            len(run.data.samples[parts[0].split]),
+            sum(x.n_tokens for x in parts),
+        )
+        shown = f"{n:,} of {n_all:,}" if n < n_all else f"all {n_all:,}"
+        return f"{shown} {parts[0].split} samples ({n_tokens:,} tokens)"
 
     often = f"every {train.eval_interval:,} updates, in the time of about {updates(['validation']):,}"
     yield f"{counted('validation')} {often}"
@@ -239,7 +283,10 @@ def _baseline_json(run: Run) -> str:
         split: {name: x if math.isfinite(x) else None for name, x in baseline.items()}
         for split, baseline in run.baselines.items()
     }
-    content = {"name": run.task.baseline_name, "lower_is_better": run.task.lower_is_better, **scores}
+    lower = [
+        name for name in dict.fromkeys((*run.task.lower_is_better, *scores["validation"])) if run.is_lower_better(name)
+    ]
+    content = {"name": run.task.baseline_name, "lower_is_better": lower, **scores}
     return json.dumps(content, indent=2) + "\n"
 
 
@@ -250,11 +297,12 @@ def has_test(run: Run) -> bool:
 
 def info(run: Run, i: int, position: Position, rate: float) -> dict[str, Any]:
     """Return what a checkpoint after update `i`, made with `rate`, says of itself."""
+    sample = position.after(i - 1, run.config.train)
     return {
         "step": i,
         "task": run.config.task,
         "rate": rate,
-        "sample_iter": position.after(i - 1, run.config.train),
+        "sample_iter": sample,
         "config": configs.flat(run.config),
         "tokenizer": tokenization.fingerprint(run.data.tokenizer),
         "data": run.data.source.fingerprint,
@@ -262,6 +310,7 @@ def info(run: Run, i: int, position: Position, rate: float) -> dict[str, Any]:
         "teacher": run.teacher.fingerprint if run.teacher else "",
         "rewarmed": run.rewarmed,
         "skipped": position.skipped,
+        "mix": mixture.state_of(run.data.samples["train"], run.config.train, position, sample),
         "version": importlib.metadata.version("jaxlm"),
     }
 
@@ -271,6 +320,10 @@ def identity_at_start(config: Config, start: Start) -> dict[str, Any]:
     names = ("jaxlm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers", "datasets")
     return {
         **{name: value for name, value in configs.flat(config).items() if name not in OWN_SETTINGS},
+        "data.sources": [
+            {key: value for key, value in source.items() if f"data.{key}" not in OWN_SETTINGS}
+            for source in config.data.sources
+        ],
         "what it starts from": start.kind,
         "the step of its checkpoint": start.info.get("step"),
         **{f"the version of {name}": importlib.metadata.version(name) for name in names},

@@ -144,7 +144,7 @@ def test_weights_that_never_were_finite_are_not_called_so(tmp_path: Path, first:
     with pytest.raises(UserError, match=f"nan at step {first}, and was never finite before; .*weights at the start"):
         meter.add(first, update(float("nan")), 10, 20, 4)
     with pytest.raises(UserError, match="nan at step 3, and was never finite before"):
-        summary.tell_scores(a_run(tmp_path), 3, {"loss": float("nan"), "count": 10, "correct": 0, "bytes": 9})
+        summary.tell_scores(a_run(tmp_path), 3, {"": {"loss": float("nan"), "count": 10, "correct": 0, "bytes": 9}})
 
 
 def test_files_are_looked_for_once_a_second_and_taken(tmp_path: Path) -> None:

@@ -43,16 +43,16 @@ def start_table(start: Start, sizes: Mapping[str, Sequence[int]]) -> Table:
     return result
 
 
-def tell_scores(run: Run, i: int, totals: Any) -> None:
-    """Log and print the validation scores after update `i`, and keep them."""
-    scores = run.task.scores(totals)
+def tell_scores(run: Run, i: int, totals: Mapping[str, Any]) -> None:
+    """Log and print the validation scores after update `i`, and keep them; `totals` are by source."""
+    scores = run.scores(totals)
     if not math.isfinite(scores["loss"]):
         raise meter.diverged(run, scores["loss"], i, max((step for step in run.validation if step < i), default=0))
     run.validation[i] = scores
     run.log.row(i, "validation", scores)
     shown = "  ".join(f"{name} {metrics.number(name, x)}" for name, x in scores.items())
     run.log.say(f"step {i}  validation: {shown}")
-    if warning := run.task.warning(totals):
+    if warning := run.warning(totals):
         run.log.warn(warning)
 
 
@@ -154,19 +154,19 @@ def _say_result(run: Run, best: int, totals: Mapping[str, Any]) -> None:
     scores = {"validation": run.validation[best]}
     for name, found in totals.items():
         if found is not None:
-            split = run.chosen[name].split
-            scores[split] = run.task.scores(found)
+            split = name.removeprefix("final_")
+            scores[split] = run.scores(found)
             run.log.row(best, name, scores[split])
-            if split == "test" and (warning := run.task.warning(found)):
+            if split == "test" and (warning := run.warning(found)):
                 run.log.warn(f"test: {warning}")
     left = " of those that are left" if min(run.losses().values()) < run.losses()[best] else ""
     title = f"scores of step {best}, the best by validation loss{left}; baseline: {run.task.baseline_name}"
     table = Table("", *(column for split in scores for column in (split, "baseline")), title=title, title_style="")
     for name in run.baselines["validation"]:
-        if any(name not in of_split for of_split in scores.values()):  # a checkpoint whose row in the log was lost
+        if name not in scores["validation"]:  # a checkpoint whose row in the log was lost
             continue
-        better = "lower" if name in run.task.lower_is_better else "higher"
-        numbers = (x for split in scores for x in (scores[split][name], run.baselines[split][name]))
+        better = "lower" if run.is_lower_better(name) else "higher"
+        numbers = (x for split in scores for x in (scores[split].get(name), run.baselines[split].get(name)))
         table.add_row(f"{name} ({better} is better)", *(metrics.number(name, x) for x in numbers))
     run.log.say(table)
     loss, baseline = (of_split["validation"]["loss"] for of_split in (scores, run.baselines))
@@ -205,7 +205,7 @@ def _same_command(run: Run) -> str:
 
 def _next_command(run: Run) -> str:
     """Return what to try after a run that has made all its updates."""
-    if run.config.data.path or run.config.data.hub:
+    if run.config.data.path or run.config.data.hub or run.config.data.sources:
         elsewhere = " --run.checkpoint-dir NEW" if run.config.run.checkpoint_dir else ""
         n_updates = 2 * run.config.train.max_steps
         return f"train for longer: {_same_command(run)}{elsewhere} --train.max-steps {n_updates}"
