@@ -21,6 +21,7 @@ from jaxlm.terminal import command, dumps
 if TYPE_CHECKING:  # the command line is looked at before anything that takes long to import
     from jaxlm.inference.predictors import Answer, Continue, Predictor
 
+TAB = "\t"  # between two texts
 OPTIONS = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
 Numbered = tuple[str, str]  # what a text is called, such as "line 3: ", and the text
 
@@ -133,6 +134,8 @@ def _converse(predictor: "Predictor", options: dict[str, Any], as_json: bool) ->
 
 def _texts(args: argparse.Namespace) -> Iterable[Numbered] | None:
     """Return the texts to answer; None if they are to be asked for."""
+    if args.pairs:
+        args.texts = [f"{text.replace(TAB, ' ')}{TAB}{pair}" for text, pair in zip(args.texts, args.pairs, strict=True)]
     if args.texts:
         return [(f"text {i}: " if len(args.texts) > 1 else "", text) for i, text in enumerate(args.texts, start=1)]
     if args.file:
@@ -174,7 +177,8 @@ def make_parser() -> Parser:
         "--checkpoint", required=True, metavar="RUN", help="run (its best checkpoint), checkpoint, or public model"
     )
     parser.add_argument("--text", "--prompt", action="append", dest="texts", metavar="TEXT", help="may be repeated")
-    parser.add_argument("--file", metavar="FILE", help="a text in each line")
+    parser.add_argument("--pair", action="append", dest="pairs", metavar="TEXT", help="the second of two texts")
+    parser.add_argument("--file", metavar="FILE", help="a text in each line, or two with a tab between them")
     parser.add_argument("--json", action="store_true", help="one JSON object a text")
     parser.add_argument("--tokenizer.path", default="", metavar="FILE", help="where the run has none of its own")
     parser.add_argument(
@@ -195,6 +199,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.texts and args.file:
         parser.error("--text and --file name two sources; give one")
+    if args.pairs and len(args.pairs) != len(args.texts or ()):
+        parser.error("--pair is the second text of a --text; give as many of each")
     return args
 
 

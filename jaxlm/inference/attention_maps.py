@@ -12,8 +12,11 @@ from jaxlm.ops.plain_attention import attend
 from jaxlm.ops.stacks import scan_blocks
 
 
-def weights(base: Transformer, tokens_BT: Array, layer: Array, head: Array) -> Array:
-    """Return how much each position looks at each, [B, T, S]; rows sum to 1. `layer` and `head` count from 0."""
+def weights(base: Transformer, tokens_BT: Array, layer: Array, head: Array, types_BT: Array | None = None) -> Array:
+    """Return how much each position looks at each, [B, T, S]; rows sum to 1. `layer` and `head` count from 0.
+
+    `types_BT` are the token types, which are 0 by default.
+    """
     places = Places(tokens_BT == base.config.pad_id if base.config.pad_id >= 0 else None)
 
     def run_block(x_BTD: Array, block: Block, layer: int) -> tuple[Array, Array]:
@@ -25,6 +28,6 @@ def weights(base: Transformer, tokens_BT: Array, layer: Array, head: Array) -> A
 
         return block(x_BTD, places, layer, None, functools.partial(attend, drop=keep)), seen[0]
 
-    config, x_BTD = base.config, base.embedding(tokens_BT, None)
+    config, x_BTD = base.config, base.embedding(tokens_BT, None, None, types_BT)
     _, weights_LBTS = scan_blocks(config, run_block, x_BTD, base.blocks, 0, config.n_layers)
     return weights_LBTS[layer]

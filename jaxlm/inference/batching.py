@@ -63,7 +63,7 @@ class Batches:
 
     def __init__(self, predictor: Predictor, metrics: "Metrics"):
         self.predictor, self.metrics = predictor, metrics
-        text = "[MASK]" if isinstance(predictor, FillMasks) else ""
+        text = "[MASK]" if isinstance(predictor, FillMasks) else predictor.empty
         if type(predictor) is not Look:
             for i in range(N_ROWS.bit_length()):
                 predictor([text] * 2**i)
@@ -176,7 +176,7 @@ class Engine:
         self.asked: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
         jax.monitoring.register_event_duration_secs_listener(self._count_compilation)
         if predictor.has_attention:
-            predictor.attention("", 0, 0)
+            predictor.attention(predictor.empty, 0, 0)
         begun = Metrics()  # of what is made at first, only the compilations count
         self.work: Batches | Places = (
             Places(predictor, begun) if isinstance(predictor, Continue) else Batches(predictor, begun)

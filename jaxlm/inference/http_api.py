@@ -29,7 +29,7 @@ from prometheus_client import (
     ProcessCollector,
     generate_latest,
 )
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo
 from pydantic_core import PydanticCustomError
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -41,6 +41,7 @@ from jaxlm.inference.batching import Engine, Failed
 from jaxlm.inference.limits import Limits
 from jaxlm.inference.predictors import (
     ENDINGS,
+    TAB,
     Answer,
     Classify,
     Continue,
@@ -97,6 +98,8 @@ class Continued(BaseModel):
 
 
 class Classified(BaseModel):
+    model_config = ConfigDict(extra="allow")  # `pair`, of a model of two texts
+
     text: str
     label: int | str | None = Field(
         description="name of the class, or its number if it has no name; null: the original's head predicts none"
@@ -126,6 +129,8 @@ class Predicted(BaseModel):
 
 
 class Attended(BaseModel):
+    model_config = ConfigDict(extra="allow")  # `pair`, of a model of two texts
+
     text: str
     layer: int
     head: int
@@ -194,7 +199,7 @@ def make(engine: Engine, limits: Limits, token: str = "", is_loopback: bool = Tr
     def parts(request: BaseModel) -> tuple[str, dict[str, Any]]:
         """Return the text and the options of a request."""
         options = request.model_dump()
-        text = options.pop(text_field)
+        text = _joined(options.pop(text_field), options.pop("pair", None))
         return text, predictor.checked(options) if isinstance(predictor, Continue) else options
 
     if type(predictor) is not Look:
@@ -226,7 +231,9 @@ def make(engine: Engine, limits: Limits, token: str = "", is_loopback: bool = Tr
         async def attention(request: looked) -> Response:  # type: ignore[valid-type]
             """Tell, for each token of a text, how much a head of attention makes it look at each."""
             async with _in_time(limits):
-                return Json(await engine.answer(request.text, look=(request.layer, request.head)))  # type: ignore[attr-defined]
+                body = request.model_dump()  # type: ignore[attr-defined]
+                text = _joined(body["text"], body.get("pair"))
+                return Json(await engine.answer(text, look=(body["layer"], body["head"])))
 
     is_failed = {"model": Health, "description": "requests are not answered"}
 
@@ -275,6 +282,13 @@ def _asked(predictor: Predictor, limits: Limits) -> type[BaseModel]:
             top_k: int = Field(min(defaults["top_k"], most), ge=1, le=most, description="guesses for each mask")
 
         return Fill
+    if isinstance(predictor, Look) and predictor.takes_two:
+
+        class Texts(Strict):
+            text: str = Field(description="the first text")
+            pair: Annotated[str, _check_of(predictor.encode)] = Field(description="the second text; both: " + takes)
+
+        return Texts
     if isinstance(predictor, Look):
 
         class Text(Strict):
@@ -302,6 +316,16 @@ def _asked(predictor: Predictor, limits: Limits) -> type[BaseModel]:
 def _looked(predictor: Predictor) -> type[BaseModel]:
     Taken = Annotated[str, _check_of(predictor.encode_any)]  # noqa: N806  # it is a type
 
+    if predictor.takes_two:
+
+        class LookAtTwo(Strict):
+            text: str = Field(description="the first text")
+            pair: Taken = Field(description=f"the second text; both of {predictor.model.seq_len} tokens at most")
+            layer: int = Field(0, ge=0, lt=predictor.model.n_layers, description="counted from 0")
+            head: int = Field(0, ge=0, lt=predictor.model.n_heads, description="counted from 0")
+
+        return LookAtTwo
+
     class Look(Strict):
         text: Taken = Field(description=f"of {predictor.model.seq_len} tokens at most")
         layer: int = Field(0, ge=0, lt=predictor.model.n_layers, description="counted from 0")
@@ -311,16 +335,21 @@ def _looked(predictor: Predictor) -> type[BaseModel]:
 
 
 def _check_of(encode: Callable[[str], Any]) -> AfterValidator:
-    """Return what refuses a text that the model cannot take, as any other wrong field is refused."""
+    """Return what refuses a text, or two, that the model cannot take, as any other wrong field is refused."""
 
-    def check(text: str) -> str:
+    def check(text: str, info: ValidationInfo) -> str:
         try:
-            encode(text)
+            encode(_joined(info.data.get("text", ""), text) if info.field_name == "pair" else text)
         except UserError as error:
             raise PydanticCustomError("value_error", "{reason}", {"reason": str(error)}) from None
         return text
 
     return AfterValidator(check)
+
+
+def _joined(text: str, pair: str | None) -> str:
+    """Return a text as predictors take it: two with a tab between them."""
+    return text if pair is None else f"{text.replace(TAB, ' ')}{TAB}{pair}"
 
 
 @contextlib.asynccontextmanager
@@ -469,6 +498,7 @@ def _page(predictor: Predictor, asked: type[BaseModel], name: str, wants_token: 
         "positions": predictor.model.seq_len,
         "endings": ENDINGS,
         "wantsToken": wants_token,
+        "takesTwo": predictor.takes_two,
     }
     fragment = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
     script = re.search("<script>(.*?)</script>", fragment, re.DOTALL)

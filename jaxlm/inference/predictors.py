@@ -31,6 +31,7 @@ ENDINGS = {
     "length": "as many tokens as asked for",
     "positions": "the model has no more positions",
 }
+TAB = "\t"  # between two texts
 Answer = dict[str, Any]  # what --json prints of a text
 
 
@@ -50,6 +51,8 @@ class Predictor:
         self.is_byte_level = isinstance(self.tokenizer.decoder, decoders.ByteLevel)
         self.is_single = tokenization.is_single(self.tokenizer)
         self.specials = tokenization.special_ids(self.tokenizer)
+        self.takes_two = trained.task is not None and bool(trained.config.data.pair_column)
+        self.empty = TAB if self.takes_two else ""  # by which each shape is compiled
         self.compiled_attention = jax.jit(attention_maps.weights)
 
     def encode(self, text: str) -> list[int]:
@@ -63,10 +66,28 @@ class Predictor:
         check("layer", layer, 0 <= layer < self.model.n_layers, f"0 to {self.model.n_layers - 1}")
         check("head", head, 0 <= head < self.model.n_heads, f"0 to {self.model.n_heads - 1}")
         ids = self.encode_any(text)
-        (weights_TT,) = self.compiled_attention(self.trained.model.base, self._padded([ids]), layer, head)
+        types = self._types([text], 1).values()
+        (weights_TT,) = self.compiled_attention(self.trained.model.base, self._padded([ids]), layer, head, *types)
         weights = np.asarray(weights_TT, np.float64)[: len(ids), : len(ids)].round(6).tolist()
         tokens = [self._token(i) for i in ids]
-        return {"text": text, "layer": layer, "head": head, "tokens": tokens, "weights": weights}
+        return {**self.named(text), "layer": layer, "head": head, "tokens": tokens, "weights": weights}
+
+    def texts(self, text: str) -> list[str]:
+        """Return the text that is asked about, or the two, which a tab divides, of a model of two. Raises UserError."""
+        if not self.takes_two:
+            return [text]
+        first, tab, second = text.partition(TAB)
+        if not tab:
+            raise UserError("the model compares two texts; give the second with --pair, or behind a tab")
+        return [first, second]
+
+    def named(self, text: str) -> Answer:
+        """Return the text, or the two, as answers have them."""
+        return dict(zip(("text", "pair"), self.texts(text), strict=False))
+
+    def _types(self, texts: Sequence[str], n_rows: int) -> dict[str, np.ndarray]:
+        """Return the token types of some texts, as a part of a batch of so many rows; none where the model has none."""
+        return {}
 
     def encode_any(self, text: str) -> list[int]:
         """Return the token ids of a text that may lack what there is to answer."""
@@ -188,11 +209,21 @@ class Look(Predictor):
         raise UserError(load.no_output(self.trained.start))
 
     def encode(self, text: str) -> list[int]:
-        return self._checked(self._framed(self._ids(text)))
+        return self._checked(self._framed(*map(self._ids, self.texts(text))))
 
-    def _framed(self, ids: Sequence[int]) -> list[int]:
+    def _framed(self, *parts: Sequence[int]) -> list[int]:
+        """Return the ids of a text, or of two, with the special tokens around them."""
         first, last = marks(self.model, self.specials)
-        return [first, *ids, *([] if last is None else [last])]
+        ends = [] if last is None else [last]
+        return [first, *itertools.chain.from_iterable([*ids, *ends] for ids in parts)]
+
+    def _types(self, texts: Sequence[str], n_rows: int) -> dict[str, np.ndarray]:
+        if not self.takes_two or self.model.segments < 2:
+            return {}
+        types_BT = np.zeros((n_rows, self.model.seq_len), np.int32)
+        for row, text in zip(types_BT, texts, strict=False):
+            row[len(self._framed(self._ids(self.texts(text)[0]))) : len(self.encode(text))] = 1
+        return {"types": types_BT}
 
 
 class Predict(Look):
@@ -207,13 +238,17 @@ class Predict(Look):
         for some, ids_BT, last_B in self._batches(texts):
             batch = {"tokens": ids_BT, "labels": np.full_like(last_B, IGNORED)}
             batch |= {"last": last_B} if self.model.pooling == "last" else {}
+            batch |= self._types(some, len(ids_BT))
             outputs = np.asarray(self.compiled(self.trained.model, batch))
-            answers += [{"text": text, **self._answer(output)} for text, output in zip(some, outputs, strict=False)]
+            answers += [
+                {**self.named(text), **self._answer(output)} for text, output in zip(some, outputs, strict=False)
+            ]
         return answers
 
     def shown(self, answer: Answer) -> str:
-        values = {name: f"{x:.4g}" if isinstance(x, float) else x for name, x in answer.items() if name != "text"}
-        return f"{'  '.join(f'{name} {x}' for name, x in values.items())}  {answer['text']}"
+        told = {name: x for name, x in answer.items() if name not in ("text", "pair")}
+        values = {name: f"{x:.4g}" if isinstance(x, float) else x for name, x in told.items()}
+        return f"{'  '.join(f'{name} {x}' for name, x in values.items())}  {_shown_texts(answer)}"
 
     def _outputs(self, model: Any, batch: dict[str, Array]) -> Array:
         return self.trained.task.predict(model, batch)
@@ -242,7 +277,7 @@ class Classify(Predict):
         p = answer["probabilities"]
         told = "  ".join(f"{name}: {x:.3f}" for name, x in (p.items() if isinstance(p, dict) else enumerate(p)))
         label = "none" if answer["label"] is None else answer["label"]
-        return f"label {label}  ({told})  {answer['text']}"
+        return f"label {label}  ({told})  {_shown_texts(answer)}"
 
 
 class Tag(Look):
@@ -423,6 +458,10 @@ def _probabilities(model: Any, x_BTD: Array, places_N2: Array) -> Array:
     """Return the probabilities of the tokens at each place, [N, V]."""
     x_ND = x_BTD[places_N2[:, 0], places_N2[:, 1]]
     return jax.nn.softmax(model.head(x_ND[None], model.base.embedding.token.embedding[...])[0])
+
+
+def _shown_texts(answer: Answer) -> str:
+    return " | ".join(answer[name] for name in ("text", "pair") if name in answer)
 
 
 def check(name: str, value: Any, is_fine: bool, rule: str) -> None:
