@@ -148,7 +148,7 @@ _CAUSE_OF = {name: cause for cause, names in CAUSES.items() for name in names}
 # A part of the path of the module in which a function computes, or in which what it sets shows first.
 MODULES: dict[str, tuple[Any, ...]] = {
     "attention": (
-        *(targets.attend, targets.attention, targets.rotate, targets.frequencies, targets.future, targets.hidden),
+        *(targets.attend, targets.attention, targets.rotate, targets.frequencies, targets.hidden),
         *(targets.attend_in_blocks, targets.add_adapters, targets.classifier_start, targets.mlm_loss, targets.gpt_loss),
     ),
     "feed_forward": (targets.feed_forward, targets.gelu, targets.activation),
@@ -156,7 +156,16 @@ MODULES: dict[str, tuple[Any, ...]] = {
     "layernorm": (targets.norm, targets.framework_norm, targets.framework_rms_norm),
     "blocks": (targets.block,),
     "base": (targets.transformer,),
-    "head": (targets.soft_capped, targets.head_linear, targets.lm_head, targets.classifier_head, targets.at),
+    "head": (
+        targets.soft_capped,
+        targets.head_linear,
+        targets.lm_head,
+        targets.head_prepared,
+        targets.head_activation,
+        targets.classifier_head,
+        targets.classifier,
+        targets.at,
+    ),
 }
 _MODULE_OF = {
     function: module

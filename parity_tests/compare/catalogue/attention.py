@@ -58,7 +58,7 @@ class Attention:
             q, k = k, q
         q, k, v = (self._split(x, K) for x in (q, k, v))
         if self.rotary != "none":
-            q, k = self._turned(q), self._turned(k)
+            q, k = self._turned(q, segments), self._turned(k, segments)
         k, v = (self._repeated(x, H) for x in (k, v))
         scores = np.einsum("bthk,bshk->bhts", q, k) / DIVISORS[self.scale](D, K, H, self.width)
         if self.pad is not None and tokens is not None:
@@ -88,12 +88,15 @@ class Attention:
         }
         return x[:, :, heads[self.groups]]
 
-    def _turned(self, x: np.ndarray) -> np.ndarray:
+    def _turned(self, x: np.ndarray, segments: Any) -> np.ndarray:
         T, K = x.shape[1], x.shape[3]
-        start = 1 if "from 1" in self.rotary else 0
+        positions = np.arange(T)[None] + ("from 1" in self.rotary)
+        if segments is not None:  # they begin anew in each document
+            is_start = np.diff(segments, axis=1, prepend=segments[:, :1] - 1) != 0
+            positions = positions - np.maximum.accumulate(np.where(is_start, np.arange(T), 0), axis=1)
         power = np.arange(0, K, 2) / K * (0.5 if "half the exponent" in self.rotary else 1.0)
-        angle = (start + np.arange(T))[:, None] * self.base**-power
-        cos, sin = np.cos(angle)[None, :, None], np.sin(angle)[None, :, None]
+        angle = (positions[:, :, None] * self.base**-power)[:, :, None]
+        cos, sin = np.cos(angle), np.sin(angle)
         sin = -sin if "opposite" in self.rotary else sin
         is_paired = "interleaved" in self.rotary
         one, two = (x[..., ::2], x[..., 1::2]) if is_paired else np.split(x, 2, axis=-1)
