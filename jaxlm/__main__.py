@@ -18,15 +18,15 @@ COMMANDS = {
     "report": "write a page about one run or several",
     "runs": "list, show, compare, verify and clean up runs",
     "cache": "list, verify and clean up token caches",
-    "plan": "tell memory, time and cost of a training before it",
+    "plan": "estimate memory, time and cost of a training in advance",
     "convert": "convert checkpoints between formats",
-    "schedule": "draw the learning rate of a training before it",
-    "completion": "print a script by which a shell completes these commands",
+    "schedule": "plot the learning rate of a training in advance",
+    "completion": "print a shell script that completes these commands",
 }
 
 
 def main() -> int:
-    """Run the command that the command line names; return the exit status."""
+    """Run the command named on the command line; return the exit status."""
     name, *rest = sys.argv[1:] or [""]
     if name not in COMMANDS:
         return _without_command()
@@ -49,7 +49,7 @@ def _without_command() -> int:
 
 
 def make_parser(parsers: Mapping[str, Parser] | None = None) -> Parser:
-    """Return the parser of all commands, each with the options of its own parser where that is given."""
+    """Return the parser of all commands; with `parsers`, each has the options of its own parser."""
     program = "jaxlm" if Path(sys.argv[0]).stem == "jaxlm" else "python -m jaxlm"
     parser = Parser(program, description="Trains small language models, and uses them.")
     parser.add_argument("-V", "--version", action="store_true", help="print the versions of jaxlm, Python and JAX")

@@ -154,9 +154,9 @@ print(*warnings, checkpoints.summary(), sep="\\n")
     assert process.returncode == 0, process.stderr
     *steps, warning, summary = process.stdout.splitlines()
     assert steps == ["[1] [1]", "[1] [1]", "[1, 3] [1, 3]"]
-    assert re.fullmatch(r"the checkpoint of step 2 could not be saved \(.*\); the run goes on", warning)
+    assert re.fullmatch(r"the checkpoint of step 2 could not be saved \(.*\); the run continues", warning)
     assert "File too large" in warning
-    assert summary.startswith("2 checkpoints saved; training stood still ")
+    assert summary.startswith("2 checkpoints saved; each stopped training for ")
     with Checkpoints(tmp_path) as checkpoints:
         for i in (1, 3):
             assert_bitwise_equal(checkpoints.restore(i, state_at(0, n=1000)), state_at(i, n=1000))
@@ -224,7 +224,7 @@ for i, now in enumerate(MOMENTS):
     for line in saved:
         # Orbax makes the folder again if it was about to write the first of a checkpoint.
         if line != "[1, 3]" or replacement == "a file":
-            assert re.fullmatch(r"\[1, 3\] the checkpoint of step 2 could not be saved \(.*\); the run goes on", line)
+            assert re.fullmatch(r"\[1, 3\] the checkpoint of step 2 could not be saved \(.*\); the run continues", line)
             assert "tensorstore_spec" not in line
 
 

@@ -10,22 +10,22 @@ from jaxlm.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that raises UserError for a bad command line: it is reported as other bad input is."""
+    """An argument parser that raises UserError for a bad command line."""
 
-    color = False  # Python 3.14 has colours, which a safe stream would show as escapes
+    color = False  # Python 3.14 prints colours, which terminal.Shown would escape
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help shows how to call it)")
 
     def format_help(self) -> str:
-        """Return the help, in lines that fit the terminal."""
+        """Return the help, wrapped to the width of the terminal."""
         return terminal.wrapped(super().format_help(), shutil.get_terminal_size().columns)
 
 
 def agrees(question: str) -> bool:
     """Return whether the user says yes. Raises UserError where there is nobody to ask."""
     if not sys.stdin.isatty():
-        raise UserError("there is no terminal to ask in; add --yes to remove these")
+        raise UserError("there is no terminal to ask for confirmation; add --yes to remove these")
     try:
         return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
     except EOFError:

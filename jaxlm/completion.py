@@ -1,4 +1,4 @@
-"""The command `jaxlm completion`: a script by which a shell completes the commands, their options and values."""
+"""The command `jaxlm completion`: a shell script that completes commands, options and values."""
 
 import argparse
 import sys
@@ -15,7 +15,7 @@ from jaxlm.errors import reported
 from jaxlm.reporting import plot_schedule
 from jaxlm.terminal import command
 
-SHELLS = {  # and where each looks for the script
+SHELLS = {  # and where each one looks for the script
     "bash": "~/.local/share/bash-completion/completions/jaxlm",
     "zsh": "~/.zfunc/_jaxlm, with fpath+=~/.zfunc before compinit in ~/.zshrc",
     "fish": "~/.config/fish/completions/jaxlm.fish",
@@ -26,7 +26,7 @@ PATH_SETTINGS = ("resume", "init_from", "run.dir", "run.checkpoint_dir", "data.c
 
 @reported(debug=False)
 def main(argv: list[str] | None = None) -> int:
-    """Print the script for the shell that the command line names; return the exit status. Bad input exits with 2."""
+    """Print the script for the shell named on the command line; return the exit status. Bad input exits with 2."""
     shell = make_parser().parse_args(sys.argv[1:] if argv is None else argv).shell
     print(shtab.complete(all_commands(), shell))
     return 0
@@ -36,15 +36,15 @@ def make_parser() -> Parser:
     """Return the parser of the command line."""
     parser = Parser(
         prog=command("completion"),
-        description="Prints a script by which a shell completes jaxlm, its commands, options, settings and values.",
-        epilog="Save it where the shell looks: " + "; ".join(f"{shell}: {path}" for shell, path in SHELLS.items()),
+        description="Prints a shell script that completes jaxlm's commands, options, settings and values.",
+        epilog="Where to save it: " + "; ".join(f"{shell}: {path}" for shell, path in SHELLS.items()),
     )
     parser.add_argument("shell", choices=tuple(SHELLS), metavar="SHELL", help=", ".join(SHELLS))
     return parser
 
 
 def all_commands() -> Parser:
-    """Return the parser of all commands with their options, and the settings that they take."""
+    """Return the parser of all commands, with their options and settings."""
     modules = {"cache": cache, "schedule": plot_schedule, "convert": convert, "evaluate": evaluate, "plan": plan}
     modules |= {"predict": predict, "report": report, "runs": runs, "serve": serve}
     parsers = {name: module.make_parser() for name, module in modules.items()}
@@ -62,7 +62,7 @@ def all_commands() -> Parser:
 
 
 def _add_settings(parser: Parser, names: Iterable[str]) -> None:
-    """Add an option for each setting that the parser does not have."""
+    """Add an option for each setting that the parser lacks."""
     texts = configs.comments()
     for name in names:
         flag, hint = f"--{name.replace('_', '-')}", configs.SETTINGS[name]

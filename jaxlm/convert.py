@@ -1,6 +1,6 @@
-"""The command `python -m jaxlm.convert`: a training state from one form of file into another, with every bit kept.
+"""The command `python -m jaxlm.convert`: converts training states between file formats, bit for bit.
 
-formats.py says what the forms are. `read` and `write` are for programs.
+formats.py has the formats.
 """
 
 import argparse
@@ -26,8 +26,8 @@ from jaxlm.weights.formats import CHECKPOINT_1_2, RUN, SAFETENSORS, STATE_DICT, 
 
 @reported(debug=False)
 def main(argv: list[str] | None = None) -> int:
-    """Convert or inspect as the command line says; return the exit status. Bad input exits with 2."""
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing is computed: leave an accelerator to who trains on it
+    """Convert or inspect a file; return the exit status. Bad input exits with 2."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing is computed: do not occupy an accelerator
     args = _parse(sys.argv[1:] if argv is None else argv)
     if args.inspect:
         inspect(snapshots.load(huggingface.find(args.inspect)))
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def inspect(stored: StoredFile) -> None:
-    """Print what is in a file or folder: what it tells of itself, parameters by part, and a table of its tensors."""
+    """Print the content of a file or folder: metadata, numbers of parameters, and a table of its tensors."""
     from rich.table import Table
 
     from jaxlm.io.console import Console
@@ -122,9 +122,9 @@ def _convert(args: argparse.Namespace) -> None:
     if has_adapters:
         kept = f"step {snapshot.info['step']}, adapters merged into the weights, no optimizer moments"
     elif form == STATE_DICT:
-        kept = "nothing but weights"
+        kept = "only weights"
     elif args.family:
-        kept = "no optimizer moments" + ("" if tokenizer else f"; no tokenizer, since there is none with {source}")
+        kept = "no optimizer moments" + ("" if tokenizer else f"; no tokenizer, because {source} has none")
     elif snapshot.moments is None:
         kept = f"step {snapshot.info['step']}, no optimizer moments: they start at zero"
     else:
@@ -135,12 +135,12 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _tokenizer(source: Path, snapshot: Snapshot) -> Tokenizer | None:
-    """Return the tokenizer of a run, of the run of a checkpoint, or of a model of transformers; None if it is gone."""
+    """Return the tokenizer of a run, a checkpoint's run or a model of transformers; None if it is missing."""
     for folder in (source, source.parent.parent):
         if not storage.is_remote(folder) and any((folder / name).is_file() for name in huggingface.TOKENIZER):
             config = TokenizerConfig(path=str(folder), lowercase=snapshot.config.tokenizer.lowercase)
-            tokenizer, wanted = tokenization.read(config), snapshot.info["tokenizer"]
-            if wanted in (None, tokenization.fingerprint(tokenizer)):
+            tokenizer = tokenization.read(config)
+            if snapshot.info["tokenizer"] in (None, tokenization.fingerprint(tokenizer)):
                 return tokenizer
     return None
 

@@ -77,14 +77,14 @@ def test_a_student_has_evenly_spaced_layers_and_all_else() -> None:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        (("--model.n-layers", "3"), "model.n_layers=3: the student begins with every k-th of the 4 layers"),
-        (("--model.seq-len", "8"), "model.seq_len=8, but that of distill.teacher="),
+        (("--model.n-layers", "3"), "model.n_layers=3: the student starts from every k-th of the 4 layers"),
+        (("--model.seq-len", "8"), "model.seq_len=8, but distill.teacher="),
         (("--model.d-model", "24"), "model.d_model=24, but "),
         (("--distill.teacher", "nowhere/at/all"), "distill.teacher=nowhere/at/all: there is no such run"),
-        (("--task", "sst2"), "task=sst2, but that of distill.teacher="),
+        (("--task", "sst2"), "task=sst2, but distill.teacher="),
         (
             ("--task", "gpt", "--model.pad-id", "0"),
-            "task=gpt has no distillation; use mlm, sst2, cola or a task made of one",
+            "task=gpt has no distillation; use mlm, sst2, cola or a task based on one",
         ),
         (
             ("--distill.soft-weight", "0", "--distill.hard-weight", "0", "--distill.cosine-weight", "0"),
@@ -103,7 +103,7 @@ def test_another_teacher_than_before_is_refused(taught: Path) -> None:
     assert found is not None
     known = teacher.load(found)
     assert teacher.load(found, known.fingerprint).fingerprint == known.fingerprint
-    with pytest.raises(UserError, match=r"not those of the teacher .* give that one with --distill.teacher"):
+    with pytest.raises(UserError, match=r"weights differ from those of .* give that teacher with --distill.teacher"):
         teacher.load(found, "another")
 
 

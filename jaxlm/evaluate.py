@@ -1,4 +1,4 @@
-"""The command `python -m jaxlm.evaluate`: scores a trained model on one part of the data. USING.md has an example."""
+"""The command `python -m jaxlm.evaluate`: scores a trained model on a split of its data. USING.md has an example."""
 
 import argparse
 import dataclasses
@@ -16,7 +16,7 @@ from jaxlm.io import storage
 from jaxlm.runtime import huge_pages
 from jaxlm.terminal import command, dumps
 
-if TYPE_CHECKING:  # the command line is looked at before anything that takes long to import
+if TYPE_CHECKING:  # the command line is parsed before slow imports
     from rich.table import Table
 
     from jaxlm.inference.evaluation import Evaluation
@@ -24,69 +24,71 @@ if TYPE_CHECKING:  # the command line is looked at before anything that takes lo
 
 @reported(debug=False)
 def main(argv: list[str] | None = None) -> int:
-    """Evaluate as the command line says; return the exit status. Bad input exits with 2."""
+    """Evaluate the model of a command line; return the exit status. Bad input exits with 2."""
     args, given = _parse(sys.argv[1:] if argv is None else argv)
     from jaxlm.data import prepare
     from jaxlm.inference import evaluation, load
 
     tokenizer, batch_size = given.pop("tokenizer.path", ""), given.pop("train.batch_size", evaluation.BATCH_SIZE)
     trained = load.load(args.checkpoint, tokenizer)
-    source, samples = evaluation.part(trained, args.split, given)
+    source, samples = evaluation.samples_of(trained, args.split, given)
     for text in prepare.length_notes(trained.config, [samples]):
         note(text)
-    found = evaluation.evaluate(trained, samples, batch_size, args.split, source.description)
-    values = _finite(dataclasses.asdict(found))
+    result = evaluation.evaluate(trained, samples, batch_size, args.split, source.description)
+    values = _finite(dataclasses.asdict(result))
     if args.json:
         print(dumps(values))
     else:
-        _print(found)
+        _print(result)
     run = trained.start.run
     if run is not None and not storage.is_remote(run) and not given.keys() - {"data.cache_dir"}:
-        path = run / f"evaluation_{args.split}.json"  # where jaxlm.report finds it
+        path = run / f"evaluation_{args.split}.json"  # jaxlm.report reads it
         try:
             path.write_text(dumps(values, indent=1), encoding="utf-8")
         except OSError as error:
             warn(f"{path}: cannot be written ({error.strerror})")
         else:
-            print(f"kept as {path}", file=sys.stderr)
+            print(f"saved as {path}", file=sys.stderr)
     return 0
 
 
-def _print(found: "Evaluation") -> None:
+def _print(result: "Evaluation") -> None:
     from jaxlm.inference.evaluation import INTERVAL, N_DRAWS
     from jaxlm.io.console import Console
 
     console = Console()
-    console.print(f"{found.checkpoint}: task {found.task}, step {found.step:,}")
-    console.print(f"{found.split} part of {found.data}: {found.n_samples:,} samples, {found.n_counted:,} predictions")
-    scores = found.scores | ({"calibration_error": found.calibration_error} if found.calibration_error else {})
+    console.print(f"{result.checkpoint}: task {result.task}, step {result.step:,}")
+    console.print(
+        f"{result.split} split of {result.data}: {result.n_samples:,} samples, {result.n_counted:,} predictions"
+    )
+    scores = result.scores | ({"calibration_error": result.calibration_error} if result.calibration_error else {})
     rows = []
     for name, x in scores.items():
         interval = f"{number(name, x.low)} to {number(name, x.high)}"
         baseline = "" if x.baseline is None else number(name, x.baseline)
         rows.append([f"{name} ({x.better} is better)", number(name, x.value), interval, baseline])
-    title = f"intervals: {INTERVAL:.0%}, from {N_DRAWS:,} bootstraps of {found.n_drawn:,} {found.drawn}"
+    title = f"intervals: {INTERVAL:.0%}, from {N_DRAWS:,} bootstraps of {result.n_drawn:,} {result.drawn}"
     console.print(_table(title, ["", "score", "interval", "baseline"], rows))
-    if found.warning:
-        console.print(f"warning: {found.warning}")
-    if found.confusion:
-        has_none = any(row[-1] for row in found.confusion)
-        heads = [f"predicted {name}" for name in found.classes] + (["no class"] if has_none else [])
+    if result.warning:
+        console.print(f"warning: {result.warning}")
+    if result.confusion:
+        has_none = any(row[-1] for row in result.confusion)
+        heads = [f"predicted {name}" for name in result.classes] + (["no class"] if has_none else [])
         rows = [
             [f"label {name}", *(f"{x:,}" for x in row[: len(heads)])]
-            for name, row in zip(found.classes, found.confusion, strict=True)
+            for name, row in zip(result.classes, result.confusion, strict=True)
         ]
         console.print(_table("confusion", ["", *heads], rows))
-    if found.bins:
-        title = "calibration: how often predictions of some confidence are right"
+    if result.bins:
+        title = "calibration: accuracy of the predictions by confidence"
         rows = [
             [f"{b.low:.1f} to {b.high:.1f}", f"{b.count:,}", f"{b.confidence:.3f}", f"{b.accuracy:.3f}"]
-            for b in found.bins
+            for b in result.bins
         ]
         console.print(_table(title, ["confidence", "predictions", "mean confidence", "right"], rows))
-    if found.worst:
-        console.print(f"worst errors, by the {'probability of the label' if found.confusion else 'loss'}:")
-        for error in found.worst:
+    if result.worst:
+        console.print(f"worst errors, by the {'probability of the label' if result.confusion else 'loss'}:")
+        for error in result.worst:
             text = " ".join(error.text.split())
             text = text if len(text) <= 100 else f"{text[:97]}..."
             measure = error.loss if error.probability is None else error.probability
@@ -94,7 +96,7 @@ def _print(found: "Evaluation") -> None:
 
 
 def _table(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> "Table":
-    """Return a table of figures; a column without a head has names."""
+    """Return a table of numbers; a column without a heading has names."""
     from rich.table import Table
 
     table = Table(title=title, title_style="", title_justify="left")
@@ -110,7 +112,7 @@ def _predicted(value: Any) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """Return a value for JSON, which has no NaN: null is what every reader takes."""
+    """Return a value for JSON, with null in place of NaN and infinity."""
     if isinstance(value, dict):
         return {name: _finite(x) for name, x in value.items()}
     if isinstance(value, list):
@@ -122,29 +124,29 @@ def make_parser() -> Parser:
     """Return the parser of the command line."""
     parser = Parser(
         prog=command("evaluate"),
-        description="Scores a trained model on a part of its run's data, or on a file.",
-        epilog="Settings that say how a file is read, or where to, can be given as for jaxlm.train: --data.format, "
-        "--data.header, --data.text-column, --data.label-column, --data.cache-dir, --tokenizer.path.",
+        description="Scores a trained model on a split of its run's data, or on a file.",
+        epilog="Settings on reading files are those of jaxlm.train: --data.format, --data.header, --data.text-column, "
+        "--data.label-column, --data.cache-dir, --tokenizer.path.",
     )
     parser.add_argument(
         "--checkpoint", required=True, metavar="RUN", help="run (its best checkpoint), checkpoint, or public model"
     )
-    parser.add_argument("--split", choices=("validation", "test"), default="test", help="part to score (test)")
+    parser.add_argument("--split", choices=("validation", "test"), default="test", help="split to score (test)")
     parser.add_argument("--data.path", dest="path", metavar="FILE", help="score all of this file instead")
-    parser.add_argument("--train.batch-size", dest="size", metavar="N", help="samples that a device has at once (16)")
+    parser.add_argument("--train.batch-size", dest="size", metavar="N", help="samples per device at a time (16)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
 
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
-    """Return the arguments, and the settings among them by name."""
+    """Return the arguments, and the given settings by name."""
     args, rest = make_parser().parse_known_args(argv)
     rest += [f"--data.path={args.path}"] if args.path is not None else []
     rest += [f"--train.batch-size={args.size}"] if args.size is not None else []
     given = configs.given(rest)
     for name in given:
         if not name.startswith("data.") and name not in ("tokenizer.path", "train.batch_size"):
-            raise UserError(f"--{name.replace('_', '-')}: a model that is trained keeps it; leave it out")
+            raise UserError(f"--{name.replace('_', '-')}: cannot change for a trained model; leave it out")
     return args, given
 
 

@@ -51,7 +51,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def evaluated(runs: Path, task: str, **options: Any) -> Any:
     found = load.load(runs / task)
-    samples = evaluation.part(found, "validation", {})[1]
+    samples = evaluation.samples_of(found, "validation", {})[1]
     return found, samples, evaluation.evaluate(found, samples, **options)
 
 
@@ -135,7 +135,7 @@ def _accuracy(totals: Any) -> metrics.Scores:
 
 def test_the_samples_of_an_article_are_drawn_together(runs: Path) -> None:
     found = load.load(runs / "gpt")
-    samples = evaluation.part(found, "validation", {})[1]
+    samples = evaluation.samples_of(found, "validation", {})[1]
     articles = evaluation._articles(samples)
     sizes = [-(-(n + 1) // 16) for n in np.diff(samples.windows.split.offsets)]  # one label more than there are tokens
     assert np.bincount(articles).tolist() == sizes and max(sizes) > 1
@@ -177,7 +177,7 @@ def test_figures_are_the_same_for_any_batches_and_devices(runs: Path, capsys: py
 
 def test_what_is_printed_and_kept(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, output, errors = told(capsys, "--checkpoint", runs / "sst2", "--split", "validation")
-    assert (status, errors) == (0, f"kept as {runs}/sst2/evaluation_validation.json\n")
+    assert (status, errors) == (0, f"saved as {runs}/sst2/evaluation_validation.json\n")
     kept = json.loads((runs / "sst2" / "evaluation_validation.json").read_text())
     _, printed, _ = told(capsys, "--checkpoint", runs / "sst2", "--split", "validation", "--json")
     assert json.loads(printed) == kept
@@ -205,7 +205,7 @@ def test_a_file_is_scored_as_a_whole(runs: Path, tmp_path: Path, capsys: pytest.
         (["--split", "train"], "invalid choice: 'train'"),
         (["--data.path", "nothing.tsv"], "data.path=nothing.tsv: no such file or folder"),
         (["--data.path", "."], "data.path=.: is a folder; name the file in it"),
-        (["--model.d-model", "8"], "--model.d-model: a model that is trained keeps it"),
+        (["--model.d-model", "8"], "--model.d-model: cannot change for a trained model"),
         (["--modle", "8"], "--modle: unknown setting"),
         (["--train.batch-size", "0"], "--train.batch-size 0:"),
     ],
@@ -220,14 +220,14 @@ def test_data_that_have_changed_are_refused(runs: Path, tmp_path: Path, capsys: 
     rows.write_text((runs / "rows.tsv").read_text())
     run = tiny_runs.write(tmp_path / "run", "sst2", **{"data.path": str(rows), "data.test_fraction": 0.3})
     argv = ["--checkpoint", run, "--data.cache-dir", tmp_path / "cache"]
-    source, _ = evaluation.part(load.load(run), "test", {"data.cache_dir": str(tmp_path / "cache")})
+    source, _ = evaluation.samples_of(load.load(run), "test", {"data.cache_dir": str(tmp_path / "cache")})
     info = run / "checkpoints" / "3" / "info" / "metadata"
     info.write_text(json.dumps(json.loads(info.read_text()) | {"data": source.fingerprint}))
     checkpoint.checksums.write(info.parents[1])
     assert told(capsys, *argv)[0] == 0
     rows.write_text(rows.read_text() + "one more\t1\n")
     status, _, errors = told(capsys, *argv)
-    assert status == 2 and len(errors.splitlines()) == 1 and "the data are others than those of" in errors
+    assert status == 2 and len(errors.splitlines()) == 1 and "the data differ from those of" in errors
 
 
 def test_the_help_needs_no_framework() -> None:

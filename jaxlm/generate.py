@@ -1,4 +1,4 @@
-"""Continue a prompt with the likeliest tokens."""
+"""Greedy continuation of prompts, for the samples shown in training."""
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +8,10 @@ from jaxlm.heads import LanguageModel
 
 
 def continue_greedily(model: LanguageModel, prompt_BT: Array, n_new: int, n_B: Array | None = None) -> Array:
-    """Return [B, n_new] token ids that continue the prompts, each the likeliest after what comes before.
+    """Return [B, n_new] token ids that continue the prompts greedily.
 
-    `n_B` is how many tokens of each row are its prompt, by default all; what is behind them is overwritten.
-    One compiled loop over a buffer of fixed length; each step runs the whole buffer, so keep n_new small.
+    `n_B` is the length of each prompt, by default T; tokens behind it are overwritten. One compiled loop over a buffer
+    of fixed length; each step runs the whole buffer, so keep n_new small.
     """
     B, T = prompt_BT.shape
     n_B = jnp.full(B, T) if n_B is None else n_B

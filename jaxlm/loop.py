@@ -1,4 +1,4 @@
-"""A run from settings to summary: `run` sets up, `fit` is the training loop, `finish` scores and sums up."""
+"""A run from settings to summary: `run` sets up, `fit` is the training loop, `finish` scores and prints the summary."""
 
 import contextlib
 import functools
@@ -33,19 +33,19 @@ from jaxlm.weights import formats, snapshots
 
 
 class Compiled(NamedTuple):
-    """What runs on the devices."""
+    """The jitted functions of a run, and what they need."""
 
     mesh: Mesh
     update: Callable[..., Any]  # (state, batches, key, teacher) -> (state, metrics)
     totals: Callable[..., Any]  # (params, batch) -> totals, without dropout
-    predict: Callable[..., Any]  # (params, batch) -> what the task shows
-    shardings: TrainState  # where each array of a state lies
+    predict: Callable[..., Any]  # (params, batch) -> predictions, for the samples that are shown
+    shardings: TrainState  # a sharding for each array of a state
     model: str  # name of its class
     teacher: nnx.Module | None = None
 
 
 def run(config: Config, origins: dict[str, str], start: Start, started_s: float) -> int:
-    """Train as the settings say; return the exit status. Raises UserError, and then leaves no run folder."""
+    """Train with these settings; return the exit status. Raises UserError, and then leaves no run folder."""
     backend.configure(config)
     with contextlib.ExitStack() as stack:
         config = stack.enter_context(processes.joined(config, identity_at_start(config, start)))
@@ -63,7 +63,7 @@ def run(config: Config, origins: dict[str, str], start: Start, started_s: float)
             if mesh.size > mesh.shape["data"]:
                 this.log.say(parallel.table(mesh, jax.eval_shape(fresh).params, compiled.model))
             state = begin(this, fresh, compiled.shardings)
-            # From here on a signal does not end the process, and the run folder stays.
+            # From here on, a signal saves a checkpoint before the process ends, and the run folder stays.
             status = parallel.any_process(mesh, stack.enter_context(signals.interrupts(this.log)))
         stack.enter_context(this)
         record = functools.partial(run_dir.record_saved, this.dir)
@@ -80,7 +80,7 @@ def build(
     rewarmed: tuple[int, float] | None = None,
     teacher: Teacher | None = None,
 ) -> tuple[Callable[[], TrainState], Compiled]:
-    """Return what makes the state of a new run, on the mesh, and the compiled functions of a task.
+    """Return a function that makes the initial state on the mesh, and the jitted functions of a task.
 
     `rewarmed` is as in schedule.learning_rate.
     """
@@ -99,11 +99,11 @@ def build(
     everywhere = parallel.replicated(mesh)
 
     def with_model(function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a function of parameters in place of a model."""
+        """Return `function` with parameters as its first argument, in place of a model."""
 
         def call(params: Any, *args: Any) -> Any:
             with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-                # So that gradients are sharded as the parameters are.
+                # Gradients get the shardings of the parameters.
                 params = jax.lax.with_sharding_constraint(params, shardings.params)
                 return function(nnx.merge(graphdef, params), *args)
 
@@ -132,53 +132,56 @@ def build(
 
 @slow("making or restoring the weights")
 def begin(run: Run, fresh: Callable[[], TrainState], shardings: TrainState) -> TrainState:
-    """Return the state that a run starts with, and print where each part of it is from.
+    """Return the state that a run starts with, and print which parts are restored.
 
-    `fresh` makes the start values, placed by `shardings`; it is called only if something starts afresh.
+    `fresh` makes the initial values, placed by `shardings`; it is called only if some part is not restored.
     """
-    begun = run.start
-    if begun.path is None:
+    start = run.start
+    if start.path is None:
         return fresh()
     state: Any = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         jax.eval_shape(fresh),
         shardings,
     )
-    if begun.parts != layout.PARTS:
+    if start.parts != layout.PARTS:
         state = fresh()
-    step = begun.position().step
-    if begun.is_student:
-        assert run.teacher is not None, "it is the start"
+    step = start.position().step
+    if start.is_student:
+        assert run.teacher is not None, "the student starts from layers of its teacher"
         weights = run.teacher.every_layer(run.config.model.n_layers)
-        tree = names.to_jax(names.check(weights, parameters.shapes(run.config), str(begun.path)))
+        tree = names.to_jax(names.check(weights, parameters.shapes(run.config), str(start.path)))
         state = checkpoint.with_parts(state, jax.device_put(tree, shardings.params), step)
     elif (
-        begun.form == formats.RUN and configs.is_whole(begun.settings()) and configs.is_whole(configs.flat(run.config))
+        start.form == formats.RUN and configs.is_whole(start.settings()) and configs.is_whole(configs.flat(run.config))
     ):
-        state = checkpoint.restore(begun.path, state, begun.parts, step, is_checked=True)
+        state = checkpoint.restore(start.path, state, start.parts, step, is_checked=True)
     else:
-        parts = snapshots.parts_of_file(begun.path, run.config, begun.parts, begun.kind == "base")
+        parts = snapshots.parts_of_file(start.path, run.config, start.parts, start.kind == "base")
         state = jax.device_put(checkpoint.with_parts(state, parts, step), shardings)
     trees = {"optimizer": checkpoint.parts_of(state)["optimizer"], **state.params}
     sizes = {name: [x.size for x in jax.tree.leaves(tree)] for name, tree in trees.items()}
-    run.log.say(summary.start_table(begun, sizes))
+    run.log.say(summary.start_table(start, sizes))
     return state
 
 
 def fit(
     run: Run, compiled: Compiled, state: TrainState, checkpoints: Checkpoints, status: Callable[[], int]
 ) -> TrainState:
-    """Train until train.max_steps, the file `stop` or a signal; return the state. `status` is not 0 after a signal."""
+    """Train until train.max_steps, a signal, or a file `stop` in the run folder; return the state.
+
+    `status` returns the exit status: not 0 after a signal.
+    """
     train, samples, mesh = run.config.train, run.data.samples["train"], compiled.mesh
     position = run.start.position()
-    rows = parallel.rows(mesh, train.batch_size)
-    batches = loader.training_batches(samples, train, position, rows)
+    local = parallel.local_samples(mesh, train.batch_size)
+    batches = loader.training_batches(samples, train, position, local)
     key = jax.jit(lambda: jax.random.key(train.seed), out_shardings=parallel.replicated(mesh))()
     take = parallel.any_process(mesh, signals.FileWatch(run.dir).take)
     i = position.step
     if i and (i % train.eval_interval == 0 or i == train.max_steps) and i not in run.validation:
-        evaluate_and_show(run, compiled, state, i, status)  # which an interrupt has cut short
-    if i >= train.max_steps and i not in checkpoints.steps():  # resumed from another run, with no update left to make
+        evaluate_and_show(run, compiled, state, i, status)  # an interrupt prevented it before
+    if i >= train.max_steps and i not in checkpoints.steps():  # a new folder for a run that has no updates left
         checkpoints.save_last(state, _info(run, i, position), run.losses())
     run.log.say("compiling the first update ...")
     tracer = profile.Tracer(run.dir / "trace", run.config.profile, run.log.say, run.log.warn)
@@ -191,13 +194,13 @@ def fit(
             on_devices = parallel.put_batch(mesh, batch, axis=1)
             state, metrics = compiled.update(state, on_devices, key, compiled.teacher)
             tracer.end(metrics, compiled.update, state, on_devices, key, compiled.teacher)
-            # Metrics of the update before are read only now that this one is under way: the device never waits.
+            # This reads the metrics of the previous update, so that the device never waits for the host.
             A, _, T = batch["tokens"].shape
             n_flops = A * train.batch_size * flops.flops_per_sample(run.config, T)
-            n_tokens = samples.n_tokens(batch) * train.batch_size // len(rows)
+            n_tokens = samples.n_tokens(batch) * train.batch_size // len(local)
             bad = meter.add(i, metrics, n_tokens, A * train.batch_size * T, n_flops)
 
-            is_interrupted = bool(status())  # looked at once: a signal between two looks would cost an evaluation
+            is_interrupted = bool(status())  # read once: a signal between two reads would skip an evaluation
             is_last = is_interrupted or bool(take("stop")) or i == train.max_steps
             is_evaluated = (is_last or i % train.eval_interval == 0) and not is_interrupted
             is_saved = is_evaluated or is_last or bool(take("save_checkpoint"))
@@ -206,7 +209,7 @@ def fit(
                 meter.forget()
                 state, position = roll_back(run, state, checkpoints, position, bad)
                 i = position.step
-                batches = loader.training_batches(samples, train, position, rows)
+                batches = loader.training_batches(samples, train, position, local)
             elif is_saved:
                 with meter.paused():
                     if is_evaluated:
@@ -222,7 +225,7 @@ def fit(
 def roll_back(
     run: Run, state: TrainState, checkpoints: Checkpoints, position: Position, bad: int
 ) -> tuple[TrainState, Position]:
-    """Return the state of the last checkpoint, and its place in data that go on without the samples of update `bad`."""
+    """Return the last state saved before update `bad`, and its position in the data without that update's samples."""
     checkpoints.wait()
     step = rollback.step_to_return_to(run, checkpoints.steps(), position, bad)
     return checkpoints.restore(step, state), rollback.without(run, position, step, bad)
@@ -231,17 +234,17 @@ def roll_back(
 def evaluate(run: Run, compiled: Compiled, params: Any, name: str, status: Callable[[], int]) -> dict[str, Any] | None:
     """Return the totals over the samples run.chosen[name], by source, summed in float64 on the host.
 
-    None after a signal.
+    Returns None after a signal.
     """
-    found: dict[str, Any] = {}
+    by_source: dict[str, Any] = {}
     train = run.config.train
     for source, chosen in run.chosen[name].items():
         sums: dict[str, Any] = {}
         ahead: list[Any] = []
         samples = mixture.parts_of(run.data.samples[chosen.split])[source]
-        rows = parallel.rows(compiled.mesh, train.batch_size)
+        local = parallel.local_samples(compiled.mesh, train.batch_size)
         with run.log.pass_bar(f"scoring {chosen.split} {source}".strip(), len(chosen.indices)) as show:
-            batches = loader.evaluation_batches(samples, train.batch_size, rows, train.group_by_length, chosen.indices)
+            batches = loader.evaluation_batches(samples, train.batch_size, local, train.group_by_length, chosen.indices)
             for i, batch in enumerate(batches):
                 ahead.append(compiled.totals(params, parallel.put_batch(compiled.mesh, batch)))
                 if len(ahead) > 1:
@@ -251,25 +254,28 @@ def evaluate(run: Run, compiled: Compiled, params: Any, name: str, status: Calla
                     return None
         for totals in ahead:
             metrics.add(sums, jax.device_get(totals))
-        found[source] = sums | chosen.constants(samples)
-    return found
+        by_source[source] = sums | chosen.constants(samples)
+    return by_source
 
 
 def evaluate_and_show(run: Run, compiled: Compiled, state: TrainState, i: int, status: Callable[[], int]) -> None:
-    """Score the validation part after update `i`, log it, and dump samples; after a signal, do nothing of it."""
+    """Score the validation split after update `i`, log the scores, and save samples; do nothing after a signal."""
     totals = evaluate(run, compiled, state.params, "validation", status)
     if totals is None:
         return
     batch = summary.shown_samples(run, compiled.mesh.size)
-    rows = parallel.rows(compiled.mesh, len(batch["tokens"]))
-    part = parallel.put_batch(compiled.mesh, {name: x[rows] for name, x in batch.items()})
-    predictions = np.asarray(compiled.predict(state.params, part))
-    summary.tell_scores(run, i, totals)
+    local = parallel.local_samples(compiled.mesh, len(batch["tokens"]))
+    on_devices = parallel.put_batch(compiled.mesh, {name: x[local] for name, x in batch.items()})
+    predictions = np.asarray(compiled.predict(state.params, on_devices))
+    summary.log_scores(run, i, totals)
     run.log.samples(i, run.task.show(batch, predictions, run.data.tokenizer), run.config.log.samples)
 
 
 def finish(run: Run, compiled: Compiled, state: TrainState, checkpoints: Checkpoints, status: Callable[[], int]) -> int:
-    """Score the best checkpoint: all of validation and, for the only time, test; sum up; return the exit status."""
+    """Score the best checkpoint on validation and test, print the summary, and return the exit status.
+
+    This is the only time that the test split is read.
+    """
     last, saved = int(state.step), checkpoints.steps()
     first, _, _ = optim.moments(state.opt_state)
     n_all, n_trained = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (state.params, first))
@@ -282,7 +288,7 @@ def finish(run: Run, compiled: Compiled, state: TrainState, checkpoints: Checkpo
 
 
 def _describe(mesh: Mesh, config: Config) -> str:
-    """Return a line on the devices and how they are used. Raises UserError if the attention is not to be had."""
+    """Return a line about the devices and their use. Raises UserError if the settings ask for unavailable kernels."""
     model, dtype, attention = config.model, TASKS[config.task](config).dtype, "; fused attention"
     is_causal = parameters.model_kind(config.task) == "causal" or model.pooling == "last"
     is_packed = config.data.pack == "documents"

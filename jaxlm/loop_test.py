@@ -80,8 +80,9 @@ def test_skip_leaves_out_the_update_and_counts_it(run: Any, capsys: pytest.Captu
     assert status == 0
     skipped = [row["step"] for row in rows(folder) if row["loss"] is None]
     assert skipped and len(rows(folder)) == 20
-    assert f"{len(skipped)} updates were skipped, since they were no numbers: {', '.join(map(str, skipped))}" in (
-        output.out.replace("1 update was", "1 updates were")
+    assert (
+        f"{len(skipped)} updates were skipped, because they were NaN or infinite: {', '.join(map(str, skipped))}"
+        in (output.out.replace("1 update was", "1 updates were"))
     )
     assert [f"step {step}: the loss is nan" in output.err for step in skipped]
     assert all(np.isfinite(row["loss"]) for row in rows(folder, "validation"))
@@ -91,7 +92,7 @@ def test_rollback_goes_on_without_the_samples_of_the_update(run: Any, capsys: py
     status, folder = run("--train.on-nonfinite rollback")
     output = capsys.readouterr()
     assert status == 0, output.err
-    assert "is no number: back to step" in output.err
+    assert "is NaN or infinite: back to step" in output.err
     assert [row["step"] for row in rows(folder)] == list(range(1, 21))
     assert all(np.isfinite(row["loss"]) for row in rows(folder))
     assert [row["step"] for row in rows(folder, "validation")] == [3, 6, 9, 12, 15, 18, 20]

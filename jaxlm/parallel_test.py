@@ -234,5 +234,5 @@ def test_the_table_tells_what_is_whole_on_every_device() -> None:
     console = Console(record=True, width=120)
     console.print(parallel.table(mesh, shapes, "Classifier"))
     text = console.export_text()
-    assert re.search(rf"all else\W+\(whole on every device\)\W+{whole}\W+{whole}\b", text)
+    assert re.search(rf"all else\W+\(replicated\)\W+{whole}\W+{whole}\b", text)
     assert re.search(rf"together\W+{n:,}\b", text)

@@ -27,7 +27,7 @@ TOO_LARGE = 1  # exit status where the step does not fit
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print what the command line asks for; return the exit status: 1 if nothing fits, 2 for bad input."""
+    """Print a plan or a sweep; return the exit status: 1 if nothing fits, 2 for bad input."""
     argv = sys.argv[1:] if argv is None else argv
     with reported(debug="--debug" in argv):
         args, rest = _parse(argv)
@@ -37,46 +37,46 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def plan(config: Config, args: argparse.Namespace) -> int:
-    """Print the plan of the settings, and if they do not fit, the nearest that do."""
+    """Print the plan of the settings; if they do not fit, suggest similar ones that do."""
     print(f"compiling for {args.topology} ...", file=sys.stderr)
-    found = roofline.plan(config, args.topology, search.measure(config, args.topology), args.price)
+    result = roofline.plan(config, args.topology, search.measure(config, args.topology), args.price)
     if args.json:
-        print(dumps(dataclasses.asdict(found)))
+        print(dumps(dataclasses.asdict(result)))
     else:
-        show(found, config)
-    if found.step.missing:
-        print(f"missing: {found.step.missing}", file=sys.stderr)
-    if found.fits is not False:
+        show(result, config)
+    if result.step.missing:
+        print(f"missing: {result.step.missing}", file=sys.stderr)
+    if result.fits is not False:
         return 0
-    print(_too_large(found), file=sys.stderr)
+    print(_too_large(result), file=sys.stderr)
     advise(config, args.topology)
     return TOO_LARGE
 
 
 def sweep(config: Config, args: argparse.Namespace) -> int:
-    """Print the plans of all combinations that fit, the fastest first, and write the best if asked to."""
+    """Print the plans of all combinations that fit, the fastest first; write the best one if requested."""
     tried = list(search.candidates(config, search.n_devices(args.topology), args.sweep))
-    found, failed = [], []
+    plans, failed = [], []
     for candidate, step in _measured(tried, args.topology):
         if isinstance(step, UserError):
             failed.append(str(step))
         else:
-            found.append((candidate, roofline.plan(candidate, args.topology, step, args.price)))
-    fitting = sorted((x for x in found if x[1].fits is not False), key=lambda x: _rank(x[1]))
+            plans.append((candidate, roofline.plan(candidate, args.topology, step, args.price)))
+    fitting = sorted((x for x in plans if x[1].fits is not False), key=lambda x: _rank(x[1]))
     for message in sorted(set(failed)):
         warn(f"{failed.count(message)} left out: {message}")
     if args.json:
         print(dumps([dataclasses.asdict(one) for _, one in fitting]))
     else:
         _show_sweep([one for _, one in fitting])
-        print(f"{len(tried):,} tried, {len(found) - len(fitting):,} do not fit")
-    if found and found[0][1].step.missing:
-        print(f"missing: {found[0][1].step.missing}", file=sys.stderr)
+        print(f"{len(tried):,} tried, {len(plans) - len(fitting):,} do not fit")
+    if plans and plans[0][1].step.missing:
+        print(f"missing: {plans[0][1].step.missing}", file=sys.stderr)
     if not fitting:
         print("nothing fits; use more chips, or a smaller model", file=sys.stderr)
         return TOO_LARGE
     if args.write:
-        note = f"# The fastest of {len(tried)} that {command('plan')} --sweep has tried for {args.topology}.\n"
+        note = f"# The fastest of {len(tried)} combinations of {command('plan')} --sweep for {args.topology}.\n"
         with os_errors(f"--write {args.write}: cannot be written", "name a new file"):
             with open(args.write, "x", encoding="utf-8") as file:
                 file.write(note + configs.dump(fitting[0][0]))
@@ -85,7 +85,7 @@ def sweep(config: Config, args: argparse.Namespace) -> int:
 
 
 def advise(config: Config, topology: str, most: int = 2) -> None:
-    """Print the nearest settings that fit: those with the fewest changes."""
+    """Print settings that fit, with the fewest changes."""
     tried, n = list(search.nearer(config, search.n_devices(topology))), search.n_workers(topology)
     fits: list[str] = []
     for start in range(0, len(tried), n):
@@ -97,54 +97,54 @@ def advise(config: Config, topology: str, most: int = 2) -> None:
     if fits:
         print("these fit:", *fits[:most], sep="\n  ", file=sys.stderr)
     else:
-        print("nothing near fits; use more chips, or a smaller model", file=sys.stderr)
+        print("no similar settings fit; use more chips, or a smaller model", file=sys.stderr)
 
 
-def show(found: Plan, config: Config) -> None:
-    """Print a plan as one table."""
-    step = found.step
-    chip = "chip" if found.n_chips == step.n_devices else "device"
-    fits = {True: "fits", False: "does not fit", None: ""}[found.fits]
+def show(plan: Plan, config: Config) -> None:
+    """Print a plan as a table."""
+    step = plan.step
+    chip = "chip" if plan.n_chips == step.n_devices else "device"
+    fits = {True: "fits", False: "does not fit", None: ""}[plan.fits]
     sections = {
         "settings": [
             ("mesh", _mesh(step), ""),
-            ("batch x accumulated", f"{found.batch_size:,} x {found.accumulate:,}", "samples"),
-            ("remat, precision", f"{found.remat}, {config.train.precision}", ""),
+            ("batch x accumulated", f"{plan.batch_size:,} x {plan.accumulate:,}", "samples"),
+            ("remat, precision", f"{plan.remat}, {config.train.precision}", ""),
             ("parameters", f"{step.n_parameters:,}", ""),
-            ("tokens of an update", f"{found.tokens:,}", ""),
+            ("tokens of an update", f"{plan.tokens:,}", ""),
         ],
         f"bytes of a {chip}": [
             ("weights", _size(step.weights), "float32"),
             ("moments", _size(step.moments), "of AdamW" if config.train.optimizer == "adamw" else "of Muon and AdamW"),
-            ("batches", _size(step.batches), "and what fills the tiles of all arguments"),
+            ("batches", _size(step.batches), "and padding of all arguments to tiles"),
             ("activations", _size(step.activations), "that JAX keeps for gradients, at most"),
-            ("temporary", _size(step.temporary), "XLA's: activations, gradients and the rest"),
+            ("temporary", _size(step.temporary), "XLA's: activations, gradients, others"),
             ("program", _size(step.code), ""),
-            ("in all", _size(found.n_bytes), "" if step.temporary is not None else "without what XLA needs besides"),
-            (f"limit of {found.chip}", _size(found.limit), fits),
+            ("in all", _size(plan.n_bytes), "" if step.temporary is not None else "without what XLA needs besides"),
+            (f"limit of {plan.chip}", _size(plan.limit), fits),
         ],
         f"an update, of a {chip}": [
-            ("model flops", _flops(found.model_flops / step.n_devices), "matmuls, each once"),
+            ("model flops", _flops(plan.model_flops / step.n_devices), "matmuls, each once"),
             ("flops", _flops(step.flops), "with those that remat recomputes"),
             ("memory traffic", _size(step.traffic), ""),
         ],
         "an update takes at least": [
-            (name, _time(getattr(found, f"{name}_s")), "the bound" if name == found.bound else "")
+            (name, _time(getattr(plan, f"{name}_s")), "the bound" if name == plan.bound else "")
             for name in ("compute", "memory", "interconnect")
         ],
         "the training": [
-            ("model flops utilization", *_utilization(found)),
-            ("updates", f"{found.n_updates:,}", ""),
-            ("time to the end", _time(found.hours and found.hours * 3600), "without evaluations and stops"),
-            ("chip-hours", _number(found.chip_hours), ""),
+            ("model flops utilization", *_utilization(plan)),
+            ("updates", f"{plan.n_updates:,}", ""),
+            ("time to the end", _time(plan.hours and plan.hours * 3600), "without evaluations and stops"),
+            ("chip-hours", _number(plan.chip_hours), ""),
         ],
     }
     for x in sorted(step.sent or (), key=lambda x: -x.n_bytes):
         links = f"sent over {x.n_links} link{'s'[: x.n_links != 1]}"
         sections[f"an update, of a {chip}"].append((f"{x.kind} over {x.axes}", _size(x.n_bytes), links))
-    if found.money is not None:
-        sections["the training"].append(("money", _number(found.money), "in the currency of the price"))
-    table = Table(show_header=False, title=f"{found.task} on {found.n_chips} x {found.chip}", title_justify="left")
+    if plan.money is not None:
+        sections["the training"].append(("money", _number(plan.money), "in the currency of the price"))
+    table = Table(show_header=False, title=f"{plan.task} on {plan.n_chips} x {plan.chip}", title_justify="left")
     table.add_column()
     table.add_column(justify="right")
     table.add_column(style="dim")
@@ -169,14 +169,14 @@ def _show_sweep(plans: Sequence[Plan]) -> None:
 
 
 def _measured(tried: Sequence[Config], topology: str) -> Iterator[tuple[Config, Step | UserError]]:
-    """Yield each of some settings with its step, behind a progress bar on standard error."""
+    """Yield settings with their steps, with a progress bar on stderr."""
     columns = (TextColumn("compiling"), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         yield from progress.track(search.measured(tried, topology), total=len(tried))
 
 
 def _rank(found: Plan) -> tuple[float, float]:
-    """Return what the best has the least of: time, then memory."""
+    """Return the sort key of a plan: time, then memory; the best is lowest."""
     return found.update_s if found.update_s is not None else float(found.step.flops), found.n_bytes
 
 
@@ -224,8 +224,8 @@ def make_parser() -> Parser:
     """Return the parser of the command line."""
     parser = Parser(
         prog=command("plan"),
-        description="Compiles the training step of some settings for a TPU that need not be there, or for the "
-        "devices of this machine, and tells memory, time and cost before anything is paid for.",
+        description="Compiles a training step ahead of time, for TPUs you don't have or for the devices of this "
+        "machine, and estimates memory, time and cost.",
         epilog="All settings of jaxlm.train can be given, too: --config FILE, --train.batch-size 512. Exit status: 0 "
         "if the step fits, 1 if it does not, 2 for bad input.",
     )
@@ -240,18 +240,18 @@ def make_parser() -> Parser:
 
 
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Return the arguments, and the words that are settings."""
+    """Return the arguments, and the words of the command line that are settings."""
     args, rest = make_parser().parse_known_args(argv)
     args.sweep = args.sweep.split(",") if args.sweep is not None else None
     for name in args.sweep or ():
         if name not in search.SWEPT:
-            raise UserError(f"--sweep: {name!r} is none of {', '.join(search.SWEPT)}{nearest(name, search.SWEPT)}")
+            raise UserError(f"--sweep: {name!r} is not one of {', '.join(search.SWEPT)}{nearest(name, search.SWEPT)}")
     if args.write and not args.sweep:
-        raise UserError("--write goes with --sweep, whose best it writes")
+        raise UserError("--write needs --sweep, whose best result it writes")
     if args.write and Path(args.write).exists():
-        raise UserError(f"--write {args.write}: is there; name a new file")
+        raise UserError(f"--write {args.write}: exists already; name a new file")
     if args.price is not None and not args.price >= 0:
-        raise UserError(f"--price {args.price}: has to be a number from 0 on")
+        raise UserError(f"--price {args.price}: must be a number from 0")
     if args.topology != LOCAL:
         roofline.named(args.topology)
     return args, rest

@@ -205,12 +205,12 @@ def test_candidates_of_a_sweep_take_the_same_samples_and_fit_the_devices() -> No
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ("--topology v5e:4", "error: --topology v5e:4: it has to be a kind of TPU and its shape, such as v5e:2x4"),
-        ("--topology v9:2x2", "error: --topology v9:2x2: it has to be a kind of TPU"),
-        ("--topology v5e:0x4", "error: --topology v5e:0x4: it has to be a kind of TPU"),
-        ("--sweep meshes", "error: --sweep: 'meshes' is none of mesh, batch, remat; did you mean mesh?"),
-        ("--write best.toml", "error: --write goes with --sweep"),
-        ("--price -1", "error: --price -1.0: has to be a number from 0 on"),
+        ("--topology v5e:4", "error: --topology v5e:4: must be a kind of TPU and its shape, such as v5e:2x4"),
+        ("--topology v9:2x2", "error: --topology v9:2x2: must be a kind of TPU"),
+        ("--topology v5e:0x4", "error: --topology v5e:0x4: must be a kind of TPU"),
+        ("--sweep meshes", "error: --sweep: 'meshes' is not one of mesh, batch, remat; did you mean mesh?"),
+        ("--write best.toml", "error: --write needs --sweep"),
+        ("--price -1", "error: --price -1.0: must be a number from 0"),
         ("--d-model 3", "error: --d-model: unknown setting; did you mean --model.d-model?"),
     ],
 )

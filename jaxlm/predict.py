@@ -1,7 +1,7 @@
-"""The command `python -m jaxlm.predict`: what a trained model makes of a text. USING.md has examples.
+"""The command `python -m jaxlm.predict`: predictions of a trained model for texts. USING.md has examples.
 
-In Python: `predict.load(RUN)` returns what answers the model's kind of question: FillMasks, Continue, Reply, Classify,
-Tag or Predict. Numbers are computed in float32, whatever precision the model was trained in.
+In Python, `predict.load(RUN)` returns the predictor for the model's task: FillMasks, Continue, Reply, Classify, Tag or
+Predict. It computes in float32, regardless of the training precision.
 """
 
 import argparse
@@ -18,48 +18,48 @@ from jaxlm.io import utf8
 from jaxlm.runtime import huge_pages
 from jaxlm.terminal import command, dumps
 
-if TYPE_CHECKING:  # the command line is looked at before anything that takes long to import
+if TYPE_CHECKING:  # the command line is parsed before slow imports
     from jaxlm.inference.predictors import Answer, Continue, Predictor
 
 TAB = "\t"  # between two texts
 OPTIONS = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
-Numbered = tuple[str, str]  # what a text is called, such as "line 3: ", and the text
+Numbered = tuple[str, str]  # a label such as "line 3: ", and the text
 
 
 def load(checkpoint: str | Path, tokenizer: str = "") -> "Predictor":
-    """Return what answers the kind of question that a model is trained for.
+    """Return the predictor for the task of a model.
 
-    `checkpoint` is a run, whose best checkpoint is used, or a checkpoint of any form that jaxlm.convert reads;
-    `tokenizer` as in tokenizer.path, "": that of the run. Raises UserError.
+    `checkpoint` is a run (its best checkpoint is used) or a checkpoint of any format that jaxlm.convert reads.
+    `tokenizer` is as in tokenizer.path, "": that of the run. Raises UserError.
     """
     from jaxlm.heads import LanguageModel
     from jaxlm.inference import load, predictors
 
-    found = load.load(checkpoint, tokenizer, precision="float32", needs_output=False)
-    if found.task is None:
-        return predictors.Look(found)
-    samples = found.task.samples
+    trained = load.load(checkpoint, tokenizer, precision="float32", needs_output=False)
+    if trained.task is None:
+        return predictors.Look(trained)
+    samples = trained.task.samples
     if samples.model_kind == "classifier":
-        return predictors.Classify(found) if found.has_probabilities() else predictors.Predict(found)
+        return predictors.Classify(trained) if trained.has_probabilities() else predictors.Predict(trained)
     if samples.model_kind == "tagger":
-        return predictors.Tag(found)
-    if not isinstance(found.model, LanguageModel):
+        return predictors.Tag(trained)
+    if not isinstance(trained.model, LanguageModel):
         raise UserError(
-            f"{checkpoint}: the model of task={found.config.task} is a {type(found.model).__name__}, but only a "
+            f"{checkpoint}: the model of task={trained.config.task} is a {type(trained.model).__name__}, but only a "
             "LanguageModel of heads.py can fill or continue a text; jaxlm.evaluate and jaxlm.convert take any model"
         )
     if samples.model_kind == "masked":
-        return predictors.FillMasks(found)
-    return predictors.Reply(found) if samples.reads == "pairs" else predictors.Continue(found)
+        return predictors.FillMasks(trained)
+    return predictors.Reply(trained) if samples.reads == "pairs" else predictors.Continue(trained)
 
 
 @reported(debug=False)
 def main(argv: list[str] | None = None) -> int:
-    """Answer as the command line says; return the exit status: 2 for bad input, also of one text among others."""
+    """Print predictions for a command line; return the exit status: 2 for bad input, also if only one text is bad."""
     args = _parse(sys.argv[1:] if argv is None else argv)
     texts = _texts(args)
     predictor = load(args.checkpoint, getattr(args, "tokenizer.path"))
-    predictor([])  # refuses a model without answers
+    predictor([])  # raises UserError for a model without predictions
     options = _given_options(args, predictor)
     print(predictor.trained, file=sys.stderr, flush=True)
     if texts is None:
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _answer_all(predictor: "Predictor", texts: Iterable[Numbered], options: dict[str, Any], as_json: bool) -> int:
-    """Print the answers, some texts at a time, and which cannot be answered and why; return the exit status."""
+    """Print predictions in batches, and errors for texts that cannot be encoded; return the exit status."""
     from jaxlm.inference.predictors import N_ROWS, Continue
 
     status = 0
@@ -99,7 +99,7 @@ def _answer_all(predictor: "Predictor", texts: Iterable[Numbered], options: dict
 
 def _print_as_made(predictor: "Continue", text: str, options: dict[str, Any]) -> None:
     pieces = predictor.stream(text, **options)
-    first = next(pieces)  # which raises what is wrong with the options
+    first = next(pieces)  # raises UserError for bad options
     print(text, end=predictor.between, flush=True)
     for piece in itertools.chain([first], pieces):
         if isinstance(piece, str):
@@ -110,7 +110,7 @@ def _print_as_made(predictor: "Continue", text: str, options: dict[str, Any]) ->
 
 
 def _print_end(answer: "Answer") -> None:
-    """Print how a continuation has ended, and the seed by which it can be had again."""
+    """Print why a continuation ended, and the seed that reproduces it."""
     from jaxlm.inference.predictors import ENDINGS
 
     if "ending" in answer:
@@ -119,8 +119,8 @@ def _print_end(answer: "Answer") -> None:
 
 
 def _converse(predictor: "Predictor", options: dict[str, Any], as_json: bool) -> int:
-    """Answer what is typed, until the end of input."""
-    import readline  # noqa: F401  # what is typed can be edited, and had again
+    """Answer texts typed by the user, until the end of input."""
+    import readline  # noqa: F401  # editing and history of typed lines
 
     print(f"Type {predictor.wants}; Ctrl-D ends.", file=sys.stderr)
     try:
@@ -133,7 +133,7 @@ def _converse(predictor: "Predictor", options: dict[str, Any], as_json: bool) ->
 
 
 def _texts(args: argparse.Namespace) -> Iterable[Numbered] | None:
-    """Return the texts to answer; None if they are to be asked for."""
+    """Return the texts; None if the user types them."""
     if args.pairs:
         args.texts = [f"{text.replace(TAB, ' ')}{TAB}{pair}" for text, pair in zip(args.texts, args.pairs, strict=True)]
     if args.texts:
@@ -154,7 +154,7 @@ def _lines(name: str, stream: IO[bytes]) -> Iterator[Numbered]:
 
 
 def _given_options(args: argparse.Namespace, predictor: "Predictor") -> dict[str, Any]:
-    """Return the options that were given. Raises UserError for one that does not go with the task."""
+    """Return the given options. Raises UserError for one that the task does not have."""
     given = {name: value for name in OPTIONS if (value := getattr(args, name)) is not None}
     flags = {name: f"--{name.replace('_', '-')}" for name in OPTIONS}
     for name in given:
@@ -169,9 +169,9 @@ def make_parser() -> Parser:
     """Return the parser of the command line."""
     parser = Parser(
         prog=command("predict"),
-        description="Uses a trained model: mlm fills [MASK]s, gpt continues a text, pairs replies, sst2, cola label, "
-        "tag finds names; a task of your own does as its file says.",
-        epilog="Without a text, lines of standard input are read; in a terminal, they are asked for.",
+        description="Uses a trained model: mlm fills [MASK]s, gpt continues a text, pairs replies, classifiers label, "
+        "tag finds names; your own task uses the predictor in its file.",
+        epilog="Without a text, lines are read from standard input, or typed in a terminal.",
     )
     parser.add_argument(
         "--checkpoint", required=True, metavar="RUN", help="run (its best checkpoint), checkpoint, or public model"
@@ -180,7 +180,7 @@ def make_parser() -> Parser:
     parser.add_argument("--pair", action="append", dest="pairs", metavar="TEXT", help="the second of two texts")
     parser.add_argument("--file", metavar="FILE", help="a text in each line, or two with a tab between them")
     parser.add_argument("--json", action="store_true", help="one JSON object a text")
-    parser.add_argument("--tokenizer.path", default="", metavar="FILE", help="where the run has none of its own")
+    parser.add_argument("--tokenizer.path", default="", metavar="FILE", help="tokenizer, if the run has none")
     parser.add_argument(
         "--top-k", type=int, metavar="K", help="mlm: guesses for each mask (5); gpt: see below (0: all)"
     )
@@ -188,9 +188,9 @@ def make_parser() -> Parser:
         "gpt", "each token is drawn from the K likeliest, and of these from the fewest whose probabilities sum to P"
     )
     group.add_argument("--max-new-tokens", type=int, metavar="N", help="(100)")
-    group.add_argument("--temperature", type=float, metavar="X", help="what logits are divided by; 0: likeliest (0.8)")
+    group.add_argument("--temperature", type=float, metavar="X", help="divides the logits; 0: greedy (0.8)")
     group.add_argument("--top-p", type=float, metavar="P", help="1: all (0.95)")
-    group.add_argument("--seed", type=int, metavar="N", help="(another each time, and told)")
+    group.add_argument("--seed", type=int, metavar="N", help="(random, and printed)")
     return parser
 
 

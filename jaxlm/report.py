@@ -1,6 +1,6 @@
-"""The command `python -m jaxlm.report`: one page about a run, or about several beside each other. USING.md shows it.
+"""The command `python -m jaxlm.report`: an HTML page about one run, or comparing several. USING.md shows it.
 
-The page is one file that needs nothing else. It shows what run folders hold, of jaxlm and of torchlm.
+The page is a single file. It reads run folders of jaxlm and torchlm.
 """
 
 import sys
@@ -16,13 +16,13 @@ from jaxlm.terminal import command
 
 @reported(debug=False)
 def main(argv: list[str] | None = None) -> int:
-    """Write the page of a command line; return the exit status. Bad input exits with 2."""
+    """Write the page; return the exit status. Bad input exits with 2."""
     args = make_parser().parse_args(argv)
     runs = [run_reader.read(path) for path in args.runs]
     out = args.out or (runs[0].path / "report.html" if len(runs) == 1 else Path("report.html"))
     page = run_page.page(runs)
     with os_errors(f"{out}: cannot be written"):
-        out.write_text(page, encoding="utf-8", errors="backslashreplace")  # paths can have any bytes
+        out.write_text(page, encoding="utf-8", errors="backslashreplace")  # paths can contain any bytes
     print(out)
     if args.png:
         html_page.picture(out, args.png)
@@ -36,7 +36,7 @@ def make_parser() -> Parser:
     """Return the parser of the command line."""
     parser = Parser(
         prog=command("report"),
-        description="Writes one page, a file that needs nothing else, about a run, or about several beside each other.",
+        description="Writes an HTML page, a single file, about one run, or comparing several.",
     )
     parser.add_argument("runs", nargs="+", type=storage.run_path, metavar="RUN", help="run folder, of jaxlm or torchlm")
     parser.add_argument(

@@ -77,7 +77,7 @@ def test_the_page_of_a_run(runs: Path) -> None:
     text, found = page_of(runs / "first")
     assert ["score of step 20, the best", "validation", "baseline", "test", "baseline"] in found.rows
     assert ["accuracy", "0.5000", "-", "0.2500", "-"] in found.rows and "not recorded in this run" in found.text
-    assert "Of the checkpoint of step 20, the best." in found.text
+    assert "Checkpoint of step 20, the best." in found.text
     figures = [attrs["aria-label"] for tag, attrs in found.tags if tag == "svg" and attrs.get("role") == "img"]
     titles = [str(label).partition(":")[0] for label in figures]
     assert titles == ["loss, nats", "validation accuracy", "throughput, tokens/s", "calibration, sst2"]
@@ -309,7 +309,7 @@ def test_an_evaluation_that_is_none_is_told(
     run = write(tmp_path / "run")
     (run / "evaluation_test.json").write_text(json.dumps(EVALUATION | change))
     status, _, errors = told(capsys, run)
-    assert status == 2 and "evaluation_test.json: no evaluation of jaxlm.evaluate" in errors
+    assert status == 2 and "evaluation_test.json: not written by jaxlm.evaluate" in errors
     assert errors.endswith("run it again, or remove it\n") and errors.count("\n") == 1
 
 

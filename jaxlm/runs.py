@@ -23,7 +23,7 @@ from jaxlm.reporting import run_reader, verify
 
 @reported(debug=False)
 def main(argv: list[str] | None = None) -> int:
-    """Do what the command line says; return the exit status. Bad input exits with 2."""
+    """Run a subcommand; return its exit status. Bad input exits with 2."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or (argv[0] not in COMMANDS and not argv[0].startswith("-")):
         if argv and not Path(argv[0]).exists():
@@ -31,21 +31,18 @@ def main(argv: list[str] | None = None) -> int:
         argv = ["list", *argv]
     args = vars(make_parser().parse_args(argv))
     command, _ = COMMANDS[args.pop("command")]
-    status = command(**args)
-    return status
+    return command(**args)
 
 
 def list_all(paths: Sequence[Path]) -> int:
     """Print a table of the runs in some folders, the last changed first.
 
-    Their age is the time since then.
+    The age is the time since the last change.
     """
     runs = run_reader.find(paths)
     if not runs:
         names = ", ".join(map(str, paths))
-        raise UserError(
-            f"{names}: there is no run that can be read; train one with {terminal.command('train')} --task mlm"
-        )
+        raise UserError(f"{names}: there is no readable run; train one with {terminal.command('train')} --task mlm")
     table = Table("run", "task", "steps", "best score", "age", "size", "state")
     for run in runs:
         step, best = run.best_score_step(), ""
@@ -68,21 +65,21 @@ def show(paths: Sequence[Path]) -> int:
         lines.append(f"changed      {run_reader.ago(run.changed_s)} ago")
         lines.append(f"size         {run_reader.size(run.n_bytes())}")
         if speed := run.speed():
-            lines.append(f"speed        {speed:,.0f} tokens/s, the median")
+            lines.append(f"speed        {speed:,.0f} tokens/s (median)")
         final = run.best_score_step("final_validation")
         steps = {"validation": run.best_score_step(), "final_validation": final, "test": run.tested_step()}
         for split, step in steps.items():
             if step is not None:
                 scores = "  ".join(f"{name} {metrics.number(name, x)}" for name, x in run.scores(split).items())
                 lines.append(f"{split.replace('_', ' '):<11}  {scores}  (step {step:,})")
-        lines.append("settings that are no defaults:")
+        lines.append("settings that are not defaults:")
         lines += [f"  {name} = {value!r}" for name, value in run.changed_settings().items()]
         lines.append("checkpoints:")
-        for found in run.checkpoints:
-            notes = [] if found.loss is None else [f"validation loss {found.loss:.4f}"]
-            notes += ["the best"] if found == run.best and notes else []
-            notes += [] if found.is_whole else ["not whole"]
-            lines.append(f"  {found.path}  {run_reader.size(found.n_bytes)}  {', '.join(notes)}")
+        for checkpoint in run.checkpoints:
+            notes = [] if checkpoint.loss is None else [f"validation loss {checkpoint.loss:.4f}"]
+            notes += ["the best"] if checkpoint == run.best and notes else []
+            notes += [] if checkpoint.is_whole else ["incomplete"]
+            lines.append(f"  {checkpoint.path}  {run_reader.size(checkpoint.n_bytes)}  {', '.join(notes)}")
         Console().print("\n".join(lines))
     return 0
 
@@ -91,7 +88,7 @@ def compare(paths: Sequence[Path]) -> int:
     """Print the settings in which runs differ, and their scores."""
     runs = [run_reader.read(path) for path in paths]
     if len(runs) < 2:
-        raise UserError(f"{paths[0]}: there is nothing to compare it with; name another run")
+        raise UserError(f"{paths[0]}: needs another run to compare with; name one")
     table = Table("", *(str(run.path) for run in runs))
     for name, values in run_reader.differences(runs).items():
         table.add_row(name, *values)
@@ -105,14 +102,14 @@ def compare(paths: Sequence[Path]) -> int:
 def verify_all(paths: Sequence[Path]) -> int:
     """Check format, settings, tokenizer and the checksum of each file of checkpoints.
 
-    Exit status: 0 if all are whole, 1 if one cannot be used, 2 for bad input.
+    Exit status: 0 if all are complete, 1 if one cannot be used, 2 for bad input.
     """
     status = 0
     for path in [checkpoint for source in paths for checkpoint in verify.checkpoints(source)]:
         try:
             info = verify.check(path)
             version = f", jaxlm {info['version']}" if "version" in info else ""
-            line = f"whole, step {info['step']}{version}"
+            line = f"complete, step {info['step']}{version}"
         except UserError as error:
             line, status = str(error).removeprefix(f"{path}: "), 1
         print(f"{path}: {line}", flush=True)
@@ -120,9 +117,9 @@ def verify_all(paths: Sequence[Path]) -> int:
 
 
 def clean(paths: Sequence[Path], yes: bool) -> int:
-    """Remove checkpoints that nothing needs, after asking.
+    """Remove checkpoints that are not needed, after asking.
 
-    The best one stays, and the last of a run that can go on; both are checked before. Runs at work are left alone.
+    The best one stays, and the last one of an unfinished run; both are checked before. Running runs are not touched.
     Exit status: 0 if it is done, 1 if the answer is no, 2 for bad input.
     """
     from jaxlm.training import run_dir
@@ -131,18 +128,18 @@ def clean(paths: Sequence[Path], yes: bool) -> int:
         spare: list[run_reader.CheckpointRecord] = []
         for run in run_reader.find(paths):
             if run.state == run_reader.RUNNING:
-                print(f"{run.path}: {run.owner} works in it; left alone")
+                print(f"{run.path}: {run.owner} uses it; not changed")
                 continue
-            locks.enter_context(run_dir.lock(run.path))  # so that no process starts to train in it meanwhile
+            locks.enter_context(run_dir.lock(run.path))  # keeps other processes from resuming it meanwhile
             of_run, why = verify.spare(run_reader.read(run.path))
             if why:
-                print(f"{run.path}: {why}; left alone")
+                print(f"{run.path}: {why}; not changed")
             spare += of_run
         if not spare:
             print("there is nothing to remove")
             return 0
         for checkpoint in spare:
-            kind = "" if checkpoint.is_whole else ", not whole"
+            kind = "" if checkpoint.is_whole else ", incomplete"
             print(f"{checkpoint.path}: {run_reader.size(checkpoint.n_bytes)}{kind}")
         size = run_reader.size(sum(checkpoint.n_bytes for checkpoint in spare))
         what = f"{len(spare)} checkpoint{'s' * (len(spare) != 1)}, {size}"
@@ -168,7 +165,7 @@ COMMANDS: dict[str, tuple[Callable[..., int], dict[str, Any]]] = {
 
 
 def make_parser() -> Parser:
-    """Return the parser of the command line, whose help are the docstrings of the commands."""
+    """Return the parser of the command line; the docstrings of the subcommands are its help."""
     parser = Parser(
         prog=terminal.command("runs"),
         description="Lists, shows, compares, verifies and cleans up runs. The default command is `list`.",

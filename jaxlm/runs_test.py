@@ -25,26 +25,26 @@ def told(path: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, list[str]
 
 
 def test_what_is_whole_is_told(run: Path, torch_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert told(run, capsys) == (0, [f"{step}: whole, step {step}, jaxlm 0.1.0" for step in (3, 6, 9)])
-    assert told(torch_run, capsys) == (0, [f"{step}.pt: whole, step {step}, jaxlm 0.1.0" for step in (3, 6, 9)])
-    assert told(run / "checkpoints" / "6", capsys) == (0, [": whole, step 6, jaxlm 0.1.0"])
-    assert told(torch_run / "checkpoints" / "6.pt", capsys) == (0, [": whole, step 6, jaxlm 0.1.0"])
-    assert told(CASES / "mlm" / "checkpoint.pt", capsys) == (0, [": whole, step 12"])  # of the original
+    assert told(run, capsys) == (0, [f"{step}: complete, step {step}, jaxlm 0.1.0" for step in (3, 6, 9)])
+    assert told(torch_run, capsys) == (0, [f"{step}.pt: complete, step {step}, jaxlm 0.1.0" for step in (3, 6, 9)])
+    assert told(run / "checkpoints" / "6", capsys) == (0, [": complete, step 6, jaxlm 0.1.0"])
+    assert told(torch_run / "checkpoints" / "6.pt", capsys) == (0, [": complete, step 6, jaxlm 0.1.0"])
+    assert told(CASES / "mlm" / "checkpoint.pt", capsys) == (0, [": complete, step 12"])  # of the original
 
 
 def test_damage_is_told_beside_what_is_whole(run: Path, torch_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     damage(run, 6)
     (run / "checkpoints" / "9" / checksums.FILE).unlink()
     status, (first, second, third) = told(run, capsys)
-    assert (status, first) == (1, "3: whole, step 3, jaxlm 0.1.0")
-    assert second.startswith("6: damaged: head/") and second.endswith(" is not as it was written")
-    assert third == "9: damaged: checksums.json is missing: it was never finished"
+    assert (status, first) == (1, "3: complete, step 3, jaxlm 0.1.0")
+    assert second.startswith("6: damaged: head/") and second.endswith(" does not match its checksum")
+    assert third == "9: damaged: checksums.json is missing: the save is incomplete"
 
     flip(torch_run / "checkpoints" / "3.pt")
     path = torch_run / "checkpoints" / "9.pt"
     path.write_bytes(path.read_bytes()[:-100])
     status, (first, second, third) = told(torch_run, capsys)
-    assert (status, second) == (1, "6.pt: whole, step 6, jaxlm 0.1.0")
+    assert (status, second) == (1, "6.pt: complete, step 6, jaxlm 0.1.0")
     assert first.startswith("3.pt: damaged: its part ") and " is not as it was written" in first
     assert third.startswith("9.pt: cannot be read as a file of torch.save")
 
@@ -74,7 +74,7 @@ def test_another_tokenizer_in_the_run_is_told(run: Path, torch_run: Path, capsys
         tokenization.save(other, folder / "tokenizer.json")
         status, lines = told(folder, capsys)
         assert status == 1
-        assert all("tokenizer.json is another tokenizer than that of the checkpoint" in line for line in lines)
+        assert all("tokenizer.json is not the tokenizer of this checkpoint" in line for line in lines)
         (folder / "tokenizer.json").write_text("{")
         status, lines = told(folder, capsys)
         assert status == 1 and all("cannot be read as a tokenizer" in line for line in lines)

@@ -17,13 +17,13 @@ from jaxlm.inference.limits import Limits
 from jaxlm.runtime import huge_pages
 from jaxlm.terminal import command
 
-TOKEN = "JAXLM_TOKEN"  # a variable of the environment, since every user of a host can see command lines
-N_BACKLOG = 2048  # connections that wait to be accepted, at most
+TOKEN = "JAXLM_TOKEN"  # an environment variable, because all users of a host can see command lines
+N_BACKLOG = 2048  # connections waiting to be accepted, at most
 
 
 @reported(debug=False)
 def main(argv: list[str] | None = None) -> int:
-    """Serve until SIGTERM or Ctrl-C, and then answer what was asked before; return the exit status."""
+    """Serve until SIGTERM or Ctrl-C, then finish the open requests; return the exit status."""
     args = _parse(sys.argv[1:] if argv is None else argv)
     token = _token(args.host)
     for name in ("fastapi", "prometheus_client", "uvicorn"):
@@ -44,12 +44,12 @@ def _serve(listening: socket.socket, args: argparse.Namespace, token: str) -> No
 
     predictor = predict.load(args.checkpoint, getattr(args, "tokenizer.path"))
     limits = Limits(args.max_requests, args.max_body, args.max_new_tokens, args.timeout)
-    _tell(f"{predictor.trained}: compiles")
+    _report(f"{predictor.trained}: compiling")
     with contextlib.closing(Engine(predictor)) as engine, _kept_from_ending():
         config = uvicorn.Config(
             http_api.make(engine, limits, token, _is_loopback(args.host)),
             log_level="warning",
-            use_colors=False,  # colours are control characters
+            use_colors=False,  # terminal.Shown would escape them
             access_log=False,
             server_header=False,
             lifespan="off",
@@ -57,14 +57,14 @@ def _serve(listening: socket.socket, args: argparse.Namespace, token: str) -> No
             timeout_graceful_shutdown=round(limits.seconds) + 1,
         )
         listening.listen(N_BACKLOG)
-        _tell(f"serves http://{_name(listening)}/")
+        _report(f"serving http://{_name(listening)}/")
         uvicorn.Server(config).run([listening])
-        _tell("has answered all there was, and ends")
+        _report("all requests are answered; stopped")
 
 
 @contextlib.contextmanager
 def _kept_from_ending() -> Iterator[None]:
-    """Have SIGINT and SIGTERM do nothing but what uvicorn does at them, which raises them again when it has ended."""
+    """Ignore SIGINT and SIGTERM outside of uvicorn, which raises them again after its shutdown."""
     before = {number: signal.signal(number, lambda number, frame: None) for number in ENDINGS}
     try:
         yield
@@ -74,7 +74,7 @@ def _kept_from_ending() -> Iterator[None]:
 
 
 def _bound(host: str, port: int) -> socket.socket:
-    """Return a socket of an address, to which nobody can connect yet."""
+    """Return a bound socket that does not listen yet."""
     with contextlib.ExitStack() as stack:
         try:
             family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -103,16 +103,16 @@ def _is_loopback(host: str) -> bool:
 def _token(host: str) -> str:
     token = os.environ.get(TOKEN, "")
     if token and not (token.isascii() and token.isprintable() and " " not in token):
-        raise UserError(f"{TOKEN}: has to be of ASCII letters, digits and signs, as `openssl rand -hex 16` makes it")
+        raise UserError(f"{TOKEN}: must be ASCII letters, digits and signs, as from `openssl rand -hex 16`")
     if not token and not _is_loopback(host):
         raise UserError(
-            f"--host {host}: others than this host could use the model; set {TOKEN} in the environment to a secret "
-            "that they have to send, such as `openssl rand -hex 16` makes"
+            f"--host {host}: other hosts could use the model; set {TOKEN} in the environment to a secret that clients "
+            "must send, as from `openssl rand -hex 16`"
         )
     return token
 
 
-def _tell(line: str) -> None:
+def _report(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
@@ -126,12 +126,12 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--checkpoint", required=True, metavar="RUN", help="run (its best checkpoint), checkpoint, or public model"
     )
-    parser.add_argument("--tokenizer.path", default="", metavar="FILE", help="where the run has none of its own")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1: this host alone)")
-    parser.add_argument("--port", type=int, default=8000, help="0: any that is free, which is told (8000)")
+    parser.add_argument("--tokenizer.path", default="", metavar="FILE", help="tokenizer, if the run has none")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1: only this host)")
+    parser.add_argument("--port", type=int, default=8000, help="0: any free port, which is printed (8000)")
     group = parser.add_argument_group("limits")
     for flag, default, metavar, text in (
-        ("--max-requests", Limits.requests, "N", "at once; others are told to come again"),
+        ("--max-requests", Limits.requests, "N", "concurrent requests; further ones are refused with 429"),
         ("--max-body", Limits.body, "BYTES", "of a request"),
         ("--max-new-tokens", Limits.new_tokens, "N", "gpt: of a continuation"),
         ("--timeout", Limits.seconds, "SECONDS", "to send a request, and to answer it"),
@@ -145,10 +145,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser = make_parser()
     args = parser.parse_args(argv)
     if not 0 <= args.port < 2**16:
-        parser.error(f"--port {args.port}: has to be 0 to 65535")
+        parser.error(f"--port {args.port}: must be 0 to 65535")
     for name in ("max_requests", "max_body", "max_new_tokens", "timeout"):
         if not 0 < getattr(args, name) < 2**31:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: has to be above 0, and below {2**31}")
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0, and below {2**31}")
     return args
 
 

@@ -219,9 +219,9 @@ def test_who_goes_away_frees_a_place(servers: dict[str, Server]) -> None:
         ("mlm", "/predict", {"text": "[MASK]", "top_k": "5"}, "top_k", "valid integer"),
         ("mlm", "/predict", {"text": "[MASK]", "top_q": 1}, "top_q", "not permitted"),
         ("mlm", "/predict", {}, "text", "required"),
-        ("mlm", "/predict", b'{"text": "a \\ud800 [MASK]"}', "text", "no Unicode at character 3"),
+        ("mlm", "/predict", b'{"text": "a \\ud800 [MASK]"}', "text", "not Unicode at character 3"),
         ("mlm", "/predict", b"[MASK]", "1", "JSON decode error"),
-        ("mlm", "/predict", b"[1]", "body", "Has to be an object of JSON"),
+        ("mlm", "/predict", b"[1]", "body", "Must be a JSON object"),
         ("gpt", "/generate", {"prompt": "cat " * 600}, "prompt", "tokens, with special ones, but the model takes 512"),
         ("gpt", "/generate", b'{"prompt": "a", "temperature": NaN}', "temperature", "finite"),
         ("gpt", "/predict", {"prompt": "a", "top_p": 1.5}, "top_p", "less than or equal to 1"),
@@ -453,8 +453,8 @@ def test_at_its_end_it_answers_what_was_asked(runs: Path) -> None:
     with subprocess.Popen(command, env=env, text=True, stderr=subprocess.PIPE) as process:
         assert process.stderr
         told = [process.stderr.readline(), process.stderr.readline()]
-        assert told[0] == f"{runs}/gpt/checkpoints/3 (task gpt, step 3): compiles\n"
-        port = int(re.fullmatch(r"serves http://127\.0\.0\.1:(\d+)/\n", told[1])[1])  # type: ignore[index]
+        assert told[0] == f"{runs}/gpt/checkpoints/3 (task gpt, step 3): compiling\n"
+        port = int(re.fullmatch(r"serving http://127\.0\.0\.1:(\d+)/\n", told[1])[1])  # type: ignore[index]
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
         body = {"prompt": "the", "max_new_tokens": LENGTH, "temperature": 3.0, "top_p": 1.0, "seed": 1}
         connection.request("POST", "/generate", json.dumps(body), {"Content-Type": "application/json"})
@@ -463,7 +463,7 @@ def test_at_its_end_it_answers_what_was_asked(runs: Path) -> None:
         process.send_signal(signal.SIGTERM)
         assert list(stream)[-1][0] == "answer"
         connection.close()
-        assert process.stderr.read() == "has answered all there was, and ends\n"
+        assert process.stderr.read() == "all requests are answered; stopped\n"
     assert process.returncode == 0
 
 
@@ -471,10 +471,10 @@ def test_at_its_end_it_answers_what_was_asked(runs: Path) -> None:
     ("argv", "message"),
     [
         (["--checkpoint", "none", "--port", "0"], "none: there is no such run or checkpoint"),
-        (["--checkpoint", "RUN", "--port", "70000"], "--port 70000: has to be 0 to 65535"),
+        (["--checkpoint", "RUN", "--port", "70000"], "--port 70000: must be 0 to 65535"),
         (["--checkpoint", "RUN", "--port", "TAKEN"], "cannot be served (Address already in use); give another"),
-        (["--checkpoint", "RUN", "--timeout", "0"], "--timeout 0.0: has to be above 0"),
-        (["--checkpoint", "RUN", "--timeout", "inf"], "--timeout inf: has to be above 0, and below 2147483648"),
+        (["--checkpoint", "RUN", "--timeout", "0"], "--timeout 0.0: must be above 0"),
+        (["--checkpoint", "RUN", "--timeout", "inf"], "--timeout inf: must be above 0, and below 2147483648"),
         (["--checkpoint", "RUN", "--host", "a..b", "--port", "0"], "--host a..b --port 0: cannot be served ("),
         (["--checkpoint", "RUN", "--host", "0.0.0.0"], "set JAXLM_TOKEN in the environment to a secret"),
         (["--checkpoint", "RUN", "--host", "no.such.host.invalid"], "set JAXLM_TOKEN"),

@@ -22,7 +22,7 @@ _ALL_TRAINED = ModelConfig()
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that changes in training. The keys of dropout come from `step`, so that a restored state goes on alike."""
+    """All that changes in training. Dropout keys are derived from `step`: a restored state continues identically."""
 
     step: Array  # updates made so far, int32
     params: Any
@@ -30,26 +30,26 @@ class TrainState:
 
 
 def init_state(params: Any, optimizer: optax.GradientTransformation, model: ModelConfig = _ALL_TRAINED) -> TrainState:
-    """Return the state before the first update; what `model` freezes has no moments."""
+    """Return the state before the first update; parameters that `model` freezes have no moments."""
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(frozen.trained(model, params)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """How updates are made: all that stays the same from one to the next, but for the loss."""
+    """How updates are made: everything but the loss that stays the same from one to the next."""
 
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
     clip_norm: float
-    skips_nonfinite: bool = False  # an update with a NaN or infinite loss or gradient norm changes only the count
+    skips_nonfinite: bool = False  # if the loss or gradient norm is NaN or infinite, change only the step count
     model: ModelConfig = _ALL_TRAINED  # says which parameters are frozen
 
 
 def train_step(rule: Rule, loss_fn: LossFn, state: TrainState, batches: Any, key: Array) -> tuple[TrainState, Totals]:
     """Make one update from `batches`, arrays [A, B, ...] of A accumulated batches.
 
-    The loss is the mean over all that the A batches count, as if they were one batch. Returns the new state and
-    the totals, with the `rate` of this update and the `grad_norm` before clipping.
+    The loss is the mean over everything that the A batches count, as if they were one batch. Returns the new state and
+    the totals, with the learning rate of this update (`rate`) and the gradient norm before clipping (`grad_norm`).
     """
 
     def loss(trained: Any, batch: Any, key: Array) -> tuple[Array, Totals]:
@@ -63,14 +63,14 @@ def train_step(rule: Rule, loss_fn: LossFn, state: TrainState, batches: Any, key
     grad = jax.grad(loss, has_aux=True)
     n_batches = jax.tree.leaves(batches)[0].shape[0]
     keys = jax.random.split(jax.random.fold_in(key, state.step), n_batches)
-    first, rest = (jax.tree.map(lambda x, part=part: x[part], (batches, keys)) for part in (0, slice(1, None)))
+    first, rest = (jax.tree.map(lambda x, i=i: x[i], (batches, keys)) for i in (0, slice(1, None)))
     sums = grad(trained, *first)
     if n_batches > 1:
         sums, _ = jax.lax.scan(accumulate, sums, rest)
     grads, totals = sums
 
     with jax.named_scope("optimizer"):
-        share = 1 / jnp.maximum(totals["count"], 1)  # multiplied: a division is not fused into all that need it
+        share = 1 / jnp.maximum(totals["count"], 1)  # XLA fuses a multiplication into every use, but not a division
         grads = jax.tree.map(lambda x: x * share.astype(x.dtype), grads)
         grads, grad_norm = optim.clip_by_global_norm(grads, rule.clip_norm)
         updates, opt_state = rule.optimizer.update(grads, state.opt_state, trained)

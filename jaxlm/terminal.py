@@ -1,6 +1,6 @@
-"""Text for terminals and pages: control characters are shown, not sent, and every character can be encoded.
+"""Safe text for terminals and pages: control characters are escaped, and every character can be encoded.
 
-Data, file names and models may hold escape sequences, which a terminal would obey. Imports nothing that takes long.
+Data, file names and model outputs may contain escape sequences. Imports nothing slow.
 """
 
 import contextlib
@@ -16,14 +16,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# C0 but for tab and newline, DEL, C1, marks and overrides of text direction, and surrogates, which cannot be encoded.
+# C0 except tab and newline, DEL, C1, marks and overrides of text direction, and surrogates, which cannot be encoded.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 _WHOLE: Any = {"break_long_words": False, "break_on_hyphens": False, "replace_whitespace": False, "expand_tabs": False}
 
 
 def command(name: str) -> str:
-    """Return what to type for a command of jaxlm: `jaxlm NAME` in a process started so, else `python -m jaxlm.NAME`."""
+    """Return how to call a command: `jaxlm NAME` if this process was started so, else `python -m jaxlm.NAME`."""
     program = sys.argv[0]
     if Path(program).stem != "jaxlm":
         return f"python -m jaxlm.{name}"
@@ -31,17 +31,17 @@ def command(name: str) -> str:
 
 
 def shown(text: str) -> str:
-    """Return the text with a visible escape, such as \\x1b, for each control character; newlines and tabs stay."""
+    """Return the text with control characters escaped, such as \\x1b; newlines and tabs stay."""
     return _CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 def dumps(value: Any, **options: Any) -> str:
-    """Return JSON in printable ASCII, which every terminal and every encoding takes as it is."""
+    """Return JSON in printable ASCII, safe for every terminal and encoding."""
     return json.dumps(value, **options).replace("\x7f", "\\u007f")
 
 
 def wrapped(text: str, width: int) -> str:
-    """Return text with lines of at most `width`, broken between words; a word that is wider stays whole."""
+    """Return text with lines of at most `width` columns, broken between words; longer words are not broken."""
     lines = []
     for line in text.split("\n"):
         words = line.lstrip(" ")
@@ -53,10 +53,10 @@ def wrapped(text: str, width: int) -> str:
 
 
 class Shown:
-    """A text stream that shows control characters. Rich, whose colours are control characters, writes past it."""
+    """A text stream that escapes control characters. Rich, which prints colours, writes to the stream inside."""
 
     def __init__(self, stream: Any):
-        self.rich_proxied_file = stream  # the name that Rich looks for
+        self.rich_proxied_file = stream  # Rich looks for this name
 
     def write(self, text: str) -> int:
         self.rich_proxied_file.write(shown(text))
@@ -67,13 +67,13 @@ class Shown:
 
 
 def raw(stream: Any) -> Any:
-    """Return the stream inside a Shown one, for text whose control characters are our own."""
+    """Return the stream inside a Shown one, for text with control characters of our own."""
     return stream.rich_proxied_file if isinstance(stream, Shown) else stream
 
 
 @contextlib.contextmanager
 def safe_streams() -> Iterator[None]:
-    """Have stdout and stderr take any text: what they cannot encode and control characters come as escapes."""
+    """Make stdout and stderr accept any text: control characters and unencodable ones are escaped."""
     open_closed()
     before = sys.stdout, sys.stderr
     for name in ("stdout", "stderr"):
@@ -89,14 +89,14 @@ def safe_streams() -> Iterator[None]:
 
 
 def open_closed() -> None:
-    """Open the null device in the place of standard streams that are closed (`>&-`).
+    """Open the null device in place of closed standard streams (`>&-`).
 
-    Else the next file that is opened takes their number, and what a library prints goes into it.
+    Otherwise the next opened file gets their number, and a library may print into it.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, this one
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))

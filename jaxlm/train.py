@@ -1,4 +1,4 @@
-"""The command `python -m jaxlm.train`: settings first, then the run (loop.py), so that a wrong one is told at once."""
+"""The command `python -m jaxlm.train`: checks the settings, then imports JAX and runs loop.py."""
 
 import sys
 import time
@@ -9,13 +9,13 @@ from jaxlm.terminal import command
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train as the command line says; return the exit status: 130 after Ctrl-C, 143 after SIGTERM, 2 for bad input."""
+    """Train with a command line; return the exit status: 130 after Ctrl-C, 143 after SIGTERM, 2 for bad input."""
     started_s = time.monotonic()
     argv = sys.argv[1:] if argv is None else argv
     outlive_full_disks()
     with interruptible():
         with reported(debug="--debug" in argv):
-            # Here, so that the process has little to import again when it starts anew for huge pages.
+            # Imported here, because huge_pages restarts the process before this line.
             from jaxlm.training import resume
             from jaxlm.weights import formats
 

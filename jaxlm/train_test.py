@@ -188,7 +188,7 @@ def test_summary_shows_scores_beside_the_baseline(task: str, runs: Any) -> None:
         assert recorded[split].keys() == best.keys() - {"step", "split"} and f"{recorded[split]['loss']:.4f}" == shown
     # Six updates of a tiny model teach nothing, and the summary says so.
     assert float(cells[1]) < float(cells[0])
-    assert "no better than the baseline" in summary
+    assert "loss is not below the baseline" in summary
     assert "6 of 6 updates" in summary and "parameters, on " in summary
 
 
@@ -256,7 +256,7 @@ def test_ctrl_c_while_the_first_update_compiles_ends_after_it(launch: Any, tmp_p
     stdout, stderr = interrupt(process)
     assert process.returncode == 130, stderr
     assert stdout.index("interrupted: saving a checkpoint") < stdout.index("first update done")
-    assert "1 of 1,000,000 updates" in stdout and "There are no scores" in stdout
+    assert "1 of 1,000,000 updates" in stdout and "No scores" in stdout
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["1"]
 
 
@@ -296,22 +296,22 @@ def test_ctrl_c_during_setup_leaves_nothing(begun: str, launch: Any, tmp_path: P
         time.sleep(0.01)
     _, stderr = interrupt(process)
     assert process.returncode == 130, stderr
-    assert stderr == "interrupted before training; nothing is kept\n"
+    assert stderr == "interrupted before training; nothing was saved\n"
     assert list((tmp_path / "cwd").iterdir()) == []
     assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_a_second_ctrl_c_ends_at_once(launch: Any, tmp_path: Path) -> None:
-    # An update that takes longer than anyone waits, so that only a process that is ended at once can end.
+    # An update that takes longer than anyone waits, so that only a process that is ended immediately can end.
     args = "--model.d-model 512 --model.n-layers 4 --model.seq-len 256 --train.batch-size 64 --run.dir run"
     process = launch(args, tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     wait_for_line(process, "compiling the first update")
     time.sleep(1)
     process.send_signal(signal.SIGINT)
-    wait_for_line(process, "once more ends at once")
+    wait_for_line(process, "a second signal ends immediately")
     stdout, stderr = interrupt(process)  # the update itself takes longer than this waits
     assert process.returncode == 130
-    assert stderr.endswith("interrupted again: ended at once\n")
+    assert stderr.endswith("interrupted again: ended immediately\n")
 
 
 def test_files_in_the_run_folder_ask_for_a_checkpoint_and_for_the_end(launch: Any, tmp_path: Path) -> None:

@@ -163,7 +163,7 @@ def serving(run: str, *options: str) -> Iterator[int]:
         assert process.stderr
         port = None
         for line in process.stderr:
-            if match := re.match(r"serves http://127\.0\.0\.1:(\d+)/", line):
+            if match := re.match(r"serving http://127\.0\.0\.1:(\d+)/", line):
                 port = int(match[1])
                 break
         if port is None:

@@ -246,8 +246,8 @@ def damaged_bytes(folder: Path, is_quick: bool) -> Iterator[Trial]:
     (run / files[0]).unlink()
     # Once as a process: the damaged one is told and set aside, and the run ends as the undisturbed one.
     status = finish(command("jaxlm", f"{settings} --resume auto"), folder / "log2")
-    if status or not list(run.glob("checkpoints/*.damaged")) or "set aside" not in (folder / "log2").read_text():
-        wrong.append("not set aside")
+    if status or not list(run.glob("checkpoints/*.damaged")) or "renamed to" not in (folder / "log2").read_text():
+        wrong.append("not renamed")
     yield "damaged bytes", f"{n_tried} ways to damage {len(files)} files", wrong + differences(run, whole)
 
 

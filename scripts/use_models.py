@@ -55,7 +55,7 @@ def look_at_attention(run: Path) -> None:
 
 def score(run: Path) -> None:
     model = load.load(run)
-    _, samples = evaluation.part(model, "validation", {})
+    _, samples = evaluation.samples_of(model, "validation", {})
     for name, x in evaluation.evaluate(model, samples).scores.items():
         print(f"{name} {x.value:.4f}, 95% interval {x.low:.4f} to {x.high:.4f}, baseline {x.baseline:.4f}")
 

@@ -1,6 +1,7 @@
-"""Checkpoints of a run in the original's file format, written by torch.save: the last ones and the best one are kept.
+"""Checkpoints in the file format of the original (my-best-day/medium), written by torch.save.
 
-A file has the original's keys, names of tensors (original.py) and buffers, so that the original reads it.
+A file has the original's keys, tensor names (original.py) and buffers, so that the original can read it. The latest
+ones and the best one are kept.
 """
 
 import contextlib
@@ -31,7 +32,7 @@ from torchlm.step import TrainState
 
 FORMAT = "1.2"
 PARTS = layout.PARTS
-PAUSES_S = (0.0, 1.0, 4.0)  # before the tries to save the last state
+PAUSES_S = (0.0, 1.0, 4.0)  # before each attempt to save the last state
 KEYS = (
     *("version", "task_type", "iter", "sample_iter", "base_model", "lm_head"),
     *("optimizer", "lr", "val_loss", "config"),
@@ -43,8 +44,8 @@ OWN = ("tokenizer", "data", "classes", "teacher", "rewarmed", "skipped", "versio
 class Checkpoints:
     """The checkpoints in one folder, by step.
 
-    `keep` of the last are kept, and the best. A save that fails tells `warn` why, and leaves the others as they are.
-    `record` gets the step of each that is whole. Checkpoints that others put into the folder are left alone.
+    Keeps the `keep` latest checkpoints and the best one. If a save fails, `warn` gets the reason and older checkpoints
+    stay. `record` gets the step of each complete checkpoint. Files of other programs in the folder are not touched.
     """
 
     def __init__(
@@ -55,12 +56,12 @@ class Checkpoints:
         record: Callable[[int], None] = lambda step: None,
     ):
         self.folder, self.keep, self.warn, self.record = folder, keep, warn, record
-        self.n_saved, self.stalled_s = 0, 0.0  # saves that are whole, and how long training stood still for all
-        self.failed: tuple[int, str] | None = None  # step of the save that failed, if it was the last one, and why
+        self.n_saved, self.stalled_s = 0, 0.0  # complete saves, and how long training waited for all of them
+        self.failed: tuple[int, str] | None = None  # step and reason, if the latest save failed
         self.own = {step for step, path in checksums.checkpoints_in(folder) if path.is_file()}
         self.device = storage.device(folder)
         for path in storage.children(folder):
-            if re.fullmatch(r"\d+\.pt\.(.+\.)?\d+\.tmp", path.name):  # of a save that never came to its end
+            if re.fullmatch(r"\d+\.pt\.(.+\.)?\d+\.tmp", path.name):  # an incomplete save
                 with contextlib.suppress(OSError):
                     path.unlink()
 
@@ -73,7 +74,7 @@ class Checkpoints:
     def save(self, state: TrainState, info: dict[str, Any], losses: Mapping[int, float]) -> None:
         """Save; returns when the file is there.
 
-        `losses` are the validation losses by step: the checkpoint with the lowest is the best.
+        `losses` are the validation losses by step: the checkpoint with the lowest loss is the best.
         """
         started_s = time.monotonic()
         if state.step not in self.steps():
@@ -82,9 +83,9 @@ class Checkpoints:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 n_bytes = 3 * sum(x.nbytes for x in state.model.parameters())
                 n_free = shutil.disk_usage(self.folder).free
-                if n_free < n_bytes:  # torch.save tells less
+                if n_free < n_bytes:  # torch.save reports less
                     raise OSError(f"it needs {n_bytes / 1e6:,.1f} MB, and {n_free / 1e6:,.1f} MB are free")
-                # Infinite means none: whoever reads the file compares it with losses.
+                # Infinity means none: readers of the file compare it with losses.
                 write(self.path(state.step), content(state, info, losses.get(state.step, math.inf)))
                 self.own.add(state.step)
                 self.record(state.step)
@@ -94,11 +95,11 @@ class Checkpoints:
                 failed = state.step, reason(error)
                 is_new, self.failed = failed != self.failed, failed
                 if is_new:
-                    self.warn(f"the checkpoint of step {failed[0]} could not be saved ({failed[1]}); the run goes on")
+                    self.warn(f"the checkpoint of step {failed[0]} could not be saved ({failed[1]}); the run continues")
         self.stalled_s += time.monotonic() - started_s
 
     def save_last(self, state: TrainState, info: dict[str, Any], losses: Mapping[int, float]) -> None:
-        """Save as `save` does; try again where that fails, since nothing is saved after it."""
+        """Save. Retries a failed save, because no later one will replace it."""
         for pause_s in PAUSES_S:
             time.sleep(pause_s)
             self.save(state, info, losses)
@@ -106,23 +107,23 @@ class Checkpoints:
                 return
 
     def steps(self) -> list[int]:
-        """Return the steps of all that is whole."""
+        """Return the steps of the complete checkpoints."""
         try:
             return [step for step, path in checksums.checkpoints_in(self.folder) if step in self.own and path.is_file()]
-        except UserError:  # a disk that fails
+        except UserError:  # the disk fails
             return []
 
     def wait(self) -> None:
-        """Nothing is left to wait for, since `save` does."""
+        """Do nothing: `save` waits."""
 
     def summary(self) -> str:
-        """Return a line on the saves so far."""
+        """Return a line of text about the saves so far."""
         n, stalled_s = self.n_saved, self.stalled_s / max(self.n_saved, 1)
         failed = f"; that of step {self.failed[0]} could not be saved ({self.failed[1]})" if self.failed else ""
-        return f"{n} checkpoint{'s' * (n != 1)} saved; training stood still {stalled_s:.3f} s for each{failed}"
+        return f"{n} checkpoint{'s' * (n != 1)} saved; each stopped training for {stalled_s:.3f} s{failed}"
 
     def close(self) -> None:
-        """End."""
+        """Do nothing: there are no threads."""
 
     def _remove_old(self, losses: Mapping[int, float]) -> None:
         steps = self.steps()
@@ -133,13 +134,13 @@ class Checkpoints:
                 self.warn(f"the checkpoint of step {old} could not be removed ({reason(error)})")
 
     def _check_folder(self, step: int) -> None:
-        """Raise OSError if a save would go to another disk than earlier ones, or replace what is not of this run."""
+        """Raise OSError if the folder is on another disk than before, or a save would replace files of others."""
         device = storage.device(self.folder)
         if device != self.device and self.own and not self.steps():
             raise OSError(f"{self.folder} is on another disk now, without the earlier checkpoints; mount it again")
         self.device = device
         if os.path.lexists(self.path(step)):
-            raise OSError(f"{self.path(step)} is there, and is not of this run; move it away")
+            raise OSError(f"{self.path(step)} exists and belongs to another run; move it away")
 
     def path(self, step: int) -> Path:
         """Return the file of a step."""
@@ -154,7 +155,7 @@ def with_snapshot(
     step: int | None = None,
     is_base: bool = False,
 ) -> TrainState:
-    """Return `like`, changed in place to have parts of what was read; an error begins with `source`."""
+    """Return `like`, changed in place to the given parts of the snapshot; errors begin with `source`."""
     model = parallel.single(like.model)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
     trained = {name: shapes[name] for name, tensor in model.named_parameters() if tensor.requires_grad}
@@ -227,10 +228,10 @@ def content(state: TrainState, info: dict[str, Any], validation_loss: float) -> 
 
 
 def write(path: Path, checkpoint: dict[str, Any]) -> None:
-    """Write a checkpoint file; under its name there is never half of one."""
+    """Write a checkpoint file atomically."""
     with temporary.replacing(path) as new:
         torch.save(checkpoint, new)
-        with zipfile.ZipFile(new) as archive:  # by its checksums, before an earlier checkpoint is removed
+        with zipfile.ZipFile(new) as archive:  # checks it before an earlier checkpoint is removed
             if damaged := archive.testzip():
                 raise OSError(f"{damaged} is not as it was written")
 

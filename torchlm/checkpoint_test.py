@@ -221,4 +221,4 @@ def test_a_save_that_fails_warns_and_the_next_one_is_tried(tmp_path: Path) -> No
     assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["1.pt", "3.pt"]
     (warning,) = warnings
     assert warning.startswith("the checkpoint of step 2 could not be saved (")
-    assert checkpoints.summary().startswith("2 checkpoints saved; training stood still ")
+    assert checkpoints.summary().startswith("2 checkpoints saved; each stopped training for ")

@@ -87,7 +87,7 @@ def test_the_end_lists_what_was_saved(
     checkpoints.symlink_to(elsewhere)
     saved, is_lost = steps_on_disk(run), 6 in blocked
     assert status == (UNSAVED if is_lost else 0)
-    assert "There are no scores" not in output and "loss (lower is better)" in output
+    assert "No scores" not in output and "loss (lower is better)" in output
     listed = listing(output)
     assert {name for name in listed if "/" not in name} == {path.name for path in run.iterdir()} & set(listed)
     assert [int(step) for step in re.findall(r"step (\d+)", listed.get(str(elsewhere), ""))] == sorted(saved)
@@ -101,7 +101,7 @@ def test_the_end_lists_what_was_saved(
         assert "error: " in errors and "the weights of step 6 are not saved; free some space, or save else" in errors
         assert state != "finished" or run_reader.read(run).best_score_step() in saved
         # Where else to save is a command that works.
-        settings = re.search(r"python -m torchlm.train (.*?)(, which goes on from step \d+)?$", errors, re.MULTILINE)
+        settings = re.search(r"python -m torchlm.train (.*?)(, which resumes from step \d+)?$", errors, re.MULTILINE)
         assert settings is not None and bool(settings[2]) == bool(saved)
         again = settings[1].replace("NEW", str(tmp_path / "new")).replace("FOLDER", str(tmp_path / "other"))
         assert train.main(again.split()) == 0
@@ -149,7 +149,7 @@ def test_a_disk_that_is_full_from_some_row_on(
         at_row(7, (disk / "ballast").unlink, monkeypatch)
     status = trained(texts, disk / "run", "--log.tensorboard")
     output, errors = capsys.readouterr()
-    assert errors.count("the run goes on and keeps rows, lines and samples in memory") == 1
+    assert errors.count("the run continues, and keeps metrics, lines and samples in memory") == 1
     assert "loss (lower is better)" in output
     expected = [(i, split) for i in range(1, 7) for split in ("train", "validation") if split == "train" or i % 2 == 0]
     if is_mended:
@@ -241,7 +241,7 @@ def test_a_run_that_is_ended_by_a_signal(program: str, what: str, texts: Path, t
     process.send_signal(signal.SIGTERM)
     output, errors = process.communicate(timeout=300)
     assert process.returncode == 143 and "Traceback" not in errors, errors
-    assert "There are no scores" not in output
+    assert "No scores" not in output
     assert set(listing(output)) - {str(tmp_path / "file" / "checkpoints")} == {
         path.name for path in run.iterdir() if not path.name.startswith(".") and path.name in listing(output)
     }

@@ -1,4 +1,4 @@
-"""A run from settings to summary: `run` sets up, `fit` is the training loop, `finish` scores and sums up."""
+"""A run from settings to summary: `run` sets up, `fit` is the training loop, `finish` scores and prints the summary."""
 
 import contextlib
 import functools
@@ -31,33 +31,33 @@ from torchlm.tasks import TASKS, Task
 
 
 class Compiled(NamedTuple):
-    """What runs on the devices. jaxlm compiles it; here it is called as it is."""
+    """The functions of a run, and what they need. jaxlm compiles them; here they run eagerly."""
 
     mesh: Mesh
     update: Callable[..., Any]  # (state, batches, key, teacher) -> (state, metrics)
     totals: Callable[..., Any]  # (model, batch) -> totals, without dropout
-    predict: Callable[..., Any]  # (model, batch) -> what the task shows
+    predict: Callable[..., Any]  # (model, batch) -> predictions, for the samples that are shown
     teacher: nn.Module | None = None
 
 
 def run(config: Config, origins: dict[str, str], start: Start, started_s: float) -> int:
-    """Train as the settings say; return the exit status. Raises UserError, and then leaves no run folder."""
+    """Train with these settings; return the exit status. Raises UserError, and then leaves no run folder."""
     if config.profile:
         raise UserError(f"profile={config.profile}: torchlm makes no trace; leave it, or use PyTorch's own profiler")
     if config.model.attention == "fused":
-        raise UserError("model.attention=fused: torchlm has the plain one alone; leave it, or use jaxlm")
+        raise UserError("model.attention=fused: torchlm has only plain attention; leave it, or use jaxlm")
     mesh = parallel.make_mesh(config)
     device = f"{mesh.size} x {parallel.device_kind(mesh)}"
     with contextlib.ExitStack() as stack:
         config = stack.enter_context(parallel.joined(mesh, config))
         if mesh.rank:
-            parallel.wait(mesh)  # for the caches, which the first process makes
+            parallel.wait(mesh)  # for the caches, which process 0 builds
         with started(config, origins, start, TASKS, device, started_s, "python -m torchlm.train") as this:
             if not mesh.rank:
                 parallel.wait(mesh)
             fresh, compiled = build(this.config, this.task, mesh, this.rewarmed, this.teacher)
             state = begin(this, fresh)
-            # From here on a signal does not end the process, and the run folder stays.
+            # From here on, a signal saves a checkpoint before the process ends, and the run folder stays.
             status = stack.enter_context(signals.interrupts(this.log))
         status = parallel.any_process(mesh, status)
         stack.enter_context(this)
@@ -67,7 +67,7 @@ def run(config: Config, origins: dict[str, str], start: Start, started_s: float)
         checkpoints = stack.enter_context(Checkpoints(folder, keep, this.log.warn, record))
         state = fit(this, compiled, state, checkpoints, status)
         ending = finish(this, compiled, state, checkpoints, status)
-        del state  # before the processes part (parallel.joined)
+        del state  # before the process group ends (parallel.joined)
         return ending
 
 
@@ -78,7 +78,7 @@ def build(
     rewarmed: tuple[int, float] | None = None,
     teacher: Teacher | None = None,
 ) -> tuple[Callable[[], TrainState], Compiled]:
-    """Return what makes the state of a new run, on the mesh, and the functions of a task that run there.
+    """Return a function that makes the initial state on the mesh, and the functions of a task.
 
     `rewarmed` is as in schedule.learning_rate.
     """
@@ -115,56 +115,59 @@ def build(
 
 @slow("making or restoring the weights")
 def begin(run: Run, fresh: Callable[[], TrainState]) -> TrainState:
-    """Return the state that a run starts with, and print where each part of it is from.
+    """Return the state that a run starts with, and print which parts are restored.
 
-    `fresh` makes the start values.
+    `fresh` makes the initial values.
     """
-    begun, state = run.start, fresh()
-    if begun.path is None:
+    start, state = run.start, fresh()
+    if start.path is None:
         return state
-    if begun.is_student:
-        assert run.teacher is not None, "it is the start"
+    if start.is_student:
+        assert run.teacher is not None, "the student starts from layers of its teacher"
         weights = run.teacher.every_layer(run.config.model.n_layers)
-        found = names.check(weights, parameters.shapes(run.config), str(begun.path))
-        parallel.single(state.model).load_state_dict({name: torch.tensor(x) for name, x in found.items()})
+        weights = names.check(weights, parameters.shapes(run.config), str(start.path))
+        parallel.single(state.model).load_state_dict({name: torch.tensor(x) for name, x in weights.items()})
     else:
-        snapshot, is_base = snapshots.read(begun.path), begun.kind == "base"
-        state = checkpoint.with_snapshot(state, snapshot, str(begun.path), begun.parts, begun.position().step, is_base)
+        snapshot, is_base = snapshots.read(start.path), start.kind == "base"
+        state = checkpoint.with_snapshot(state, snapshot, str(start.path), start.parts, start.position().step, is_base)
     numbers = {name: x.numel() for name, x in parallel.single(state.model).named_parameters()}
     sizes = {part: [n for name, n in numbers.items() if name.startswith(part)] for part in layout.PARTS[:2]}
     trained = names.trained(run.config.model, numbers)
     moments = [*trained.values(), *muon.with_second_moment(run.config.train, trained).values()]
-    run.log.say(summary.start_table(begun, sizes | {"optimizer": moments}))
+    run.log.say(summary.start_table(start, sizes | {"optimizer": moments}))
     return state
 
 
 def fit(
     run: Run, compiled: Compiled, state: TrainState, checkpoints: Checkpoints, status: Callable[[], int]
 ) -> TrainState:
-    """Train until train.max_steps, the file `stop` or a signal; return the state. `status` is not 0 after a signal."""
+    """Train until train.max_steps, a signal, or a file `stop` in the run folder; return the state.
+
+    `status` returns the exit status: not 0 after a signal.
+    """
     train, samples, mesh = run.config.train, run.data.samples["train"], compiled.mesh
     position = run.start.position()
-    rows = parallel.rows(mesh, train.batch_size)
-    batches = loader.training_batches(samples, train, position, rows)
+    local = parallel.local_samples(mesh, train.batch_size)
+    batches = loader.training_batches(samples, train, position, local)
     key = (train.seed, mesh.rank)
     take = parallel.any_process(mesh, signals.FileWatch(run.dir).take)
     i = position.step
     if i and (i % train.eval_interval == 0 or i == train.max_steps) and i not in run.validation:
-        evaluate_and_show(run, compiled, state, i, status)  # which an interrupt has cut short
+        evaluate_and_show(run, compiled, state, i, status)  # an interrupt prevented it before
     if i >= train.max_steps and not mesh.rank and i not in checkpoints.steps():
-        checkpoints.save_last(state, _info(run, i, position), run.losses())  # resumed from another run, no update left
+        checkpoints.save_last(state, _info(run, i, position), run.losses())  # a new folder, and no updates left
     with run.log.training_bar(train.max_steps) as show:
         meter = Meter(run, _read, show, chips.peak_flops(parallel.device_kind(mesh), mesh.size))
         while i < train.max_steps:
             batch, i = next(batches), i + 1
             state, metrics = compiled.update(state, parallel.put_batch(mesh, batch), key, compiled.teacher)
-            # Metrics of the update before are read only now that this one is under way: a GPU never waits.
+            # This reads the metrics of the previous update, so that a GPU never waits for the host.
             A, _, T = batch["tokens"].shape
             n_flops = A * train.batch_size * flops.flops_per_sample(run.config, T)
-            n_tokens = samples.n_tokens(batch) * train.batch_size // len(rows)
+            n_tokens = samples.n_tokens(batch) * train.batch_size // len(local)
             bad = meter.add(i, metrics, n_tokens, A * train.batch_size * T, n_flops)
 
-            is_interrupted = bool(status())  # looked at once: a signal between two looks would cost an evaluation
+            is_interrupted = bool(status())  # read once: a signal between two reads would skip an evaluation
             is_last = is_interrupted or take("stop") or i == train.max_steps
             is_evaluated = (is_last or i % train.eval_interval == 0) and not is_interrupted
             is_saved = is_evaluated or is_last or take("save_checkpoint")
@@ -173,7 +176,7 @@ def fit(
                 meter.forget()
                 state, position = roll_back(run, state, checkpoints, position, bad)
                 i = position.step
-                batches = loader.training_batches(samples, train, position, rows)
+                batches = loader.training_batches(samples, train, position, local)
             elif is_saved:
                 with meter.paused():
                     if is_evaluated:
@@ -190,8 +193,8 @@ def fit(
 def roll_back(
     run: Run, state: TrainState, checkpoints: Checkpoints, position: Position, bad: int
 ) -> tuple[TrainState, Position]:
-    """Return the state of the last checkpoint, and its place in data that go on without the samples of update `bad`."""
-    folder = parallel.from_first(checkpoints.folder)  # which every process reads
+    """Return the last state saved before update `bad`, and its position in the data without that update's samples."""
+    folder = parallel.from_first(checkpoints.folder)  # every process reads there
     step = rollback.step_to_return_to(run, Checkpoints(folder).steps(), position, bad)
     return restored(Checkpoints(folder).path(step), state), rollback.without(run, position, step, bad)
 
@@ -201,17 +204,17 @@ def evaluate(
 ) -> dict[str, Any] | None:
     """Return the totals over the samples run.chosen[name], by source, summed in float64 on the host.
 
-    None after a signal.
+    Returns None after a signal.
     """
-    found: dict[str, Any] = {}
+    by_source: dict[str, Any] = {}
     train = run.config.train
     for source, chosen in run.chosen[name].items():
         sums: dict[str, Any] = {}
         ahead: list[Any] = []
         samples = mixture.parts_of(run.data.samples[chosen.split])[source]
-        rows = parallel.rows(compiled.mesh, train.batch_size)
+        local = parallel.local_samples(compiled.mesh, train.batch_size)
         with run.log.pass_bar(f"scoring {chosen.split} {source}".strip(), len(chosen.indices)) as show:
-            batches = loader.evaluation_batches(samples, train.batch_size, rows, train.group_by_length, chosen.indices)
+            batches = loader.evaluation_batches(samples, train.batch_size, local, train.group_by_length, chosen.indices)
             for i, batch in enumerate(batches):
                 ahead.append(compiled.totals(model, parallel.put_batch(compiled.mesh, batch)))
                 if len(ahead) > 1:
@@ -221,23 +224,26 @@ def evaluate(
                     return None
         for totals in ahead:
             metrics.add(sums, _read(totals))
-        found[source] = sums | chosen.constants(samples)
-    return found
+        by_source[source] = sums | chosen.constants(samples)
+    return by_source
 
 
 def evaluate_and_show(run: Run, compiled: Compiled, state: TrainState, i: int, status: Callable[[], int]) -> None:
-    """Score the validation part after update `i`, log it, and dump samples; after a signal, do nothing of it."""
+    """Score the validation split after update `i`, log the scores, and save samples; do nothing after a signal."""
     totals = evaluate(run, compiled, state.model, "validation", status)
     if totals is None:
         return
     batch = summary.shown_samples(run, 1)
     predictions = compiled.predict(state.model, parallel.put_batch(compiled.mesh, batch)).cpu().numpy()
-    summary.tell_scores(run, i, totals)
+    summary.log_scores(run, i, totals)
     run.log.samples(i, run.task.show(batch, predictions, run.data.tokenizer), run.config.log.samples)
 
 
 def finish(run: Run, compiled: Compiled, state: TrainState, checkpoints: Checkpoints, status: Callable[[], int]) -> int:
-    """Score the best checkpoint: all of validation and, for the only time, test; sum up; return the exit status."""
+    """Score the best checkpoint on validation and test, print the summary, and return the exit status.
+
+    This is the only time that the test split is read.
+    """
     last, saved = state.step, parallel.from_first(checkpoints.steps())
     tensors = list(state.model.parameters())
     sizes = sum(x.numel() for x in tensors), sum(x.numel() for x in tensors if x.requires_grad)
@@ -260,5 +266,5 @@ def _read(metrics: dict[str, Any]) -> dict[str, Any]:
 
 
 def restored(path: Path, like: TrainState) -> TrainState:
-    """Return `like`, changed in place to be the state in a checkpoint. Raises UserError if it is damaged."""
+    """Return `like`, changed in place to the state of a checkpoint. Raises UserError if it is damaged."""
     return checkpoint.with_snapshot(like, snapshots.read(path), str(path))

@@ -1,6 +1,6 @@
-"""The processes of a run under torchrun, and what each of them has: all of the parameters, a slice of each batch.
+"""Data parallelism under torchrun: each process has all parameters and a slice of each batch.
 
-Without torchrun there is one process, and every function here is the identity.
+Without torchrun there is one process, and the functions here change nothing.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ def make_mesh(config: Config) -> Mesh:
     for name, asked in (("fsdp", config.mesh.fsdp), ("tensor", config.mesh.tensor)):
         if asked > 1:
             raise UserError(
-                f"mesh.{name}={asked}: torchlm splits batches only, one part a process; leave it, or use jaxlm"
+                f"mesh.{name}={asked}: torchlm splits only batches, one slice per process; leave it, or use jaxlm"
             )
     if config.mesh.data not in (-1, size):
         raise UserError(f"mesh.data={config.mesh.data}: there are {size} processes; leave it, or start as many")
@@ -84,24 +84,24 @@ def device_kind(mesh: Mesh) -> str:
 
 
 def replicated(mesh: Mesh, model: nn.Module) -> nn.Module:
-    """Return the model with the first process's parameters, on the device; its gradients will be means over all."""
+    """Return the model on the device, with the parameters of process 0; gradients are averaged over processes."""
     model = model.to(mesh.device)
     return DistributedDataParallel(model) if mesh.size > 1 else model
 
 
-def rows(mesh: Mesh, n: int) -> np.ndarray:
-    """Return which of the `n` samples of a batch this process needs."""
+def local_samples(mesh: Mesh, n: int) -> np.ndarray:
+    """Return the indices of the samples of this process in a batch of `n`."""
     return np.split(np.arange(n), mesh.size)[mesh.rank]
 
 
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Return the batch, of this process's `rows`, on the device."""
+    """Return the batch, which has only the local samples, on the device."""
     tensors = {name: torch.as_tensor(x) for name, x in batch.items()}
     return {name: (x if x.is_floating_point() else x.long()).to(mesh.device) for name, x in tensors.items()}
 
 
 def any_process(mesh: Mesh, function: Callable[..., int]) -> Callable[..., int]:
-    """Return a function with the largest that `function` returns in any process; all have to call it alike."""
+    """Return a function that returns the largest value of `function` in any process; all have to call it."""
     if mesh.size == 1:
         return function
 
@@ -124,7 +124,7 @@ def single(model: nn.Module) -> nn.Module:
 
 
 def gradients_exchanged(model: nn.Module, is_last: bool) -> contextlib.AbstractContextManager:
-    """Return a context for one accumulated batch; processes exchange the sums of gradients with the last one."""
+    """Return a context for one accumulated batch; gradients are exchanged only with the last one."""
     if isinstance(model, DistributedDataParallel) and not is_last:
         return model.no_sync()
     return contextlib.nullcontext()
@@ -145,7 +145,7 @@ def sum_over_processes(totals: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_first(value: Any) -> Any:
-    """Return the first process's value."""
+    """Return the value of process 0."""
     values = [value]
     if dist.is_initialized():
         dist.broadcast_object_list(values, device=torch.device("cpu"))
@@ -153,7 +153,7 @@ def from_first(value: Any) -> Any:
 
 
 def copy_from_first(mesh: Mesh, model: nn.Module) -> None:
-    """Set all parameters to the first process's."""
+    """Copy all parameters from process 0."""
     if mesh.size > 1:
         for x in model.parameters():
             dist.broadcast(x.data, src=0)
@@ -161,7 +161,7 @@ def copy_from_first(mesh: Mesh, model: nn.Module) -> None:
 
 @slow("waiting for the other processes")
 def wait(mesh: Mesh) -> None:
-    """Wait until every process is here. Ends this one if the first has ended, which has told why."""
+    """Wait until every process calls this. Ends this process if process 0, which prints the reason, has ended."""
     try:
         from_first(None)
     except RuntimeError:
@@ -170,10 +170,10 @@ def wait(mesh: Mesh) -> None:
 
 @contextlib.contextmanager
 def joined(mesh: Mesh, config: Config) -> Iterator[Config]:
-    """Let the processes work as one that prints and writes; they part at the end.
+    """Yield the settings for this process; destroy the process group at the end.
 
-    The first has the run folder; the others get settings with a folder that vanishes, and print nothing. A replicated
-    model has to be gone by then: it keeps threads of the group, which abort a process if Python ends before they do.
+    Process 0 has the run folder. The others get a temporary folder and print nothing. Delete replicated models before
+    the end: DDP keeps threads of the group, which abort the process if Python exits first.
     """
     with contextlib.ExitStack() as stack:
         if mesh.size > 1:

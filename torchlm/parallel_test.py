@@ -97,7 +97,7 @@ def test_only_the_first_process_has_the_run_folder(told: list[dict]) -> None:
 
 def test_each_process_has_its_slice_of_the_batch() -> None:
     batch = {"tokens": np.arange(24).reshape(3, 4, 2).astype(np.int32), "labels": np.arange(12).reshape(3, 4)}
-    rows = [parallel.rows(Mesh(rank, 2, CPU), 4) for rank in (0, 1)]
+    rows = [parallel.local_samples(Mesh(rank, 2, CPU), 4) for rank in (0, 1)]
     assert [part.tolist() for part in rows] == [[0, 1], [2, 3]]
     for part in rows:
         on_device = parallel.put_batch(Mesh(1, 2, CPU), {name: x[:, part] for name, x in batch.items()})

@@ -109,6 +109,8 @@ def test_a_loss_that_is_no_number_ends_the_run_or_is_left_out(
     assert all(x.isfinite().all() for x in weights.values())
     if policy == "skip":
         assert bad and all(f"step {step}: the loss is nan" in output.err for step in bad)
-        assert f"since they were no numbers: {', '.join(map(str, bad))}" in output.out
+        assert f"because they were NaN or infinite: {', '.join(map(str, bad))}" in output.out
     else:
-        assert not bad and "step 3: the loss or gradient is no number: back to step 2, on without samples" in output.err
+        assert (
+            not bad and "step 3: the loss or gradient is NaN or infinite: back to step 2, without samples" in output.err
+        )

@@ -16,7 +16,7 @@ LossFn = Callable[[Any, Any, None], Totals]
 
 @dataclasses.dataclass
 class TrainState:
-    """All that changes in training. The seeds of dropout come from `step`, so that a restored state goes on alike."""
+    """All that changes in training. Dropout seeds are derived from `step`: a restored state continues identically."""
 
     step: int  # updates made so far
     model: nn.Module
@@ -30,11 +30,11 @@ def init_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """How updates are made: all that stays the same from one to the next, but for the loss."""
+    """How updates are made: everything but the loss that stays the same from one to the next."""
 
     schedule: Callable[[int], float]
     clip_norm: float
-    skips_nonfinite: bool = False  # an update with a NaN or infinite loss or gradient norm changes only the count
+    skips_nonfinite: bool = False  # if the loss or gradient norm is NaN or infinite, change only the step count
 
 
 def train_step(
@@ -42,8 +42,9 @@ def train_step(
 ) -> tuple[TrainState, Totals]:
     """Make one update from `batches`, arrays [A, B, ...] of A accumulated batches.
 
-    The loss is the mean over all that the A batches count, as if they were one batch. Returns the state, changed in
-    place, and the totals, with the `rate` of this update and the `grad_norm` before clipping. `key` seeds dropout.
+    The loss is the mean over everything that the A batches count, as if they were one batch. Returns the state, changed
+    in place, and the totals, with the learning rate of this update (`rate`) and the gradient norm before clipping
+    (`grad_norm`). `key` seeds dropout.
     """
     state.model.train()
     if key is not None:
@@ -53,7 +54,7 @@ def train_step(
     for i in range(n_batches):
         with parallel.gradients_exchanged(state.model, is_last=i == n_batches - 1):
             batch_totals = loss_fn(state.model, {name: x[i] for name, x in batches.items()}, None)
-            # Replicas exchange the mean of their gradients; what is wanted is the sum.
+            # DDP averages gradients over processes; this makes it a sum.
             (batch_totals["loss"] * parallel.n_processes()).backward()
         totals = {name: totals.get(name, 0) + x.detach() for name, x in batch_totals.items()}
     totals = parallel.sum_over_processes(totals)

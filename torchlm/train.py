@@ -1,4 +1,4 @@
-"""The command `python -m torchlm.train`: settings first, then the run (loop.py), so that a wrong one is told at once.
+"""The command `python -m torchlm.train`: checks the settings, then imports PyTorch and runs loop.py.
 
 Several processes: `torchrun --nproc-per-node N -m torchlm.train ...`.
 """
@@ -13,7 +13,7 @@ from jaxlm.weights import formats
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train as the command line says; return the exit status: 130 after Ctrl-C, 143 after SIGTERM, 2 for bad input."""
+    """Train with a command line; return the exit status: 130 after Ctrl-C, 143 after SIGTERM, 2 for bad input."""
     started_s = time.monotonic()
     argv = sys.argv[1:] if argv is None else argv
     outlive_full_disks()

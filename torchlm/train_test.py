@@ -146,7 +146,7 @@ def test_ctrl_c_during_setup_leaves_nothing(n_processes: int, launch: Launch, tm
     wait_for((tmp_path / "cwd" / "run").exists, process)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=300)
-    assert "interrupted before training; nothing is kept\n" in errors
+    assert "interrupted before training; nothing was saved\n" in errors
     assert list((tmp_path / "cwd").iterdir()) == []
     if n_processes == 1:  # torchrun has a status of its own
         assert process.returncode == 130

@@ -1,7 +1,7 @@
-"""Compiles the training step of the loop ahead of time, for devices that may be absent, and measures it.
+"""Compiles the training step ahead of time, for devices that may be absent, and measures it.
 
-search.py runs this module in a process of its own for each step: the compiler of TPUs ends its process where it fails,
-and settings of JAX hold for a process.
+search.py runs this module in a separate process for each step: a failing TPU compiler ends its process, and JAX's
+configuration is global.
 """
 
 import dataclasses
@@ -36,21 +36,21 @@ from jaxlm.runtime.chips import GIB, Chip, chip
 from jaxlm.runtime.jax_private import dce_jaxpr
 from jaxlm.tasks import TASKS, Task
 
-SPECIAL_TOKENS = ("pad", "mask", "start", "end", "article")  # that a sample may need
+SPECIAL_TOKENS = ("pad", "mask", "start", "end", "article")  # that samples may contain
 PRIME = 7919  # a batch size, since no other dimension of an array is a multiple of it
 
 
 def measure(config: Config, topology: str) -> Step:
-    """Compile the step for a topology such as v5e:16x16, or LOCAL. Raises UserError for settings that do not work."""
+    """Compile the step for a topology such as v5e:16x16, or LOCAL. Raises UserError for settings that cannot work."""
     backend.configure(config)
     if topology != LOCAL and importlib.util.find_spec("libtpu") is None:
         absent, n_devices = roofline.named(topology)
         sizes = configs.mesh_sizes(config, n_devices)
         missing = "memory, traffic and collectives, which XLA reports: pip install 'jaxlm[tpu]' to compile for TPUs"
         return analytic(config, parallel.abstract_mesh(sizes.values()), absent.name, missing)
-    found = _devices(topology)
-    mesh = parallel.make_mesh(config, found)
-    step = analytic(config, mesh, found[0].device_kind)
+    devices = _devices(topology)
+    mesh = parallel.make_mesh(config, devices)
+    step = analytic(config, mesh, devices[0].device_kind)
     known, least = chip(step.device), 2 * step.weights + step.moments  # gradients are as large as weights
     if known and least > known.hbm_bytes:
         reason = f"weights, gradients and moments alone take {least / GIB:.1f} of {known.hbm_bytes / GIB:.0f} GiB"
@@ -65,7 +65,7 @@ def measure(config: Config, topology: str) -> Step:
         return dataclasses.replace(step, too_large=_too_large(str(error)))
     memory, program = compiled.memory_analysis(), hlo.parse(compiled.as_text())
     temporary = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    if found[0].platform == "tpu":  # its temporary arrays take the place of arguments that are no longer needed
+    if devices[0].platform == "tpu":  # its temporary arrays reuse the memory of arguments
         temporary = memory.peak_memory_in_bytes - memory.argument_size_in_bytes
     return dataclasses.replace(
         step,
@@ -100,10 +100,10 @@ def batch(task: Task, sizes: Sequence[int]) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def analytic(config: Config, mesh: Mesh | AbstractMesh, device: str, missing: str = "") -> Step:
-    """Return what is known of a step without compiling it."""
+    """Return what is known about a step without compiling it."""
     update, (state, batches, key) = abstract_update(config, mesh)
     first, second, _ = optim.moments(state.opt_state)
-    weights, moments = _part(state.params), _part(first) + _part(second)
+    weights, moments = _n_bytes(state.params), _n_bytes(first) + _n_bytes(second)
     return Step(
         device=device,
         n_devices=mesh.size,
@@ -118,7 +118,7 @@ def analytic(config: Config, mesh: Mesh | AbstractMesh, device: str, missing: st
 
 
 def activations(config: Config, mesh: Mapping[str, int]) -> int:
-    """Return the bytes on a device that JAX keeps of a batch for its gradients.
+    """Return the bytes per device of the activations of a batch that JAX keeps for gradients.
 
     Arrays with heads, hidden units or the vocabulary are split over tensor. XLA may keep less, because it fuses.
     """
@@ -144,12 +144,12 @@ def activations(config: Config, mesh: Mapping[str, int]) -> int:
 
 
 def needed(jaxpr: Jaxpr) -> Jaxpr:
-    """Return a program of JAX without what no result needs, such as the gradients of frozen weights."""
+    """Return a jaxpr without dead code, such as the gradients of frozen weights."""
     return dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]
 
 
 def product_flops(jaxpr: Any) -> int:
-    """Return the flops of all matmuls in a program of JAX; those in loops count once for each run."""
+    """Return the flops of all matmuls in a jaxpr; those in loops count for each iteration."""
     total = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
@@ -157,15 +157,14 @@ def product_flops(jaxpr: Any) -> int:
             left, result = equation.invars[0].aval, equation.outvars[0].aval
             total += 2 * result.size * math.prod(left.shape[i] for i in contracted)
         inner = [x for value in equation.params.values() for x in (value if isinstance(value, tuple) else (value,))]
-        for part in inner:
-            if isinstance(part, Jaxpr | ClosedJaxpr):
-                program = part.jaxpr if isinstance(part, ClosedJaxpr) else part
-                total += _times(equation) * product_flops(program)
+        for x in inner:
+            if isinstance(x, Jaxpr | ClosedJaxpr):
+                total += _times(equation) * product_flops(x.jaxpr if isinstance(x, ClosedJaxpr) else x)
     return total
 
 
 def _times(equation: Any) -> int:
-    """Return how often an operation of JAX, such as a loop or a kernel of Pallas, runs the program in it."""
+    """Return how often an equation, such as a loop or a Pallas kernel, runs the jaxpr in it."""
     params = equation.params
     if equation.primitive.name == "pallas_call":
         return math.prod(params["grid_mapping"].grid)
@@ -176,7 +175,7 @@ def _devices(topology: str) -> Sequence[Any]:
     if topology == LOCAL:
         return jax.devices()
     roofline.named(topology)
-    # JAX has the two cores of a v4 as one device, as on a real one.
+    # JAX treats the two cores of a v4 as one device, as on real hardware.
     options = {"chip_config_name": "megacore"} if topology.startswith("v4") else {}
     try:
         return topologies.get_topology_desc(topology, platform="tpu", **options).devices
@@ -189,8 +188,8 @@ def _shape(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
-def _part(tree: Any) -> int:
-    """Return the bytes of a tree of arrays on one device."""
+def _n_bytes(tree: Any) -> int:
+    """Return the bytes per device of a tree of arrays."""
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
@@ -204,11 +203,11 @@ def _sent(mesh: Mesh, program: hlo.Program, known: Chip | None) -> tuple[Sent, .
 
 
 def n_links(mesh: Mesh, group: Sequence[int], known: Chip) -> int:
-    """Return how many links a device can send over to its group; 0: the group is on one chip.
+    """Return the number of links over which a device can send to its group; 0: the group is on one chip.
 
-    A dimension of a TPU's torus that the group extends over has a link in each direction; where it has ends, or the
-    group does not go around, the device at an end has one. Slices of v5e and v6e go around where they have 16 chips
-    along a dimension, and those of three dimensions where all are multiples of 4.
+    A device has two links along each dimension of the TPU's torus that its group extends over, one in each direction.
+    It has one if the dimension does not wrap around or the group does not fill it. Slices of v5e and v6e wrap around in
+    dimensions of 16 chips; three-dimensional slices do if all dimensions are multiples of 4.
     """
     devices = mesh.devices.ravel()
     if not hasattr(devices[0], "coords"):
@@ -223,7 +222,7 @@ def n_links(mesh: Mesh, group: Sequence[int], known: Chip) -> int:
 
 
 def _too_large(error: str) -> str:
-    """Return what XLA reports of a step that does not fit: the sum, and the largest arrays."""
+    """Return XLA's report on a step that does not fit: total size, and the largest arrays."""
     line = next((line for line in error.splitlines() if "RESOURCE_EXHAUSTED" in line), error)
     sizes = re.findall(r"Size: ([\d.]+[KMG]).*?(?:op_name=\"([^\"]*)\".*?)?Shape: (\S+)", error, re.DOTALL)
     largest = [f"{shape} ({size}{f', {name}' if name else ''})" for size, name, shape in sizes[:3]]
@@ -234,12 +233,12 @@ def main() -> None:
     """Read {"settings", "topology"} from standard input, and write the Step, or an "error", as JSON."""
     asked = json.load(sys.stdin)
     try:
-        found = dataclasses.asdict(measure(configs.build(asked["settings"]), asked["topology"]))
+        result = dataclasses.asdict(measure(configs.build(asked["settings"]), asked["topology"]))
     except Exception as error:
-        found = {"error": str(error) if isinstance(error, UserError) else outside(error)}
-        if not found["error"]:
+        result = {"error": str(error) if isinstance(error, UserError) else outside(error)}
+        if not result["error"]:
             raise
-    print(json.dumps(found))
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Collectives and memory traffic of a compiled program on each device, read from XLA's text of it.
+"""Collectives and memory traffic per device, from the HLO text of a compiled program.
 
-XLA's own cost analysis counts the body of a loop once, however often it runs; here it counts once for each run.
+XLA's own cost analysis counts the body of a loop once; here it counts for each iteration.
 """
 
 import math
@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-SIZES = {"pred": 1, "bf16": 2, "c64": 8, "c128": 16}  # bytes of an element; other types have their bits in their names
-NO_TRAFFIC = {  # instructions that move nothing, or run computations that are counted themselves
+SIZES = {"pred": 1, "bf16": 2, "c64": 8, "c128": 16}  # bytes of an element; names of other types contain their bits
+NO_TRAFFIC = {  # instructions that move no data, or run computations that are counted separately
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all"),
     *("partition-id", "replica-id", "opt-barrier", "domain", "add-dependency"),
 }
@@ -25,7 +25,7 @@ ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?")
 
 
 class Buffer(NamedTuple):
-    """An array; those in an on-chip memory (S in the layout) have no bytes in the main memory."""
+    """An array; one in on-chip memory (S in the layout) has no bytes in main memory."""
 
     n_bytes: int
     in_memory: int
@@ -52,8 +52,8 @@ Computation = dict[str, Instruction]
 @dataclass(frozen=True)
 class Program:
     computations: dict[str, Computation]
-    runs: dict[str, int]  # computation -> how often it runs in one run of the program
-    inlined: frozenset[str]  # computations of fusions, whose values stay out of memory
+    runs: dict[str, int]  # computation -> number of executions in one run of the program
+    inlined: frozenset[str]  # computations of fusions, whose values never reach memory
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ class Collective:
     """One instruction that moves data between devices."""
 
     kind: str  # of KINDS
-    n_bytes: int  # that a device sends in one run of the program, by the ring algorithm
-    group: tuple[int, ...]  # the first group of devices, by their place in the mesh
+    n_bytes: int  # sent per device in one run of the program, by the ring algorithm
+    group: tuple[int, ...]  # the first group of devices, by their positions in the mesh
 
 
 def parse(text: str) -> Program:
@@ -70,14 +70,14 @@ def parse(text: str) -> Program:
     computations: dict[str, Computation] = {}
     entry, current = "", {}
     for line in text.splitlines():
-        if found := INSTRUCTION.match(line):
-            root, name, shape, opcode, inside, attributes = found.groups()
+        if match := INSTRUCTION.match(line):
+            root, name, shape, opcode, inside, attributes = match.groups()
             has_value = opcode in ("parameter", "constant")
             operands = (inside,) if has_value else tuple(re.findall(r"%([\w.\-]+)", inside))
             current[name] = Instruction(name, opcode, _buffers(shape), operands, attributes or "", bool(root))
-        elif found := COMPUTATION.match(line):
-            current = computations.setdefault(found[2], {})
-            entry = found[2] if found[1] else entry
+        elif match := COMPUTATION.match(line):
+            current = computations.setdefault(match[2], {})
+            entry = match[2] if match[1] else entry
     runs: dict[str, int] = defaultdict(int)
     inlined = set()
 
@@ -95,35 +95,35 @@ def parse(text: str) -> Program:
 
 
 def collectives(program: Program) -> list[Collective]:
-    """Return what moves data between devices."""
-    found: dict[str, Collective] = {}
+    """Return the instructions that move data between devices."""
+    by_channel: dict[str, Collective] = {}
     for name, times in program.runs.items():
         computation = program.computations[name]
         for x in computation.values():
             kind, group = x.opcode.removesuffix("-start"), _group(x)
             if kind not in KINDS or len(group) < 2:
                 continue
-            # TPUs have a reduce-scatter as a fusion of this name, with an all-reduce and a slice.
+            # On TPUs, a reduce-scatter is a fusion of this name, with an all-reduce and a slice.
             if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
                 kind = "reduce-scatter"
             operand = sum(y.n_bytes for y in _operands(computation, x))
             collective = Collective(kind, times * _sent(kind, operand, len(group)), group)
-            # TPUs split one that runs beside other work into several with the same channel.
+            # On TPUs, one that overlaps with computation is split into several with the same channel.
             channel = x.find(r"channel_id=(\d+)") or f"{name}/{x.name}"
-            found[channel] = max(found.get(channel, collective), collective, key=lambda y: y.n_bytes)
-    return list(found.values())
+            by_channel[channel] = max(by_channel.get(channel, collective), collective, key=lambda y: y.n_bytes)
+    return list(by_channel.values())
 
 
 def axes(group: Sequence[int], mesh: Mapping[str, int]) -> tuple[str, ...]:
-    """Return the axes of a mesh, {name: size}, that a group of its devices extends over."""
+    """Return the axes of a mesh {name: size} that a group of its devices extends over."""
     places = np.unravel_index(np.array(group), tuple(mesh.values()))
     return tuple(name for name, along in zip(mesh, places, strict=True) if len(set(along.tolist())) > 1)
 
 
 def traffic(program: Program) -> int:
-    """Return the bytes that a device reads from and writes to its main memory in one run.
+    """Return the bytes that a device reads from and writes to main memory in one run.
 
-    An operand of a fusion of which only a slice is used counts as that slice, and one updated in place as the update.
+    If a fusion uses only a slice of an operand, the slice counts; for an update in place, the update counts.
     """
     return sum(
         times * sum(_moved(program, program.computations[name], x) for x in program.computations[name].values())
@@ -133,12 +133,12 @@ def traffic(program: Program) -> int:
 
 
 def _buffers(shape: str) -> tuple[Buffer, ...]:
-    found = []
+    buffers = []
     for dtype, dimensions, layout in ARRAY.findall(shape):
         bits = 8 * SIZES[dtype] if dtype in SIZES else int((re.search(r"\d+", dtype) or ["0"])[0])
         n_bytes = math.prod(map(int, filter(None, dimensions.split(",")))) * bits // 8
-        found.append(Buffer(n_bytes, 0 if re.search(r"S\(\d+\)", layout) else n_bytes))
-    return tuple(found)
+        buffers.append(Buffer(n_bytes, 0 if re.search(r"S\(\d+\)", layout) else n_bytes))
+    return tuple(buffers)
 
 
 def _operands(computation: Computation, x: Instruction) -> list[Buffer]:
@@ -150,14 +150,14 @@ def _in_memory(buffers: Iterable[Buffer]) -> int:
 
 
 def _called(x: Instruction) -> Iterator[str]:
-    """Yield the computations that an instruction runs, but for the sum of a reduction."""
+    """Yield the computations that an instruction runs, except the operator of a reduction."""
     for key, names in re.findall(r"(calls|body|to_apply|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)", x.attributes):
         if key != "to_apply" or x.opcode == "call":
             yield from re.findall(r"[\w.\-]+", names)
 
 
 def _trips(computations: dict[str, Computation], within: str, x: Instruction) -> int:
-    """Return how often a loop runs: as XLA says, or where it does not, as on TPUs, until its counter is at a constant.
+    """Return the number of iterations of a loop, as annotated by XLA or, on TPUs, from a counter and a constant limit.
 
     Raises ValueError for any other loop.
     """
@@ -177,18 +177,18 @@ def _trips(computations: dict[str, Computation], within: str, x: Instruction) ->
 
 
 def _group(x: Instruction) -> tuple[int, ...]:
-    """Return the first of the groups of devices that take part, in any of the forms that XLA writes."""
-    if found := x.find(r"source_target_pairs=\{\{(\d+,\d+)\}") or x.find(r"replica_groups=\{\{([\d,]+)\}"):
-        return _ints(found)
+    """Return the first group of participating devices, in any of XLA's notations."""
+    if text := x.find(r"source_target_pairs=\{\{(\d+,\d+)\}") or x.find(r"replica_groups=\{\{([\d,]+)\}"):
+        return _ints(text)
     # [groups, size]<=[shape]T(permutation): the devices counted in that shape, its axes permuted, in rows.
-    if found := x.find(r"replica_groups=(\[\d+,\d+\]<=[^ ]+)"):
-        shape, _, counted = found.rstrip(",").partition("<=")
+    if text := x.find(r"replica_groups=(\[\d+,\d+\]<=[^ ]+)"):
+        shape, _, counted = text.rstrip(",").partition("<=")
         return tuple(_iota(counted).reshape(_ints(shape[1:-1]))[0].tolist())
     # mesh['axis'=size, ...], device_ids=(as above) {'axis', ...}: the axes that a group extends over.
-    if found := x.find(r"replica_groups=(mesh\[[^\]]*\](?:, device_ids=\(\S+\))? \{[^}]*\})"):
-        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", found)}
-        extended = re.findall(r"'([^']+)'", found.rpartition("{")[2])
-        ids = re.search(r"device_ids=\((\S+)\) ", found)
+    if text := x.find(r"replica_groups=(mesh\[[^\]]*\](?:, device_ids=\(\S+\))? \{[^}]*\})"):
+        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", text)}
+        extended = re.findall(r"'([^']+)'", text.rpartition("{")[2])
+        ids = re.search(r"device_ids=\((\S+)\) ", text)
         devices = _iota(ids[1] if ids else f"[{math.prod(sizes.values())}]").reshape(tuple(sizes.values()))
         return tuple(devices[tuple(slice(None) if name in extended else 0 for name in sizes)].ravel().tolist())
     return ()
@@ -206,7 +206,7 @@ def _ints(text: str) -> tuple[int, ...]:
 
 
 def _sent(kind: str, operand: int, n: int) -> int:
-    """Return how many bytes a device sends for a collective on an operand of so many bytes in a group of n."""
+    """Return the bytes that a device sends in a collective; `operand` is in bytes, n is the size of the group."""
     if kind == "all-gather":
         return (n - 1) * operand
     if kind == "collective-permute":
@@ -233,7 +233,7 @@ def _moved(program: Program, computation: Computation, x: Instruction) -> int:
 
 
 def _result(x: Instruction) -> tuple[Buffer, ...]:
-    """Return what an instruction makes; an asynchronous one has its operands beside it in a tuple."""
+    """Return the results of an instruction; asynchronous ones return a tuple with their operands."""
     if not x.opcode.endswith("-start") or len(x.buffers) <= len(x.operands):
         return x.buffers
     place = 0 if x.opcode == "copy-start" else len(x.operands)
@@ -241,7 +241,7 @@ def _result(x: Instruction) -> tuple[Buffer, ...]:
 
 
 def _read(program: Program, inside: Computation, number: int) -> int:
-    """Return how many bytes of a fusion's operand are used."""
+    """Return the bytes of a fusion's operand that are read."""
     parameter = next(x for x in inside.values() if x.opcode == "parameter" and x.operands[0] == str(number))
     total, names = 0, [parameter.name]
     while names:
@@ -260,7 +260,7 @@ def _read(program: Program, inside: Computation, number: int) -> int:
 
 
 def _written(inside: Computation, fusion: Instruction) -> int:
-    """Return how many bytes a fusion writes."""
+    """Return the bytes that a fusion writes."""
     root = next(x for x in inside.values() if x.is_root)
     roots = [inside[name] for name in root.operands] if root.opcode == "tuple" else [root]
     total = 0

@@ -1,8 +1,7 @@
 """Memory, time and cost of a training step on given chips, by the roofline model. Imports no framework.
 
 The roofline (Williams, Waterman, Patterson 2009): an update takes at least as long as its matmuls at the peak rate,
-its memory traffic, or its communication, whichever is the longest. All else, such as random numbers and data, comes
-on top.
+its memory traffic, or its communication, whichever is longest. Other work, such as random numbers, is not included.
 """
 
 import dataclasses
@@ -16,13 +15,13 @@ from jaxlm.errors import UserError
 from jaxlm.runtime.chips import Chip, chip
 from jaxlm.tasks import flops
 
-LOCAL = "local"  # the topology that is the devices of this machine
+LOCAL = "local"  # topology: the devices of this machine
 PASSES = 6  # bfloat16 matmuls of a TPU for one in float32, at the precision of runtime/backend.py
 
 
 @dataclass(frozen=True)
 class Sent:
-    """What each device sends in an update over some axes of the mesh, and how many links its group can use."""
+    """Bytes that each device sends in an update over some axes of the mesh, and the number of links it can use."""
 
     kind: str
     axes: str
@@ -32,7 +31,7 @@ class Sent:
 
 @dataclass(frozen=True)
 class Step:
-    """An update on each device; bytes and flops are those of one device. None: it was not compiled, see `missing`."""
+    """An update; bytes and flops are per device. None: unknown without compilation, see `missing`."""
 
     device: str  # JAX's name of it
     n_devices: int
@@ -40,12 +39,12 @@ class Step:
     n_parameters: int
     weights: int
     moments: int
-    activations: int  # that JAX keeps of one batch for its gradients
-    flops: int  # of all matmuls, with those that remat recomputes
-    missing: str = ""  # of the plan, and why
-    too_large: str = ""  # what XLA reports where the step does not fit
+    activations: int  # of one batch, kept for gradients
+    flops: int  # of all matmuls, including those that remat recomputes
+    missing: str = ""  # unknown quantities, and why
+    too_large: str = ""  # XLA's report if the step does not fit
     batches: int | None = None
-    temporary: int | None = None  # XLA's, activations and gradients among it
+    temporary: int | None = None  # XLA's, including activations and gradients
     code: int | None = None
     traffic: int | None = None  # to and from memory
     sent: tuple[Sent, ...] | None = None
@@ -54,7 +53,7 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A step on chips, up to the end of its schedule; what --json prints. None: not known."""
+    """A step on given chips, and the whole training; printed by --json. None: unknown."""
 
     step: Step
     task: str
@@ -66,29 +65,29 @@ class Plan:
     remat: str
     tokens: int  # of an update
     model_flops: int  # of an update, over all devices
-    n_bytes: int  # of a device: all that the step holds; where it was not compiled, what it cannot do without
-    limit: int | None = None  # of a device
+    n_bytes: int  # per device: total of the step; a lower bound if it was not compiled
+    limit: int | None = None  # memory of a device
     fits: bool | None = None
     compute_s: float | None = None
     memory_s: float | None = None
     interconnect_s: float | None = None
     update_s: float | None = None  # the longest of the three
-    bound: str = ""  # which of them that is
-    utilization: float | None = None  # model flops against the peak, over that time
+    bound: str = ""  # its name
+    utilization: float | None = None  # model flops divided by peak flops in that time
     n_updates: int
-    hours: float | None = None  # to the end of the schedule
+    hours: float | None = None  # of the whole training
     chip_hours: float | None = None
     money: float | None = None  # in the currency of the price
 
 
 def plan(config: Config, topology: str, step: Step, price: float | None = None) -> Plan:
-    """Return the plan of a step; the price is that of one chip for an hour."""
+    """Return the plan of a step; the price is per chip and hour."""
     train, known = config.train, chip(step.device)
     if step.temporary is None:  # gradients are as large as the weights
         n_bytes = step.weights * 2 + step.moments + step.activations
     else:
         n_bytes = step.weights + step.moments + (step.batches or 0) + step.temporary + (step.code or 0)
-    found = Plan(
+    result = Plan(
         step=step,
         task=config.task,
         topology=topology,
@@ -104,7 +103,7 @@ def plan(config: Config, topology: str, step: Step, price: float | None = None) 
         n_updates=train.max_steps,
     )
     if known is None:
-        return found
+        return result
     passes = PASSES if train.precision == "float32" and known.name.startswith("TPU") else 1
     times = {"compute": passes * step.flops / known.flops}
     if step.traffic is not None and step.sent is not None:
@@ -115,7 +114,7 @@ def plan(config: Config, topology: str, step: Step, price: float | None = None) 
     n_batches = Position().first(train.max_steps, train) / train.batch_size / train.accumulate
     hours, n_chips = times[bound] * n_batches / 3600, step.n_devices // known.devices_per_chip
     return dataclasses.replace(
-        found,
+        result,
         chip=known.name,
         n_chips=n_chips,
         limit=int(known.hbm_bytes),
@@ -125,26 +124,26 @@ def plan(config: Config, topology: str, step: Step, price: float | None = None) 
         interconnect_s=times.get("interconnect"),
         update_s=times[bound],
         bound=bound,
-        utilization=found.model_flops / (step.n_devices * known.flops * times[bound]),
+        utilization=result.model_flops / (step.n_devices * known.flops * times[bound]),
         hours=hours,
         chip_hours=hours * n_chips,
         money=None if price is None else hours * n_chips * price,
     )
 
 
-def of_json(found: dict) -> Step:
-    """Return the step that dataclasses.asdict has turned into JSON."""
-    sent = found["sent"]
-    return dataclasses.replace(Step(**found), sent=None if sent is None else tuple(Sent(**x) for x in sent))
+def of_json(fields: dict) -> Step:
+    """Return a step from the JSON of dataclasses.asdict."""
+    sent = fields["sent"]
+    return dataclasses.replace(Step(**fields), sent=None if sent is None else tuple(Sent(**x) for x in sent))
 
 
 def named(topology: str) -> tuple[Chip, int]:
-    """Return the chip of a topology, and how many devices it has."""
+    """Return the chip of a topology, and its number of devices. Raises UserError."""
     version, colon, shape = topology.partition(":")
-    found = chip(f"TPU {version}") or chip(version)
-    if not colon or found is None or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", shape):
+    known = chip(f"TPU {version}") or chip(version)
+    if not colon or known is None or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", shape):
         raise UserError(
-            f"--topology {topology}: it has to be a kind of TPU and its shape, such as v5e:2x4, v6e:16x16 or "
-            f"v5p:4x4x4, or {LOCAL}"
+            f"--topology {topology}: must be a kind of TPU and its shape, such as v5e:2x4, v6e:16x16 or v5p:4x4x4, or "
+            f"{LOCAL}"
         )
-    return found, found.devices_per_chip * math.prod(map(int, shape.split("x")))
+    return known, known.devices_per_chip * math.prod(map(int, shape.split("x")))

@@ -1,7 +1,7 @@
-"""Settings to try for a plan: the combinations of a sweep, and the nearest ones that fit.
+"""Candidate settings for a plan: the combinations of a sweep, and similar ones that fit.
 
-Each is compiled in a process of its own, which compile_ahead.py runs. No framework here: a TPU of this machine belongs
-to one process at a time.
+Each is compiled by compile_ahead.py in a separate process. This file imports no framework, because only one process at
+a time can use a local TPU.
 """
 
 import itertools
@@ -20,26 +20,26 @@ from jaxlm.cost.roofline import LOCAL, Step
 from jaxlm.errors import UserError, outside
 
 SWEPT = ("mesh", "batch", "remat")
-VOCABULARIES = {"openai-community/gpt2": 50257, "google-bert/bert-base-uncased": 30522}  # not to ask the hub for
+VOCABULARIES = {"openai-community/gpt2": 50257, "google-bert/bert-base-uncased": 30522}  # known without the hub
 Change = dict[str, Any]  # setting -> value
 
 
 def with_vocab_size(config: Config) -> Config:
-    """Return the settings with the vocabulary of their tokenizer; one that is still to be trained has it at most."""
+    """Return the settings with the vocabulary size of their tokenizer; an upper bound if it is not trained yet."""
     if config.model.vocab_size:
         return config
     n = config.tokenizer.vocab_size
     if config.tokenizer.path in VOCABULARIES:
         n = VOCABULARIES[config.tokenizer.path]
     elif config.tokenizer.path:
-        from jaxlm.data import tokenization  # takes long to import
+        from jaxlm.data import tokenization  # slow to import
 
         n = tokenization.n_ids(tokenization.read(config.tokenizer))
     return configs.replace(config, "model.vocab_size", n)
 
 
 def measure(config: Config, topology: str) -> Step:
-    """Return the step of compile_ahead.measure, made in another process. Raises UserError also where that crashes."""
+    """Return the step of compile_ahead.measure, run in another process. Raises UserError, also if that crashes."""
     env = dict(os.environ)
     if topology != LOCAL:
         env |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
@@ -47,20 +47,20 @@ def measure(config: Config, topology: str) -> Step:
     command = [sys.executable, "-m", "jaxlm.cost.compile_ahead"]
     done = subprocess.run(command, input=asked, env=env, text=True, capture_output=True)
     try:
-        found = json.loads(done.stdout.splitlines()[-1])
+        result = json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):
         last = next((line for line in reversed(done.stderr.splitlines()) if "Error" in line or "***" in line), "")
         raise UserError(
             outside(RuntimeError(last))
             or f"the step could not be compiled for {topology} (exit status {done.returncode}): {last or 'no reason'}"
         ) from None
-    if "error" in found:
-        raise UserError(found["error"])
-    return roofline.of_json(found)
+    if "error" in result:
+        raise UserError(result["error"])
+    return roofline.of_json(result)
 
 
 def measured(tried: Sequence[Config], topology: str) -> Iterator[tuple[Config, Step | UserError]]:
-    """Yield each of some settings with its step, as these are compiled, or with the error."""
+    """Yield settings with their steps, or with an error, in order."""
 
     def one(config: Config) -> Step | UserError:
         try:
@@ -73,7 +73,7 @@ def measured(tried: Sequence[Config], topology: str) -> Iterator[tuple[Config, S
 
 
 def n_workers(topology: str) -> int:
-    """Return how many steps are compiled at once."""
+    """Return how many steps are compiled in parallel."""
     return 1 if topology == LOCAL else os.cpu_count() or 1
 
 
@@ -89,7 +89,7 @@ def n_devices(topology: str) -> int:
 
 
 def candidates(config: Config, n_devices: int, swept: Sequence[str]) -> Iterator[Config]:
-    """Yield the combinations of what is swept; each takes the same samples in an update."""
+    """Yield all combinations of the swept settings; all have the same number of samples per update."""
     n_samples = config.train.batch_size * config.train.accumulate
     choices: dict[str, list[Change]] = {
         "mesh": list(_meshes(config, n_devices)),
@@ -100,7 +100,7 @@ def candidates(config: Config, n_devices: int, swept: Sequence[str]) -> Iterator
 
 
 def nearer(config: Config, n_devices: int) -> Iterator[Config]:
-    """Yield settings that take less memory, those with the fewest changes first."""
+    """Yield settings that need less memory, those with the fewest changes first."""
     n_samples, accumulate = config.train.batch_size * config.train.accumulate, config.train.accumulate
     dots, full = {"model.remat": "dots"}, {"model.remat": "full"}
     fsdp = {"mesh.data": -1, "mesh.fsdp": n_devices // max(config.mesh.tensor, 1)}
@@ -113,13 +113,13 @@ def nearer(config: Config, n_devices: int) -> Iterator[Config]:
 
 
 def changes(config: Config, other: Config) -> str:
-    """Return the words of a command line that make `other` of `config`."""
+    """Return the command-line options that change `config` to `other`."""
     before, after = configs.flat(config), configs.flat(other)
     return " ".join(f"--{name.replace('_', '-')} {after[name]}" for name in after if after[name] != before[name])
 
 
 def _meshes(config: Config, n_devices: int) -> Iterator[Change]:
-    """Yield meshes of data, of fsdp in groups of 8 and over all, each with tensor 1, 2 and 4."""
+    """Yield meshes: data parallel, fsdp in groups of 8, and full fsdp, each with tensor 1, 2 and 4."""
     for tensor in (1, 2, 4):
         rest = n_devices // tensor
         splits = n_devices % tensor == 0 and config.model.vocab_size % tensor == 0
@@ -133,7 +133,7 @@ def _batch(n_samples: int, accumulate: int) -> Change:
 
 
 def _possible(config: Config, n_devices: int, tried: Iterable[Iterable[Change]]) -> Iterator[Config]:
-    """Yield the settings after each of some series of changes, once, where the devices can have their mesh."""
+    """Yield the distinct settings after each series of changes whose mesh fits the devices."""
     seen: list[Config] = []
     for series in tried:
         candidate = config

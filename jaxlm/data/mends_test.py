@@ -279,7 +279,7 @@ CASES: dict[str, Case] = {
     ),
     "half of a surrogate pair": Case(
         {"a.jsonl": '{"text": "a \\ud83d b"}\n' + "".join(json.dumps(row) + "\n" for row in OBJECTS)},
-        r"line 1: \\ud83d is half of a surrogate pair, no character; write both halves, or leave it out",
+        r"line 1: \\ud83d is half of a surrogate pair, not a character; write both halves, or leave it out",
         edit("a.jsonl", lambda data: data.replace(b"\\ud83d", b"\\ud83d\\ude00")),
     ),
     "a key that is not there": Case(

@@ -1,7 +1,4 @@
-"""Where a model looks: the weights of one head of attention. For people to see; training has no use for them.
-
-Letters as in model.py; S positions looked at.
-"""
+"""Attention weights of one head, for display. Letters as in model.py; S are the attended positions."""
 
 import functools
 
@@ -13,9 +10,9 @@ from jaxlm.ops.stacks import scan_blocks
 
 
 def weights(base: Transformer, tokens_BT: Array, layer: Array, head: Array, types_BT: Array | None = None) -> Array:
-    """Return how much each position looks at each, [B, T, S]; rows sum to 1. `layer` and `head` count from 0.
+    """Return the attention weights [B, T, S] of one head; they sum to 1 over S. `layer` and `head` count from 0.
 
-    `types_BT` are the token types, which are 0 by default.
+    `types_BT` are the token types, 0 by default.
     """
     places = Places(tokens_BT == base.config.pad_id if base.config.pad_id >= 0 else None)
 

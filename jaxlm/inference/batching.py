@@ -1,8 +1,8 @@
-"""Answers requests that come at any time with one model, in one thread, many of them at a time.
+"""Dynamic and continuous batching: one thread answers concurrent requests with one model.
 
-Texts to fill or classify that come within a moment go through the model together. Prompts are continued in places: a
-new one takes a free place while the others go on, and one that nobody waits for any more frees its own. Every shape is
-compiled before the first request, and none after.
+Texts to fill or classify that arrive within GATHER_S are batched. Prompts are continued in slots: a new request takes a
+free slot while others are being decoded, and a cancelled one frees its slot. All shapes are compiled before the first
+request.
 """
 
 import asyncio
@@ -23,39 +23,39 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from jaxlm.inference.decode import Sampling
 from jaxlm.inference.predictors import N_ROWS, Answer, Continuation, Continue, FillMasks, Look, Predictor
 
-GATHER_S = 0.002  # how long a text waits for others to go with
-AT_ONCE = 2  # tokens made of each prompt before others are let in
+GATHER_S = 0.002  # how long a text waits for others to form a batch
+AT_ONCE = 2  # tokens decoded per prompt before new prompts are admitted
 COMPILED = "/jax/core/compile/backend_compile_duration"  # JAX's name of the event
 
 
 class Failed(Exception):
-    """The model could not answer, for a reason that is on stderr and nothing a client can mend."""
+    """The model failed for a reason that the client cannot fix; it is printed on stderr."""
 
 
-Said = str | Answer | Failed  # a piece of a continuation, an answer, or that there will be none
+Said = str | Answer | Failed  # a piece of a continuation, an answer, or a failure
 
 
 @dataclasses.dataclass(eq=False)
 class Request:
-    """What somebody waits for. `say` is called in the engine's thread."""
+    """A pending request. `say` is called in the engine's thread."""
 
     text: str
-    options: dict[str, Any]  # all there are
+    options: dict[str, Any]  # all of them, with defaults
     say: Callable[[Said], None]
-    look: tuple[int, int] | None = None  # a layer and a head, where their attention is asked for instead of an answer
+    look: tuple[int, int] | None = None  # layer and head, if the request is for attention weights
     is_streamed: bool = False
-    is_dropped: bool = False  # nobody waits any more
+    is_dropped: bool = False  # the client has gone
 
 
 def fail(requests: Iterable[Request]) -> None:
-    """Print the exception that is being handled, and tell those who wait that there will be no answer."""
+    """Print the current exception, and answer the requests with a failure."""
     traceback.print_exc()
     for request in requests:
         request.say(Failed())
 
 
 class Batches:
-    """Answers texts that go through the model together."""
+    """Dynamic batching, for fill, classify and predict."""
 
     gather_s = GATHER_S
     is_busy = False
@@ -69,11 +69,11 @@ class Batches:
                 predictor([text] * 2**i)
 
     def step(self, requests: Sequence[Request]) -> None:
-        """Answer all of some requests."""
+        """Answer the requests as one batch."""
         if not requests:
             return
         self.metrics.rows.observe(len(requests))
-        # The only option there is is a number of guesses, of which one may get fewer than another.
+        # The only option is the number of guesses: compute the largest one, and cut the answers below.
         options = {name: max(request.options[name] for request in requests) for name in self.predictor.options}
         try:
             answers = self.predictor([request.text for request in requests], **options)
@@ -86,7 +86,7 @@ class Batches:
 
 
 class Places:
-    """Continues prompts, of which each comes and goes when it likes."""
+    """Continuous batching, for generation: N_ROWS slots."""
 
     gather_s = 0.0
 
@@ -108,7 +108,7 @@ class Places:
         return len(self.waiting)
 
     def step(self, requests: Sequence[Request]) -> None:
-        """Take some requests, and make a few tokens for each that has a place."""
+        """Queue the requests, and decode a few tokens in each occupied slot."""
         self.waiting += requests
         try:
             self._let_in()
@@ -157,7 +157,7 @@ class Places:
 
 
 class Metrics:
-    """What an engine counts."""
+    """Prometheus metrics of an engine."""
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
@@ -169,7 +169,7 @@ class Metrics:
 
 
 class Engine:
-    """Answers with a predictor; ready once it is made. To be closed, which waits for the answers to all requests."""
+    """Answers requests with a predictor. Ready when constructed; `close` waits for open requests."""
 
     def __init__(self, predictor: Predictor):
         self.predictor, self.metrics = predictor, Metrics()
@@ -177,7 +177,7 @@ class Engine:
         jax.monitoring.register_event_duration_secs_listener(self._count_compilation)
         if predictor.has_attention:
             predictor.attention(predictor.empty, 0, 0)
-        begun = Metrics()  # of what is made at first, only the compilations count
+        begun = Metrics()  # discards the numbers of the warmup, except for compilations
         self.work: Batches | Places = (
             Places(predictor, begun) if isinstance(predictor, Continue) else Batches(predictor, begun)
         )
@@ -189,7 +189,7 @@ class Engine:
     async def answer(
         self, text: str, options: dict[str, Any] | None = None, look: tuple[int, int] | None = None
     ) -> Answer:
-        """Return the answer to a text that the predictor can take; with `look`, what Predictor.attention returns."""
+        """Return the answer to a valid text; with `look`, the result of Predictor.attention."""
         async with contextlib.aclosing(self.stream(text, options or {}, look, is_streamed=False)) as said:
             (answer,) = [what async for what in said if not isinstance(what, str)]
         return answer
@@ -197,14 +197,11 @@ class Engine:
     async def stream(
         self, text: str, options: dict[str, Any], look: tuple[int, int] | None = None, is_streamed: bool = True
     ) -> AsyncGenerator[str | Answer]:
-        """Yield the continuation of a text in pieces, and at last its answer. To be closed where it is left.
-
-        Raises Failed.
-        """
+        """Yield the continuation of a text in pieces, then its answer; closing cancels it. Raises Failed."""
         loop, said = asyncio.get_running_loop(), asyncio.Queue[Said]()
 
         def say(what: Said) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody there to hear it
+            with contextlib.suppress(RuntimeError):  # the event loop is closed
                 loop.call_soon_threadsafe(said.put_nowait, what)
 
         request = Request(text, self.predictor.options | options, say, look, is_streamed)
@@ -230,12 +227,12 @@ class Engine:
         while is_open or self.work.is_busy:
             requests = self._gathered()
             is_open = is_open and None not in requests
-            wanted = [request for request in requests if request and not request.is_dropped]
-            self._look([request for request in wanted if request.look])
-            self.work.step([request for request in wanted if not request.look])
+            open_requests = [request for request in requests if request and not request.is_dropped]
+            self._look([request for request in open_requests if request.look])
+            self.work.step([request for request in open_requests if not request.look])
 
     def _gathered(self) -> list[Request | None]:
-        """Return what was asked, at most for one batch; wait only if there is nothing else to do."""
+        """Return the next requests, at most one batch; wait only if no slot is occupied."""
         requests: list[Request | None] = []
         until_s = 0.0
         with contextlib.suppress(queue.Empty):

@@ -1,7 +1,7 @@
-"""Continue prompts a token at a time, with the keys and values of earlier tokens kept. Only jaxlm has it.
+"""Autoregressive decoding with a key-value cache. Only jaxlm has it.
 
-Letters as in model.py; S positions kept, C positions run at once. All rows of a batch are alike to what they would be
-alone: each has its own length, its own end and its own random numbers.
+Letters as in model.py; S cached positions, C positions of a chunk. Each row of a batch has its own length, end and
+random numbers, so that its result does not depend on the other rows.
 """
 
 import functools
@@ -20,30 +20,30 @@ from jaxlm.ops.plain_attention import Mask, attend
 from jaxlm.ops.stacks import block_of
 from jaxlm.parallel import platform
 
-CHUNK = 32  # positions of a prompt that go through the model at once
+CHUNK = 32  # positions of a prompt per forward pass
 
 
 class Sampling(NamedTuple):
-    """How each row's next token is chosen; arrays [B]."""
+    """How the next token of each row is sampled; arrays [B]."""
 
-    temperature: Any  # what logits are divided by; 0: always the likeliest token
-    top_k: Any  # of so many likeliest tokens; 0: of all
-    top_p: Any  # of the fewest likeliest tokens whose probabilities sum to this
-    seed: Any  # of the random numbers, which depend on it and the place of the token alone
+    temperature: Any  # divides the logits; 0: greedy
+    top_k: Any  # sample from the k likeliest tokens; 0: from all
+    top_p: Any  # sample from the fewest likeliest tokens whose probabilities sum to p
+    seed: Any  # random numbers depend only on the seed and the position of the token
 
 
 class Rows(NamedTuple):
-    """Prompts and what has become of them."""
+    """The state of a batch: tokens, lengths and caches."""
 
-    tokens_BS: Array  # the first `n` are made
-    n_B: Array
-    end_B: Array  # where `n` is to stop
-    keys: tuple[Array, ...]  # of each layer, [B, G, S, K], up to position n - 2, rounded as products want them
+    tokens_BS: Array  # valid up to n_B
+    n_B: Array  # number of tokens
+    end_B: Array  # number of tokens at which the row ends
+    keys: tuple[Array, ...]  # of each layer, [B, G, S, K], up to position n - 2, in the type of matmuls
     values: tuple[Array, ...]
 
 
 class Parts(NamedTuple):
-    """A causal model's parts, block by block: one cut out of the stacked blocks would be copied for each token."""
+    """The modules of a causal model, with unstacked blocks: slicing the stack would copy a block for each token."""
 
     embedding: Any
     blocks: tuple[Any, ...]
@@ -52,15 +52,15 @@ class Parts(NamedTuple):
 
 
 class Decoder:
-    """A causal model that continues prompts. Compiled once for each number of rows, whatever their lengths."""
+    """A causal model that continues prompts. Compiled once for each batch size; lengths do not matter."""
 
     def __init__(self, model: LanguageModel, stop: int):
-        """`stop` is the token that ends a row."""
+        """`stop` is the id of the token that ends a row."""
         self.config, self.stop = model.base.config, stop
         self.dtype = model.base.blocks.attention.dtype
         blocks = tuple(block_of(self.config, model.base.blocks, i) for i in range(self.config.n_layers))
         final_norm = model.base.final_norm if self.config.final_norm else None
-        # Flattened once: it takes longer than a token of a small model.
+        # Flattened once, because flattening takes longer than one token of a small model.
         self.leaves, self.structure = jax.tree.flatten(Parts(model.base.embedding, blocks, final_norm, model.head))
         self._fill = jax.jit(lambda leaves, rows: fill(self._parts(leaves), rows), donate_argnums=1)
         self._extend = jax.jit(lambda leaves, *args: extend(self._parts(leaves), stop, *args), donate_argnums=1)
@@ -69,21 +69,21 @@ class Decoder:
         )
 
     def begin(self, prompts: Sequence[Sequence[int]], most_new: int) -> Rows:
-        """Return rows that hold prompts of 1 to seq_len tokens, each to get `most_new` tokens or as many as fit."""
+        """Return rows with prompts of 1 to seq_len tokens, each to be continued by at most `most_new` tokens."""
         return self._fill(self.leaves, self._rows(prompts, most_new))
 
     def empty(self, n: int) -> Rows:
-        """Return n rows that get no tokens, for others to be put in their place."""
+        """Return n finished rows, to be replaced by `put`."""
         return self._rows([[self.stop]] * n, 0)
 
     def put(self, rows: Rows, i: int, row: Rows) -> Rows:
-        """Return the rows with a new one, the only one of `row`, as the i-th; `rows` cannot be used any more."""
+        """Return the rows with the i-th replaced by the only row of `row`; `rows` is donated."""
         return self._put(rows, np.int32(i), row)
 
     def extend(self, rows: Rows, sampling: Sampling, n: int) -> Rows:
-        """Return the rows with `n` more tokens each, or fewer where a row ends; `rows` cannot be used any more."""
+        """Return the rows with `n` more tokens each, or fewer if a row ends; `rows` is donated."""
         kinds = (np.float32, np.int32, np.float32, np.uint32)
-        with np.errstate(over="ignore"):  # an infinite temperature is none that differs from the largest
+        with np.errstate(over="ignore"):  # temperatures above the range of float32 become infinite
             sampling = Sampling(*(np.asarray(x, kind) for x, kind in zip(sampling, kinds, strict=True)))
         return self._extend(self.leaves, rows, sampling, np.int32(n))
 
@@ -95,14 +95,14 @@ class Decoder:
         tokens_BS = np.zeros((B, S), np.int32)
         for row, prompt in zip(tokens_BS, prompts, strict=True):
             row[: len(prompt)] = prompt
-        # The last token is never run through the model, so that one more fits than it has positions.
+        # The last token needs no forward pass, so a row can have one token more than the model has positions.
         end_B = np.minimum(n_B + most_new, config.seq_len + 1)
         shape = (B, config.kv_heads, S, config.head_size)
-        # A CPU converts bfloat16 to float32 for products with batch axes; done here, it is done once.
+        # A CPU converts bfloat16 to float32 in matmuls with batch axes; this converts the cache only once.
         dtype = matmul.sum_dtype(self.dtype) if platform() == "cpu" else self.dtype
         cache = [tuple(jnp.zeros(shape, dtype) for _ in range(config.n_layers)) for _ in range(2)]
         rows = Rows(jnp.asarray(tokens_BS), jnp.asarray(n_B, jnp.int32), jnp.asarray(end_B, jnp.int32), *cache)
-        # On the device of the model, where `extend` returns them: elsewhere, `put` would compile anew.
+        # On the device of the model, like the result of `extend`; otherwise `put` would be recompiled.
         return jax.device_put(rows, self.leaves[0].sharding)
 
     def _parts(self, leaves: list[Array]) -> Parts:
@@ -110,7 +110,7 @@ class Decoder:
 
 
 def fill(parts: Parts, rows: Rows) -> Rows:
-    """Return the rows with the keys and values of all but the last token of each prompt."""
+    """Return the rows with keys and values of the prompts cached, except those of their last tokens."""
 
     def run_chunk(i: Array, rows: Rows) -> Rows:
         B = len(rows.n_B)
@@ -118,14 +118,14 @@ def fill(parts: Parts, rows: Rows) -> Rows:
         positions_BC = jnp.broadcast_to(i * CHUNK + jnp.arange(CHUNK), (B, CHUNK))
         return forward(parts, tokens_BC, positions_BC, rows)[1]
 
-    # What a shorter prompt gets from behind its end is overwritten before it is looked at.
+    # Entries behind the end of a shorter prompt are overwritten before they are read.
     return jax.lax.fori_loop(0, (jnp.max(rows.n_B) - 1 + CHUNK - 1) // CHUNK, run_chunk, rows)
 
 
 def extend(parts: Parts, stop: int, rows: Rows, sampling: Sampling, n: Array) -> Rows:
-    """Return the rows with up to `n` more tokens each, without a word to the host in between."""
+    """Return the rows with up to `n` more tokens each, in one loop on the device."""
 
-    def is_going_on(state: tuple[Array, Rows]) -> Array:
+    def is_unfinished(state: tuple[Array, Rows]) -> Array:
         i, rows = state
         return (i < n) & jnp.any(rows.n_B < rows.end_B)
 
@@ -137,19 +137,19 @@ def extend(parts: Parts, stop: int, rows: Rows, sampling: Sampling, n: Array) ->
         logits_BV = parts.head(x_B1D, parts.embedding.token.embedding[...])[:, 0]
         token_B = sample(logits_BV, sampling, rows.n_B)
         is_open_B = rows.n_B < rows.end_B
-        place_B = jnp.where(is_open_B, rows.n_B, rows.tokens_BS.shape[1])  # behind the end, where nothing is written
+        place_B = jnp.where(is_open_B, rows.n_B, rows.tokens_BS.shape[1])  # out of bounds, so dropped, for ended rows
         tokens_BS = rows.tokens_BS.at[jnp.arange(len(place_B)), place_B].set(token_B, mode="drop")
         n_B = rows.n_B + is_open_B
         end_B = jnp.where(is_open_B & (token_B == stop), n_B, rows.end_B)
         return i + 1, rows._replace(tokens_BS=tokens_BS, n_B=n_B, end_B=end_B)
 
-    return jax.lax.while_loop(is_going_on, add_token, (jnp.int32(0), rows))[1]
+    return jax.lax.while_loop(is_unfinished, add_token, (jnp.int32(0), rows))[1]
 
 
 def forward(parts: Parts, tokens_BC: Array, positions_BC: Array, rows: Rows) -> tuple[Array, Rows]:
-    """Return the hidden states [B, C, D] of tokens at some positions, and the rows with their keys and values.
+    """Return the hidden states [B, C, D] of tokens at some positions, and the rows with updated caches.
 
-    Transformer.__call__ for a part of the positions: those before are known by their keys and values alone.
+    Like Transformer.__call__, but earlier positions are read from the caches.
     """
     pad_id = parts.embedding.config.pad_id
     x_BCD = parts.embedding(tokens_BC, None, positions_BC)
@@ -170,14 +170,14 @@ def forward(parts: Parts, tokens_BC: Array, positions_BC: Array, rows: Rows) -> 
 
 
 def sample(logits_BV: Array, sampling: Sampling, place_B: Array) -> Array:
-    """Return the next token of each row [B], which is to stand at `place_B`."""
+    """Return the next token of each row [B], for the positions `place_B`."""
 
     def drawn() -> Array:
         scaled_BV = logits_BV / jnp.where(sampling.temperature > 0, sampling.temperature, 1)[:, None]
         is_kept_BV = kept(scaled_BV, sampling.top_k, sampling.top_p)
         keys_B = jax.vmap(lambda seed, place: jax.random.fold_in(jax.random.key(seed), place))(sampling.seed, place_B)
         noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, logits_BV.shape[1:]))(keys_B)
-        # Not matmul.argmax: XLA may compute the sum twice, rounded otherwise, and then nothing equals the largest.
+        # Not matmul.argmax: XLA may compute the sum twice with different rounding, so no value equals the maximum.
         return jnp.argmax(jnp.where(is_kept_BV, scaled_BV + noise_BV, -jnp.inf), axis=-1).astype(jnp.int32)
 
     likeliest_B = matmul.argmax(logits_BV)
@@ -186,33 +186,33 @@ def sample(logits_BV: Array, sampling: Sampling, place_B: Array) -> Array:
 
 
 def kept(logits_BV: Array, top_k_B: Array, top_p_B: Array) -> Array:
-    """Return which tokens can be drawn, [B, V]: of the k likeliest, the fewest whose probabilities sum to p.
+    """Return a mask [B, V] of the tokens to sample from: of the k likeliest, the fewest whose probabilities sum to p.
 
-    Tokens that are as likely as the last of them are kept, too. Source of top-p: arXiv 1904.09751, section 3.1.
+    Ties with the last one are kept, too. Source of top-p: arXiv 1904.09751, section 3.1.
     """
     p_BV = jax.nn.softmax(logits_BV)
     k_B = jnp.where(top_k_B > 0, top_k_B, p_BV.shape[1])
     p_BV *= p_BV >= _threshold(p_BV, lambda is_kept_BV: jnp.sum(is_kept_BV, axis=1) >= k_B)
     p_BV /= jnp.sum(p_BV, axis=1, keepdims=True)
-    top_p_B = jnp.maximum(top_p_B, jnp.finfo(jnp.float32).tiny)  # of 0, to which it may be rounded, none is enough
+    top_p_B = jnp.maximum(top_p_B, jnp.finfo(jnp.float32).tiny)  # small values may be rounded to 0
     least_B1 = _threshold(p_BV, lambda is_kept_BV: jnp.sum(p_BV * is_kept_BV, axis=1) >= top_p_B)
-    is_all_B1 = top_p_B[:, None] >= 1  # which a sum may be, by rounding, before the last of them
+    is_all_B1 = top_p_B[:, None] >= 1  # a rounded sum may reach 1 before the last token
     return jnp.where(is_all_B1, p_BV > 0, p_BV >= least_B1)
 
 
 def _threshold(p_BV: Array, is_enough: Callable[[Array], Array]) -> Array:
-    """Return the largest number, [B, 1], for which what is not below it is enough; 0 if nothing is.
+    """Return the largest threshold [B, 1] such that the values not below it are enough; 0 if there is none.
 
-    Bit by bit, since numbers that are not negative are in the order of their bits: sorting V of them takes longer.
+    Found bit by bit, because non-negative floats are ordered like their bits. This is faster than sorting V values.
     """
     bits_BV = jax.lax.bitcast_convert_type(p_BV, jnp.int32)
 
-    def try_bit(i: Array, found_B: Array) -> Array:
-        tried_B = found_B | jnp.left_shift(1, 30 - i)
-        return jnp.where(is_enough(bits_BV >= tried_B[:, None]), tried_B, found_B)
+    def try_bit(i: Array, bits_B: Array) -> Array:
+        tried_B = bits_B | jnp.left_shift(1, 30 - i)
+        return jnp.where(is_enough(bits_BV >= tried_B[:, None]), tried_B, bits_B)
 
-    found_B = jax.lax.fori_loop(0, 31, try_bit, jnp.zeros(len(p_BV), jnp.int32))
-    return jax.lax.bitcast_convert_type(found_B, jnp.float32)[:, None]
+    bits_B = jax.lax.fori_loop(0, 31, try_bit, jnp.zeros(len(p_BV), jnp.int32))
+    return jax.lax.bitcast_convert_type(bits_B, jnp.float32)[:, None]
 
 
 def _put(cache_BGSK: Array, new_BCGK: Array, positions_BC: Array) -> Array:

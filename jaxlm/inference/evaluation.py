@@ -1,7 +1,7 @@
-"""Scores a trained model: each score with its interval, calibration, confusion matrix and worst errors.
+"""Evaluation of a trained model: scores with bootstrap intervals, calibration, confusion matrix, worst errors.
 
-Each sample is scored for itself, so that the figures depend neither on what it shares a batch with nor on the number
-of devices, and so that what they would be on other articles of the same kind can be told.
+Each sample is scored separately: results depend neither on batches nor on the number of devices, and the bootstrap can
+draw samples or articles.
 """
 
 import dataclasses
@@ -28,46 +28,46 @@ from jaxlm.inference.load import LoadedModel
 from jaxlm.tasks import Task
 from jaxlm.training.log import RunLog
 
-BATCH_SIZE = 16  # samples that a device has at once; what fits beside any model
+BATCH_SIZE = 16  # samples per device at a time; small enough for any model
 N_DRAWS, INTERVAL = 2000, 0.95  # of the bootstrap
 N_BINS = 10  # of the reliability table
-N_WORST = 10  # errors that are told
-FEWEST = 20  # articles that can stand for others like them; of fewer, samples are drawn
-Totals = dict[str, np.ndarray]  # as Task.loss returns them, and those of `_one`: of samples, of groups, or summed
+N_WORST = 10  # errors that are reported
+FEWEST = 20  # articles for a bootstrap of articles; with fewer, samples are drawn
+Totals = dict[str, np.ndarray]  # of Task.loss and `_one`: per sample, per group, or summed
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
     value: float
-    low: float  # of the interval that has it with INTERVAL's certainty
+    low: float  # of the bootstrap interval at level INTERVAL
     high: float
-    baseline: float | None  # of the best guess that looks at no input; None: there is none
+    baseline: float | None  # score of the best constant prediction; None: there is none
     better: str  # lower or higher
 
 
 @dataclasses.dataclass(frozen=True)
 class Bin:
-    """The predictions that are made with a confidence from `low` to `high`."""
+    """The predictions with a confidence from `low` to `high`."""
 
     low: float
     high: float
     count: int
-    confidence: float  # mean of the probabilities that they are given
-    accuracy: float  # share of them that are right
+    confidence: float  # mean probability of the predictions
+    accuracy: float  # share of correct ones
 
 
 @dataclasses.dataclass(frozen=True)
 class Mistake:
     text: str
     label: float | str
-    predicted: Any  # what the task predicts; None: the original's head predicts no class
+    predicted: Any  # prediction of the task; None: no class (possible with the original's head)
     probability: float | None  # of the label; None for tasks without probabilities
     loss: float
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What `jaxlm.evaluate --json` prints, and what a run folder keeps."""
+    """The output of `jaxlm.evaluate --json`, also saved in the run folder."""
 
     checkpoint: str
     task: str
@@ -75,14 +75,14 @@ class Evaluation:
     split: str
     data: str
     n_samples: int
-    n_counted: int  # predictions that the scores are of
+    n_counted: int  # scored predictions
     n_drawn: int
-    drawn: str  # what the intervals are a bootstrap of: articles or samples
+    drawn: str  # units of the bootstrap: articles or samples
     scores: dict[str, Score]
     calibration_error: Score | None  # expected, ECE (arXiv 1706.04599, eq. 3); None for tasks without probabilities
     bins: list[Bin]
-    classes: list[str]  # their names by number; []: there are none
-    confusion: list[list[int]] | None  # [C][C + 1]: row label, column prediction, the last: no class
+    classes: list[str]  # names in order; []: there are none
+    confusion: list[list[int]] | None  # [C][C + 1]: row label, column prediction, last column: no class
     worst: list[Mistake]
     warning: str
     version: str
@@ -92,7 +92,7 @@ class Evaluation:
 def evaluate(
     trained: LoadedModel, samples: Samples, batch_size: int = BATCH_SIZE, split: str = "", data: str = ""
 ) -> Evaluation:
-    """Return the evaluation of samples; `split` and `data` say in words which these are."""
+    """Return the evaluation of samples; `split` and `data` are their names for the output."""
     task, articles = trained.task, _articles(samples)
     groups, drawn = _groups(articles)
     totals = totals_of_samples(trained, samples, batch_size) | _constants(samples, articles)
@@ -106,7 +106,7 @@ def evaluate(
         for name, value in _scores(task, sums).items()
     }
     confusion = sums["confusion"].astype(int).tolist() if "confusion" in sums else None
-    n_classes = len(confusion or [])  # of a task of the user's own, it may be of something else
+    n_classes = len(confusion or [])  # in a user's own task, rows of the matrix may be other things
     return Evaluation(
         checkpoint=str(trained.start.path),
         task=trained.config.task,
@@ -128,18 +128,18 @@ def evaluate(
     )
 
 
-def part(trained: LoadedModel, split: str, given: Mapping[str, Any]) -> tuple[Source, Samples]:
-    """Return the samples of a part of the run's data, or those of the file data.path in `given`, and their source.
+def samples_of(trained: LoadedModel, split: str, given: Mapping[str, Any]) -> tuple[Source, Samples]:
+    """Return the source and the samples of a split of the run's data, or of the file data.path in `given`.
 
-    `given` are settings that are other than the run's. Raises UserError.
+    `given` are settings that differ from the run's. Raises UserError.
     """
     config, task, read = trained.config, trained.task, split
     if path := given.get("data.path"):
         if Path(path).is_dir():
-            raise UserError(f"data.path={path}: is a folder; name the file in it that is to be scored")
-        # All of the file, with the settings that say what a sample is.
+            raise UserError(f"data.path={path}: is a folder; name the file in it to score")
+        # The whole file, with those settings of the run that define a sample.
         names = ["n_labels", "mask_fraction", "n_maskings", "pack", "pair_column"]
-        names += [] if config.data.documents == "column" else ["documents"]  # of tables: the file may be a text
+        names += [] if config.data.documents == "column" else ["documents"]  # the run's data may be a table, not text
         kept = {name: configs.get(config, f"data.{name}") for name in names}
         data = DataConfig(**kept, cache_dir=config.data.cache_dir, validation_fraction=0.0, test_fraction=0.0)
         config, read = dataclasses.replace(config, data=data), "train"
@@ -147,20 +147,20 @@ def part(trained: LoadedModel, split: str, given: Mapping[str, Any]) -> tuple[So
         config = configs.replace(config, name, value) if name != "data.sources" else config
     if config.data.sources:
         config = _source_of(config, given.get("data.sources", ()))
-    if config.data.pack == "documents":  # each sample is scored for itself, which gives the same
+    if config.data.pack == "documents":  # samples are scored separately, with the same result
         config = configs.replace(config, "data.pack", "none")
     progress = RunLog(stderr=True).pass_bar
     source, samples = prepare.part(config, task.samples, task.embedded, trained.tokenizer, read, progress, task.classes)
     stored, mix = trained.start.info.get("data"), trained.start.info.get("mix") or {}
     if not path and stored and source.fingerprint not in (stored, *mix.get("sources", ())):
         raise UserError(
-            f"{source.description}: the data are others than those of {trained}, so that its parts may be, too; "
-            "put them back as they were, or give a file with --data.path"
+            f"{source.description}: the data differ from those of {trained}, so its splits may differ, too; "
+            "restore the data, or give a file with --data.path"
         )
     if read == "test" and source.test_refusal:
         raise UserError(source.test_refusal.replace("--data.test-path with", "--data.path with"))
     if not len(samples):
-        raise UserError(f"{source.description}: its {split} part has no sample; give a file with --data.path")
+        raise UserError(f"{source.description}: its {split} split has no samples; give a file with --data.path")
     return source, samples
 
 
@@ -178,29 +178,29 @@ def _source_of(config: Config, named: Sequence[Mapping[str, Any]]) -> Config:
 def totals_of_samples(trained: LoadedModel, samples: Samples, batch_size: int) -> Totals:
     """Return the totals of each sample, [N, ...], in order.
 
-    Every device has the whole model and whole batches, one after the other, so that their number makes no difference.
+    Every device has the whole model and gets whole batches in turn, so that results do not depend on their number.
     """
     devices = jax.local_devices()
     models = [jax.device_put(trained.model, device) for device in devices]
     compiled = jax.jit(jax.vmap(functools.partial(_one, trained), in_axes=(None, 0)))
     ahead: list[Any] = []
-    found: list[Any] = []
+    done: list[Any] = []
     with RunLog(stderr=True).pass_bar("scoring the samples", len(samples)) as show:
         for i, batch in enumerate(loader.evaluation_batches(samples, batch_size)):
             k = i % len(devices)
             ahead.append(compiled(models[k], jax.device_put(batch, devices[k])))
             if len(ahead) > 2 * len(devices):
-                found.append(jax.device_get(ahead.pop(0)))
+                done.append(jax.device_get(ahead.pop(0)))
             show(i * batch_size)
-    found += jax.device_get(ahead)
-    return {name: np.concatenate([totals[name] for totals in found])[: len(samples)] for name in found[0]}
+    done += jax.device_get(ahead)
+    return {name: np.concatenate([totals[name] for totals in done])[: len(samples)] for name in done[0]}
 
 
 def _one(trained: LoadedModel, model: Any, sample: dict[str, Any]) -> dict[str, Any]:
-    """Return the totals of one sample; where samples have labels, also its prediction.
+    """Return the totals of one sample, and its prediction if samples have labels.
 
-    Of a task with probabilities, also that of a class label, and `reliability`: by bin of confidence, how many
-    predictions there are, how many are right, and their confidence.
+    For a task with probabilities, also the probability of the label, and `reliability` [bins, 3]: number of
+    predictions, number of correct ones, and sum of their confidence.
     """
     task, batch = trained.task, {name: x[None] for name, x in sample.items()}
     if not trained.has_probabilities():
@@ -210,9 +210,9 @@ def _one(trained: LoadedModel, model: Any, sample: dict[str, Any]) -> dict[str, 
     p, labels = jax.nn.softmax(logits[0]), sample["labels"]
     confidence, prediction, is_counted = p.max(axis=-1), p.argmax(axis=-1), labels >= 0
     of_bin = jax.nn.one_hot(jnp.minimum(confidence * N_BINS, N_BINS - 1).astype(int), N_BINS) * is_counted[..., None]
-    rows = jnp.stack([jnp.ones_like(confidence), 1.0 * (prediction == labels), confidence], axis=-1)
-    # Counts, which products that round would spoil.
-    sums = jnp.matmul(of_bin.reshape(-1, N_BINS).T, rows.reshape(-1, 3), precision="highest")
+    counted = jnp.stack([jnp.ones_like(confidence), 1.0 * (prediction == labels), confidence], axis=-1)
+    # Counts must not be rounded to bfloat16.
+    sums = jnp.matmul(of_bin.reshape(-1, N_BINS).T, counted.reshape(-1, 3), precision="highest")
     totals = totals | {"reliability": sums}
     if "confusion" in totals:
         totals |= {"prediction": prediction, "probability": p[jnp.maximum(labels, 0)]}
@@ -222,14 +222,14 @@ def _one(trained: LoadedModel, model: Any, sample: dict[str, Any]) -> dict[str, 
 def bootstrap(
     totals: Mapping[str, np.ndarray], scores: Callable[[Totals], Mapping[str, float]], seed: int = 0
 ) -> dict[str, tuple[float, float]]:
-    """Return the interval of each score of summed totals [G, ...], if other groups of the same kind were drawn.
+    """Return the bootstrap interval of each score, from totals of groups [G, ...].
 
     The percentile method: Efron, Tibshirani 1993, "An Introduction to the Bootstrap", section 13.3.
     """
     random = np.random.default_rng(seed)
     n = len(next(iter(totals.values())))
     flat = {name: np.asarray(x, np.float64).reshape(n, -1) for name, x in totals.items()}
-    found: dict[str, list[float]] = {}
+    draws: dict[str, list[float]] = {}
     for _ in range(N_DRAWS):
         times = np.bincount(random.integers(n, size=n), minlength=n).astype(np.float64)
         sums = {
@@ -238,25 +238,25 @@ def bootstrap(
             else (times @ x).reshape(totals[name].shape[1:])
             for name, x in flat.items()
         }
-        if sums["count"] > 0:  # else nothing that counts was drawn
+        if sums["count"] > 0:  # otherwise, no scored prediction was drawn
             for name, value in scores(sums).items():
-                found.setdefault(name, []).append(value)
+                draws.setdefault(name, []).append(value)
     tail = (1 - INTERVAL) / 2
     with np.errstate(invalid="ignore"):  # a perplexity may be infinite
-        return {name: tuple(np.quantile(x, (tail, 1 - tail)).tolist()) for name, x in found.items()}
+        return {name: tuple(np.quantile(x, (tail, 1 - tail)).tolist()) for name, x in draws.items()}
 
 
 def _articles(samples: Samples) -> np.ndarray:
-    """Return the number of the article that each sample is of, [N]."""
+    """Return the number of the article of each sample, [N]."""
     indices = np.arange(len(samples))
     windows = None if isinstance(samples, StreamSamples) else getattr(samples, "windows", None)
     return indices if windows is None else np.searchsorted(windows.ends, indices, side="right")
 
 
 def _groups(articles: np.ndarray) -> tuple[np.ndarray, str]:
-    """Return the number of what each sample is drawn with, [N], and what that is: the samples of an article together.
+    """Return the group of each sample in the bootstrap, [N], and the kind of group: articles or samples.
 
-    They are alike, and to draw them one by one would make the intervals too narrow.
+    Samples of an article are correlated: drawing them separately would make the intervals too narrow.
     """
     groups = np.unique(articles, return_inverse=True)[1]
     return (groups, "articles") if groups.max() + 1 >= FEWEST else (np.arange(len(articles)), "samples")
@@ -270,7 +270,7 @@ def _grouped(x: np.ndarray, groups: np.ndarray) -> np.ndarray:
 
 
 def _constants(samples: Samples, articles: np.ndarray) -> Totals:
-    """Return what belongs to the part as a whole, shared out to the samples by the bytes of their articles."""
+    """Return the constants of the split, distributed to the samples in proportion to the bytes of their articles."""
     if not samples.constants:
         return {}
     if isinstance(samples, StreamSamples):
@@ -281,7 +281,7 @@ def _constants(samples: Samples, articles: np.ndarray) -> Totals:
 
 
 def _scores(task: Task, sums: Totals) -> dict[str, float]:
-    """Return the scores of the task, and the calibration error of one with probabilities."""
+    """Return the scores of the task, with the calibration error if it has probabilities."""
     scores = dict(task.scores(sums))
     if "reliability" in sums:
         n, n_right, confidence = sums["reliability"].T
@@ -298,18 +298,18 @@ def _bins(reliability: np.ndarray) -> list[Bin]:
 
 
 def _worst(trained: LoadedModel, samples: Any, totals: Totals) -> list[Mistake]:
-    """Return the wrong predictions of the largest loss; without probabilities, all with a loss count as wrong."""
+    """Return the wrong predictions with the largest loss; without probabilities, every loss above 0 is wrong."""
     task, labels, losses, predictions = trained.task, samples.labels, totals["loss"], totals["prediction"]
     probabilities = totals.get("probability")
     is_wrong, order = (losses > 0, -losses) if probabilities is None else (predictions != labels, probabilities)
     wrong = np.flatnonzero(is_wrong)
-    found = []
+    mistakes = []
     for i in wrong[np.argsort(order[wrong], kind="stable")][:N_WORST]:
         text = samples.text(int(i), trained.tokenizer)
         label, predicted, loss = labels[i].item(), predictions[i].tolist(), float(losses[i])
         if probabilities is None:
-            found.append(Mistake(text, label, predicted, None, loss))
+            mistakes.append(Mistake(text, label, predicted, None, loss))
         else:
             name = task.label(predicted) if predicted < len(task.classes) else None
-            found.append(Mistake(text, task.label(label), name, float(probabilities[i]), loss))
-    return found
+            mistakes.append(Mistake(text, task.label(label), name, float(probabilities[i]), loss))
+    return mistakes

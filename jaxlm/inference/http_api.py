@@ -1,6 +1,6 @@
-"""The web service of `python -m jaxlm.serve`: its addresses, what they take and give, its limits. SERVE.md has them.
+"""The HTTP interface of `python -m jaxlm.serve`: endpoints, schemas, limits, page. batching.py runs the model.
 
-Nothing here computes: batching.py does.
+SERVE.md describes the endpoints.
 """
 
 import asyncio
@@ -57,12 +57,12 @@ from jaxlm.reporting import html_page
 from jaxlm.terminal import dumps
 
 PATHS = ("/", "/predict", "/generate", "/attention", "/health", "/metrics", "/docs", "/openapi.json")
-OPEN = ("/", "/health", "/docs", "/openapi.json")  # need no token
+OPEN = ("/", "/health", "/docs", "/openapi.json")  # without authentication
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
 EVENTS = "text/event-stream"
 RETRY = {"Retry-After": "1"}  # seconds
-TOO_LONG = "it has taken too long; try again, or ask for less"
-FAILED = "the model has failed; the log of the server says why"
+TOO_LONG = "timeout; try again, or ask for less"
+FAILED = "the model has failed; see the server's log"
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'none'",
@@ -72,7 +72,7 @@ HEADERS = {
 
 
 class Strict(BaseModel):
-    """What a request has: of the very types, and nothing else."""
+    """A request: exact types, no extra fields."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -85,16 +85,16 @@ class Guess(BaseModel):
 
 class Filled(BaseModel):
     text: str
-    filled: str = Field(description="the text with the likeliest tokens in")
-    masks: list[list[Guess]] = Field(description="for each mask, the likeliest tokens, the likeliest first")
+    filled: str = Field(description="the text with the likeliest tokens")
+    masks: list[list[Guess]] = Field(description="for each mask, the likeliest tokens in order")
 
 
 class Continued(BaseModel):
     prompt: str
     continuation: str
-    tokens: int = Field(description="how many were made")
+    tokens: int = Field(description="number of new tokens")
     ending: str = Field(description="article, length or positions")
-    seed: int = Field(description="with which it can be had again")
+    seed: int = Field(description="reproduces this continuation")
 
 
 class Classified(BaseModel):
@@ -102,11 +102,9 @@ class Classified(BaseModel):
 
     text: str
     label: int | str | None = Field(
-        description="name of the class, or its number if it has no name; null: the original's head predicts none"
+        description="name of the class, or its number without a name; null: none (possible with the original's head)"
     )
-    probabilities: dict[str, float] | list[float] = Field(
-        description="by name of the class, or by number where there are no names"
-    )
+    probabilities: dict[str, float] | list[float] = Field(description="by name of the class, or in order without names")
 
 
 class Span(BaseModel):
@@ -123,7 +121,7 @@ class Tagged(BaseModel):
 
 
 class Predicted(BaseModel):
-    model_config = ConfigDict(extra="allow")  # what the task's `answer` returns
+    model_config = ConfigDict(extra="allow")  # fields of the task's `answer`
 
     text: str
 
@@ -135,7 +133,7 @@ class Attended(BaseModel):
     layer: int
     head: int
     tokens: list[str]
-    weights: list[list[float]] = Field(description="for each token, how much it looks at each")
+    weights: list[list[float]] = Field(description="attention weights from each token to each token")
 
 
 class Error(BaseModel):
@@ -145,10 +143,10 @@ class Error(BaseModel):
 class Health(BaseModel):
     status: str = Field(description="ready or failed")
     task: str
-    step: int = Field(description="updates that the model was trained for")
+    step: int = Field(description="number of training updates")
 
 
-# What the page of a predictor does, the title of the page, and the answers.
+# By predictor: kind and title of its page, and schema of its answers.
 KINDS: dict[type[Predictor], tuple[str, str, type[BaseModel]]] = {
     FillMasks: ("fill", "Fill masks", Filled),
     Continue: ("continue", "Continue a text", Continued),
@@ -159,27 +157,27 @@ KINDS: dict[type[Predictor], tuple[str, str, type[BaseModel]]] = {
     Look: ("look", "Attention", Attended),
 }
 PLAIN = {"content": {"text/plain": {"schema": {"type": "string"}}}}
-# A host name that is not this host's, and what is no HTTP, are answered below this service, as plain text.
+# Requests that are not HTTP, or for another host name, are answered by the layers below, as plain text.
 UNREADABLE: dict[int | str, dict[str, Any]] = {400: {"description": "not HTTP, or for another host", **PLAIN}}
 ERRORS: dict[int, dict[str, Any]] = {
     400: {"model": Error, "description": "not HTTP, not UTF-8, nested too deeply, or for another host", **PLAIN},
     401: {"model": Error, "description": "the token is missing or wrong"},
     408: {"model": Error, "description": "the body has not arrived in time"},
     413: {"model": Error, "description": "the body is too large"},
-    429: {"model": Error, "description": "too many requests at once; Retry-After says when to try again"},
+    429: {"model": Error, "description": "too many concurrent requests; Retry-After says when to try again"},
     500: {"model": Error, "description": FAILED},
-    503: {"model": Error, "description": "it has taken too long; Retry-After likewise"},
+    503: {"model": Error, "description": "timeout; Retry-After says when to try again"},
 }
-REFUSALS = (400, 401, 408, 413, 429)  # of each address that takes a body
+REFUSALS = (400, 401, 408, 413, 429)  # of each endpoint with a request body
 
 
 def make(engine: Engine, limits: Limits, token: str = "", is_loopback: bool = True) -> FastAPI:
-    """Return the service. With a `token`, clients have to send it; with `is_loopback`, they have to be of this host."""
+    """Return the application. With a `token`, clients must send it; with `is_loopback`, they must be on this host."""
     predictor, metrics = engine.predictor, engine.metrics
-    # A page whose own name is made to lead here would be of the same origin as this service to a browser.
+    # Against DNS rebinding: a page whose host name resolves to this address would be same-origin for a browser.
     hosts = [Middleware(TrustedHostMiddleware, allowed_hosts=LOOPBACK)] if is_loopback else []
     trained = predictor.trained
-    # Pages and schema are open to everybody: where there is a token, they do not name the run.
+    # Pages and schema need no token, so with a token they do not name the run.
     name = "" if token else _run_name(predictor)
     app = FastAPI(
         title=f"Interface to {name or f'a model of {trained.config.task}'}",
@@ -193,10 +191,10 @@ def make(engine: Engine, limits: Limits, token: str = "", is_loopback: bool = Tr
     text_field, *_ = asked.model_fields
 
     def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-        """Return the errors of an address, for the schema; FastAPI adds 422."""
+        """Return the errors of an endpoint, for the schema; FastAPI adds 422."""
         return {status: ERRORS[status] for status in statuses if status != 401 or token}
 
-    def parts(request: BaseModel) -> tuple[str, dict[str, Any]]:
+    def unpacked(request: BaseModel) -> tuple[str, dict[str, Any]]:
         """Return the text and the options of a request."""
         options = request.model_dump()
         text = _joined(options.pop(text_field), options.pop("pair", None))
@@ -208,28 +206,28 @@ def make(engine: Engine, limits: Limits, token: str = "", is_loopback: bool = Tr
             "/predict", responses={200: {"model": KINDS[type(predictor)][2]}, **errors(*REFUSALS, 500, 503)}, **secured
         )
         async def predict(request: asked) -> Response:  # type: ignore[valid-type]
-            """Answer a text: fill its masks, continue it, classify it, find names in it, or what else the task does."""
+            """Answer a text: fill its masks, continue it, classify it, find names in it, or use the task's own predictor."""
             async with _in_time(limits):
-                return Json(await engine.answer(*parts(request)))
+                return Json(await engine.answer(*unpacked(request)))
 
     if isinstance(predictor, Continue):
         described = {
-            "description": 'events: "piece" with {text}, again and again; at last "answer" with what /predict gives, '
-            'or "error" with {detail}',
+            "description": 'events: "piece" with {text}, repeatedly; then "answer" with the answer of /predict, or '
+            '"error" with {detail}',
             "content": {EVENTS: {}},
         }
 
         @app.post("/generate", response_class=Response, responses={200: described, **errors(*REFUSALS, 500)}, **secured)
         async def generate(request: asked) -> Response:  # type: ignore[valid-type]
-            """Continue a prompt, and send the continuation as it is made, by server-sent events."""
-            events = _events(engine, limits, *parts(request))
+            """Continue a prompt, and stream the continuation by server-sent events."""
+            events = _events(engine, limits, *unpacked(request))
             return StreamingResponse(events, media_type=EVENTS, headers={"Cache-Control": "no-store"})
 
     if predictor.has_attention:
 
         @app.post("/attention", responses={200: {"model": Attended}, **errors(*REFUSALS, 500, 503)}, **secured)
         async def attention(request: looked) -> Response:  # type: ignore[valid-type]
-            """Tell, for each token of a text, how much a head of attention makes it look at each."""
+            """Return the attention weights of one head, from each token of a text to each token."""
             async with _in_time(limits):
                 body = request.model_dump()  # type: ignore[attr-defined]
                 text = _joined(body["text"], body.get("pair"))
@@ -239,13 +237,13 @@ def make(engine: Engine, limits: Limits, token: str = "", is_loopback: bool = Tr
 
     @app.get("/health", responses={200: {"model": Health}, **UNREADABLE, 503: is_failed})
     async def health() -> Response:
-        """Tell whether requests are answered."""
+        """Return whether requests are answered."""
         status, code = ("ready", 200) if engine.is_alive() else ("failed", 503)
         return Json({"status": status, "task": trained.config.task, "step": trained.start.info["step"]}, code)
 
     @app.get("/metrics", response_class=Response, responses={200: PLAIN, **UNREADABLE, **errors(401)}, **secured)
     async def figures() -> Response:
-        """Return figures for Prometheus."""
+        """Return metrics for Prometheus."""
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/docs", include_in_schema=False)
@@ -260,20 +258,20 @@ def make(engine: Engine, limits: Limits, token: str = "", is_loopback: bool = Tr
 
     @app.exception_handler(RequestValidationError)
     async def refused(request: Request, error: RequestValidationError) -> Response:
-        # Without what was sent, of which not everything can be written as JSON.
-        told = [{name: problem[name] for name in ("type", "loc", "msg")} for problem in error.errors()]
-        if told[0]["loc"] == ("body",):
-            told[0]["msg"] = "Has to be an object of JSON, sent with Content-Type: application/json"
-        return Json({"detail": told}, 422)
+        # Without the input, which may not be valid JSON.
+        details = [{name: problem[name] for name in ("type", "loc", "msg")} for problem in error.errors()]
+        if details[0]["loc"] == ("body",):
+            details[0]["msg"] = "Must be a JSON object, sent with Content-Type: application/json"
+        return Json({"detail": details}, 422)
 
     return app
 
 
 def _asked(predictor: Predictor, limits: Limits) -> type[BaseModel]:
-    """Return what a request for an answer has; its first field is the text."""
+    """Return the schema of a request for an answer; its first field is the text."""
     model, defaults = predictor.model, predictor.options
     Taken = Annotated[str, _check_of(predictor.encode)]  # noqa: N806  # it is a type
-    takes = predictor.wants + ("" if isinstance(predictor, Tag) else f"; of {model.seq_len} tokens at most")
+    takes = predictor.wants + ("" if isinstance(predictor, Tag) else f"; at most {model.seq_len} tokens")
     if isinstance(predictor, FillMasks):
         most = min(model.vocab_size, 100)
 
@@ -295,20 +293,20 @@ def _asked(predictor: Predictor, limits: Limits) -> type[BaseModel]:
             text: Taken = Field(description=takes)
 
         return Text
-    # A prompt of up to half of the positions gets as much as is asked for by default.
+    # By default, a prompt of up to half of the positions is continued to the full length.
     length = max(1, min(defaults["max_new_tokens"], limits.new_tokens, model.seq_len // 2))
 
     class Prompt(Strict):
         prompt: Taken = Field(description=takes)
-        max_new_tokens: int = Field(length, ge=1, le=limits.new_tokens, description="tokens to make at most")
+        max_new_tokens: int = Field(length, ge=1, le=limits.new_tokens, description="maximum number of new tokens")
         temperature: float = Field(
-            defaults["temperature"], ge=0, allow_inf_nan=False, description="what logits are divided by; 0: likeliest"
+            defaults["temperature"], ge=0, allow_inf_nan=False, description="divides the logits; 0: greedy"
         )
-        top_k: int = Field(defaults["top_k"], ge=0, lt=2**31, description="draw from so many likeliest tokens; 0: all")
+        top_k: int = Field(defaults["top_k"], ge=0, lt=2**31, description="sample from the k likeliest tokens; 0: all")
         top_p: float = Field(
-            defaults["top_p"], gt=0, le=1, description="and from the fewest whose probabilities sum to this"
+            defaults["top_p"], gt=0, le=1, description="of these, from the fewest whose probabilities sum to p"
         )
-        seed: int | None = Field(None, ge=0, lt=2**32, description="of the random numbers; null: another each time")
+        seed: int | None = Field(None, ge=0, lt=2**32, description="of the random numbers; null: random")
 
     return Prompt
 
@@ -327,7 +325,7 @@ def _looked(predictor: Predictor) -> type[BaseModel]:
         return LookAtTwo
 
     class Look(Strict):
-        text: Taken = Field(description=f"of {predictor.model.seq_len} tokens at most")
+        text: Taken = Field(description=f"at most {predictor.model.seq_len} tokens")
         layer: int = Field(0, ge=0, lt=predictor.model.n_layers, description="counted from 0")
         head: int = Field(0, ge=0, lt=predictor.model.n_heads, description="counted from 0")
 
@@ -335,7 +333,7 @@ def _looked(predictor: Predictor) -> type[BaseModel]:
 
 
 def _check_of(encode: Callable[[str], Any]) -> AfterValidator:
-    """Return what refuses a text, or two, that the model cannot take, as any other wrong field is refused."""
+    """Return a validator that refuses texts that the model cannot encode."""
 
     def check(text: str, info: ValidationInfo) -> str:
         try:
@@ -367,9 +365,9 @@ async def _events(engine: Engine, limits: Limits, text: str, options: dict[str, 
     until_s = time.monotonic() + limits.seconds
     async with contextlib.aclosing(engine.stream(text, options)) as said:
         try:
-            while isinstance(what := await asyncio.wait_for(anext(said), until_s - time.monotonic()), str):
-                yield _event("piece", {"text": what})
-            yield _event("answer", what)
+            while isinstance(piece := await asyncio.wait_for(anext(said), until_s - time.monotonic()), str):
+                yield _event("piece", {"text": piece})
+            yield _event("answer", piece)
         except TimeoutError:
             yield _event("error", {"detail": TOO_LONG})
         except Failed:
@@ -381,7 +379,7 @@ def _event(kind: str, data: Answer) -> str:
 
 
 class Json(JSONResponse):
-    """JSON in printable ASCII, for those who ask on a terminal."""
+    """JSON in printable ASCII, safe to show on a terminal."""
 
     def render(self, content: Any) -> bytes:
         """Return the body."""
@@ -389,22 +387,21 @@ class Json(JSONResponse):
 
 
 class Guard:
-    """Lets in what keeps within the limits and has the token; lets go of what nobody waits for; counts."""
+    """Middleware: checks the token and the limits, cancels requests of disconnected clients, and counts."""
 
     def __init__(self, app: ASGIApp, limits: Limits, token: str, registry: CollectorRegistry):
         self.app, self.limits, self.token = app, limits, f"Bearer {token}".encode() if token else b""
-        self.n = 0  # requests that are being answered
+        self.n = 0  # open requests
         kinds = ("method", "path", "status")
-        self.counted = Counter("jaxlm_requests", "Requests, by how they ended", kinds, registry=registry)
+        self.counted = Counter("jaxlm_requests", "Requests by status", kinds, registry=registry)
         self.seconds = Histogram("jaxlm_request_seconds", "Time to the end of an answer", ["path"], registry=registry)
-        going_on = Gauge("jaxlm_open_requests", "Requests that are being answered", registry=registry)
-        going_on.set_function(lambda: self.n)
+        Gauge("jaxlm_open_requests", "Open requests", registry=registry).set_function(lambda: self.n)
         ProcessCollector(registry=registry)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        status = "gone"  # the client, before there was an answer
+        status = "gone"  # the client, before the answer
         started_s = time.monotonic()
 
         async def noting(message: Message) -> None:
@@ -430,13 +427,13 @@ class Guard:
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
-        if self.token and scope["path"] not in OPEN:  # not that of request.url, which is made of the client's Host
+        if self.token and scope["path"] not in OPEN:  # not the path of request.url, which uses the client's Host header
             if not secrets.compare_digest(request.headers.get("authorization", "").encode(), self.token):
                 raise HTTPException(401, "the token is missing or wrong", {"WWW-Authenticate": "Bearer"})
         if request.method != "POST":
             return await self.app(scope, receive, send)
         if self.n >= self.limits.requests:
-            raise HTTPException(429, f"{self.limits.requests} requests are being answered; try again soon", RETRY)
+            raise HTTPException(429, f"{self.limits.requests} requests are open; try again soon", RETRY)
         self.n += 1
         try:
             body = await self._body(request)
@@ -445,7 +442,7 @@ class Guard:
             self.n -= 1
 
     async def _body(self, request: Request) -> bytes:
-        """Return the body, as UTF-8."""
+        """Return the body. Raises HTTPException if it is too long, too slow or not UTF-8."""
         body = b""
         try:
             async with asyncio.timeout(self.limits.seconds):
@@ -455,19 +452,19 @@ class Guard:
                         raise HTTPException(413, f"the body has more than {self.limits.body} bytes")
             return utf8.decode(body).encode()
         except TimeoutError:
-            raise HTTPException(408, f"the body has not come in {self.limits.seconds:g} s") from None
+            raise HTTPException(408, f"the body has not arrived in {self.limits.seconds:g} s") from None
         except ValueError as error:
             raise HTTPException(400, f"the body is {error}") from None
 
     async def _answer_while_there(self, body: bytes, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request; leave it where the client goes away."""
+        """Answer a request; cancel it if the client disconnects."""
         messages = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def receive_again() -> Message:
             return messages.pop() if messages else await asyncio.Future()
 
         answering = asyncio.ensure_future(self.app(scope, receive_again, send))
-        leaving = asyncio.ensure_future(receive())  # nothing else can come
+        leaving = asyncio.ensure_future(receive())  # the next message can only be the disconnection
         try:
             await asyncio.wait([answering, leaving], return_when=asyncio.FIRST_COMPLETED)
             if answering.done():
@@ -485,7 +482,7 @@ def _run_name(predictor: Predictor) -> str:
 
 
 def _page(predictor: Predictor, asked: type[BaseModel], name: str, wants_token: bool) -> tuple[str, dict[str, str]]:
-    """Return the page for people, and its headers. `name` is that of the run, "": the page does not give it."""
+    """Return the HTML page and its headers. `name` is that of the run, "": not shown."""
     kind, title, _ = KINDS[type(predictor)]
     fields = asked.model_json_schema()["properties"]
     about = {
@@ -512,16 +509,16 @@ def _page(predictor: Predictor, asked: type[BaseModel], name: str, wants_token: 
 
 
 def _docs(schema: dict[str, Any]) -> str:
-    """Return a page of what the addresses take and give. It loads nothing, as the usual ones do."""
+    """Return an HTML page about the endpoints. Unlike FastAPI's own, it loads no scripts from elsewhere."""
     types = schema["components"]["schemas"]
     parts = ['<p>For programs: <a href="openapi.json">openapi.json</a>. For people: <a href="./">the page</a>.</p>']
     for path, methods in schema["paths"].items():
-        for method, told in methods.items():
+        for method, operation in methods.items():
             heading = f"{method.upper()} {html_page.text(path)}"
-            parts.append(f"<h2>{heading}</h2><p>{html_page.text(told['description'])}</p>")
-            if "requestBody" in told:
-                parts.append(_fields("takes", types[_content(told["requestBody"])]))
-            for status, answer in told["responses"].items():
+            parts.append(f"<h2>{heading}</h2><p>{html_page.text(operation['description'])}</p>")
+            if "requestBody" in operation:
+                parts.append(_fields("takes", types[_content(operation["requestBody"])]))
+            for status, answer in operation["responses"].items():
                 parts.append(f"<p><b>{status}</b> {html_page.text(answer['description'])}</p>")
                 if status == "200" and (name := _content(answer)) in types:
                     parts.append(_fields("gives", types[name]))
@@ -529,12 +526,12 @@ def _docs(schema: dict[str, Any]) -> str:
 
 
 def _content(described: dict[str, Any]) -> str:
-    """Return the name of the type of a body; "": it is no JSON."""
+    """Return the name of the type of a body; "": it is not JSON."""
     return _type(described.get("content", {}).get("application/json", {}).get("schema", {}))
 
 
 def _type(schema: dict[str, Any]) -> str:
-    """Return the name of a type, as in "Guess" for a list of lists of them, too."""
+    """Return the name of a type, such as "list of Guess"."""
     if "anyOf" in schema:
         return " or ".join(_type(choice) for choice in schema["anyOf"])
     if "items" in schema:
@@ -543,12 +540,13 @@ def _type(schema: dict[str, Any]) -> str:
 
 
 def _fields(name: str, of: dict[str, Any]) -> str:
-    """Return a table of what an object has."""
+    """Return a table of the fields of an object."""
     bounds = {"minimum": "from", "exclusiveMinimum": "above", "maximum": "to", "exclusiveMaximum": "below"}
     lines = []
-    for field, told in of["properties"].items():
-        kind = " ".join([_type(told), *(f"{word} {told[key]:,.15g}" for key, word in bounds.items() if key in told)])
-        if "default" in told:
-            kind += f"; default {json.dumps(told['default'])}"
-        lines.append([field, kind, told.get("description", "")])
+    for field, schema in of["properties"].items():
+        limits = (f"{word} {schema[key]:,.15g}" for key, word in bounds.items() if key in schema)
+        kind = " ".join([_type(schema), *limits])
+        if "default" in schema:
+            kind += f"; default {json.dumps(schema['default'])}"
+        lines.append([field, kind, schema.get("description", "")])
     return html_page.table([name, "", ""], lines, name)

@@ -31,7 +31,7 @@ def test_a_whole_checkpoint_has_a_sum_of_each_file(checkpoint: Path) -> None:
     assert set(json.loads((checkpoint / checksums.FILE).read_text())) == set(files(checkpoint))
 
 
-CHANGED = "is not as it was written"
+CHANGED = "does not match its checksum"
 
 
 @pytest.mark.parametrize(("harm", "told"), [("flip", CHANGED), ("cut", CHANGED), ("lose", "is missing")])
@@ -78,9 +78,9 @@ def test_half_a_checkpoint_is_none(checkpoint: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(checkpoint, run / "checkpoints" / "3")
     (copy / checksums.FILE).unlink()  # written last, and removed first
     assert not checksums.is_finished(copy)
-    assert "never finished" in checksums.damage(copy)
+    assert "save is incomplete" in checksums.damage(copy)
     shutil.rmtree(copy / "optimizer")
     with pytest.raises(UserError, match="there is no checkpoint of a run"):
         resume.find({"resume": str(run)}, formats.RUN)
-    with pytest.raises(UserError, match=f"{copy}: damaged: .* never finished"):
+    with pytest.raises(UserError, match=f"{copy}: damaged: .* save is incomplete"):
         resume.find({"resume": str(copy)}, formats.RUN)

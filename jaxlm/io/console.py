@@ -1,4 +1,4 @@
-"""Rich's console, for text that may hold anything: data, file names, what a model has written."""
+"""Rich's console for untrusted text: data, file names, model outputs."""
 
 import copy
 import os
@@ -13,11 +13,10 @@ from jaxlm.terminal import shown, wrapped
 
 
 class Console(rich.console.Console):
-    """Prints text as it is: no [markup], no :emoji:; control characters are shown.
+    """Prints text literally: no [markup], no :emoji:, control characters escaped.
 
-    A terminal gets lines that fit, with whole words. Elsewhere lines and tables are as wide as they need to be.
-    Once the reader of the output has gone, `reader_gone` is called and nothing more is printed; without it, printing
-    raises BrokenPipeError.
+    On a terminal, lines are wrapped between words. Elsewhere, lines and tables are as wide as needed. When the pipe at
+    stdout is closed, `reader_gone` is called and nothing more is printed; without it, BrokenPipeError is raised.
     """
 
     reader_gone: Callable[[], None] | None = None
@@ -28,22 +27,22 @@ class Console(rich.console.Console):
             self.width = 10_000
 
     def on_broken_pipe(self) -> None:
-        """Do what the class says; rich calls it with the error under way."""
+        """Handle a closed pipe; rich calls this while it handles the error."""
         if self.reader_gone is None:
             raise
         self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())  # where Python puts what is left to write
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())  # Python flushes its buffer there
         self.reader_gone()
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Return the text to print; the cells of tables come here as well."""
+        """Return the text to print; also called for the cells of tables."""
         return super().render_str(shown(text), **options)
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """Print. Lines of text break where they are; on a terminal also between words, but no path is cut."""
+        """Print objects. On a terminal, lines of text are wrapped between words, and no path is cut."""
         if len(objects) == 1 and isinstance(objects[0], Table) and objects[0].title:
             table = copy.copy(objects[0])
-            self.print(str(table.title))  # a title that rich prints is cut at the width of its table
+            self.print(str(table.title))  # rich would cut the title at the width of the table
             table.title = None
             objects = (table,)
         if all(isinstance(x, str) for x in objects):

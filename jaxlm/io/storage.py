@@ -1,6 +1,6 @@
-"""Where checkpoints lie: a local folder, or one in gs:// by `etils.epath`, whose paths are much like those of pathlib.
+"""Paths of checkpoints: local, or in gs:// by `etils.epath`, whose paths are similar to those of pathlib.
 
-The rest of the package uses what both have, and the functions here for what they have not.
+The functions here cover what pathlib and epath do not share.
 """
 
 import contextlib
@@ -15,35 +15,35 @@ from typing import Any
 from jaxlm.errors import UserError, os_errors
 from jaxlm.io import utf8
 
-LATEST = "latest"  # names the newest run in a folder
+LATEST = "latest"  # stands for the newest run in a folder
 
 
 def path(text: str | Path) -> Path:
-    """Return a path, local or in gs://. Raises UserError for any other kind, and for what cannot be reached."""
+    """Return a path, local or in gs://. Raises UserError for other kinds, and if a bucket cannot be reached."""
     if not is_remote(text):
         return Path(text)
     if not str(text).startswith("gs://"):
-        raise UserError(f"{text}: neither a local folder nor gs://, and Orbax stores arrays in no other; give one")
-    if found := re.search(r"[][*?#%\n\r]", str(text)):
-        raise UserError(f"{text}: a name in gs:// cannot have {found[0]!r}, a pattern or part of a URL; give another")
+        raise UserError(f"{text}: neither a local folder nor gs://, the only places that Orbax writes to; give one")
+    if match := re.search(r"[][*?#%\n\r]", str(text)):
+        raise UserError(f"{text}: a name in gs:// cannot contain {match[0]!r}; give another")
     try:
         import fsspec
         import gcsfs  # noqa: F401
         from etils import epath
     except ImportError as error:
         raise UserError(f"{text}: needs gcsfs, which is not installed: pip install 'jaxlm[gcs]'") from error
-    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs what it raises, too
-    fsspec.config.conf["gcs"] = {"use_listings_cache": False}  # which does not see what Orbax writes
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it also logs the errors that it raises
+    fsspec.config.conf["gcs"] = {"use_listings_cache": False}  # the cache misses files that Orbax writes
     result: Any = epath.Path(text)
     try:
-        list(result.glob("*"))  # also of a folder that is not there, but not of such a bucket
-    except Exception as error:  # whatever gcsfs, its libraries and the network raise
+        list(result.glob("*"))  # works for a missing folder, but not for a missing bucket
+    except Exception as error:  # of gcsfs, its libraries or the network
         raise UserError(f"{text}: cannot be reached ({type(error).__name__}: {error})") from error
     return result
 
 
 def run_path(named: str | Path) -> Path:
-    """Return the path of a run or checkpoint; where nothing has that name, the newest run that it stands for.
+    """Return the path of a run or checkpoint. A name that does not exist stands for the newest matching run.
 
     `runs/mlm` stands for the newest of `runs/mlm-<date>-<n>`, `latest` for the newest in `runs`. Raises UserError.
     """
@@ -59,27 +59,27 @@ def run_path(named: str | Path) -> Path:
 
 
 def is_remote(path: str | Path) -> bool:
-    """Return whether a path is that of no local file."""
+    """Return whether a path is not local."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", str(path)) is not None
 
 
 def is_hub_name(path: Path) -> bool:
-    """Return whether a path that is not there may be a name on the Hugging Face hub: NAME or OWNER/NAME."""
+    """Return whether a missing path may be a name on the Hugging Face hub: NAME or OWNER/NAME."""
     is_file = path.suffix in (".json", ".txt", ".pt", ".safetensors")
     return not (is_file or path.is_absolute() or len(path.parts) > 2 or (len(path.parts) == 2 and path.parent.is_dir()))
 
 
 def absolute(path: Path) -> Path:
-    """Return the absolute path; epath's own method makes a local one of gs://."""
+    """Return the absolute path; epath's own method would turn gs:// into a local path."""
     return path if is_remote(path) else path.absolute()
 
 
 @contextlib.contextmanager
 def plain(path: Path) -> Iterator[Path]:
-    """Yield a path that libraries read as it is written: the absolute one, or a temporary link to it.
+    """Yield a path without special characters: the absolute one, or a temporary link to it.
 
-    Orbax takes a path as a pattern and as a URL; TensorStore refuses names of its own locks. Raises UserError if there
-    can be no link.
+    Orbax reads a path as a pattern and as a URL; TensorStore refuses names of its own locks. Raises UserError if the
+    link cannot be created.
     """
     path = absolute(path)
     if is_remote(path) or _is_plain(str(path)):
@@ -88,8 +88,8 @@ def plain(path: Path) -> Iterator[Path]:
     folder = tempfile.gettempdir() if _is_plain(tempfile.gettempdir()) else "/tmp"
     with contextlib.ExitStack() as stack:
         with os_errors(
-            f"{path}: has characters that need a link in {folder}, which cannot be made",
-            "set TMPDIR to a folder that can be written, or give another name",
+            f"{path}: has characters that need a link in {folder}, which cannot be created",
+            "set TMPDIR to a writable folder, or give another name",
         ):
             link = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="jaxlm-", dir=folder))) / "link"
             link.symlink_to(path)
@@ -97,18 +97,18 @@ def plain(path: Path) -> Iterator[Path]:
 
 
 def _is_plain(path: str) -> bool:
-    # etils takes /gs/x for gs://x. A `..` after a link is another folder for the system than for Orbax.
+    # etils reads /gs/x as gs://x. After a link, the system and Orbax resolve `..` to different folders.
     is_safe = re.fullmatch(r"(/(?!\.+(/|$))[\w.-]+)+", path, re.ASCII) and not re.match("/(gs|s3|az|hf)/", path)
     return is_safe is not None and not any(word in path for word in ("__lock", "orbax-checkpoint-tmp"))
 
 
 def device(path: Path) -> int:
-    """Return the number of the disk that a path is on, or will be on; 0 for one that is not local."""
+    """Return the number of the disk that a path is or will be on; 0 if it is not local."""
     return 0 if is_remote(path) else next(x.stat().st_dev for x in (path, *path.absolute().parents) if x.exists())
 
 
 def children(folder: Path) -> list[Path]:
-    """Return what is in a folder, nothing if it is not there. Raises UserError if it cannot be looked at."""
+    """Return the paths in a folder, none if it is missing. Raises UserError if it cannot be read."""
     if is_remote(folder):
         return list(folder.glob("*"))
     with os_errors(f"{folder}: cannot be read"), contextlib.suppress(FileNotFoundError, NotADirectoryError):
@@ -117,7 +117,7 @@ def children(folder: Path) -> list[Path]:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or folder, if it is there; of a link, not what it leads to."""
+    """Remove a file, a folder, or a link (but not its target), if it exists."""
     if is_remote(path):
         path.rmtree(missing_ok=True)  # type: ignore[attr-defined]
     elif path.is_dir() and not path.is_symlink():
@@ -127,7 +127,7 @@ def remove(path: Path) -> None:
 
 
 def checkpoints(run_dir: Path, named: str = "") -> Path:
-    """Return the folder of a run's checkpoints: the one `named`, or the one in the run's config.toml, or its own."""
+    """Return the checkpoint folder of a run: `named`, or else the one in its config.toml, or else its own."""
     if not named:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             named = utf8.from_toml(utf8.read(run_dir / "config.toml"))["run"]["checkpoint_dir"]

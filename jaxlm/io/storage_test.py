@@ -65,7 +65,7 @@ def test_other_places_are_refused_in_a_line(monkeypatch: pytest.MonkeyPatch, cap
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(UserError, match=r"gs://bucket/folder: needs gcsfs, .* pip install 'jaxlm\[gcs\]'"):
         storage.path("gs://bucket/folder")
-    with pytest.raises(UserError, match="run.checkpoint_dir=gs://bucket/folder: torchlm has its checkpoints"):
+    with pytest.raises(UserError, match="run.checkpoint_dir=gs://bucket/folder: torchlm needs a local folder"):
         resume.find({"run.checkpoint_dir": "gs://bucket/folder"}, formats.CHECKPOINT_1_2)
 
 

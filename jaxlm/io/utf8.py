@@ -1,7 +1,7 @@
-"""The one way to read text: UTF-8, without the byte-order mark at its start; anything else is refused with a mend.
+"""Reading text: UTF-8, without a byte-order mark. Anything else raises ValueError with a fix.
 
-Lines end at \\n, \\r\\n or \\r, not at the other characters of `str.splitlines`. What is refused raises ValueError; its
-message goes behind the name of the file and "is".
+Lines end at \\n, \\r\\n or \\r, not at the other characters of `str.splitlines`. Messages of the errors continue a
+sentence that begins with the name of the file and "is".
 """
 
 import codecs
@@ -19,22 +19,22 @@ from pathlib import Path
 from typing import IO, Any
 
 COMPRESSED = (".gz", ".xz", ".zst")
-LONGEST = 1 << 26  # characters of a line or a document: its tokens take about 8 GB while they are made
-START = 1 << 16  # bytes, in which a NUL tells binary data
-DAMAGED = (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error)  # what reading a damaged .gz or .xz raises
-MARKS = {  # the longest first: UTF-32's begins with UTF-16's
+LONGEST = 1 << 26  # characters of a line or document: tokenizing it takes about 8 GB
+START = 1 << 16  # bytes; a NUL among them means binary data
+DAMAGED = (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error)  # errors of damaged .gz and .xz files
+MARKS = {  # longest first: UTF-32's mark begins with UTF-16's
     **{codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32"},
     **{codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"},
 }
-CONTROLS = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")  # bytes of binary data that text of no encoding has
+CONTROLS = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")  # bytes of binary data, found in no text encoding
 BINARY = "binary, or text in UTF-16; give UTF-8 text (of UTF-16, as with iconv -f UTF-16LE -t UTF-8 OLD > NEW)"
-LFS = b"version https://git-lfs.github.com/spec/"  # begins the pointer that stands for a large file in Git
+LFS = b"version https://git-lfs.github.com/spec/"  # start of a Git LFS pointer
 LONG_NUMBER = f"has a number of more than {sys.get_int_max_str_digits():,} digits; shorten it, or put it in quotes"
 TOO_LONG = f"longer than {LONGEST:,} characters; break it into shorter ones"
 
 
 def decoded(blocks: Iterable[bytes]) -> Iterator[str]:
-    """Yield the text of blocks of bytes. Raises ValueError for what is not UTF-8, with the place from the start."""
+    """Yield the text of blocks of bytes. Raises ValueError with the position of the first byte that is not UTF-8."""
     decoder, n_read, start = codecs.getincrementaldecoder("utf-8")(), 0, b""
     try:
         for block in blocks:
@@ -51,13 +51,13 @@ def decoded(blocks: Iterable[bytes]) -> Iterator[str]:
     except UnicodeDecodeError as error:
         if is_binary(start):
             raise ValueError(BINARY) from error
-        place = n_read - len(error.object) + error.start  # the decoder keeps half a character of the block before
+        place = n_read - len(error.object) + error.start  # the decoder keeps an incomplete character between blocks
         mend = "convert it, as with iconv -f LATIN1 -t UTF-8 OLD > NEW"
         raise ValueError(f"not UTF-8 at byte {place} (from 0); {mend}") from error
 
 
 def is_binary(start: bytes) -> bool:
-    """Return whether the first bytes of a file are those of data that is text in no encoding of one byte a letter."""
+    """Return whether the first bytes of a file are binary data, neither UTF-8 nor text in a one-byte encoding."""
     if start.startswith(tuple(MARKS)):
         return False
     try:
@@ -73,14 +73,14 @@ def decode(data: bytes) -> str:
 
 
 def read(path: Path) -> str:
-    """Return the text of a file, its lines ending in \\n. Raises OSError, or ValueError for what is no text."""
+    """Return the text of a file, with lines ending in \\n. Raises OSError, or ValueError if it is not UTF-8."""
     return decode(path.read_bytes()).replace("\r\n", "\n").replace("\r", "\n")
 
 
 def opened(path: Path) -> IO[bytes]:
     """Open a file for reading; .gz, .xz and .zst are decompressed on the way, and may raise one of DAMAGED while read.
 
-    A file is one of these by its name or, if it can be read twice, by how it begins.
+    Compressed files are recognized by name or by their first bytes.
     """
     start = b""
     if path.is_file():
@@ -123,11 +123,11 @@ def _zstd(path: Path, mode: str) -> IO[bytes]:
 
 
 def lines(stream: IO[bytes], errors: str = "strict", keep_ends: bool = False) -> Iterator[str]:
-    """Yield the lines of a stream without their ends, and close it. Raises ValueError for the mark of another encoding.
+    """Yield the lines of a stream, and close it. Raises ValueError for the byte-order mark of another encoding.
 
-    With `keep_ends` each line has its own end. A line longer than LONGEST is cut after LONGEST + 1 characters, and with
-    errors="surrogateescape", bytes that are not UTF-8 become surrogates. `check` refuses both, so that one bad line
-    does not end the stream.
+    Line ends are removed unless `keep_ends`. Longer lines are cut after LONGEST + 1 characters. With
+    errors="surrogateescape", bytes that are not UTF-8 become surrogates. `check` refuses both: one bad line does
+    not end the stream.
     """
     with io.TextIOWrapper(stream, "utf-8-sig", errors, newline="" if keep_ends else None) as reader:
         is_first = True
@@ -142,7 +142,7 @@ def lines(stream: IO[bytes], errors: str = "strict", keep_ends: bool = False) ->
 
 
 def check(text: str) -> None:
-    """Raise ValueError unless a string that came by a pipe, the command line or JSON is text."""
+    """Raise ValueError unless a string from a pipe, the command line or JSON is valid text."""
     if len(text) > LONGEST:
         raise ValueError(TOO_LONG)
     if "\0" in text[:START]:
@@ -152,11 +152,11 @@ def check(text: str) -> None:
     except UnicodeEncodeError as error:
         with contextlib.suppress(UnicodeEncodeError):
             decode(text.encode("utf-8", "surrogateescape"))
-        raise ValueError(f"no Unicode at character {error.start + 1}: {_half(error)}") from None
+        raise ValueError(f"not Unicode at character {error.start + 1}: {_half(error)}") from None
 
 
 def from_json(text: str, object_of: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
-    """Return the value of a JSON text, with `object_of(pairs)` in the place of each object, a dict by default.
+    """Return the value of a JSON text; `object_of(pairs)` makes each object, by default a dict.
 
     Raises ValueError, also for half of a surrogate pair and for deep nesting.
     """
@@ -183,7 +183,7 @@ def from_toml(text: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _parsing(text: str) -> Iterator[None]:
-    """Have every error of a parser be a ValueError that says why; an error of syntax stays as it is."""
+    """Turn every error of a parser into a ValueError with a reason; syntax errors are not changed."""
     try:
         yield
     except RecursionError:
@@ -200,11 +200,11 @@ def _parsing(text: str) -> Iterator[None]:
 
 def _half(error: UnicodeEncodeError) -> str:
     code = f"\\u{ord(error.object[error.start]):04x}"
-    return f"{code} is half of a surrogate pair, no character; write both halves, or leave it out"
+    return f"{code} is half of a surrogate pair, not a character; write both halves, or leave it out"
 
 
 def stand_in(start: bytes) -> str:
-    """Return what a file is in place of what its name says, by its first bytes; "" if it may be that."""
+    """Return what a file really is if its first bytes are a pointer or a web page; "" if it may be what it claims."""
     if not start:
         return "empty; copy or download it again"
     start = start.removeprefix(codecs.BOM_UTF8)

@@ -189,6 +189,6 @@ def test_a_number_of_too_many_digits_is_refused(read: Callable[[str], Any]) -> N
 
 @pytest.mark.parametrize("text", ["\\ud800", "a\\uDFFF", "\\udce9"])
 def test_half_of_a_surrogate_pair_is_no_json(text: str) -> None:
-    with pytest.raises(ValueError, match=r"\\ud[0-9a-f]{3} is half of a surrogate pair, no character; write both"):
+    with pytest.raises(ValueError, match=r"\\ud[0-9a-f]{3} is half of a surrogate pair, not a character; write both"):
         utf8.from_json(f'["{text}"]')
     assert utf8.from_json('"\\ud83d\\ude00"') == "\U0001f600"

@@ -1,6 +1,6 @@
-"""Which part of jaxlm's tree of parameters is trained, where the settings freeze some of them; names.py has the rule.
+"""Splitting jaxlm's tree of parameters into trained and frozen ones; names.first_trained has the rule.
 
-Trees are dicts, as everywhere. The trained part has no entry for what is frozen, and of stacked blocks the upper ones.
+Trees are nested dicts. The trained tree has no entries for frozen parameters, and only the upper blocks of a stack.
 """
 
 from collections.abc import Mapping
@@ -15,20 +15,20 @@ Tree = Mapping[str, Any]
 
 
 def trained(model: ModelConfig, params: Tree, path: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Return the part of the parameters that is trained; `path` is where in the tree of all `params` are."""
+    """Return the tree of trained parameters; `path` is the path of `params` in the whole tree."""
     result = {}
     for name, x in params.items():
         if isinstance(x, Mapping):
-            if part := trained(model, x, (*path, name)):
-                result[name] = part
+            if subtree := trained(model, x, (*path, name)):
+                result[name] = subtree
         elif (first := names.first_trained(model, (*path, name))) is not None:
-            n_missing = model.n_layers - len(x) if first else 0  # blocks that have none of it, without model.first_norm
+            n_missing = model.n_layers - len(x) if first else 0  # the first block has none if not model.first_norm
             result[name] = x[max(first - n_missing, 0) :] if first else x
     return result
 
 
 def apart(params: Tree, like: Tree) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return what is trained and what is frozen; `like` has the shape of what is trained, as moments have."""
+    """Return the trees of trained and of frozen parameters; `like` has the structure of the trained one (moments)."""
     above: dict[str, Any] = {}
     below: dict[str, Any] = {}
     for name, x in params.items():
@@ -45,19 +45,19 @@ def apart(params: Tree, like: Tree) -> tuple[dict[str, Any], dict[str, Any]]:
     return above, below
 
 
-def with_trained(params: Tree, part: Tree) -> dict[str, Any]:
-    """Return parameters with the trained part replaced. If that has only the upper blocks, arrays must be jax.Array."""
+def with_trained(params: Tree, new: Tree) -> dict[str, Any]:
+    """Return parameters with the trained ones replaced. If only the upper blocks are, arrays must be jax.Array."""
 
     def replace(x: Any, new: Any) -> Any:
         if isinstance(x, Mapping):
             return {name: replace(child, new[name]) if name in new else child for name, child in x.items()}
         return new if new.shape == x.shape else x.at[-len(new) :].set(new)
 
-    return replace(params, part)
+    return replace(params, new)
 
 
 def joined(below: Any, above: Any) -> Any:
-    """Return what is frozen and what is trained, both with NumPy's arrays, as one tree."""
+    """Return one tree of frozen and trained parameters, both NumPy arrays."""
     if isinstance(below, Mapping):
         return dict(below) | {name: joined(below[name], x) if name in below else x for name, x in above.items()}
     return np.concatenate([below, above])

@@ -1,12 +1,10 @@
-"""The same weights under two sets of names, jaxlm's and torchlm's.
+"""Parameter names and layouts of jaxlm and torchlm, and conversion between them.
 
 jaxlm     tree of dicts, `base/blocks/attention/query/kernel`; a kernel is [in, out], blocks have a leading axis L
-torchlm   state dict, `base.blocks.0.attention.query.weight`; a linear weight is [out, in], one tensor a block
+torchlm   state dict, `base.blocks.0.attention.query.weight`; a linear weight is [out, in], one tensor per block
 
-torchlm/original.py has the names in the original's checkpoint files.
-
-Arrays are NumPy; where only names change, tensors will do. Nothing here is rounded, so that every way and back is
-equal bit for bit. Moments of an optimizer, one array a parameter, go the same ways.
+Arrays are NumPy, or tensors if only names change. Conversions round nothing and are exact both ways, also for the
+moments of an optimizer. torchlm/original.py has the names in the original's checkpoint files.
 """
 
 import re
@@ -20,9 +18,9 @@ from jaxlm.errors import UserError
 
 Arrays = dict[str, np.ndarray]
 Shapes = dict[str, tuple[int, ...]]
-Prefixes = tuple[str, str]  # what the original's names of the base model and of the head begin with
+Prefixes = tuple[str, str]  # prefixes of the original's names, for the base model and the head
 
-# Modules that PyTorch puts around a model or within it, and attributes by which others hold one.
+# Prefixes that PyTorch's wrapper modules add to names, and attributes in which other models hold a base model.
 _WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _OUTER = re.compile(r"(?!head\.)(.+?\.)??(base|((bert|distilbert|roberta)\.)?embeddings|(transformer\.)?wte)\.")
 _LORA = ("lora_a", "lora_b")
@@ -35,15 +33,14 @@ _HEAD_LAYERS: dict[str, dict[str, tuple[str, ...]]] = {  # by model.head_dense a
     "eurobert": {"classifier": ("dense",)},
     "ultrabert": {"masked": ("dense", "dense2")},
 }
-_MOST_TOLD = 6  # differences in one error message
+_MOST_SHOWN = 6  # differences in one error message
 
 
 def shapes(config: Config, kind: str, n_outputs: int) -> Shapes:
     """Return torchlm's name and shape of every parameter of a model of heads.py, in model order.
 
-    `kind` is "masked", "causal", "classifier" (with `n_outputs`), "tagger" or BASE. The order is PyTorch's, where a
-    module's own
-    parameters come before those of its parts.
+    `kind` is "masked", "causal", "classifier" (with `n_outputs`), "tagger" or BASE. As in PyTorch, a module's own
+    parameters come before those of its submodules.
     """
     model, adapted = config.model, lora_products(config.model)
     D, F, V = model.d_model, model.n_hidden, model.vocab_size
@@ -56,10 +53,10 @@ def shapes(config: Config, kind: str, n_outputs: int) -> Shapes:
         return {f"{name}.{kind}": (size,) for kind in kinds}
 
     def linear(name: str, n_in: int, n_out: int, has_bias: bool) -> Shapes:
-        found: Shapes = {f"{name}.weight": (n_out, n_in)} | ({f"{name}.bias": (n_out,)} if has_bias else {})
+        shapes: Shapes = {f"{name}.weight": (n_out, n_in)} | ({f"{name}.bias": (n_out,)} if has_bias else {})
         if name.startswith("base.") and name.rpartition(".")[2] in adapted:
-            found |= {f"{name}.lora_a": (model.lora_rank, n_in), f"{name}.lora_b": (n_out, model.lora_rank)}
-        return found
+            shapes |= {f"{name}.lora_a": (model.lora_rank, n_in), f"{name}.lora_b": (n_out, model.lora_rank)}
+        return shapes
 
     result: Shapes = {"base.embedding.position": (model.seq_len, D)} if model.positions == "learned" else {}
     if model.segments:
@@ -71,14 +68,14 @@ def shapes(config: Config, kind: str, n_outputs: int) -> Shapes:
         block = f"base.blocks.{i}"
         if model.first_norm or i > 0:
             result |= norm(f"{block}.layernorm1")
-        for part, (n_in, n_out) in attention.items():
-            result |= linear(f"{block}.attention.{part}", n_in, n_out, model.biases in ("all", "attention"))
-        for part in ("query_norm", "key_norm") if model.qk_norm else ():
-            result |= norm(f"{block}.attention.{part}", model.head_size)
+        for layer, (n_in, n_out) in attention.items():
+            result |= linear(f"{block}.attention.{layer}", n_in, n_out, model.biases in ("all", "attention"))
+        for layer in ("query_norm", "key_norm") if model.qk_norm else ():
+            result |= norm(f"{block}.attention.{layer}", model.head_size)
         result |= norm(f"{block}.layernorm2")
         widths = {"fc1": (D, F), "up": (D, F), "fc2": (F, D)}
-        for part in ("fc1", "up", "fc2") if model.mlp in GATED else ("fc1", "fc2"):
-            result |= linear(f"{block}.feed_forward.{part}", *widths[part], model.biases in ("all", "feed_forward"))
+        for layer in ("fc1", "up", "fc2") if model.mlp in GATED else ("fc1", "fc2"):
+            result |= linear(f"{block}.feed_forward.{layer}", *widths[layer], model.biases in ("all", "feed_forward"))
     if model.final_norm:
         result |= norm("base.final_norm")
     if kind == BASE:
@@ -111,9 +108,9 @@ def has_head_bias(model: ModelConfig) -> bool:
 
 
 def shapes_of_tree(tree: Mapping[str, Any]) -> Shapes:
-    """Return torchlm's names and shapes of a tree of jaxlm's arrays, or of their shapes.
+    """Return torchlm's names and shapes for a tree of jaxlm's arrays or their shapes.
 
-    Raises UserError for a name that would not lead back to its array.
+    Raises UserError if a name cannot be converted back.
     """
     result: Shapes = {}
     for path, x in _leaves(tree):
@@ -121,8 +118,8 @@ def shapes_of_tree(tree: Mapping[str, Any]) -> Shapes:
         for name in (torch_names := _torch_names(path, x.shape, _n_stacked(tree))):
             if jax_path(name)[0] != path or any(key.isdecimal() for key in path):
                 raise UserError(
-                    f"its parameter {'/'.join(path)} would be {name} in other forms, which does not lead back to it; "
-                    "call the module otherwise, and use attributes in place of a list"
+                    f"its parameter {'/'.join(path)} would be {name} in other formats, which cannot be converted back; "
+                    "rename the module, and use attributes instead of a list"
                 )
         result |= dict.fromkeys(torch_names, shape[::-1] if path[-1] in _TRANSPOSED else shape)
     return result
@@ -135,9 +132,9 @@ def lora_products(model: ModelConfig) -> list[str]:
 
 
 def first_trained(model: ModelConfig, path: Sequence[str]) -> int | None:
-    """Return from which block on a parameter is trained, None if it is in none.
+    """Return the first block in which a parameter is trained, None if it is frozen in all.
 
-    `path` is its name in parts, without the number of a block; what is outside of blocks counts as block 0.
+    `path` is its path in jaxlm's tree; parameters outside of blocks count as block 0.
     """
     if path[0] == "base" and model.lora_rank and path[-1] not in _LORA:
         return None
@@ -154,59 +151,59 @@ def is_trained(model: ModelConfig, name: str) -> bool:
 
 
 def trained(model: ModelConfig, state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what of a state dict, or of anything by torchlm's names, is trained: what an optimizer has moments of."""
+    """Return the trained entries of a state dict, or of another dict by torchlm's names."""
     return {name: x for name, x in state.items() if is_trained(model, name)}
 
 
 def without_adapters(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what of a state dict, or of shapes, is in a model without adapters, too."""
+    """Return the entries of a state dict, or of shapes, that are not LoRA adapters."""
     return {name: x for name, x in arrays.items() if not name.endswith(_LORA)}
 
 
 def merge_adapters(model: ModelConfig, weights: Arrays) -> Arrays:
-    """Return a state dict with its adapters, if there are any, added to the weights that they adapt."""
+    """Return a state dict with its LoRA adapters, if any, merged into the weights."""
     result = without_adapters(weights)
     for name in [name for name in weights if name.endswith(_LORA[0])]:
         layer = name.removesuffix(_LORA[0])
-        lora_a, lora_b, weight = (weights[layer + part].astype(np.float64) for part in (*_LORA, "weight"))
+        lora_a, lora_b, weight = (weights[layer + kind].astype(np.float64) for kind in (*_LORA, "weight"))
         scale = model.lora_alpha / model.lora_rank
         result[f"{layer}weight"] = (weight + scale * lora_b @ lora_a).astype(weights[f"{layer}weight"].dtype)
     return result
 
 
-def decay_groups(wanted: Shapes) -> tuple[list[str], list[str]]:
-    """Return the names that decay and those that do not, each in model order: PyTorch's optimizer counts them so."""
-    decayed = [name for name, shape in wanted.items() if len(shape) > 1 and shape[0] > 1]
-    return decayed, [name for name in wanted if name not in decayed]
+def decay_groups(shapes: Shapes) -> tuple[list[str], list[str]]:
+    """Return the names with and without weight decay, in model order: the order of PyTorch's optimizer state."""
+    decayed = [name for name, shape in shapes.items() if len(shape) > 1 and shape[0] > 1]
+    return decayed, [name for name in shapes if name not in decayed]
 
 
-def check(state: Mapping[str, Any], wanted: Shapes, source: str) -> dict[str, Any]:
-    """Return the arrays or tensors of `state` in the order of `wanted`.
+def check(state: Mapping[str, Any], expected: Shapes, source: str) -> dict[str, Any]:
+    """Return the arrays or tensors of `state` in the order of `expected`.
 
-    Raises UserError, which begins with `source`, for names or shapes that differ from `wanted`.
+    Raises UserError, which begins with `source`, if names or shapes differ.
     """
-    check_shapes({name: tuple(array.shape) for name, array in state.items()}, wanted, source)
-    return {name: state[name] for name in wanted}
+    check_shapes({name: tuple(array.shape) for name, array in state.items()}, expected, source)
+    return {name: state[name] for name in expected}
 
 
-def check_shapes(found: Shapes, wanted: Shapes, source: str) -> None:
-    """Raise UserError, which begins with `source`, for names or shapes that differ from `wanted`."""
-    problems = [f"{name} {list(wanted[name])} is missing" for name in wanted if name not in found]
-    problems += [f"{name} {list(found[name])} is not in the model" for name in found if name not in wanted]
+def check_shapes(shapes: Shapes, expected: Shapes, source: str) -> None:
+    """Raise UserError, which begins with `source`, if names or shapes differ from the expected ones."""
+    problems = [f"{name} {list(expected[name])} is missing" for name in expected if name not in shapes]
+    problems += [f"{name} {list(shapes[name])} is not in the model" for name in shapes if name not in expected]
     problems += [
-        f"{name} has the shape {list(found[name])}, but the model needs {list(wanted[name])}"
-        for name in wanted
-        if found.get(name, wanted[name]) != wanted[name]
+        f"{name} has the shape {list(shapes[name])}, but the model needs {list(expected[name])}"
+        for name in expected
+        if shapes.get(name, expected[name]) != expected[name]
     ]
     if problems:
-        more = f"; and {len(problems) - _MOST_TOLD} more" if len(problems) > _MOST_TOLD else ""
-        raise UserError(f"{source}: weights of another model: {'; '.join(problems[:_MOST_TOLD])}{more}")
+        more = f"; and {len(problems) - _MOST_SHOWN} more" if len(problems) > _MOST_SHOWN else ""
+        raise UserError(f"{source}: weights of another model: {'; '.join(problems[:_MOST_SHOWN])}{more}")
 
 
 def unwrapped(state: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Return a state dict under the names that its model has alone, not in DataParallel, torch.compile or a module.
+    """Return a state dict without the prefixes of DataParallel, torch.compile or an outer module.
 
-    Raises UserError, which begins with `source`, if it is of several models.
+    Raises UserError, which begins with `source`, if it has several models.
     """
     result = without_wrappers(state, source)
     prefix = max((found[1] or "" for name in result if (found := _OUTER.match(name))), key=len, default="")
@@ -237,15 +234,15 @@ def without_prefix(state: dict[str, Any], prefix: str, source: str) -> dict[str,
 
 
 def exact(array: np.ndarray) -> np.ndarray:
-    """Return float16 and bfloat16 as float32, which has all their numbers; other types as they are."""
+    """Return float16 and bfloat16 arrays as float32, which is exact; others unchanged."""
     return array.astype(np.float32) if str(array.dtype) in ("float16", "bfloat16") else array
 
 
 def to_torch(params: Mapping[str, Any], first_block: int = 0) -> Arrays:
-    """Return jaxlm's tree of arrays as torchlm's state dict (in the tree's order; `check` puts it in the model's).
+    """Return jaxlm's tree of arrays as torchlm's state dict, in the order of the tree (`check` reorders it).
 
-    The blocks of a tree of moments begin with the first that is trained. Stacks that are shorter than others end with
-    the same block as those (without model.first_norm).
+    The blocks of a tree of moments begin at `first_block`. Shorter stacks (without model.first_norm) end with the same
+    block as longer ones.
     """
     state: Arrays = {}
     n_stacked = _n_stacked(params)
@@ -257,7 +254,7 @@ def to_torch(params: Mapping[str, Any], first_block: int = 0) -> Arrays:
 
 
 def to_jax(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Return torchlm's state dict, with all blocks or all from one on, as jaxlm's tree of arrays."""
+    """Return torchlm's state dict, with all blocks or only the upper ones, as jaxlm's tree of arrays."""
     leaves: dict[str, dict[int, np.ndarray]] = {}
     for name, array in state.items():
         path, block = jax_path(name)
@@ -266,8 +263,8 @@ def to_jax(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
     for name, blocks in leaves.items():
         *parents, last = name.split("/")
         place = tree
-        for part in parents:
-            place = place.setdefault(part, {})
+        for parent in parents:
+            place = place.setdefault(parent, {})
         is_stacked = _is_stacked([*parents, last])
         place[last] = np.stack([blocks[i] for i in sorted(blocks)]) if is_stacked else np.ascontiguousarray(blocks[0])
     return tree
@@ -287,12 +284,12 @@ def _is_stacked(path: Sequence[str]) -> bool:
 
 
 def _n_stacked(tree: Mapping[str, Any]) -> int:
-    """Return how many blocks the longest stack of a tree has."""
+    """Return the number of blocks in the longest stack of a tree."""
     return max((x.shape[0] for path, x in _leaves(tree) if _is_stacked(path)), default=0)
 
 
 def _torch_names(path: list[str], shape: Sequence[int], n_blocks: int) -> list[str]:
-    """Return torchlm's names of a parameter of jaxlm, one for each block that is in it; the last ends `n_blocks`."""
+    """Return torchlm's names of a jaxlm parameter, one per block in it; the last one is block `n_blocks` - 1."""
     words = [*path[:-1], "weight" if path[-1] == _weight(path) else path[-1]]
     if not _is_stacked(path):
         return [".".join(words)]
@@ -300,12 +297,12 @@ def _torch_names(path: list[str], shape: Sequence[int], n_blocks: int) -> list[s
 
 
 def jax_path(name: str) -> tuple[list[str], int]:
-    """Return the path of a parameter of torchlm in jaxlm's tree, and the number of its block."""
+    """Return the path of a torchlm parameter in jaxlm's tree, and the number of its block."""
     path = name.split(".")
     block = int(path.pop(2)) if _is_stacked(path) else 0
     return [*path[:-1], _weight(path) if path[-1] == "weight" else path[-1]], block
 
 
 def _weight(path: Sequence[str]) -> str:
-    """Return what jaxlm calls torchlm's `weight` of the module that a parameter is in."""
+    """Return jaxlm's name for torchlm's `weight`, which depends on the module."""
     return "embedding" if path[-2] == "token" else "scale" if "norm" in path[-2] else "kernel"

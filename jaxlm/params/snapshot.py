@@ -1,4 +1,4 @@
-"""A training state of no framework."""
+"""A training state as NumPy arrays."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -17,33 +17,31 @@ Moments = tuple[Arrays, Arrays]  # first and second
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
-    """A training state of no framework; arrays are float32, and in model order."""
+    """A training state as float32 NumPy arrays, in model order, by torchlm's names."""
 
     config: Config
-    # step, task, rate, tokenizer, sample_iter, val_loss; original_config where it comes from there
-    info: dict[str, Any]
+    info: dict[str, Any]  # step, task, rate, tokenizer, sample_iter, val_loss; original_config in files of the original
     weights: Arrays
-    moments: Moments | None  # None: zero, as before the first update; params/muon.py says what has a second one
+    moments: Moments | None  # None: zero, before the first update; params/muon.py: which parameters have a second one
     n_updates: int
 
     def moments_or_zeros(self) -> Moments:
-        """Return the moments of what is trained, zero before the first update."""
+        """Return the moments of the trained parameters, zero before the first update."""
         zeros = {name: np.zeros_like(x) for name, x in names.trained(self.config.model, self.weights).items()}
         return self.moments or (zeros, muon.with_second_moment(self.config.train, zeros))
 
     def merge_adapters(self) -> "Snapshot":
-        """Return the state with its adapters, if there are any, in the weights. These have no moments."""
+        """Return the state with LoRA adapters, if any, merged into the weights; without moments then."""
         if not self.config.model.lora_rank:
             return self
         weights = names.merge_adapters(self.config.model, self.weights)
         return Snapshot(configs.replace(self.config, "model.lora_rank", 0), self.info, weights, None, 0)
 
     def weights_for(self, shapes: Shapes, parts: Sequence[str], source: str, is_base: bool = False) -> Arrays:
-        """Return the weights of some parts of a model, which has parameters of these shapes.
+        """Return the weights for some parts of a model with parameters of these shapes.
 
-        Of learned positions, only as many as the model has. With `is_base` the model is that of another run, which has
-        adapters of its own: those of the snapshot are merged. Raises UserError, which begins with `source`, if the
-        weights are of another model.
+        Learned positions are cut to the model's. With `is_base`, the model belongs to another run: adapters of the
+        snapshot are merged. Raises UserError, which begins with `source`, if the weights do not fit.
         """
         weights = dict((self.merge_adapters() if is_base else self).weights)
         if POSITION in weights and POSITION in shapes:

@@ -1,6 +1,6 @@
-"""Pages that are one file, light or dark as the browser is: text, tables, and the whole page as a picture.
+"""HTML pages as single files, in light and dark mode: text, tables, screenshots.
 
-Nothing is loaded from elsewhere, and there are no scripts. page.css is the style, line_chart.py has the charts.
+They load nothing and have no scripts. page.css is the style; line_chart.py has the charts.
 """
 
 import html
@@ -14,13 +14,13 @@ from jaxlm import terminal
 from jaxlm.errors import UserError, os_errors
 
 STYLE = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
-LONG = 24  # characters of a table's head that stay on one line
-MARKED = {"pass": "pass", "FAIL": "fail", "MISSED": "fail"}  # class of a cell, by its text
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")  # besides that of Playwright
+LONG = 24  # characters of a table heading that stay on one line
+MARKED = {"pass": "pass", "FAIL": "fail", "MISSED": "fail"}  # CSS class of a cell, by its text
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")  # besides Playwright's own
 
 
 def page(title: str, parts: Sequence[str]) -> str:
-    """Return a page, whose control characters are shown."""
+    """Return a page with control characters escaped; `parts` are HTML."""
     return terminal.shown(
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -30,7 +30,7 @@ def page(title: str, parts: Sequence[str]) -> str:
 
 
 def text(plain: str) -> str:
-    """Return text as a page has it."""
+    """Return text escaped for HTML."""
     return html.escape(plain)
 
 
@@ -40,13 +40,13 @@ def note(plain: str) -> str:
 
 
 def totals(figures: Iterable[tuple[str, str]]) -> str:
-    """Return figures in large type, each above its name."""
+    """Return (name, value) pairs with values in large type."""
     shown = "".join(f"<div><b>{text(x)}</b>{text(name)}</div>" for name, x in figures)
     return f'<div class="totals">{shown}</div>'
 
 
 def table(head: Sequence[str], lines: Iterable[Sequence[str]], label: str) -> str:
-    """Return a table; cells that begin with a digit are numbers."""
+    """Return a table; cells that begin with a digit and have no spaces are aligned as numbers."""
 
     def cell(content: str) -> str:
         is_number = re.match(r"-?\d", content) and " " not in content
@@ -63,12 +63,12 @@ def table(head: Sequence[str], lines: Iterable[Sequence[str]], label: str) -> st
 
 
 def folded(summary: str, content: str, is_open: bool = False) -> str:
-    """Return content that opens with a click on its summary."""
+    """Return collapsible content; a click on its summary opens it."""
     return f"<details{' open' if is_open else ''}><summary>{text(summary)}</summary>{content}</details>"
 
 
 def picture(page: Path, png: Path, width: int = 1200) -> None:
-    """Write the whole of a page as a picture. Raises UserError if there is no browser to draw it."""
+    """Write a screenshot of a whole page, `width` CSS pixels wide. Raises UserError if there is no browser."""
     try:
         from playwright.sync_api import Error, sync_playwright
     except ImportError as error:
@@ -86,7 +86,7 @@ def picture(page: Path, png: Path, width: int = 1200) -> None:
 
 
 def browser(playwright: Any) -> Any:
-    """Start Chromium, that of Playwright or else the system's. Raises UserError if there is none."""
+    """Start Chromium: Playwright's, or else the system's. Raises UserError if there is none."""
     from playwright.sync_api import Error
 
     try:

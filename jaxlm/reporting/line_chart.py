@@ -1,7 +1,4 @@
-"""Line charts as SVG, in the colours of page.css.
-
-Curves differ in their dashes, too, for readers who cannot tell the colours apart.
-"""
+"""Line charts as SVG, in the colours of page.css. Curves also differ in dashes, for colour-blind readers."""
 
 import dataclasses
 import math
@@ -17,14 +14,14 @@ DASHES = ("", "7 3", "2 2.5", "9 3 2 3", "4 2", "1 3.5")
 BOUND = "var(--bound)"
 WIDTH, HEIGHT = 440, 260
 LEFT, RIGHT, TOP, BOTTOM = 54, 20, 10, 38  # margins of the plot
-MOST_POINTS = 400  # of a curve; of a longer one, the minimum and maximum of each stretch are drawn
-MOST_HOVERS = 120  # areas of a chart that show their values where the pointer is
+MOST_POINTS = 400  # of a curve; for longer ones, minimum and maximum of each stretch are drawn
+MOST_HOVERS = 120  # areas of a chart with tooltips
 KEY = '<svg viewBox="0 0 40 12" aria-hidden="true">'  # of an entry of the legend
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Curve:
-    """Values `y` at increasing places `x`; what is not finite, or has no place on a log scale, is left out."""
+    """Values `y` at increasing `x`. Values that are not finite, or not positive on a log scale, are not drawn."""
 
     label: str  # "": not in the legend
     x: np.ndarray
@@ -33,14 +30,14 @@ class Curve:
     dashes: str = ""
     width: float = 1.8
     has_dots: bool = False
-    best: float | None = None  # the place of the best value, which gets a ring
+    best: float | None = None  # x of the best value, which gets a ring
 
     def stroke(self, width: float) -> str:
         return f'stroke="{self.colour}" stroke-width="{width}" stroke-dasharray="{self.dashes}"'
 
 
 class _Plane:
-    """Where values lie in the picture."""
+    """Maps values to picture coordinates."""
 
     def __init__(self, curves: Sequence[Curve], levels: Sequence[Curve], is_log: bool):
         self.scale: Any = np.log10 if is_log else np.asarray
@@ -58,9 +55,9 @@ class _Plane:
 def chart(
     title: str, curves: Sequence[Curve], x_label: str = "update", is_log: bool = False, levels: Sequence[Curve] = ()
 ) -> str:
-    """Return curves over one another, with a legend if there are several, and their values where the pointer is.
+    """Return a chart of curves, with a legend if there are several, and tooltips with their values.
 
-    A level is a curve of one point, drawn as a line across at its value. How many values cannot be drawn is said below.
+    A level is a curve of one point, drawn as a horizontal line. A note tells how many values cannot be drawn. Returns
     "" if the curves have no values at all.
     """
     n_values = sum(len(curve.y) for curve in curves)
@@ -90,18 +87,18 @@ def chart(
 
 
 def _drawable(curves: Sequence[Curve], is_log: bool) -> list[Curve]:
-    """Return curves with only the points that have a place, without those that have no such point."""
-    found = []
+    """Return curves with only the points that can be drawn, without curves that have none."""
+    drawable = []
     for curve in curves:
         x, y = np.asarray(curve.x, np.float64), np.asarray(curve.y, np.float64)
-        has_place = np.isfinite(x) & np.isfinite(y) & ((y > 0) | (not is_log))
-        if has_place.any():
-            found.append(dataclasses.replace(curve, x=x[has_place], y=y[has_place]))
-    return found
+        is_drawn = np.isfinite(x) & np.isfinite(y) & ((y > 0) | (not is_log))
+        if is_drawn.any():
+            drawable.append(dataclasses.replace(curve, x=x[is_drawn], y=y[is_drawn]))
+    return drawable
 
 
 def _axes(plane: _Plane, x_label: str, is_log: bool, are_whole: bool) -> str:
-    """Return grid, ticks and their labels; with `are_whole`, whole numbers on the x axis, as updates are."""
+    """Return grid, ticks and their labels; with `are_whole`, only whole numbers on the x axis."""
     parts = []
     for value in (_log_ticks if is_log else _ticks)(plane.low, plane.high):
         at = f"{plane.y(value):.1f}"
@@ -118,7 +115,7 @@ def _axes(plane: _Plane, x_label: str, is_log: bool, are_whole: bool) -> str:
 
 
 def _line(curve: Curve, plane: _Plane) -> str:
-    """Return a curve with its dots, if it has some, and a ring around its best value."""
+    """Return a curve with its dots, if any, and a ring around its best value."""
     x, y = _thinned(curve.x, curve.y)
     points = [f"{a:.1f} {b:.1f}" for a, b in zip(plane.x(x), plane.y(y), strict=True)]
     parts = ""
@@ -134,11 +131,11 @@ def _line(curve: Curve, plane: _Plane) -> str:
 
 
 def _thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return at most about MOST_POINTS points, peaks among them."""
+    """Return at most about MOST_POINTS points, including peaks."""
     if len(x) <= MOST_POINTS:
         return x, y
     stretches = np.array_split(np.arange(len(x)), MOST_POINTS // 2)
-    kept = {int(i) for part in stretches for i in (part[y[part].argmin()], part[y[part].argmax()])}
+    kept = {int(i) for indices in stretches for i in (indices[y[indices].argmin()], indices[y[indices].argmax()])}
     indices = sorted(kept | {0, len(x) - 1})
     return x[indices], y[indices]
 
@@ -157,7 +154,7 @@ def _legend(curves: Sequence[Curve]) -> str:
 
 
 def _hovers(curves: Sequence[Curve], levels: Sequence[Curve], title: str, x_label: str, plane: _Plane) -> list[str]:
-    """Return areas from the left to the right, each with the values there as its tooltip."""
+    """Return areas from left to right, each with the values there as its tooltip."""
     every = np.unique(np.concatenate([curve.x for curve in curves]))
     stretch = (MOST_HOVERS * (every - every[0]) / max(every[-1] - every[0], 1e-9)).clip(0, MOST_HOVERS - 1).astype(int)
     groups = np.split(every, np.flatnonzero(np.diff(stretch)) + 1)
@@ -201,7 +198,7 @@ def _ticks(low: float, high: float, most: int = 5) -> list[float]:
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """Return powers of ten between the logarithms, or few round numbers where there is no room for two powers."""
+    """Return powers of ten between two logarithms, or a few round numbers if there are not two powers."""
     first, last = math.ceil(low), math.floor(high)
     if last - first >= 1:
         every = -(-(last - first + 1) // 6)

@@ -1,7 +1,7 @@
-"""The command `python -m jaxlm.schedule`: draws the learning rate over all phases of a training, before any training.
+"""The command `python -m jaxlm.schedule`: plots the learning rate over all phases of a training, in advance.
 
-Each --config is a phase that resumes the one before, as `--resume` would: its settings override those before, and it
-has a re-warmup if train.rewarmup_steps is set.
+Each --config is a phase that resumes the previous one, like `--resume`: its settings override earlier ones. It has a
+re-warmup if train.rewarmup_steps is set.
 """
 
 import sys
@@ -28,35 +28,35 @@ class Phase(NamedTuple):
 
 
 def phases(files: Sequence[str]) -> list[Phase]:
-    """Return the phases that some files of settings make. Raises UserError if one ends before it begins."""
+    """Return the phases of some settings files. Raises UserError if one ends before it begins."""
     from jaxlm import schedule
 
-    found: list[Phase] = []
+    result: list[Phase] = []
     for i, file in enumerate(files):
-        # The settings of the phases before are layers below, as a checkpoint's are.
+        # Settings of earlier phases are lower layers, like those of a checkpoint.
         config, _ = configs.load([word for earlier in files[: i + 1] for word in ("--config", earlier)])
-        first = int(found[-1].updates[-1]) + 1 if found else 0
+        first = int(result[-1].updates[-1]) + 1 if result else 0
         if config.train.max_steps <= first:
-            rule = f"is not after update {first}, where the phase before ends"
+            rule = f"is not after update {first}, the end of the previous phase"
             raise UserError(f"{file}: train.max_steps={config.train.max_steps} {rule}; raise it")
-        rewarmed = (first, float(found[-1].rates[-1])) if found and config.train.rewarmup_steps else None
+        rewarmed = (first, float(result[-1].rates[-1])) if result and config.train.rewarmup_steps else None
         updates = np.arange(first, config.train.max_steps)
         rates = np.asarray(schedule.learning_rate(config.train, rewarmed)(updates))
-        found.append(Phase(shown(Path(file).stem), config, updates, rates))
-    return found
+        result.append(Phase(shown(Path(file).stem), config, updates, rates))
+    return result
 
 
 @reported(debug=False)
 def main(argv: list[str] | None = None) -> int:
-    """Draw the phases of a command line; return the exit status. Bad input exits with 2."""
+    """Plot the phases of a command line; return the exit status. Bad input exits with 2."""
     args = make_parser().parse_args(argv)
     try:
         import matplotlib.figure
         import plotext
     except ImportError as error:
         raise UserError(f"{error.name} is not installed; pip install 'jaxlm[plot]'") from error
-    found = phases(args.config)
-    for name, config, updates, rates in found:
+    planned = phases(args.config)
+    for name, config, updates, rates in planned:
         print(
             f"{name}: updates {updates[0]:,} to {updates[-1]:,}, {config.train.schedule}; rate {rates[0]:.3g} at "
             f"its start, {rates.max():.3g} at most, {rates[-1]:.3g} at its end"
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     plotext.theme("clear")
     figure = matplotlib.figure.Figure(figsize=(8, 3.5), layout="constrained")
     axes = figure.add_subplot(xlabel="update", ylabel="learning rate")
-    for name, _, updates, rates in found:
+    for name, _, updates, rates in planned:
         plotext.plot(updates, rates, label=name, marker="braille")
         axes.plot(updates, rates, label=name)
     plotext.xlabel("update")
@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
 def make_parser() -> Parser:
     """Return the parser of the command line."""
     parser = Parser(
-        command("schedule"), description="Draws the learning rate over all phases of a training, before it."
+        command("schedule"), description="Plots the learning rate over all phases of a training, in advance."
     )
     parser.add_argument("--config", nargs="+", required=True, metavar="FILE", help="settings of each phase, in order")
     parser.add_argument("--png", metavar="FILE", help="picture to write")

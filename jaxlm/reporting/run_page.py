@@ -1,7 +1,4 @@
-"""The page about a run, or about several beside each other: what their folders say, as HTML.
-
-Runs come as {name: run}, by the shortest names that tell them apart.
-"""
+"""The HTML page about one run, or comparing several. Runs are {name: run}, by their shortest distinct names."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -18,15 +15,11 @@ from jaxlm.terminal import command
 from jaxlm.training import environment, history
 
 MOST_STEPS = 8  # evaluations whose samples are shown
+# Losses of runs that differ in these settings cannot be compared.
 COMPARABLE = (
-    "data.path",
-    "data.hub",
-    "data.sources",
-    "tokenizer.path",
-    "tokenizer.kind",
-    "model.vocab_size",
-)  # where losses are
-TRAINING = {  # charts of the training rows: title, and whether on a log scale
+    *("data.path", "data.hub", "data.sources", "tokenizer.path", "tokenizer.kind", "model.vocab_size"),
+)
+TRAINING = {  # charts of training metrics: title, and whether the scale is logarithmic
     "accuracy": ("accuracy in training", False),
     "rate": ("learning rate", False),
     "grad_norm": ("gradient norm, before clipping", True),
@@ -38,7 +31,7 @@ Runs = Mapping[str, RunRecord]
 
 
 def page(records: Sequence[RunRecord]) -> str:
-    """Return the page of a run, or of several. Raises UserError for an evaluation that cannot be read."""
+    """Return the page of one or several runs. Raises UserError for an unreadable evaluation."""
     runs = _named(records)
     if len(runs) == 1:
         (title,) = runs
@@ -56,7 +49,7 @@ def page(records: Sequence[RunRecord]) -> str:
 
 
 def _named(records: Sequence[RunRecord]) -> Runs:
-    """Return runs by their folders, with as many of those above as tell them apart."""
+    """Return runs by folder name, with as many parent folders as needed to distinguish them."""
     paths = [run.path.absolute().parts for run in records]
     for n in range(1, max(map(len, paths)) + 1):
         runs = {"/".join(path[-n:]): run for path, run in zip(paths, records, strict=True)}
@@ -66,7 +59,7 @@ def _named(records: Sequence[RunRecord]) -> Runs:
 
 
 def _head(run: RunRecord) -> str:
-    """Return where a run is, and the scores of its best step beside the baselines."""
+    """Return the state of a run, and the scores of its best step beside the baselines."""
     step = run.best_score_step()
     figures = [(f"task {run.task}", run.state), ("updates", run.progress)]
     for split, at in (("validation", step), ("test", run.tested_step())):
@@ -112,7 +105,7 @@ def _differences(runs: Runs) -> str:
 
 
 def _curves(runs: Runs) -> list[str]:
-    """Return the charts, those of each task apart: losses of two tasks cannot be compared."""
+    """Return the charts, separately for each task, because losses of two tasks cannot be compared."""
     tasks = dict.fromkeys(run.task for run in runs.values())
     parts = ["<h2>Curves</h2>"]
     for task in tasks:
@@ -123,12 +116,12 @@ def _curves(runs: Runs) -> list[str]:
         parts.append(f'<div class="figures">{figures}</div>' if figures else "<p>Nothing is logged yet.</p>")
         differing = ", ".join(x for x in run_reader.differences(list(of_task.values())) if x in COMPARABLE)
         if differing and figures:
-            parts.append(note(f"These runs differ in {differing}: losses and perplexities are not of the same tokens."))
+            parts.append(note(f"These runs differ in {differing}, so losses and perplexities are not comparable."))
     return parts
 
 
 def _charts(runs: Runs, task: str) -> Iterator[str]:
-    """Yield the charts of runs of a task: loss, scores of the validation, and what is logged of training."""
+    """Yield the charts of runs of a task: loss, validation scores, training metrics."""
     unit = ", nats" if task in BUILT_IN else ""  # the loss of a user's task can be anything
     if len(runs) > 1:
         yield _chart(runs, "train", "loss", f"training loss{unit}")
@@ -147,7 +140,7 @@ def _charts(runs: Runs, task: str) -> Iterator[str]:
 
 
 def _chart(runs: Runs, split: str, score: str, title: str, is_log: bool = False) -> str:
-    """Return the chart of one figure of all runs; "" if no run has it."""
+    """Return the chart of one score or metric of all runs; "" if no run has it."""
     is_score = split == "validation"
     curves = [
         _curve(run, split, score, name, **_style(i), width=1.4, has_dots=is_score)
@@ -170,7 +163,7 @@ def _style(i: int) -> dict[str, Any]:
 
 
 def _levels(runs: Runs, score: str) -> list[Curve]:
-    """Return lines for the recorded baselines of a validation score: one, if they are the same."""
+    """Return levels for the baselines of a validation score: one if they are equal."""
     baselines = [(i, name, run.baselines("validation").get(score)) for i, (name, run) in enumerate(runs.items())]
     lines = [(f"baseline of {name}", x, _style(i)["colour"]) for i, name, x in baselines if x is not None]
     if len({x for _, x, _ in lines}) == 1:
@@ -184,23 +177,23 @@ def _levels(runs: Runs, score: str) -> list[Curve]:
 def _evaluations(runs: Runs) -> list[str]:
     parts = []
     for split in ("validation", "test"):
-        if found := {name: x for name, run in runs.items() if (x := run.evaluation(split))}:
-            parts += [f"<h2>Evaluation of the {split} part</h2>", *_evaluation(runs, split, found)]
+        if results := {name: x for name, run in runs.items() if (x := run.evaluation(split))}:
+            parts += [f"<h2>Evaluation of the {split} split</h2>", *_evaluation(runs, split, results)]
     if not parts:
         run = str(next(iter(runs.values())).path) if len(runs) == 1 else "RUN"
         line = text(f"{command('evaluate')} --checkpoint {run}")
-        parts = ["<h2>Evaluation</h2>", f"<p>None is kept yet: <code>{line}</code> makes one.</p>"]
+        parts = ["<h2>Evaluation</h2>", f"<p>There is none yet: <code>{line}</code> makes one.</p>"]
     return parts
 
 
-def _evaluation(runs: Runs, split: str, found: Mapping[str, Any]) -> Iterator[str]:
+def _evaluation(runs: Runs, split: str, results: Mapping[str, Any]) -> Iterator[str]:
     """Yield scores, calibration, and errors of the evaluations of a split, by name of the run."""
     is_single = len(runs) == 1
     lines = []
-    for name, result in found.items():
+    for name, result in results.items():
         step, is_best = f"{result['step']:,}", result["step"] == runs[name].best_score_step()
         if is_single:
-            yield f"<p>Of the checkpoint of step {step}{', the best' if is_best else ''}.</p>"
+            yield f"<p>Checkpoint of step {step}{', the best' if is_best else ''}.</p>"
         where = [] if is_single else [name, f"{step}{' (best)' if is_best else ''}"]
         error = result["calibration_error"]
         for score, x in {**result["scores"], **({"calibration_error": error} if error else {})}.items():
@@ -208,29 +201,28 @@ def _evaluation(runs: Runs, split: str, found: Mapping[str, Any]) -> Iterator[st
             baseline = "" if x["baseline"] is None else metrics.number(score, x["baseline"])
             lines.append([*where, score.replace("_", " "), value, f"{low} to {high}", baseline, x["better"]])
     head = [*([] if is_single else ["run", "step"]), "score", "", "95% interval", "baseline", "better"]
-    yield table(head, lines, f"scores of the {split} part")
-    yield from _calibration(runs, found)
-    for name, result in found.items():
+    yield table(head, lines, f"scores of the {split} split")
+    yield from _calibration(runs, results)
+    for name, result in results.items():
         yield from _errors(result, "" if is_single else f" of {name}")
 
 
-def _calibration(runs: Runs, found: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a chart for each task with classifiers, and what it shows."""
+def _calibration(runs: Runs, results: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a chart for each classification task, and an explanation."""
     ends = np.array([0.0, 1.0])
     curves: dict[str, list[Curve]] = {}
-    for name, bins in ((name, result["bins"]) for name, result in found.items() if result["bins"]):
+    for name, bins in ((name, result["bins"]) for name, result in results.items() if result["bins"]):
         confidence, accuracy = (np.array([x[key] for x in bins]) for key in ("confidence", "accuracy"))
         drawn = curves.setdefault(runs[name].task, [Curve("as often as it says", ends, ends, BOUND, "2 3", 1.0)])
         drawn.append(Curve(name, confidence, accuracy, **_style(len(drawn) - 1), has_dots=True))
     label = "confidence of a prediction"
     if figures := "".join(chart(f"calibration, {task}", drawn, label) for task, drawn in curves.items()):
-        what = "Calibration: how often predictions of some confidence are right."
         yield f'<div class="figures">{figures}</div>'
-        yield note(f"{what} On the dotted line they are right as often as the model says.")
+        yield note("Calibration: accuracy of predictions by their confidence. On the dotted line, both are equal.")
 
 
 def _errors(result: Mapping[str, Any], of_run: str) -> Iterator[str]:
-    """Yield the confusion of a classifier, and the worst errors."""
+    """Yield the confusion matrix of a classifier, and the worst errors."""
     confusion, title, measure = result["confusion"], f"Worst errors{of_run}", "loss"
     if confusion:
         n, measure = len(confusion), "probability"
@@ -277,7 +269,7 @@ def _samples(runs: Runs) -> list[str]:
             is_last = step == steps[-1] and len(runs) == 1
             title = f"step {step:,}{', the best' if step == best else ''}"
             parts.append(folded(title, f"<pre>{text(samples[step])}</pre>", is_open=is_last))
-    intro = ["<h2>Samples over time</h2>", "<p>What the model makes of the same validation samples.</p>"]
+    intro = ["<h2>Samples over time</h2>", "<p>Predictions for the same validation samples.</p>"]
     return [*intro, *parts] if parts else []
 
 
@@ -285,7 +277,7 @@ def _settings(run: RunRecord, name: str) -> str:
     changed = run.changed_settings()
     lines = [[key, str(x), "" if key in changed else "default"] for key, x in run.settings.items()]
     lines.sort(key=lambda line: bool(line[2]))
-    summary = f"{name}: {len(changed)} of {len(lines)} are no defaults"
+    summary = f"{name}: {len(changed)} of {len(lines)} are not defaults"
     return folded(summary, table(["setting", "", ""], lines, name))
 
 

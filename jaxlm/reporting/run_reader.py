@@ -1,6 +1,6 @@
-"""What a run folder says of its run: settings, state, scores, checkpoints. Reads jaxlm's and torchlm's, with neither.
+"""Reads run folders of jaxlm and torchlm: settings, state, scores, checkpoints. Imports no framework.
 
-`find` searches for runs; jaxlm.runs and jaxlm.report show what it finds.
+`read` reads one run, `find` searches folders; jaxlm.runs and jaxlm.report show the results.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from jaxlm.io import checksums, storage, utf8
 from jaxlm.training import history, resume
 from jaxlm.weights import formats
 
-DEPTH = 3  # folders below the one that is searched
+DEPTH = 3  # levels of folders that are searched
 RUNNING, FINISHED, STOPPED, INTERRUPTED, LOST = "running", "finished", "stopped", "interrupted", "weights not found"
 Row = dict[str, Any]  # of metrics.jsonl
 
@@ -32,53 +32,53 @@ class CheckpointRecord(NamedTuple):
     step: int
     path: Path
     loss: float | None  # on the validation split
-    is_whole: bool  # written to its end, and not found damaged so far
+    is_whole: bool  # complete, and not renamed as damaged
     n_bytes: int
 
 
 @dataclasses.dataclass(frozen=True)
 class RunRecord:
-    """A run, as it was when it was read."""
+    """The content of a run folder when it was read."""
 
     path: Path
-    settings: dict[str, Any]  # by dotted name; defaults where config.toml has none
+    settings: dict[str, Any]  # by dotted name; defaults for those that config.toml lacks
     rows: list[Row]
 
     @functools.cached_property
     def checkpoints(self) -> list[CheckpointRecord]:
-        """Its checkpoints by step, also damaged ones that were set aside and unfinished ones."""
+        """Its checkpoints by step, including damaged and incomplete ones."""
         losses = {row["step"]: row["loss"] for row in self.rows if row["split"] == "validation"}
         try:
             paths = storage.children(storage.checkpoints(self.path))
-        except UserError:  # in a place that cannot be reached from here
+        except UserError:  # their folder cannot be reached
             paths = []
-        found = [x for path in paths if (x := _checkpoint(path, losses))]
-        return sorted(found, key=lambda checkpoint: (checkpoint.step, checkpoint.path.name))
+        checkpoints = [x for path in paths if (x := _checkpoint(path, losses))]
+        return sorted(checkpoints, key=lambda checkpoint: (checkpoint.step, checkpoint.path.name))
 
     @functools.cached_property
     def best(self) -> CheckpointRecord | None:
-        """The checkpoint with the lowest validation loss; the last one, if none was scored."""
+        """The checkpoint with the lowest validation loss; the last one if none was scored."""
         whole = {checkpoint.step: checkpoint for checkpoint in self.checkpoints if checkpoint.is_whole}
-        losses = {step: math.nan if found.loss is None else found.loss for step, found in whole.items()}
+        losses = {step: math.nan if one.loss is None else one.loss for step, one in whole.items()}
         return whole[metrics.best(whole, losses) or max(whole)] if whole else None
 
     @functools.cached_property
     def baseline(self) -> dict[str, Any]:
-        """What its baseline.json records; {} if it is missing or cannot be read."""
+        """The content of baseline.json; {} if it is missing or unreadable."""
         try:
             return utf8.read_json(self.path / history.BASELINE)
         except (OSError, ValueError):
             return {}
 
     def baselines(self, split: str) -> Row:
-        """Return the scores of the best guess without input, {} if they are not recorded."""
-        found = self.baseline.get(split.removeprefix("final_"))
-        found = found if isinstance(found, dict) else {}
-        return {k: x for k, x in found.items() if isinstance(x, int | float) and abs(x) < 1e300}  # finite, as a float
+        """Return the scores of the best constant prediction, {} if they are not recorded."""
+        scores = self.baseline.get(split.removeprefix("final_"))
+        scores = scores if isinstance(scores, dict) else {}
+        return {k: x for k, x in scores.items() if isinstance(x, int | float) and abs(x) < 1e300}  # finite as a float
 
     @functools.cached_property
     def owner(self) -> str:
-        """The process that works in it, "" if there is none."""
+        """The process that uses it, "" if there is none."""
         with contextlib.suppress(OSError), open(self.path / resume.LOCK, encoding="utf-8") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # released when the file is closed
@@ -92,7 +92,7 @@ class RunRecord:
 
     @property
     def last_step(self) -> int:
-        """Updates made, as far as they are logged or saved."""
+        """The last update that is logged or saved."""
         return max([row["step"] for row in self.rows] + [x.step for x in self.checkpoints if x.is_whole], default=0)
 
     @property
@@ -106,7 +106,7 @@ class RunRecord:
         has_all = self.last_step >= self.settings["train.max_steps"]
         if not has_all and not self.scores("test"):
             return INTERRUPTED
-        # `clean` leaves only the best checkpoint; a run whose last save failed has an older one.
+        # After `clean`, only the best checkpoint is left; after a failed last save, an older one.
         kept = {checkpoint.step for checkpoint in self.checkpoints if checkpoint.is_whole}
         if not kept & {self.last_step, self.best_score_step()}:
             return INTERRUPTED if kept else LOST
@@ -114,20 +114,20 @@ class RunRecord:
 
     @property
     def changed_s(self) -> float:
-        """When something was last written, in seconds since 1970."""
+        """Time of the last write, in seconds since 1970."""
         names = ("metrics.jsonl", "log.txt", "samples.txt", "config.toml")
         return max((self.path / name).stat().st_mtime for name in names if (self.path / name).exists())
 
     def n_bytes(self) -> int:
-        """Return the size of all its files, and of its checkpoints elsewhere."""
+        """Return the size of all its files, including checkpoints in another folder."""
         return n_bytes(self.path) + sum(x.n_bytes for x in self.checkpoints if self.path not in x.path.parents)
 
     def speed(self) -> float:
-        """Return the median of the tokens per second, 0 if none is known."""
+        """Return the median of the tokens per second, 0 if unknown."""
         return statistics.median([row["tokens_per_s"] for row in self.rows if row.get("tokens_per_s")] or [0.0])
 
     def changed_settings(self) -> dict[str, Any]:
-        """Return the settings that are not the defaults."""
+        """Return the settings that differ from the defaults."""
         defaults = configs.flat(configs.Config()) | {"run.checkpoint_dir": ""}
         return {name: x for name, x in self.settings.items() if x != defaults.get(name)}
 
@@ -155,18 +155,18 @@ class RunRecord:
         return {step: row for step, row in rows.items() if row.get("loss") is not None}
 
     def samples(self) -> dict[int, str]:
-        """Return the texts of samples.txt by the update after which they were made."""
+        """Return the texts of samples.txt by update."""
         path = self.path / "samples.txt"
         try:
             text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
         except OSError as error:
-            history.warn_once(f"{path}: cannot be read ({error.strerror}); passed over")
+            history.warn_once(f"{path}: cannot be read ({error.strerror}); skipped")
             return {}
         pieces = re.split(r"^--- step ([0-9]{1,18}) ---$", text, flags=re.MULTILINE)[1:]
         return {int(step): sample.strip("\n") for step, sample in zip(pieces[::2], pieces[1::2], strict=True)}
 
     def evaluation(self, split: str) -> dict[str, Any]:
-        """Return what jaxlm.evaluate has written on a split, {} if it has not. Raises UserError if it is unreadable."""
+        """Return the evaluation of a split by jaxlm.evaluate, {} without one. Raises UserError if it is unreadable."""
         path = self.path / f"evaluation_{split}.json"
         with evaluation_errors(path):
             return utf8.read_json(path) if path.exists() else {}
@@ -174,35 +174,35 @@ class RunRecord:
 
 @contextlib.contextmanager
 def evaluation_errors(*files: Path) -> Iterator[None]:
-    """Turn what goes wrong with the content of evaluations into a UserError that names the files."""
+    """Turn errors in the content of evaluations into a UserError that names the files."""
     try:
         yield
     except (AttributeError, IndexError, KeyError, OSError, TypeError, ValueError) as error:
         names = ", ".join(map(str, files))
-        raise UserError(f"{names}: no evaluation of jaxlm.evaluate ({error!r}); run it again, or remove it") from error
+        raise UserError(f"{names}: not written by jaxlm.evaluate ({error!r}); run it again, or remove it") from error
 
 
 def read(path: Path) -> RunRecord:
-    """Return what a run folder says. Raises UserError if it is none."""
+    """Return the content of a run folder. Raises UserError if it is not one."""
     if not path.is_dir():
         raise UserError(f"{path}: there is no such run")
     file, defaults = path / "config.toml", configs.flat(configs.Config())
     try:
         settings = defaults | configs.by_dotted_name(utf8.from_toml(utf8.read(file)))
     except FileNotFoundError as error:
-        raise UserError(f"{path}: is not the folder of a run: it has no config.toml") from error
+        raise UserError(f"{path}: is not a run folder: it has no config.toml") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: cannot be read: {errors.reason(error)}; correct it") from error
     for name, default in defaults.items():
         kinds = (int, float) if isinstance(default, float) else type(default)
         if not isinstance(settings[name], kinds) or isinstance(settings[name], bool) != isinstance(default, bool):
-            rule = f"has to be of the type of its default, {default!r}; correct it"
+            rule = f"must have the type of its default, {default!r}; correct it"
             raise UserError(f"{file}: {name}={settings[name]!r}: {rule}")
     return RunRecord(path, settings, history.rows(path / "metrics.jsonl"))
 
 
 def _checkpoint(path: Path, losses: dict[int, float]) -> CheckpointRecord | None:
-    """Return the record of a checkpoint, None if the path is none; `losses` are those of the log, by step."""
+    """Return the record of a checkpoint, None if the path is not one; `losses` are those of the log, by step."""
     stem, _, ending = path.name.partition(".")
     is_file = path.is_file()
     is_finished = is_file or checksums.is_finished(path)
@@ -212,14 +212,14 @@ def _checkpoint(path: Path, losses: dict[int, float]) -> CheckpointRecord | None
         return None
     is_whole = is_finished and ending == ("pt" if is_file else "")
     loss = losses.get(int(stem))
-    if is_whole and not is_file:  # only PyTorch reads those of torchlm
+    if is_whole and not is_file:  # reading those of torchlm would need PyTorch
         with contextlib.suppress(UserError):
             loss = formats.validation_loss(path)
     return CheckpointRecord(int(stem), path, loss, is_whole, n_bytes(path))
 
 
 def differences(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
-    """Return the settings that differ between runs, with the value in each; "-": it has none."""
+    """Return the settings that differ between runs, with the value in each; "-": missing."""
     names = dict.fromkeys(name for run in runs for name in run.settings)
     values = {name: [run.settings.get(name) for run in runs] for name in names}
     return {
@@ -230,8 +230,8 @@ def differences(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
 
 
 def results(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
-    """Return state, progress and scores of runs as text, by name of the figure."""
-    found = {
+    """Return state, progress and scores of runs as text, by name."""
+    lines = {
         "state": [run.state for run in runs],
         "updates": [run.progress for run in runs],
         "tokens/s, median": [f"{speed:,.0f}" if (speed := run.speed()) else "-" for run in runs],
@@ -240,28 +240,28 @@ def results(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
     for split in ("validation", *history.ENDING):
         of_runs = [run.scores(split) for run in runs]
         for name in dict.fromkeys(name for scores in of_runs for name in scores):
-            figure = f"{split.replace('_', ' ')} {name}"
-            found[figure] = [metrics.number(name, scores.get(name)) for scores in of_runs]
+            title = f"{split.replace('_', ' ')} {name}"
+            lines[title] = [metrics.number(name, scores.get(name)) for scores in of_runs]
             if any(baselines := [run.baselines(split) for run in runs]):
-                found[f"{figure}, baseline"] = [metrics.number(name, scores.get(name)) for scores in baselines]
-    return found
+                lines[f"{title}, baseline"] = [metrics.number(name, scores.get(name)) for scores in baselines]
+    return lines
 
 
 def find(folders: Sequence[Path]) -> list[RunRecord]:
-    """Return the runs in some folders, the last changed first; one that cannot be read is passed over with a warning.
+    """Return the runs in some folders, the last changed first; unreadable ones are skipped with a warning.
 
-    Raises UserError if a folder is not there.
+    Raises UserError if a folder does not exist.
     """
-    found = []
+    runs = []
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"{folder}: there is no such folder")
         for path in _runs_in(folder, DEPTH):
             try:
-                found.append(read(path))
+                runs.append(read(path))
             except UserError as error:
-                history.warn_once(f"{error}; passed over")
-    return sorted(found, key=lambda run: -run.changed_s)
+                history.warn_once(f"{error}; skipped")
+    return sorted(runs, key=lambda run: -run.changed_s)
 
 
 def _runs_in(folder: Path, depth: int) -> Iterator[Path]:
@@ -279,7 +279,7 @@ def n_bytes(path: Path) -> int:
         if path.is_file():
             return int(path.stat().st_size) if not storage.is_remote(path) else int(path.stat().length)  # type: ignore[attr-defined]
         return sum(n_bytes(child) for child in path.iterdir())
-    except OSError:  # a running run replaces files
+    except OSError:  # a running process replaces files
         return 0
 
 
@@ -293,7 +293,7 @@ def size(n: float) -> str:
 
 
 def ago(then_s: float) -> str:
-    """Return how long ago a time was as text, such as 3 h."""
+    """Return the time since `then_s` as text, such as 3 h."""
     seconds = max(time.time() - then_s, 0)
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= length:

@@ -80,7 +80,7 @@ def test_what_a_run_tells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert status == 0
     for line in (
         "updates      30 of 30",
-        "speed        2,000 tokens/s, the median",
+        "speed        2,000 tokens/s (median)",
         "validation   accuracy 0.5000  loss 2.0000  (step 20)",
         "test         accuracy 0.2500  loss 2.2500  (step 20)",
         "  model.d_model = 12",
@@ -98,7 +98,7 @@ def test_runs_are_compared_where_they_differ(tmp_path: Path, capsys: pytest.Capt
     assert rows[0] == ["train.learning_rate", "0.001", "0.5"]
     assert ["validation loss", "2.0000", "2.0000"] in rows and ["test loss", "2.2500", "-"] in rows
     status, _, errors = told(capsys, "compare", one)
-    assert status == 2 and "there is nothing to compare it with" in errors
+    assert status == 2 and "needs another run to compare with" in errors
 
 
 def test_runs_of_torchlm_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -138,7 +138,7 @@ def test_clean_leaves_alone_what_is_damaged_or_at_work(tmp_path: Path, capsys: p
         fcntl.flock(lock, fcntl.LOCK_EX)
         status, output, _ = told(capsys, "clean", tmp_path, "--yes")
     assert status == 0 and "there is nothing to remove" in output
-    assert "checkpoints/20: damaged: head/" in output and f"{other}: another process works in it; left alone" in output
+    assert "checkpoints/20: damaged: head/" in output and f"{other}: another process uses it; not changed" in output
     assert steps(run) == steps(other) == ["10", "20", "30"]
 
 
@@ -163,10 +163,10 @@ def test_clean_asks(answer: bytes, left: list[str], tmp_path: Path) -> None:
     ("argv", "message"),
     [
         (["show", "nothing"], "nothing: there is no such run"),
-        (["show", "."], ".: is not the folder of a run: it has no config.toml"),
+        (["show", "."], ".: is not a run folder: it has no config.toml"),
         (["list", "nothing"], "nothing: there is no such folder"),
         (["cleam"], "cleam: neither a command nor a folder; did you mean clean?"),
-        (["."], ".: there is no run that can be read; train one with"),
+        (["."], ".: there is no readable run; train one with"),
         (["compare"], "the following arguments are required: PATH"),
     ],
 )

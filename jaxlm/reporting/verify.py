@@ -1,4 +1,4 @@
-"""Whether checkpoints can be used, and which of a run nothing needs. Looks at every byte; imports no framework."""
+"""Verifies checkpoints by their checksums, and selects those that can be removed. Imports no framework."""
 
 from pathlib import Path
 from typing import Any
@@ -13,22 +13,22 @@ from jaxlm.weights import formats, snapshots
 
 
 def checkpoints(path: Path) -> list[Path]:
-    """Return the checkpoints of a run, of a folder of checkpoints, or the one that `path` is. Raises UserError."""
+    """Return the checkpoints of a run, of a folder of checkpoints, or `path` itself. Raises UserError."""
     if not path.exists():
         raise UserError(f"{path}: there is no such run or checkpoint")
-    found = [path]
+    paths = [path]
     if path.is_dir() and not (path / "info").is_dir():
         folders = (storage.checkpoints(path), path)
-        found = [checkpoint for folder in folders for _, checkpoint in checksums.checkpoints_in(folder)]
-    if not found:
+        paths = [checkpoint for folder in folders for _, checkpoint in checksums.checkpoints_in(folder)]
+    if not paths:
         raise UserError(f"{path}: there is no checkpoint of a run")
-    if any(checkpoint.is_file() for checkpoint in found):
+    if any(checkpoint.is_file() for checkpoint in paths):
         formats.need_torch(path)
-    return found
+    return paths
 
 
 def check(path: Path) -> dict[str, Any]:
-    """Return how a checkpoint describes itself. Raises UserError if it is damaged or cannot be used."""
+    """Return the metadata of a checkpoint. Raises UserError if it is damaged or cannot be used."""
     if path.is_dir():
         layout.check_run(path)
         info = layout.info_of_run(path)
@@ -38,17 +38,17 @@ def check(path: Path) -> dict[str, Any]:
     own = path.parent.parent / "tokenizer.json"  # a run that was converted has none
     if info["tokenizer"] and path.parent.name == "checkpoints" and own.is_file():
         if tokenization.fingerprint(tokenization.read(TokenizerConfig(path=str(own)))) != info["tokenizer"]:
-            raise UserError(f"{path}: {own} is another tokenizer than that of the checkpoint")
+            raise UserError(f"{path}: {own} is not the tokenizer of this checkpoint")
     return info
 
 
 def spare(run: RunRecord) -> tuple[list[CheckpointRecord], str]:
-    """Return the checkpoints of a run that nothing needs, and why to leave it alone ("": there is no reason).
+    """Return the checkpoints of a run that can be removed, and a reason not to ("": none).
 
-    The best one is needed, and the last of a run that has updates left.
+    The best one is needed, and the last one of an unfinished run.
     """
     if run.best is None:
-        return [], "none of its checkpoints is whole" if run.checkpoints else ""
+        return [], "none of its checkpoints is complete" if run.checkpoints else ""
     kept = [run.best]
     if run.last_step < run.settings["train.max_steps"]:
         kept.append([checkpoint for checkpoint in run.checkpoints if checkpoint.is_whole][-1])

@@ -1,4 +1,4 @@
-"""Peak rates and memory of accelerators, by the name that JAX gives their devices. Imports no framework.
+"""Peak flops, memory and link rates of accelerators, by JAX's device name. Imports no framework.
 
 Sources: the pages on each version in the documentation of Cloud TPU, and NVIDIA's data sheets, without sparsity.
 """
@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Chip:
-    """One device of JAX: a chip, or part of a chip that JAX counts as several devices.
+    """One JAX device: a chip, or a core of a chip that JAX counts as several devices.
 
-    A link goes to one neighbour; its rate is that of one direction. All links of a GPU count as one.
+    A link connects two neighbours; its rate is that of one direction. All links of a GPU count as one.
     """
 
     name: str
-    flops: float  # per second at most, in bfloat16; in float16 where a GPU has no bfloat16
+    flops: float  # peak per second in bfloat16; in float16 on GPUs without bfloat16
     hbm_bytes: float
     hbm_bytes_per_s: float
     link_bytes_per_s: float
@@ -28,7 +28,7 @@ def _gpu(name: str, tflops: float, gb: float, memory_gb_per_s: float, link_gb_pe
 
 
 GIB = 2**30
-# By regular expressions on the device's name in lower case; the first match counts.
+# Regular expressions on the device name in lower case; the first match applies.
 CHIPS: tuple[tuple[str, Chip], ...] = (
     ("tpu v2$", Chip("TPU v2", 22.5e12, 8 * GIB, 300e9, 31e9, 4, devices_per_chip=2)),
     ("tpu v3$", Chip("TPU v3", 61.5e12, 16 * GIB, 450e9, 41e9, 4, devices_per_chip=2)),
@@ -63,10 +63,10 @@ CHIPS: tuple[tuple[str, Chip], ...] = (
 
 def chip(device_kind: str) -> Chip | None:
     """Return the chip of JAX's `device_kind`, such as "TPU v5 lite"; None if it is not in the table."""
-    return next((found for words, found in CHIPS if re.search(rf"\b({words})\b", device_kind.lower())), None)
+    return next((one for pattern, one in CHIPS if re.search(rf"\b({pattern})\b", device_kind.lower())), None)
 
 
 def peak_flops(device_kind: str, n_devices: int) -> float:
-    """Return the peak flops per second of so many devices; 0 if they are not in the table."""
-    found = chip(device_kind)
-    return found.flops * n_devices if found else 0.0
+    """Return the peak flops per second of `n_devices` together; 0 if they are not in the table."""
+    known = chip(device_kind)
+    return known.flops * n_devices if known else 0.0

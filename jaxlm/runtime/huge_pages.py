@@ -1,4 +1,4 @@
-"""Huge pages for arrays on a CPU: glibc uses them if the environment says so when the process starts."""
+"""Huge pages for arrays on a CPU. glibc uses them if an environment variable is set when the process starts."""
 
 import os
 import sys
@@ -9,10 +9,10 @@ TUNABLE = "glibc.malloc.hugetlb"
 
 
 def ask() -> None:
-    """Restart this process with huge pages, where Linux gives them on request.
+    """Restart this process with huge pages, if Linux grants them on request.
 
-    XLA allocates its memory for each update and frees it. With pages of 4 kB, the kernel zeroes them for a third of an
-    update of a small model (scripts/SPEED.md). Does nothing if GLIBC_TUNABLES already decides.
+    XLA allocates and frees its memory in each update. With pages of 4 kB, zeroing them takes a third of an update of a
+    small model (scripts/SPEED.md). Does nothing if GLIBC_TUNABLES is set already.
     """
     given = os.environ.get("GLIBC_TUNABLES", "")
     if TUNABLE in given or not sys.executable or not ENABLED.exists() or "[madvise]" not in ENABLED.read_text():

@@ -1,7 +1,6 @@
-"""All that the package imports of JAX without a promise that the next release has it: address in Slurm, state of the
-processes with their key-value store, and removal of unused operations.
+"""Private parts of JAX that the package uses: Slurm's address, the key-value store of processes, dead code removal.
 
-`jax_private_test.py` uses each as the package does, and says which version of JAX has broken it.
+A new JAX release may change them; jax_private_test.py tests each one and names the version of JAX that breaks it.
 """
 
 from jax._src.clusters import SlurmCluster

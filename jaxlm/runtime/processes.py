@@ -1,7 +1,6 @@
-"""The processes of a run: how they find each other, exchange values, and end together.
+"""Runs of several processes: how they join, exchange values, and end together. SHARDING.md has examples.
 
-Process 0 has the run folder, prints and writes; it also prints the errors of the others. With one process, every
-function here does nothing. SHARDING.md has examples.
+Process 0 owns the run folder and prints all output, also errors of the others. With one process, nothing happens here.
 """
 
 import contextlib
@@ -33,19 +32,18 @@ from jaxlm.runtime import rendezvous
 from jaxlm.runtime.jax_private import SlurmCluster, global_state
 from jaxlm.runtime.rendezvous import variable
 
-FOREVER_MS = 7 * 24 * 3600 * 1000  # a wait has no limit of its own: where another process fails, _Watch ends this one
-HEARTBEAT_S, SILENT_S = 1.0, 30.0  # between heartbeats of a process, and how long it may send none
-GRACE_S = 5.0  # for the others to see that this process ends
+FOREVER_MS = 7 * 24 * 3600 * 1000  # waits need no timeout: if another process fails, _Watch ends this one
+HEARTBEAT_S, SILENT_S = 1.0, 30.0  # between heartbeats; a process without one for SILENT_S is lost
+GRACE_S = 5.0  # for the other processes to notice that this one ends
 _calls = itertools.count()  # all processes make the same calls in the same order
 
 
 @contextlib.contextmanager
 def joined(config: Config, identity: Mapping[str, Any]) -> Iterator[Config]:
-    """Join the other processes of the run, if there are any, and leave them at the end.
+    """Join the other processes of the run, if there are any; yield the settings of this process.
 
-    Process 0 gets the settings as they are; the others get a temporary run folder, and print nothing. `identity` is
-    compared as in check_same. If one process fails, process 0 prints why, and all end with the same exit status.
-    Raises UserError if they cannot find each other.
+    Processes other than 0 get a temporary run folder and print nothing. `identity` is compared as in check_same. If one
+    process fails, process 0 prints why, and all end with the same exit status. Raises UserError if they cannot join.
     """
     if not _initialize(config):
         yield config
@@ -53,7 +51,7 @@ def joined(config: Config, identity: Mapping[str, Any]) -> Iterator[Config]:
     with contextlib.ExitStack() as stack:
         printed = io.StringIO()
         if is_first():
-            is_first_here()  # the first to ask builds the caches: process 0 shows progress
+            is_first_here()  # called first by process 0, which then builds the caches and shows progress
         else:
             folder = tempfile.TemporaryDirectory()
             CLEANUPS.append(folder.cleanup)
@@ -71,8 +69,8 @@ def joined(config: Config, identity: Mapping[str, Any]) -> Iterator[Config]:
                 check_same(identity)
                 yield config if is_first() else own
             watch.stop()
-        except SystemExit as ending:  # a UserError
-            error = re.search(r"^(error: |Traceback).*", printed.getvalue(), re.M | re.S)  # without notes and warnings
+        except SystemExit as ending:  # a UserError, which `reported` has printed
+            error = re.search(r"^(error: |Traceback).*", printed.getvalue(), re.M | re.S)  # skips notes and warnings
             watch.end(int(ending.code or 0), error[0] if error else "")
         except Exception as error:
             watch.wait_for_the_cause(error)
@@ -82,21 +80,21 @@ def joined(config: Config, identity: Mapping[str, Any]) -> Iterator[Config]:
 
 
 def is_first() -> bool:
-    """Return whether this process has the run folder."""
+    """Return whether this is process 0."""
     return global_state.process_id == 0
 
 
 def is_first_here() -> bool:
-    """Return whether this process is the first of its machine to ask, and so builds caches before the others."""
+    """Return whether this process was the first on its host to call this, and so builds caches for the others."""
     if global_state.client is None:
         return True
-    with contextlib.suppress(jax.errors.JaxRuntimeError):  # set by another
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process was first
         global_state.client.key_value_set(f"builder/{socket.gethostname()}", str(global_state.process_id))
     return global_state.client.key_value_try_get(f"builder/{socket.gethostname()}") == str(global_state.process_id)
 
 
 def from_first(value: Any) -> Any:
-    """Return the value of process 0, as JSON has it."""
+    """Return the value of process 0, which must be JSON."""
     if global_state.client is None:
         return value
     key = f"first/{next(_calls)}"
@@ -114,12 +112,12 @@ def wait() -> None:
 
 
 def check_same(values: Mapping[str, Any]) -> None:
-    """Raise UserError if a value differs from that of process 0, as JSON has both."""
+    """Raise UserError if a value differs from that of process 0. Values are compared as JSON."""
     mine = json.loads(json.dumps(values))
     for name, first in from_first(mine).items():
         if mine.get(name) != first:
             raise UserError(
-                f"{name} is {mine.get(name)!r} here, but {first!r} in process 0; give all processes the same"
+                f"{name} is {mine.get(name)!r} here, but {first!r} in process 0; give all processes the same value"
             )
 
 
@@ -136,7 +134,7 @@ def shared(folder: Path) -> Path:
             folder.mkdir(parents=True, exist_ok=True)
             mark.touch()
             unlink = functools.partial(mark.unlink, missing_ok=True)
-            CLEANUPS.insert(0, unlink)  # before the one that removes the folder of a run that did not start
+            CLEANUPS.insert(0, unlink)  # runs before the cleanup that removes the run folder
             stack.callback(CLEANUPS.remove, unlink)
             stack.callback(unlink)
         wait()
@@ -144,17 +142,17 @@ def shared(folder: Path) -> Path:
         wait()
     if not is_seen:
         raise UserError(
-            f"{folder}: this folder of process 0 is not to be seen here; give one that all processes share, or gs://, "
-            "with --run.checkpoint-dir"
+            f"{folder}: this process cannot see this folder of process 0; give a shared folder, or gs://, with "
+            "--run.checkpoint-dir"
         )
     return folder
 
 
 class _Watch:
-    """Sends heartbeats to the other processes, and ends this one when another fails.
+    """Sends heartbeats, and ends this process when another one fails.
 
-    JAX's own heartbeats (heartbeat_timeout_seconds) do not do: when those of a process stop, JAX 0.10 aborts all others
-    with a stack dump and status 134, without cleanups. They remain, for a process 0 that is lost.
+    JAX's own heartbeats (heartbeat_timeout_seconds) are not enough: when one process stops, JAX 0.10 aborts the others
+    with a stack dump and status 134, without cleanups. They are still used to detect the loss of process 0.
     """
 
     def __init__(self) -> None:
@@ -163,30 +161,30 @@ class _Watch:
         self.stderr = sys.__stderr__
         self.is_ending = threading.Lock()
         self.stopped = threading.Event()
-        self.heartbeats: dict[str, tuple[str, float]] = {}  # by process: the last one, and when it came
+        self.heartbeats: dict[str, tuple[str, float]] = {}  # the last one of each process, and when it arrived
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
 
     def stop(self) -> None:
-        """Stop watching: the run is over."""
+        """Stop watching at the end of the run."""
         wait()
         self.stopped.set()
         self.thread.join()
 
     def interrupted(self) -> None:
-        """Tell the others that a signal ends this process before training."""
+        """Tell the other processes that a signal ends this one before training."""
         self._publish(143, "interrupted before training\n")
-        self._part()
+        self._announce_end()
 
     def end(self, status: int, text: str) -> None:
-        """End this process and all others; `text` is what went wrong here. Does not return."""
+        """End this process and all others because of the error `text`. Does not return."""
         self._publish(status, text)
-        if self.rank and not self._have_left("left/0", 1):  # process 0, which should have printed it
+        if self.rank and not self._have_left("left/0", 1):  # process 0 should have printed the error
             print(text, end="", file=self.stderr, flush=True)
         self._leave(status)
 
     def wait_for_the_cause(self, error: Exception) -> None:
-        """After an error of the network, wait for its cause: another process has failed, or is lost."""
+        """If this is a network error, wait until its cause is known: another process that failed or is lost."""
         if not any(word in str(error) for word in ("Gloo", "NCCL", "UNAVAILABLE", "CANCELLED", "DEADLINE_EXCEEDED")):
             return
         if self.rank:
@@ -206,8 +204,8 @@ class _Watch:
             except jax.errors.JaxRuntimeError as error:
                 if not self.stopped.is_set():
                     print(
-                        f"error: process {self.rank}: process 0, on {global_state.coordinator_address}, has gone "
-                        f"({str(error).splitlines()[0]}); go on with --resume auto",
+                        f"error: process {self.rank}: process 0, on {global_state.coordinator_address}, is lost "
+                        f"({str(error).splitlines()[0]}); resume with --resume auto",
                         file=self.stderr,
                         flush=True,
                     )
@@ -223,14 +221,14 @@ class _Watch:
                 return
 
     def _lost(self, rank: str) -> None:
-        text = f"error: process {rank} has gone without a word; go on with --resume auto\n"
+        text = f"error: process {rank} is lost: it sends no heartbeats; resume with --resume auto\n"
         print(text, end="", file=self.stderr, flush=True)
         self._publish(1, text)
         self._leave(1)
 
     def _publish(self, status: int, text: str) -> None:
         report = {"rank": self.rank, "host": socket.gethostname(), "status": status, "text": text}
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another has ended the run before
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process has ended the run before
             self.client.key_value_set("ended/0", json.dumps(report))
 
     def _follow(self, report: dict[str, Any]) -> None:
@@ -238,7 +236,7 @@ class _Watch:
         if report["rank"] == self.rank:
             return
         if self.rank == 0:
-            time.sleep(2 * HEARTBEAT_S)  # it may have failed in the same way, and print that itself
+            time.sleep(2 * HEARTBEAT_S)  # process 0 may have the same error, and print it itself
             if self.is_ending.locked():
                 return
             text = report["text"].strip("\n").removeprefix("error: ") or "it ended"
@@ -246,27 +244,27 @@ class _Watch:
         self._leave(report["status"])
 
     def _leave(self, status: int) -> None:
-        """End this process without its atexit calls, which would wait for processes that are gone."""
+        """End this process without atexit handlers, which would wait for lost processes."""
         if not self.is_ending.acquire(blocking=False):
-            time.sleep(FOREVER_MS)  # until another thread has ended it
+            time.sleep(FOREVER_MS)  # until another thread ends the process
         for clean in list(CLEANUPS):
             if clean != self.interrupted:
                 clean()
         if sys.stdout.isatty():
-            print("\033[?25h", end="")  # the cursor, which a progress bar hides
-        self._part()
+            print("\033[?25h", end="")  # show the cursor, which a progress bar hides
+        self._announce_end()
         sys.stdout.flush()
         os._exit(status)
 
-    def _part(self) -> None:
-        """Tell the others that this process leaves; process 0, which has the key-value store, waits for them."""
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # process 0 has gone
+    def _announce_end(self) -> None:
+        """Tell the other processes that this one ends; process 0, which has the key-value store, waits for them."""
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # process 0 is lost
             self.client.key_value_set(f"left/{self.rank}", "")
         if self.rank == 0:
             self._have_left("left/", self.size)
 
     def _have_left(self, prefix: str, n: int) -> bool:
-        """Return whether so many processes leave within GRACE_S."""
+        """Return whether `n` processes whose key has this prefix end within GRACE_S."""
         until_s = time.monotonic() + GRACE_S
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             while time.monotonic() < until_s:
@@ -278,28 +276,27 @@ class _Watch:
 
 @slow("joining the other processes")
 def _initialize(config: Config) -> bool:
-    """Join the other processes, and return whether there are any."""
+    """Join the other processes; return whether there are any."""
     place = _place(config)
     if place is None:
         return False
-    # Its handler of SIGTERM would replace ours.
-    jax.config.update("jax_enable_preemption_service", False)
+    jax.config.update("jax_enable_preemption_service", False)  # its SIGTERM handler would replace ours
     if place:
         address, n_processes, process = (place[x] for x in ("coordinator_address", "num_processes", "process_id"))
         rendezvous.meet(address, n_processes, process, config.distributed.timeout_s)
     try:
         jax.distributed.initialize(**place)
     except ValueError as error:
-        if not place:  # a TPU VM that is no cluster
+        if not place:  # a single TPU VM
             return False
         raise UserError(
-            f"JAX cannot join the processes ({error}); see the variables JAX_* in the environment"
+            f"JAX cannot join the processes ({error}); check the variables JAX_* in the environment"
         ) from error
     except RuntimeError as error:
         where = place.get("coordinator_address", "process 0")
         raise UserError(
             f"{where}: the processes of the run cannot find each other ({str(error).splitlines()[0]}); "
-            "see that all are started, with the address of process 0, which has to be reachable"
+            "start all of them with the address of process 0, and make sure that it is reachable"
         ) from error
     return global_state.num_processes > 1
 
@@ -312,7 +309,7 @@ def _place(config: Config) -> dict[str, Any] | None:
     if address := os.environ.get("JAX_COORDINATOR_ADDRESS"):
         return _explicit(address, variable("JAX_NUM_PROCESSES"), variable("JAX_PROCESS_ID"))
     if "MASTER_ADDR" in os.environ and (size := variable("WORLD_SIZE", 1)) > 1:
-        # torchrun's own agent listens at its port.
+        # torchrun's agent listens at MASTER_PORT itself.
         port = variable("MASTER_PORT") + ("TORCHELASTIC_RUN_ID" in os.environ)
         place = _explicit(rendezvous.of_torchrun(port), size, variable("RANK"))
         if variable("LOCAL_WORLD_SIZE", 1) > 1:
@@ -320,7 +317,7 @@ def _place(config: Config) -> dict[str, Any] | None:
         return place
     has_tpu = importlib.util.find_spec("libtpu") and (os.path.exists("/dev/accel0") or os.path.exists("/dev/vfio/0"))
     if has_tpu and os.environ.get("JAX_PLATFORMS", "tpu") != "cpu":
-        return {}  # JAX finds the rest itself
+        return {}  # JAX detects everything itself
     if variable("SLURM_STEP_NUM_TASKS", 1) > 1 and SlurmCluster.is_env_present():
         address = SlurmCluster.get_coordinator_address(None, os.environ.get("JAX_COORDINATOR_PORT"))
         place = _explicit(address, variable("SLURM_NTASKS"), variable("SLURM_PROCID"))

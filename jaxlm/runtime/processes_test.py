@@ -168,7 +168,7 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on(
     statuses, _, errors = ended(started, within_s=processes.SILENT_S + 120)
     if killed:
         assert statuses == [1, -signal.SIGKILL]
-        assert "error: process 1 has gone without a word; go on with --resume auto" in errors[0]
+        assert "error: process 1 is lost: it sends no heartbeats; resume with --resume auto" in errors[0]
     else:  # by JAX, or sooner by our own watch
         assert statuses[1] in (1, -signal.SIGABRT)
         assert "another task died" in errors[1] or "error: process 1: process 0, on 127.0.0.1:" in errors[1]
@@ -250,7 +250,7 @@ def test_wrong_places_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_ADDR", "fe80::1")
     assert place()["coordinator_address"] == "[fe80::1]:1"
     monkeypatch.setenv("RANK", "three")
-    with pytest.raises(UserError, match="RANK='three' in the environment is no number"):
+    with pytest.raises(UserError, match="RANK='three' in the environment is not a whole number"):
         place()
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert place() is None

@@ -1,4 +1,4 @@
-"""Traces some updates, for TensorBoard's profile page, XProf and Perfetto, and shows where their time goes."""
+"""Traces of a few updates for TensorBoard, XProf and Perfetto, and a table of where the time goes."""
 
 import contextlib
 import re
@@ -11,16 +11,16 @@ from typing import Any
 import jax
 from rich.table import Table
 
-SKIPPED = 3  # updates before: the first compiles, the next ones fill the queues
-# Rows of the table: operations by their jax.named_scope, the innermost.
-PARTS = ("attention", "feed-forward", "embedding", "output layer", "optimizer")
+SKIPPED = 3  # updates before the trace: the first one compiles, the next ones fill the queues
+# Rows of the table: operations by their innermost jax.named_scope.
+SCOPES = ("attention", "feed-forward", "embedding", "output layer", "optimizer")
 REST = "norms, residuals, layers stacked"
-DATA = "data"  # the annotation of the wait for a batch
+DATA = "data"  # annotates the wait for a batch
 Interval = tuple[float, float]
 
 
 class Tracer:
-    """Traces `n` updates of a run. Prints the table by `say`; an error of the profiler is only a warning, by `warn`."""
+    """Traces `n` updates of a run. `say` prints the table; errors of the profiler are warnings, printed by `warn`."""
 
     def __init__(self, folder: Path, n: int, say: Callable[[Any], None], warn: Callable[[str], None]):
         self.folder, self.n, self.say, self.warn = folder, n, say, warn
@@ -29,7 +29,7 @@ class Tracer:
     def begin(self) -> None:
         """Start the trace if its first update is next."""
         if self.n and self.n_seen == SKIPPED:
-            # No events of Python calls: they would be most of the trace, and slow down what they measure.
+            # Without Python calls, which would be most of the trace and slow down the run.
             options = jax.profiler.ProfileOptions()
             options.python_tracer_level = 0
             with self._warned():
@@ -48,7 +48,7 @@ class Tracer:
                 self.say(table(self.folder, program, self.n, seconds))
 
     def close(self) -> None:
-        """End the trace of a run that is over."""
+        """End a trace in progress at the end of the run."""
         if self.n and SKIPPED < self.n_seen < SKIPPED + self.n:
             with self._warned():
                 jax.profiler.stop_trace()
@@ -57,14 +57,14 @@ class Tracer:
     def _warned(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # whatever the profiler and the disk raise
+        except Exception as error:  # of the profiler or the disk
             self.n = 0
             self.warn(f"{self.folder}: there is no trace ({type(error).__name__}: {error})")
 
 
 def table(folder: Path, program: str, n: int, seconds: float) -> Table:
-    """Return a table on a trace of `n` updates in so many seconds; `program` is the compiled update as text."""
-    parts_of = dict(_parts(program))
+    """Return a table for a trace of `n` updates; `program` is the compiled update as text."""
+    scopes = dict(_scopes(program))
     times: dict[str, float] = defaultdict(float)
     busy: list[Interval] = []
     waiting_ns = 0.0
@@ -73,15 +73,15 @@ def table(folder: Path, program: str, n: int, seconds: float) -> Table:
         operations, intervals = [], []
         for event in line.events:
             waiting_ns += event.duration_ns if event.name == DATA else 0
-            if (operation := _operation(event)) in parts_of:
+            if (operation := _operation(event)) in scopes:
                 operations.append(operation)
                 intervals.append((event.start_ns, event.start_ns + event.duration_ns))
         for operation, own_ns in zip(operations, _own_times(intervals), strict=True):
-            times[parts_of[operation]] += own_ns
+            times[scopes[operation]] += own_ns
         busy += intervals
-    # Operations overlap on a processor of several cores: their times are scaled to the time in which any of them ran.
+    # Operations overlap on several cores: scale their times to the time in which at least one of them ran.
     busy_ns, span_ns, together_ns = _covered(busy), seconds * 1e9, max(sum(times.values()), 1)
-    rows = {part: times[part] / together_ns * busy_ns for part in (*PARTS, REST)}
+    rows = {scope: times[scope] / together_ns * busy_ns for scope in (*SCOPES, REST)}
     rows |= {"waiting for data": waiting_ns, "device idle: host, data": max(span_ns - busy_ns, 0)}
     title = f"{n} updates in {seconds:.3f} s; the trace is in {folder}"
     result = Table("", "ms an update", "share", title=title, title_style="", title_justify="left")
@@ -90,35 +90,35 @@ def table(folder: Path, program: str, n: int, seconds: float) -> Table:
     return result
 
 
-def _parts(program: str) -> Iterator[tuple[str, str]]:
-    """Yield each operation of a compiled program, and the part of the model that it comes from."""
+def _scopes(program: str) -> Iterator[tuple[str, str]]:
+    """Yield each operation of a compiled program, and its innermost scope of SCOPES, or REST."""
     instruction = r"^\s*(?:ROOT )?%?([\w.-]+) = .*?(?:op_name=\"([^\"]*)\"|$)"
-    for name, scopes in re.findall(instruction, program, re.MULTILINE):
-        found = [(scopes.rfind(part), part) for part in PARTS if part in scopes]
-        yield name, max(found)[1] if found else REST
+    for name, path in re.findall(instruction, program, re.MULTILINE):
+        places = [(path.rfind(scope), scope) for scope in SCOPES if scope in path]
+        yield name, max(places)[1] if places else REST
 
 
 def _operation(event: Any) -> str:
-    """Return the name in the compiled program of the operation that an event of a trace is about."""
+    """Return the operation of an event, by its name in the compiled program."""
     return str(dict(event.stats).get("hlo_op", "")) or event.name.partition(" = ")[0].lstrip("%")
 
 
 def _own_times(intervals: list[Interval]) -> list[float]:
-    """Return how long each of some nested intervals lasts without those inside it."""
+    """Return the duration of each interval without the intervals nested in it."""
     own = [end - start for start, end in intervals]
-    around: list[int] = []
+    parents: list[int] = []
     for i in sorted(range(len(intervals)), key=lambda i: (intervals[i][0], -intervals[i][1])):
         start, end = intervals[i]
-        while around and intervals[around[-1]][1] <= start:
-            around.pop()
-        if around:
-            own[around[-1]] -= end - start
-        around.append(i)
+        while parents and intervals[parents[-1]][1] <= start:
+            parents.pop()
+        if parents:
+            own[parents[-1]] -= end - start
+        parents.append(i)
     return own
 
 
 def _covered(intervals: list[Interval]) -> float:
-    """Return how long any of the intervals lasts."""
+    """Return the duration of the union of the intervals."""
     covered, until = 0.0, 0.0
     for start, end in sorted(intervals):
         covered += max(0.0, end - max(start, until))

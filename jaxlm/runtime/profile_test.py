@@ -24,9 +24,9 @@ def test_a_run_writes_a_trace_and_tells_where_time_goes(
     assert re.search(rf"3 updates in \d\.\d{{3}} s; the trace is in {re.escape(str(run))}/trace", out)
     rows = re.findall(r"^│ (.+?) +│ +[\d.]+ +│ +([\d.]+)% +│$", out, re.MULTILINE)
     shares = {name: float(share) for name, share in rows}
-    assert shares.keys() == {*profile.PARTS, profile.REST, "waiting for data", "device idle: host, data"}
-    assert all(shares[part] > 0 for part in profile.PARTS)
-    busy = sum(shares[part] for part in (*profile.PARTS, profile.REST))
+    assert shares.keys() == {*profile.SCOPES, profile.REST, "waiting for data", "device idle: host, data"}
+    assert all(shares[part] > 0 for part in profile.SCOPES)
+    busy = sum(shares[part] for part in (*profile.SCOPES, profile.REST))
     assert busy + shares["device idle: host, data"] == pytest.approx(100, abs=1)
     # What Perfetto opens: complete events with names and times.
     [path] = run.glob("trace/plugins/profile/*/perfetto_trace.json.gz")
@@ -44,7 +44,7 @@ def test_operations_are_told_by_their_innermost_scope() -> None:
             return jnp.sum(jnp.sin(attention(x)))
 
     program = jax.jit(jax.grad(loss)).lower(jnp.ones((64, 64))).compile().as_text()
-    parts = dict(profile._parts(program))
+    parts = dict(profile._scopes(program))
     assert {part for name, part in parts.items() if name.startswith("dot")} == {"attention"}
     assert "output layer" in parts.values()
 

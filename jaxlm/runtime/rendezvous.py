@@ -1,7 +1,7 @@
-"""Processes of a run meet at the port of process 0 before their framework joins them. Imports no framework.
+"""A handshake at the port of process 0, before the framework joins the processes. Imports no framework.
 
-A wrong address, port or number ends every process with one line, within a stated time. The frameworks wait for minutes,
-or end with a stack dump.
+A wrong address, port or process number ends every process with one line, within a timeout. The frameworks alone would
+wait for minutes or end with a stack dump.
 """
 
 import contextlib
@@ -17,14 +17,14 @@ from typing import Any
 
 from jaxlm.errors import UserError
 
-PROGRAM = "jaxlm processes"  # by which both sides know each other
-ANNOUNCE_S, RETRY_S, ANSWER_S = 2.0, 0.3, 5.0  # until a wait is announced; between tries; for one answer
+PROGRAM = "jaxlm processes"  # identifies messages of this protocol
+ANNOUNCE_S, RETRY_S, ANSWER_S = 2.0, 0.3, 5.0  # until a wait is announced; between attempts; for one answer
 MOST_BYTES = 4096  # of a message
-SETTING = "--distributed.coordinator"  # which gives the address in jaxlm
+SETTING = "--distributed.coordinator"  # the setting of the address in jaxlm
 
 
 def parse(address: str, setting: str = SETTING) -> tuple[str, int]:
-    """Return host and port of an address, HOST:PORT or [IPv6]:PORT, which `setting` gives. Raises UserError."""
+    """Return host and port of an address, HOST:PORT or [IPv6]:PORT. Raises UserError, which names `setting`."""
     host, _, port = address.rpartition(":")
     is_bracketed = host.startswith("[") and host.endswith("]")
     if is_bracketed:
@@ -37,22 +37,22 @@ def parse(address: str, setting: str = SETTING) -> tuple[str, int]:
 
 
 def variable(name: str, default: int | None = None) -> int:
-    """Return a number of the environment. Raises UserError."""
+    """Return an environment variable as a number. Raises UserError."""
     text = os.environ.get(name, "" if default is None else str(default))
     if not (text.isascii() and text.isdecimal()):
-        raise UserError(f"{name}={text!r} in the environment is no number from 0; set it to a number")
+        raise UserError(f"{name}={text!r} in the environment is not a whole number from 0; set it to one")
     return int(text)
 
 
 def of_torchrun(port: int | str) -> str:
-    """Return the address that MASTER_ADDR has with a port; an IPv6 host stands there without brackets."""
+    """Return the address of MASTER_ADDR and a port; torchrun writes IPv6 hosts without brackets."""
     host = os.environ.get("MASTER_ADDR", "")
     return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
 
 
 @dataclass
 class _Meeting:
-    """What one process knows of the meeting."""
+    """The state of the handshake in one process."""
 
     address: str
     host: str
@@ -60,8 +60,8 @@ class _Meeting:
     process: int
     n_processes: int
     timeout_s: float
-    setting: str  # which gives the address
-    reason: str = "no answer"  # why process 0 has not been reached
+    setting: str  # of the address
+    reason: str = "no answer"  # why process 0 was not reached
     began_s: float = field(default_factory=time.monotonic)
     is_announced: bool = False
 
@@ -69,7 +69,7 @@ class _Meeting:
         return time.monotonic() - self.began_s > self.timeout_s
 
     def announce(self, what: str) -> None:
-        """Print what this process waits for, once, if that takes long."""
+        """Print once what this process waits for, after ANNOUNCE_S."""
         if not self.is_announced and time.monotonic() - self.began_s > ANNOUNCE_S:
             self.is_announced = True
             line = f"waiting for {what}; {self.timeout_s:g} s at most (distributed.timeout_s)"
@@ -77,10 +77,7 @@ class _Meeting:
 
 
 def meet(address: str, n_processes: int, process: int, timeout_s: float, setting: str = SETTING) -> None:
-    """Return when all processes have reached process 0 at its address, which `setting` gives.
-
-    Raises UserError after `timeout_s`.
-    """
+    """Return when all processes have reached process 0 at `address`. Raises UserError after `timeout_s`."""
     host, port = parse(address, setting)
     if not 0 <= process < n_processes:
         raise UserError(f"process {process} of {n_processes}: they are numbered from 0; see jaxlm/runtime/SHARDING.md")
@@ -94,19 +91,19 @@ def meet(address: str, n_processes: int, process: int, timeout_s: float, setting
 
 
 def _listen(meeting: _Meeting) -> socket.socket:
-    """Listen at the port of all addresses of this host, as the frameworks will."""
+    """Listen at the port on all addresses of this host, as the frameworks will."""
     dual: dict[str, Any] = {"family": socket.AF_INET6, "dualstack_ipv6": True} if socket.has_dualstack_ipv6() else {}
     try:
         return socket.create_server(("", meeting.port), backlog=1024, **dual)
     except OSError as error:
         raise UserError(
             f"{meeting.address}: process 0 cannot listen at port {meeting.port} ({error.strerror}); give another with "
-            f"{meeting.setting}, or end the program that has it"
+            f"{meeting.setting}, or end the program that uses it"
         ) from error
 
 
 def _gather(meeting: _Meeting, server: socket.socket) -> None:
-    """Wait in process 0 for all processes, itself included, and tell them how it went."""
+    """Wait in process 0 for all processes, including itself, and send them the result."""
     address, n = meeting.address, meeting.n_processes
     came: dict[int, socket.socket] = {}
     connections: list[socket.socket] = []
@@ -151,7 +148,7 @@ def _gather(meeting: _Meeting, server: socket.socket) -> None:
 
 
 def _visit(meeting: _Meeting) -> None:
-    """Reach process 0, and wait until all are there."""
+    """Connect to process 0, and wait until all processes have."""
     address, process = meeting.address, meeting.process
     while True:
         try:
@@ -179,17 +176,17 @@ def _visit(meeting: _Meeting) -> None:
 
 
 def _visit_itself(meeting: _Meeting) -> None:
-    with contextlib.suppress(UserError):  # process 0 raises its own, with the reason
+    with contextlib.suppress(UserError):  # the main thread of process 0 raises the error, with this reason
         _visit(meeting)
 
 
 def _send(connection: socket.socket, message: dict[str, Any]) -> None:
-    with contextlib.suppress(OSError):  # it has gone
+    with contextlib.suppress(OSError):  # the other side has closed the connection
         connection.sendall(json.dumps({"program": PROGRAM, **message}).encode() + b"\n")
 
 
 def _receive(connection: socket.socket) -> dict[str, Any]:
-    """Return one message; {} if what comes is no message of ours, or nothing comes in time."""
+    """Return one message; {} if none arrives in time, or one of another program."""
     line = bytearray()
     try:
         while not line.endswith(b"\n") and len(line) < MOST_BYTES:
@@ -204,5 +201,5 @@ def _receive(connection: socket.socket) -> dict[str, Any]:
 
 
 def _has_gone(connection: socket.socket) -> bool:
-    """Return whether the other side, which has nothing to say while it waits, has closed the connection."""
+    """Return whether the other side has closed the connection; while it waits, it sends nothing."""
     return bool(select.select([connection], [], [], 0)[0])

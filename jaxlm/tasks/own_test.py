@@ -280,9 +280,7 @@ def test_it_is_evaluated_with_its_worst_errors(task: str, tmp_path: Path) -> Non
 
 def test_what_cannot_be_done_is_said_in_one_line(tmp_path: Path) -> None:
     own = config.build({"task": "listed", "model.vocab_size": 300, "model.d_model": 12, "model.n_heads": 3})
-    with pytest.raises(
-        UserError, match=r"task=listed: its parameter base/blocks/0/\w+ .*attributes in place of a list"
-    ):
+    with pytest.raises(UserError, match=r"task=listed: its parameter base/blocks/0/\w+ .*attributes instead of a list"):
         parameters.shapes(own)
     assert MaskedSamples.model_kind == "masked"
     with pytest.raises(UserError, match=r"task=sequence is a Bag, .* jaxlm.evaluate and jaxlm.convert take any model"):

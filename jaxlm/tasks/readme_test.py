@@ -166,7 +166,7 @@ def test_the_example_is_served(run: Run) -> None:
     server = subprocess.Popen(args, cwd=folder, env=env, stderr=subprocess.PIPE, text=True)
     try:
         assert server.stderr
-        address = next(line.split()[-1] for line in server.stderr if "serves http" in line)
+        address = next(line.split()[-1] for line in server.stderr if "serving http" in line)
         request = urllib.request.Request(
             f"{address}predict", b'{"text": "a film"}', {"Content-Type": "application/json"}, method="POST"
         )

@@ -159,7 +159,7 @@ def test_what_needs_an_output_layer_says_what_can_be_done(
             raise UserError(line)
     with pytest.raises(UserError, match=NO_OUTPUT):
         predict.load(folder)(["a cat"])
-    with pytest.raises(UserError, match="no output layer to learn from; train one with --init-from"):
+    with pytest.raises(UserError, match="no output layer; train one with --init-from"):
         resume.load(["--task", "mlm", "--distill.teacher", folder], "", RUN)
     assert convert.main([folder, str(tmp_path / "run")]) == 0
     for source in (folder, str(tmp_path / "run")):

@@ -86,7 +86,7 @@ def test_names_that_do_not_fit_the_model_are_refused(names: list[Any], run: Path
     formats.WRITERS[formats.SAFETENSORS](
         tmp_path / "a.safetensors", snapshot.__class__(**vars(snapshot) | {"info": info})
     )
-    with pytest.raises(resume.UserError, match="have to be 3 different names"):
+    with pytest.raises(resume.UserError, match="must be 3 different names"):
         resume.to_use(tmp_path / "a.safetensors").classes()
 
 
@@ -108,7 +108,7 @@ def test_evaluation_and_report_tell_names(run: Path, tmp_path: Path) -> None:
     given = {"data.path": str(tmp_path / "other.tsv")}
     # In another order of rows and with a class less, labels are the same classes by their names.
     (tmp_path / "other.tsv").write_text("text\tlabel\na cat\tpositive\na dog\tnegative\n")
-    source, samples = evaluation.part(model, "test", given)
+    source, samples = evaluation.samples_of(model, "test", given)
     assert source.classes == CLASSES and samples.split.labels.tolist() == [2, 0]
     result = evaluation.evaluate(model, samples)
     assert result.classes == list(CLASSES)
@@ -120,7 +120,7 @@ def test_evaluation_and_report_tell_names(run: Path, tmp_path: Path) -> None:
     with pytest.raises(
         resume.UserError, match="other.tsv, line 3: label 'awful' is none of the classes negative, neutral"
     ):
-        evaluation.part(model, "test", given)
+        evaluation.samples_of(model, "test", given)
 
 
 def test_checkpoint_without_names_answers_with_numbers(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_checkpoint_without_names_answers_with_numbers(tmp_path: Path) -> None:
     assert len(answer["probabilities"]) == 3
     model = load.load(run)
     (tmp_path / "other.tsv").write_text("text\tlabel\na cat\t2\na dog\t0\n")
-    _, samples = evaluation.part(model, "test", {"data.path": str(tmp_path / "other.tsv")})
+    _, samples = evaluation.samples_of(model, "test", {"data.path": str(tmp_path / "other.tsv")})
     assert samples.split.labels.tolist() == [2, 0]
     assert labels.numbered(3) == model.task.classes
 

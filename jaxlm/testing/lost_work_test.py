@@ -117,10 +117,10 @@ def test_a_run_whose_checkpoints_are_out_of_sight_does_not_begin_anew(
     assert ending.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     place = {unmounted: "ck", in_another_folder: "work/ck"}.get(hide, "run/checkpoints")
-    assert f"run.dir=run: it cannot go on from a checkpoint in {Path(place).absolute()}: " in line
+    assert f"run.dir=run: it cannot resume from a checkpoint in {Path(place).absolute()}: " in line
     assert ("none can be used" if hide in (damaged, not_to_be_opened) else "one of step 6 was saved") in line
     assert line.endswith(
-        "begin anew with a new --run.dir" + (" and --run.checkpoint-dir" if "ck" in place[-3:] else "")
+        "start a new run with a new --run.dir" + (" and --run.checkpoint-dir" if "ck" in place[-3:] else "")
     )
     assert content(Path()) == before
     assert resume.find({"resume": "auto", "run.dir": "new"}, formats.RUN) == Start(is_retry=True)  # the mend
@@ -225,7 +225,7 @@ def test_a_save_replaces_nothing_of_a_user(name: str, tmp_path: Path) -> None:
     failures = list[str]()
     with Checkpoints(tmp_path, warn=failures.append) as checkpoints:
         checkpoints.save(state_at(7), INFO, {})
-    assert "step 7 could not be saved" in failures[0] and "is there, and is no checkpoint" in failures[0]
+    assert "step 7 could not be saved" in failures[0] and "exists and is not a checkpoint" in failures[0]
     assert (tmp_path / name).read_text() == "mine"
 
 
@@ -238,7 +238,7 @@ def test_checkpoints_of_another_run_in_the_folder_stay(tmp_path: Path) -> None:
             mine.save(state_at(step), INFO | {"step": step}, {})
             mine.wait()
         assert (other.steps(), mine.steps()) == ([3], [7])
-    assert len(failures) == 1 and "3 is of another run; give each its own folder" in failures[0]
+    assert len(failures) == 1 and "3 belongs to another run; use one folder per run" in failures[0]
 
 
 def test_a_checkpoint_that_is_a_link_is_removed_as_a_link(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def test_bytes_that_config_toml_cannot_hold_are_refused(setting: str, value: str
 
 @pytest.mark.parametrize("name", ["a[1]", "a*", "a?b", "a#b", "a%20b"])
 def test_names_that_gs_cannot_have_are_refused(name: str) -> None:
-    with pytest.raises(UserError, match="a name in gs:// cannot have"):
+    with pytest.raises(UserError, match="a name in gs:// cannot contain"):
         storage.path(f"gs://bucket/{name}/x")
 
 

@@ -76,7 +76,7 @@ def test_the_table_has_every_case_once() -> None:
     for row in rows():
         if row not in refused:
             assert row.outcomes[0].startswith("restored")
-            assert all(outcome in ("restored", "afresh") for outcome in row.outcomes[1:]), row
+            assert all(outcome in ("restored", "new") for outcome in row.outcomes[1:]), row
 
 
 class State(NamedTuple):
@@ -328,4 +328,4 @@ def test_a_damaged_newest_checkpoint_is_set_aside(
     assert {path.name for path in older.parent.iterdir()} == {older.name, f"{newer.name}.damaged"}
     errors = capsys.readouterr().err
     what = "cannot be read" if program == "torchlm" else "optimizer/_METADATA is missing"
-    assert f"warning: {newer}: damaged: {what}" in errors and f"it is set aside as {newer.name}.damaged" in errors
+    assert f"warning: {newer}: damaged: {what}" in errors and f"renamed to {newer.name}.damaged" in errors

@@ -141,4 +141,4 @@ def test_signals_have_their_exit_status(launch: Any, texts: Path, tmp_path: Path
         os.kill(process.pid, number)
         output, _ = process.communicate(timeout=120)
         assert process.returncode == status, output
-        assert "Next, go on with it: python -m jaxlm.train --resume run" in output
+        assert "Next, resume it: python -m jaxlm.train --resume run" in output

@@ -1,4 +1,4 @@
-"""Describes what a run was made with: versions, machine, devices and command. Each start adds a line to a file."""
+"""The environment of a run: versions, machine, devices, command, commit. Each start appends a line to a file."""
 
 import contextlib
 import datetime
@@ -19,7 +19,7 @@ PACKAGES = ("jaxlm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "torc
 
 
 def describe(step: int, device: str) -> dict[str, Any]:
-    """Return what a run is made with that starts after update `step`, 0 for a new one."""
+    """Return the environment of a run that starts after update `step`, 0 for a new run."""
     return {
         "step": step,
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -35,7 +35,7 @@ def describe(step: int, device: str) -> dict[str, Any]:
 
 
 def read(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the descriptions of all starts of a run that can be read."""
+    """Return the recorded environments of a run, one per start; unreadable ones are skipped."""
     lines = history.json_lines(run_dir / FILE, lambda x: x if isinstance(x, dict) else None, history.warn_once)
     return [description for _, description in lines]
 
@@ -49,12 +49,12 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> str:
-    """Return the commit of the checkout that the package is in, with + if files differ from it; "" without one."""
+    """Return the commit of the checkout that contains the package, "+" behind it if files differ; "" without one."""
     checkout = Path(__file__).parents[2]
     if not (checkout / ".git").exists():
         return ""
     git = ["git", "-C", str(checkout), "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"]
     try:
-        return subprocess.run(git, capture_output=True, text=True, timeout=5).stdout.strip()  # nothing where it fails
+        return subprocess.run(git, capture_output=True, text=True, timeout=5).stdout.strip()  # "" if git fails
     except (OSError, subprocess.SubprocessError):
         return ""

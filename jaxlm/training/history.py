@@ -1,6 +1,6 @@
 """Reads the metrics log and the samples of a run, and truncates both when a run resumes.
 
-A line or file that cannot be read never stops a run: it is skipped, named in one warning, and kept under another name.
+An unreadable line or file never stops a run: it is skipped, with one warning, and the file is kept under another name.
 """
 
 import contextlib
@@ -20,11 +20,11 @@ from jaxlm.io import checksums, temporary, utf8
 from jaxlm.weights import formats
 
 FILES = METRICS, SAMPLES = "metrics.jsonl", "samples.txt"
-BASELINE = "baseline.json"  # scores of the best guess that looks at no input, by split
-SAVED = "saved.json"  # {"step": that of the last whole checkpoint, 0 before the first}
-ENDING = ("final_validation", "test")  # rows of the evaluations at the end of a run
-KEYS = ("step", "split")  # of a row, besides its scores
-MOST_LINE = 1 << 20  # bytes of a line that is parsed
+BASELINE = "baseline.json"  # scores by split of the best constant prediction, which ignores the input
+SAVED = "saved.json"  # {"step": step of the last complete checkpoint, 0 before the first}
+ENDING = ("final_validation", "test")  # splits that are scored at the end of a run
+KEYS = ("step", "split")  # of a row; its other keys are scores
+MOST_LINE = 1 << 20  # bytes; longer lines are skipped
 MOST_STEP = 2**31  # steps are int32
 Row = dict[str, Any]
 Warn = Callable[[str], None]
@@ -32,23 +32,20 @@ warn_once = functools.cache(errors.warn)  # prints each text once in a process
 
 
 def restore(run_dir: Path, step: int, source: Path, checkpoints: Path, warn: Warn = warn_once) -> dict[int, Scores]:
-    """Do what `restore_to` does; return the validation scores, with the losses that the checkpoints themselves store.
-
-    Raises UserError if a file cannot be written.
-    """
+    """Call `restore_to`; return its validation scores, with the losses that are stored in checkpoints."""
     validation = restore_to(run_dir, step, source, warn)
     for saved, path in checksums.finished_in(checkpoints):
-        with contextlib.suppress(UserError):  # a checkpoint that cannot be read has no loss
+        with contextlib.suppress(UserError):  # an unreadable checkpoint has no loss
             if saved <= step and (loss := formats.validation_loss(path)) is not None:
                 validation[saved] = validation.get(saved, {}) | {"loss": loss}
     return validation
 
 
 def restore_to(run_dir: Path, step: int, source: Path | None = None, warn: Warn = warn_once) -> dict[int, Scores]:
-    """Copy the logs of the run `source` up to a step; without `source`, truncate those of the run itself.
+    """Copy the logs of the run `source` up to a step; without `source`, truncate the run's own logs.
 
-    The scores at the end of a run that had ended are dropped, too. Returns the validation scores by step. Raises
-    UserError if a file cannot be written.
+    Final scores of a finished run are dropped, too. Returns the validation scores by step. Raises UserError if a file
+    cannot be written.
     """
     source = source or run_dir
     problems: list[str] = []
@@ -68,14 +65,14 @@ def restore_to(run_dir: Path, step: int, source: Path | None = None, warn: Warn 
 
 
 def rows(path: Path, warn: Warn = warn_once) -> list[Row]:
-    """Return the rows of a metrics.jsonl that can be read. A score is a finite float or None."""
+    """Return the readable rows of a metrics.jsonl. A score is a finite float or None."""
     return [row for _, row in _last_rows(path, warn)]
 
 
 def last_saved(run_dir: Path) -> int:
-    """Return the step of the last whole checkpoint that a run has recorded, 0 if there was none.
+    """Return the step of the last complete checkpoint that a run has recorded, 0 if there was none.
 
-    A run of an earlier version has no record: its last validation score counts, since a save follows each of them.
+    Runs of earlier versions have no record; for them, it is the step of the last validation, which a save follows.
     """
     with contextlib.suppress(OSError, ValueError, KeyError):
         step = utf8.read_json(run_dir / SAVED)["step"]
@@ -85,18 +82,18 @@ def last_saved(run_dir: Path) -> int:
 
 
 def json_lines(path: Path, read: Callable[[Any], Row | None], warn: Warn) -> Iterator[tuple[bytes, Row]]:
-    """Yield the lines of a file with one JSON value a line, each with what `read` makes of the value. NaN becomes null.
+    """Yield each line of a JSON Lines file, and the row that `read` returns for its value. NaN becomes null.
 
-    Lines that are no JSON, or for which `read` returns None, are skipped and named in one warning. A last line that a
-    killed process has cut short is skipped without one.
+    Lines that are not JSON, or for which `read` returns None, are skipped with one warning. An incomplete last line,
+    which a killed process leaves, is skipped silently.
     """
     bad: list[int] = []
     for n, line in enumerate(_lines(path, warn), start=1):
         value, constants = None, list[str]()
-        # A number of too many digits is a ValueError, and a line of too many brackets a RecursionError.
+        # Too many digits raise ValueError, too deep nesting RecursionError.
         with contextlib.suppress(ValueError, RecursionError):
             if len(line) <= MOST_LINE:
-                # `append` returns None, and so stands for NaN and infinity, which JSON does not have.
+                # NaN and infinity, which are not JSON, become None: `append` returns None.
                 value = read(json.loads(line, parse_constant=constants.append))
         if value is not None:
             yield (json.dumps(value).encode() if constants else line.rstrip(b"\r\n")) + b"\n", value
@@ -104,28 +101,28 @@ def json_lines(path: Path, read: Callable[[Any], Row | None], warn: Warn) -> Ite
             bad.append(n)
     if bad:
         first = f"line {bad[0]}" if len(bad) == 1 else f"{len(bad)} lines, the first is line {bad[0]}"
-        warn(f"{path}: cannot be read: {first}; passed over")
+        warn(f"{path}: cannot be read: {first}; skipped")
 
 
 def _lines(path: Path, warn: Warn) -> Iterator[bytes]:
-    """Yield the lines of a file, none if it is not there; warn of one that cannot be read."""
+    """Yield the lines of a file, nothing if it is missing; warn if it cannot be read."""
     try:
-        if os.path.isfile(path):  # to read a device or a pipe might never end
+        if os.path.isfile(path):  # reading a device or a pipe might never end
             with open(path, "rb") as file:
                 yield from file
         elif os.path.lexists(path):
-            raise OSError(0, "it is no file")
+            raise OSError(0, "not a file")
     except OSError as error:
-        warn(f"{path}: cannot be read ({error.strerror}); it is passed over")
+        warn(f"{path}: cannot be read ({error.strerror}); skipped")
 
 
 def _last_rows(path: Path, warn: Warn) -> list[tuple[bytes, Row]]:
-    """Return the lines of a metrics.jsonl and their rows; of several for the same step and split, the last."""
+    """Return the lines of a metrics.jsonl and their rows; the last one for each step and split."""
     return list({(row["step"], row["split"]): (line, row) for line, row in json_lines(path, _row, warn)}.values())
 
 
 def _row(value: Any) -> Row | None:
-    """Return a row with its scores as floats; None without a step or a split, or for a validation without a loss."""
+    """Return a row with its scores as floats; None if step or split is missing, or the loss of a validation."""
     if not isinstance(value, dict):
         return None
     step, split = (value.pop(key, None) for key in KEYS)
@@ -140,12 +137,12 @@ def _row(value: Any) -> Row | None:
 def _score(x: float | None) -> float | None:
     try:
         return float(x) if x is not None and math.isfinite(x) else None
-    except OverflowError:  # an integer beyond all floats
+    except OverflowError:  # an integer larger than any float
         return None
 
 
 def _samples(path: Path, step: int, warn: Warn) -> bytes:
-    """Return what samples.txt has of evaluations up to a step."""
+    """Return the content of samples.txt up to a step."""
     kept = []
     for line in _lines(path, warn):
         heading = re.fullmatch(rb"--- step ([0-9]{1,18}) ---\n?", line)
@@ -156,11 +153,11 @@ def _samples(path: Path, step: int, warn: Warn) -> bytes:
 
 
 def _replace(path: Path, content: bytes, problems: list[str], warn: Warn) -> None:
-    """Write a file, whole or not at all. One with `problems` is kept under another name, and they are warned of."""
+    """Write a file atomically. If there are `problems`, warn of them and keep the old file under another name."""
     try:
-        with os_errors(f"{path}: cannot be written", "free some space, or go on in a new folder with --run.dir"):
+        with os_errors(f"{path}: cannot be written", "free some space, or resume in a new folder with --run.dir"):
             if not problems and path.is_file() and path.read_bytes().startswith(content):
-                os.truncate(path, len(content))  # which a full disk allows
+                os.truncate(path, len(content))  # works on a full disk
                 return
             with temporary.replacing(path) as new:
                 new.write_bytes(content)

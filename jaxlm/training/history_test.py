@@ -125,7 +125,7 @@ def test_a_bad_line_is_passed_over_named_once_and_kept_aside(line: bytes, folder
     path.write_bytes(b"".join(before))
     scores = history.restore_to(folder, 5, warn=warnings.append)
     assert rows(folder) == ROWS[:6] and scores == {3: {"loss": 0.75}}
-    assert warnings == [f"{path}: cannot be read: line 2; passed over, and kept as metrics.jsonl.damaged"]
+    assert warnings == [f"{path}: cannot be read: line 2; skipped, and kept as metrics.jsonl.damaged"]
     assert (folder / "metrics.jsonl.damaged").read_bytes() == b"".join(before)
     assert history.restore_to(folder, 5, warn=pytest.fail) == scores  # from then on, all can be read
 
@@ -134,7 +134,7 @@ def test_all_bad_lines_are_named_in_one_warning(folder: Path) -> None:
     path, warnings = folder / "metrics.jsonl", list[str]()
     path.write_bytes(b"".join(line + b"\n" for line in BAD_LINES.values()) + path.read_bytes())
     assert history.rows(path, warnings.append) == ROWS
-    assert warnings == [f"{path}: cannot be read: {len(BAD_LINES)} lines, the first is line 1; passed over"]
+    assert warnings == [f"{path}: cannot be read: {len(BAD_LINES)} lines, the first is line 1; skipped"]
 
 
 @pytest.mark.parametrize(
@@ -183,9 +183,7 @@ def test_what_lies_in_the_place_of_a_file_is_put_aside(name: str, put: Callable[
     history.restore_to(folder, 5, warn=warnings.append)
     (folder / name).read_bytes()
     assert (folder / name).is_file() and os.path.lexists(folder / f"{name}.damaged")
-    assert warnings == [
-        f"{folder / name}: cannot be read (it is no file); it is passed over, and kept as {name}.damaged"
-    ]
+    assert warnings == [f"{folder / name}: cannot be read (not a file); skipped, and kept as {name}.damaged"]
     if put is a_folder:
         assert (folder / f"{name}.damaged" / "notes.txt").read_text() == "mine"
 
@@ -273,6 +271,6 @@ def test_a_run_with_bad_settings_is_passed_over_in_a_list(
     (scored.parent / "other" / "config.toml").write_bytes(content)
     assert runs.main(["list", str(scored.parent)]) == 0
     output, errors = capsys.readouterr()
-    assert "scored" in output and "other/config.toml: " in errors and "; passed over" in errors
+    assert "scored" in output and "other/config.toml: " in errors and "; skipped" in errors
     with pytest.raises(SystemExit):
         runs.main(["show", str(scored.parent / "other")])

@@ -1,4 +1,4 @@
-"""Console output, log files and progress bars of a run, and the loggers TensorBoard and Weights & Biases."""
+"""Console output, log files and progress bars of a run; TensorBoard and Weights & Biases."""
 
 import contextlib
 import functools
@@ -25,14 +25,14 @@ from jaxlm.errors import SLOW_S, UserError
 from jaxlm.io.console import Console
 from jaxlm.terminal import shown
 
-LEAST_BAR = 8  # columns of a progress bar in a narrow terminal, before the text beside it is cut
-PLAIN_INTERVAL_S = 5  # between lines that stand in for the progress bar where there is no terminal
-PASS_INTERVAL_S = 30  # between those of a pass over data
-MOST_WAITING = 32 << 20  # bytes for one file that cannot be written
+LEAST_BAR = 8  # columns of a progress bar in a narrow terminal; more text beside it is cut
+PLAIN_INTERVAL_S = 5  # between progress lines of training, without a terminal
+PASS_INTERVAL_S = 30  # between progress lines of a pass over data, without a terminal
+MOST_WAITING = 32 << 20  # bytes buffered for one file that cannot be written
 
 
 class TensorBoard:
-    """Writes an event file. tensorboardX's own writer stops for good, or waits for ever, on a full disk."""
+    """Writes an event file. On a full disk, tensorboardX's own writer stops for good or blocks."""
 
     def __init__(self, append: Callable[[str, bytes], None], last_step: int):
         from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -40,7 +40,7 @@ class TensorBoard:
         self.append = append
         self.name = f"tensorboard/events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
         self.header = [Event(file_version="brain.Event:2")]
-        if last_step:  # TensorBoard drops what the run logged of later steps before it resumed
+        if last_step:  # makes TensorBoard drop later steps, which the run logged before it resumed
             self.header.append(Event(step=last_step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def log(self, step: int, split: str, scores: dict[str, float]) -> None:
@@ -58,7 +58,7 @@ class TensorBoard:
 
 
 def _framed(data: bytes) -> bytes:
-    """Return a record of an event file: length, data, and the checksum of each."""
+    """Return a record of an event file: length and data, each with its checksum."""
     from tensorboardX.record_writer import masked_crc32c
 
     length = struct.pack("<Q", len(data))
@@ -75,7 +75,7 @@ class WeightsAndBiases:
             self.run = wandb.init(project=project, name=run_dir.name, dir=str(run_dir), config=settings)
         except wandb.errors.Error as error:  # no account, no network
             raise UserError(f"log.wandb={project}: {error}; or set WANDB_MODE=offline") from error
-        # An axis of our own: wandb's would drop the test scores, which are logged last and belong to an earlier step.
+        # An axis of our own: wandb's step must not decrease, but test scores, logged last, belong to an earlier step.
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
 
@@ -90,22 +90,22 @@ Logger = TensorBoard | WeightsAndBiases
 
 
 class GrowingFile:
-    """A file to append to. Pieces that cannot be written wait in memory, in order, for the next try.
+    """A file to append to. If it cannot be written, text waits in memory for the next attempt.
 
-    At most MOST_WAITING bytes wait: beyond that the oldest pieces are dropped, and counted.
+    At most MOST_WAITING bytes wait; then the oldest pieces are dropped and counted.
     """
 
     def __init__(self, path: Path):
         self.path = path
         self.waiting: deque[tuple[int, bytes]] = deque()  # (update, piece)
         self.n_bytes = self.n_dropped = 0
-        self.reason = "too many"  # why a piece could not be written the last time
-        with contextlib.suppress(OSError):  # what cannot be read may be written all the same
-            if path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n"):  # a killed process left half a line
+        self.reason = "too many"  # why the last write failed
+        with contextlib.suppress(OSError):  # an unreadable file may still be writable
+            if path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n"):  # an incomplete line of a killed process
                 self.add(0, b"\n")
 
     def add(self, step: int, piece: bytes) -> None:
-        """Add a piece about update `step` to those that wait."""
+        """Queue a piece of text that belongs to update `step`."""
         self.waiting.append((step, piece))
         self.n_bytes += len(piece)
         while self.n_bytes > MOST_WAITING:
@@ -113,12 +113,12 @@ class GrowingFile:
             self.n_dropped += 1
 
     def drop_after(self, step: int) -> None:
-        """Drop waiting pieces about later updates."""
+        """Drop queued pieces of later updates."""
         self.waiting = deque(x for x in self.waiting if x[0] <= step)
         self.n_bytes = sum(len(piece) for _, piece in self.waiting)
 
     def flush(self) -> bool:
-        """Write the pieces that wait, each whole or not at all; return whether none is left."""
+        """Write the queued pieces, each completely or not at all; return whether all are written."""
         try:
             if self.waiting:
                 self._write()
@@ -129,7 +129,7 @@ class GrowingFile:
     def _write(self) -> None:
         if self.path.parent.name == "tensorboard":
             self.path.parent.mkdir(exist_ok=True)
-        # Without O_NONBLOCK, a named pipe that nobody reads would stop the run.
+        # Without O_NONBLOCK, a named pipe without a reader would block the run.
         file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o666)
         try:
             while self.waiting:
@@ -139,7 +139,7 @@ class GrowingFile:
             os.close(file)
 
     def unwritten(self) -> str:
-        """Return how many pieces could not be written, and why; "" if all were."""
+        """Return how many pieces are not written, and why; "" if all are."""
         n = len(self.waiting) + self.n_dropped
         return f"{n:,} {'entry' if n == 1 else 'entries'} not written ({self.reason})" if n else ""
 
@@ -156,10 +156,9 @@ def _write_whole(file: int, piece: bytes) -> None:
 
 
 class RunLog:
-    """The console and the log files of a run: log.txt, metrics.jsonl, samples.txt. Any thread may call it.
+    """The console and the log files of a run: log.txt, metrics.jsonl, samples.txt. Thread-safe.
 
-    A file that cannot be written, on a full disk for example, never ends a run: there is one warning, and what is to be
-    written waits in memory until it can be.
+    A write error, such as a full disk, never ends a run: it causes one warning, and text waits in memory.
     """
 
     def __init__(self, stderr: bool = False) -> None:
@@ -167,24 +166,23 @@ class RunLog:
         self.loggers: list[Logger] = []
         self.run_dir: Path | None = None
         self.files: dict[str, GrowingFile] = {}
-        self.warned: set[str] = set()  # reasons why a file cannot be written
+        self.warned: set[str] = set()  # write errors that were reported
         self.lock = threading.RLock()
         self.has_bar = False
-        self.last_plain_s = 0.0
 
     def open(self, run_dir: Path, loggers: list[Logger]) -> None:
-        """Write to the run folder, too, from here on."""
+        """Also write to the run folder from now on."""
         self.run_dir, self.loggers = run_dir, loggers
 
     def close(self) -> None:
-        """Close the loggers, write what waits, and warn of what cannot be written."""
+        """Close the loggers, write queued text, and warn of files that are incomplete."""
         self._to_loggers(lambda logger: logger.close())
         self.flush()
         for name, what in self.unwritten().items():
             self.warn(f"{self.files[name].path}: {what}")
 
     def append(self, name: str, piece: str | bytes, step: int = 0) -> None:
-        """Append to a file of the run folder, now or as soon as possible; the piece is about update `step`."""
+        """Append to a file of the run folder, now or as soon as possible; the piece belongs to update `step`."""
         assert self.run_dir is not None, "open() comes first"
         with self.lock:
             if name not in self.files:
@@ -194,25 +192,25 @@ class RunLog:
             self.flush()
 
     def flush(self) -> None:
-        """Write what waits, and warn once of each reason why it cannot be written."""
+        """Write queued text, and warn once of each kind of write error."""
         with self.lock:
             for file in list(self.files.values()):
                 if not file.flush() and file.reason not in self.warned:
                     self.warned.add(file.reason)
                     self.warn(
-                        f"{file.path}: cannot be written ({file.reason}); the run goes on and keeps rows, lines and "
-                        "samples in memory until it can write its files"
+                        f"{file.path}: cannot be written ({file.reason}); the run continues, and keeps metrics, lines "
+                        "and samples in memory until it can write its files"
                     )
 
     def drop_after(self, step: int, names: Sequence[str]) -> None:
-        """Drop what waits for some files and is about later updates."""
+        """Drop queued text of later updates for some files."""
         with self.lock:
             for name in names:
                 if name in self.files:
                     self.files[name].drop_after(step)
 
     def unwritten(self) -> dict[str, str]:
-        """Return how much of each file could not be written, and why; without the files that are complete."""
+        """Return how many entries of each incomplete file are missing, and why."""
         return {name: what for name, file in self.files.items() if (what := file.unwritten())}
 
     def say(self, *parts: Any) -> None:
@@ -221,53 +219,60 @@ class RunLog:
         self._append_to_log(*parts)
 
     def warn(self, text: str, kind: str = "warning") -> None:
-        """Print a warning, or a line of another kind, on stderr, and to log.txt."""
+        """Print a warning, or a line of another kind, on stderr and to log.txt."""
         text = f"{kind}: {text}"
         self._append_to_log(text)
-        if self.has_bar:  # the console redraws the bar below what it prints
+        if self.has_bar:  # the console redraws the bar below the line
             self.console.print(text, style="yellow")
         else:
             with contextlib.suppress(BrokenPipeError):  # it is in log.txt
                 Console(stderr=True).print(text)
 
     def row(self, step: int, split: str, scores: dict[str, float]) -> None:
-        """Append one object to metrics.jsonl, and pass it to the loggers."""
-        # JSON has no NaN; null is what every reader takes.
+        """Append one object to metrics.jsonl, and pass it to the loggers. NaN and infinity become null."""
         row = {name: value if math.isfinite(value) else None for name, value in scores.items()}
         self.append("metrics.jsonl", json.dumps({"step": step, "split": split, **row}) + "\n", step)
         self._to_loggers(lambda logger: logger.log(step, split, scores))
 
     def samples(self, step: int, text: str, to_terminal: bool) -> None:
-        """Append the samples of an evaluation to samples.txt, with control characters shown as on the terminal."""
+        """Append the samples of an evaluation to samples.txt, with control characters escaped."""
         text = f"--- step {step} ---\n{shown(text)}\n"
         self.append("samples.txt", text + "\n", step)
         if to_terminal:
             self.console.print(text)
 
     def _to_loggers(self, call: Callable[[Logger], None]) -> None:
-        """Call each logger; one that fails is left out from then on."""
+        """Call each logger; remove one that fails."""
         for logger in list(self.loggers):
             try:
                 call(logger)
-            except Exception as error:  # whatever its library and the network raise
+            except Exception as error:  # of its library or the network
                 self.loggers.remove(logger)
-                self.warn(f"{type(logger).__name__}: {error!r}; the run goes on without it")
+                self.warn(f"{type(logger).__name__}: {error!r}; the run continues without it")
 
     def _append_to_log(self, *parts: Any) -> None:
         if self.run_dir is not None:
             text = io.StringIO()
-            # No control codes in a file, whatever FORCE_COLOR says.
+            # No control codes in a file, even with FORCE_COLOR.
             Console(file=text, force_terminal=False).print(*parts)
             self.append("log.txt", text.getvalue())
 
     @contextlib.contextmanager
     def training_bar(self, n_steps: int) -> Iterator[Callable[[int, str], None]]:
-        """Show progress. The yielded function takes the number of updates made and a text ("": the last one stays).
+        """Show progress. The yielded function takes the number of updates and a text ("": keep the last one).
 
         Without a terminal, print plain lines instead, at most one every PLAIN_INTERVAL_S.
         """
         if not self.console.is_interactive:
-            yield lambda step, text: self._plain_line(f"step {step}  {text}" if text else "", is_due=step == 1)
+            due_s = time.monotonic()
+
+            def print_line(step: int, text: str) -> None:
+                nonlocal due_s
+                if text and (step == 1 or time.monotonic() >= due_s):
+                    due_s = time.monotonic() + PLAIN_INTERVAL_S
+                    self.say(f"step {step}  {text}")
+
+            yield print_line
             return
         columns = (
             *(TextColumn("step {task.completed}/{task.total}"), BarColumn(bar_width=None)),
@@ -281,23 +286,23 @@ class RunLog:
 
     @contextlib.contextmanager
     def pass_bar(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Show progress through a pass over data, of `total` bytes or samples, if it takes more than SLOW_S.
+        """Show progress through a pass over data, of `total` bytes or samples.
 
-        The yielded function takes how many are done. Without a terminal and within a training bar, print plain lines,
-        one every PASS_INTERVAL_S.
+        The yielded function takes how many are done. Without a terminal, or within a training bar, print plain lines
+        every PASS_INTERVAL_S instead, after SLOW_S.
         """
         if not self.console.is_interactive or self.has_bar:
             began_s = time.monotonic()
             due_s = began_s + SLOW_S
 
-            def tell(done: int) -> None:
+            def print_line(done: int) -> None:
                 nonlocal due_s
                 if 0 < done and due_s <= (now := time.monotonic()):
                     due_s = now + PASS_INTERVAL_S
                     left = (now - began_s) * (total / done - 1)
                     self.say(f"{title}: {done / max(total, 1):.0%}, about {max(left, 0):.0f} s left")
 
-            yield tell
+            yield print_line
             return
         fitting = _fitting(title, self.console.width - len(" 100% 0:00:00 ") - LEAST_BAR, between=" ")
         text = TextColumn("{task.percentage:.0f}%")
@@ -309,7 +314,7 @@ class RunLog:
     def _bar(
         self, description: str, total: int, columns: Iterable[ProgressColumn], transient: bool = False
     ) -> Iterator[Callable[..., None]]:
-        """Show a progress bar; yield what updates it."""
+        """Show a progress bar; yield its update function."""
         with Progress(*columns, console=self.console, transient=transient, expand=True) as bar:
             self.has_bar = True
             try:
@@ -317,15 +322,9 @@ class RunLog:
             finally:
                 self.has_bar = False
 
-    def _plain_line(self, text: str, is_due: bool = False) -> None:
-        now = time.monotonic()
-        if text and (is_due or now - self.last_plain_s >= PLAIN_INTERVAL_S):
-            self.last_plain_s = now
-            self.say(text)
-
 
 def _fitting(text: str, width: int, between: str = "  ") -> str:
-    """Return the first fields of a text that fit into a width."""
+    """Return the first fields of a text that fit into `width` columns."""
     fields = text.split(between)
     while fields and len(between.join(fields)) > width:
         fields.pop()
@@ -333,7 +332,7 @@ def _fitting(text: str, width: int, between: str = "  ") -> str:
 
 
 def check_loggers(config: Config) -> None:
-    """Raise UserError if a logger that the settings ask for is not installed."""
+    """Raise UserError if a requested logger is not installed."""
     for setting, is_used, module in (
         ("log.tensorboard=true", config.log.tensorboard, "tensorboardX"),
         (f"log.wandb={config.log.wandb}", config.log.wandb, "wandb"),
@@ -344,7 +343,7 @@ def check_loggers(config: Config) -> None:
 
 
 def open_loggers(config: Config, run_log: RunLog, run_dir: Path, last_step: int) -> list[Logger]:
-    """Return the loggers that the settings ask for, of a run that has made `last_step` updates."""
+    """Return the requested loggers of a run that has made `last_step` updates."""
     loggers: list[Logger] = []
     if config.log.tensorboard:
         loggers.append(TensorBoard(run_log.append, last_step))

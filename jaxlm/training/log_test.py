@@ -252,7 +252,7 @@ def test_what_cannot_be_written_is_written_once_it_can_be(
     assert [line for line in written if not line.startswith("warning: ")] == lines
     assert run_log.unwritten() == {}
     (warning,) = capsys.readouterr().err.splitlines()
-    assert f"{name}: cannot be written (" in warning and "the run goes on" in warning
+    assert f"{name}: cannot be written (" in warning and "the run continues" in warning
 
 
 def test_a_line_is_written_whole_or_not_at_all(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Reads the metrics of updates, one update late: watches for NaN and spikes, measures the speed, logs rows."""
+"""Training metrics: throughput, MFU, watching for NaN and gradient spikes, rows of metrics.jsonl."""
 
 import contextlib
 import math
@@ -12,14 +12,14 @@ from jaxlm.data.metrics import Scores, number
 from jaxlm.errors import UserError
 from jaxlm.training.run import Run
 
-SPIKE, SPIKE_WINDOW = 10, 50  # warn of a gradient norm so many times the median of so many updates
+SPIKE, SPIKE_WINDOW = 10, 50  # warn if a gradient norm is SPIKE times the median of the last SPIKE_WINDOW updates
 
 
 class Meter:
-    """Reads the metrics of updates one update late, and logs a row every train.log_interval updates.
+    """Reads metrics one update late, so that the device never waits; logs a row every train.log_interval updates.
 
-    `read` copies metrics from the device and waits for them; `show` takes each update, and a text where there is one.
-    `peak_flops` is what the devices together can do in a second; 0: not known.
+    `read` copies metrics from the device and waits for them. `show` gets each update, and a text if there is one.
+    `peak_flops` is that of all devices together, per second; 0: unknown.
     """
 
     def __init__(
@@ -36,14 +36,14 @@ class Meter:
         self.tokens, self.flops, self.clock_s = 0, 0, time.monotonic()
 
     def add(self, i: int, metrics: Any, n_tokens: int, n_positions: int, n_flops: int) -> int:
-        """Read the update before `i`, and keep the metrics of `i` for the next call; return what `flush` returns.
+        """Read the metrics of the previous update, and keep those of update `i`; return what `flush` returns.
 
-        Update `i` has `n_positions`, `n_tokens` of which are no padding.
+        `n_tokens` counts the positions of update `i` without padding, `n_positions` all.
         """
         bad = self.flush()
         self.pending = (i, metrics, n_tokens / n_positions)
         if self.is_first:
-            # The first update includes the compilation: it is waited for and shown at once, and not timed.
+            # The first update includes the compilation: wait for it, show it, and do not time it.
             bad = self.flush()
             self.is_first = False
             self._restart_clock()
@@ -56,14 +56,14 @@ class Meter:
     def flush(self) -> int:
         """Read the pending metrics; log them if a row is due.
 
-        Returns the update before which the run must roll back, because its loss or gradient is NaN or infinite; else 0.
-        Raises UserError if the run must stop for that reason.
+        If the loss or gradient is NaN or infinite, returns the update if the run must roll back, and raises UserError
+        if it must stop. Otherwise returns 0.
         """
         if self.pending is None:
             return 0
         (i, metrics, real), self.pending = self.pending, None
         metrics = self.read(metrics)
-        self.run.undo.clear()  # an update is made: the run folder stays
+        self.run.undo.clear()  # the first update is done: the run folder stays
         train, scores, norm = self.run.config.train, self.run.task.scores(metrics), float(metrics["grad_norm"])
         bad = [x for x in (scores["loss"], norm) if not math.isfinite(x)]
         if not bad:
@@ -76,7 +76,7 @@ class Meter:
         else:
             self.run.skipped.append(i)
             self.run.log.warn(
-                f"step {i}: the loss is {scores['loss']} and the gradient norm {norm}: this update is skipped"
+                f"step {i}: the loss is {scores['loss']} and the gradient norm {norm}; this update is skipped"
             )
         if self.is_first:
             self.run.log.say(f"first update done {time.monotonic() - self.run.started_s:.1f} s after the start")
@@ -114,17 +114,17 @@ class Meter:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave the time of the `with` block out of the speed."""
+        """Exclude the time of the `with` block from the throughput."""
         paused_s = time.monotonic()
         yield
         self.clock_s += time.monotonic() - paused_s
 
 
 def diverged(run: Run, value: float, step: int, last_finite: int) -> UserError:
-    """Return the error that ends a run whose loss or gradient is NaN or infinite; `last_finite`: 0 if not known."""
+    """Return the error that ends a run whose loss or gradient is NaN or infinite; `last_finite`: 0 if unknown."""
     before = f"and was finite at step {last_finite}; lower the rate, raise train.warmup_steps"
     if not last_finite:
-        before = "and was never finite before; see whether the weights at the start are, lower the rate"
+        before = "and was never finite; check the initial weights, lower the rate"
     return UserError(
         f"train.learning_rate={run.config.train.learning_rate}: the loss or gradient is {value} at step {step}, "
         f"{before}, or see train.on_nonfinite ({run.dir} is kept)"

@@ -1,6 +1,6 @@
 """What a run starts from: nothing, the last checkpoint of a run, or the base model of another run.
 
-CHECKPOINTS.md has the table of what is restored when.
+`load` is the entry point; `find` reads --resume and --init-from. CHECKPOINTS.md lists which parts are restored when.
 """
 
 import dataclasses
@@ -24,8 +24,8 @@ from jaxlm.terminal import command
 from jaxlm.training import history, teacher
 from jaxlm.weights import formats, huggingface, snapshots
 
-LOCK = ".lock"  # in a run folder, locked for as long as a process works in it
-# What the tensors of a base model depend on; a run that starts from one takes these settings from it.
+LOCK = ".lock"  # in a run folder, locked while a process uses it
+# Settings that the tensors of a base model depend on; a run that starts from a base model takes them from it.
 BASE_SETTINGS = (
     *("model.d_model", "model.n_layers", "model.n_heads", "model.vocab_size", "model.positions"),
     *("model.final_norm", "model.post_norm", "model.embedding_norm", "model.norm_epsilon", "model.gelu"),
@@ -34,12 +34,12 @@ BASE_SETTINGS = (
     *("model.window", "model.global_every", "model.global_first"),
     *("model.rotary_base", "model.rotary_base_local", "model.rotary_scaling", "model.rotary_scaling_len"),
 )
-# What the tensors of a head depend on.
+# Settings that the tensors of a head depend on.
 HEAD_SETTINGS = (
     *("model.tied_embedding", "model.head_outputs", "model.pooling", "model.head_dense", "model.output_bias"),
     *("model.head_hidden", "model.classifier_bias", "model.logit_softcap", "data.n_labels"),
 )
-# What cannot change when a run resumes. Nor can its data and its tokenizer, whose contents are compared instead.
+# Settings that cannot change when a run resumes. Data and tokenizer cannot either; their contents are compared.
 FIXED = (
     *(*BASE_SETTINGS, *HEAD_SETTINGS, "model.seq_len"),
     *("data.stride", "data.pack", "train.seed", "model.frozen_embedding", "model.frozen_layers"),
@@ -53,26 +53,26 @@ SCHEDULE = (
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """What a run starts from. Without a `path`, it starts afresh."""
+    """What a run starts from. Without a `path`, nothing."""
 
-    kind: Literal["afresh", "resume", "base"] = "afresh"
+    kind: Literal["new", "resume", "base"] = "new"
     path: Path | None = None  # of a checkpoint
     form: str = ""  # of formats.py
-    info: dict[str, Any] = dataclasses.field(default_factory=dict)  # what the checkpoint says of itself
-    parts: tuple[str, ...] = ()  # of PARTS: what is restored; the rest starts afresh
-    run: Path | None = None  # folder of the run that made the checkpoint, where that is known
+    info: dict[str, Any] = dataclasses.field(default_factory=dict)  # metadata of the checkpoint
+    parts: tuple[str, ...] = ()  # of PARTS: that are restored; the others are new
+    run: Path | None = None  # folder of the run that made the checkpoint, if known
     run_dir: str = ""  # the same folder if the run continues in it; "": the run has a new folder
-    is_retry: bool = False  # the run folder may hold what a run without a checkpoint has left
+    is_retry: bool = False  # the run folder may have files of a run without a checkpoint
     damaged: tuple[tuple[Path, str], ...] = ()  # newer checkpoints that cannot be used, and why
-    teacher: "Start | None" = None  # the model that the run distils
+    teacher: "Start | None" = None  # the model to distil
     is_student: bool = False  # the run starts from layers of its teacher
 
     def is_public(self) -> bool:
-        """Return whether it is a model of transformers, which is in a folder with its tokenizer."""
+        """Return whether it is a model of transformers, in a folder with its tokenizer."""
         return self.form.startswith(formats.TRANSFORMERS)
 
     def config(self) -> Config:
-        """Return the settings of the run that made the checkpoint; what it does not store has its default."""
+        """Return the settings of the run that made the checkpoint; defaults for those it does not store."""
         return snapshots.config_of(self.info["config"], self.path or Path())
 
     def settings(self) -> dict[str, Any]:
@@ -80,22 +80,22 @@ class Start:
         return configs.flat(self.config())
 
     def classes(self) -> tuple[str, ...]:
-        """Return the names of the classes by number; numbers as names where the checkpoint stores none."""
+        """Return the names of the classes in order; their numbers if the checkpoint stores no names."""
         n, names = self.config().data.n_classes, self.info.get("classes") or ()
         if names and (len(names) != n or not all(isinstance(name, str) for name in names) or len({*names}) != n):
             raise UserError(
-                f"{self.path}: its classes are {names!r}, but have to be {n} different names; convert its run again"
+                f"{self.path}: its classes are {names!r}, but must be {n} different names; convert its run again"
             )
         return tuple(names) or numbered(n)
 
     def known_classes(self) -> tuple[str, ...]:
-        """Return the classes that the labels must belong to; (): those of the data."""
+        """Return the classes that all labels must belong to; (): take them from the data."""
         if "head" in self.parts:
             return self.classes()
         return self.teacher.classes() if self.teacher else ()
 
     def layers(self, task: str = "") -> list[Layer]:
-        """Return the settings that a run of a task takes from the checkpoint."""
+        """Return the settings that a run of `task` takes from the checkpoint."""
         if self.path is None:
             return []
         values = self._settings_of_base(task, self.run or self.path.parent) if self.kind == "base" else self.settings()
@@ -111,7 +111,7 @@ class Start:
         if stored["model.positions"] == "learned" or self.is_student:
             names.append("model.seq_len")
         if model_kind(task) != "tagger":
-            names.append("model.head_dense")  # the layer before the output is part of some bases' design
+            names.append("model.head_dense")  # some architectures have a layer before the output
         if self.is_public():
             names += ["tokenizer.path", "tokenizer.lowercase"]
         values = {name: stored[name] for name in names}
@@ -123,8 +123,8 @@ class Start:
         return values
 
     def _fixed(self) -> tuple[str, ...]:
-        """Return the settings that cannot change."""
-        if self.kind == "resume":  # how many positions are masked says which samples share a row
+        """Return the names of the settings that cannot change."""
+        if self.kind == "resume":  # in packed rows, mask_fraction determines which samples share a row
             is_packed = self.settings()["data.pack"] == "documents"
             fixed = (*FIXED, "data.mask_fraction") if is_packed else FIXED
             return fixed if "optimizer" in self.parts else tuple(name for name in fixed if name != "train.optimizer")
@@ -132,9 +132,9 @@ class Start:
         return tuple(name for name in names if not self.is_student or name != "model.n_layers")
 
     def changes(self, config: Config) -> list[tuple[str, Any, Any]]:
-        """Return the settings that differ from those of the run that resumes: name, old and new value.
+        """Return the settings that a resumed run changes: name, old and new value.
 
-        Raises UserError for one that cannot change.
+        Raises UserError for a setting that cannot change.
         """
         if self.path is None:
             return []
@@ -142,7 +142,7 @@ class Start:
             if storage.absolute(storage.path(folder)) != storage.absolute(self.path.parent):
                 raise UserError(
                     f"run.checkpoint_dir={folder}: the checkpoints of {self.run_dir} are in {self.path.parent}; "
-                    "leave this setting out, or go on in a new folder with --run.dir"
+                    "leave this setting out, or resume in a new folder with --run.dir"
                 )
         now = configs.flat(config)
         changed = [(name, old, now[name]) for name, old in self.settings().items()]
@@ -157,19 +157,19 @@ class Start:
         return changed if self.kind == "resume" else []
 
     def check(self, data: Data) -> None:
-        """Raise UserError if the data or the tokenizer are not those of the checkpoint, or of the teacher."""
+        """Raise UserError if data or tokenizer differ from those of the checkpoint or the teacher."""
         classes, expected = data.source.classes, self.info.get("tokenizer")
         if self.teacher and classes:
-            taught = self.teacher.classes()
-            if taught != classes and numbered(len(taught)) not in (taught, classes):
+            known = self.teacher.classes()
+            if known != classes and numbered(len(known)) not in (known, classes):
                 raise UserError(
-                    f"distill.teacher: the classes of {self.teacher.path} are {listed(taught)}, but those of "
+                    f"distill.teacher: the classes of {self.teacher.path} are {listed(known)}, but those of "
                     f"{self.path} are {listed(classes)}; give models of the same classes, in the same order"
                 )
         if expected and expected != tokenization.fingerprint(data.tokenizer):
             raise UserError(
-                f"{self.path}: its tokenizer is another than that of this run; "
-                "give its own with --tokenizer.path (a run has it as tokenizer.json)"
+                f"{self.path}: it has another tokenizer than this run; "
+                "give its tokenizer with --tokenizer.path (tokenizer.json in the run folder)"
             )
         if self.kind == "resume":
             self._check_sources(data)
@@ -177,7 +177,7 @@ class Start:
             self.teacher.check(data)
 
     def _check_sources(self, data: Data) -> None:
-        """Raise UserError if the data are not those of the checkpoint; a run may go on with more sources, or fewer."""
+        """Raise UserError if the data are not those of the checkpoint; a resumed run may have more sources, or fewer."""
         stored, source, train = self.info.get("data"), data.source, data.samples["train"]
         before = {stored: ""} if stored else {}
         if isinstance(train, Mix):
@@ -187,17 +187,16 @@ class Start:
             if stored is None or before.keys() <= now.keys():
                 return
             (name, *_) = [name for key, name in before.items() if key not in now]
-            what = f"the source {name} has changed since, so that the run cannot go on with it"
-            raise UserError(f"{self.path}: {what}; put it back as it was, or give other text another name")
+            what = f"the source {name} has changed, so the run cannot resume with it"
+            raise UserError(f"{self.path}: {what}; restore it, or give other text another name")
         if before and source.fingerprint not in before:
             raise UserError(
-                f"{self.path}: the data have changed since ({source.description}), so that the run cannot go on "
-                "as the same; put them back as they were, name several in data.sources, or start a new run with "
-                "--init-from"
+                f"{self.path}: the data have changed ({source.description}), so the run cannot resume; restore "
+                "the data, name several in data.sources, or start a new run with --init-from"
             )
 
     def position(self) -> Position:
-        """Return where the run is in its data."""
+        """Return the position of the run in its data; the first one unless it resumes."""
         if self.kind != "resume":
             return Position()
         skipped = tuple((first, end) for first, end in self.info.get("skipped") or ())
@@ -206,9 +205,9 @@ class Start:
         return Position(step, sample, skipped, mix)
 
     def rewarmed(self, train: TrainConfig) -> tuple[int, float] | None:
-        """Return the update at which a re-warmup begins, and the rate before it; None if there is none.
+        """Return the update at which a re-warmup begins, and the rate before it; None without one.
 
-        It begins here if the schedule differs from that of the checkpoint; else one that was under way continues.
+        A re-warmup begins now if the schedule has changed; otherwise an earlier one continues.
         """
         if self.kind != "resume" or not train.rewarmup_steps:
             return None
@@ -219,9 +218,9 @@ class Start:
 
 
 def load(argv: list[str], prog: str, form: str) -> tuple[Config, dict[str, str], Start]:
-    """Return the settings of a command line, where each came from, and what the run starts from.
+    """Return the settings of a command line, the origin of each, and what the run starts from.
 
-    `form` is that of the program's own checkpoints. Raises UserError.
+    `form` is the format of the program's own checkpoints. Raises UserError.
     """
     if any(arg in configs.HELP for arg in argv):
         configs.load(argv, prog)  # prints, and exits
@@ -229,24 +228,24 @@ def load(argv: list[str], prog: str, form: str) -> tuple[Config, dict[str, str],
     start = find(given, form)
     layers = start.layers(given.get("task", Config().task))
     config, origins = configs.load(argv, prog, layers, has_preset=start.kind != "resume")
-    for name in ("init_from", "distill.teacher"):  # `latest` will name another run later
+    for name in ("init_from", "distill.teacher"):  # store the run itself: `latest` will name another run later
         if named := configs.get(config, name):
             config = configs.replace(config, name, str(storage.run_path(named)))
     start.changes(config)
-    if config.distill.teacher:
-        found = dataclasses.replace(start, is_student=False) if start.is_student else _teacher(config.distill.teacher)
-        teacher.check(config, found.config(), start.is_student)
-        start = dataclasses.replace(start, teacher=found)
+    if named := config.distill.teacher:
+        teacher_start = dataclasses.replace(start, is_student=False) if start.is_student else _teacher(named)
+        teacher.check(config, teacher_start.config(), start.is_student)
+        start = dataclasses.replace(start, teacher=teacher_start)
     return config, origins, start
 
 
 @slow("checking the checkpoint to start from")
 def find(given: Mapping[str, Any], form: str) -> Start:
-    """Return what the settings `resume` and `init_from` name, checked to be whole. Raises UserError."""
+    """Return the start that the given settings name, with its checksums verified. Raises UserError."""
     names = ("resume", "init_from", "run.dir", "run.checkpoint_dir", "distill.teacher")
-    resume, base, run_dir, folder, taught_by = (given.get(name, "") for name in names)
+    resume, base, run_dir, folder, teacher_name = (given.get(name, "") for name in names)
     if storage.is_remote(folder) and form != formats.RUN:
-        raise UserError(f"run.checkpoint_dir={folder}: torchlm has its checkpoints in a local folder; give one")
+        raise UserError(f"run.checkpoint_dir={folder}: torchlm needs a local folder; give one")
     if resume and resume != "auto":
         if base:
             raise UserError(
@@ -256,23 +255,26 @@ def find(given: Mapping[str, Any], form: str) -> Start:
     is_retry = False
     if resume == "auto":
         if not run_dir:
-            raise UserError("resume=auto: which run is to go on? give its folder with --run.dir")
+            raise UserError("resume=auto: needs the folder of a run; give it with --run.dir")
         if start := _resume_auto(Path(run_dir), given, form):
             return start
         is_retry = Path(run_dir, LOCK).exists() or not Path(run_dir).exists()  # killed before its first checkpoint
     if base:
-        start = _init(huggingface.find(base), given)
-    elif taught_by:
-        start = dataclasses.replace(_teacher(taught_by), is_student=True)
+        source = huggingface.find(base)
+        start = _newest(source, layout.PARTS[:1])
+        if (parts := _parts_of_base(given, start)) != start.parts:  # its output layer is used, too, so check both
+            start = _newest(source, parts)
+    elif teacher_name:
+        start = dataclasses.replace(_teacher(teacher_name), is_student=True)
     else:
         start = Start()
     return dataclasses.replace(start, is_retry=is_retry)
 
 
 def to_use(named: str | Path) -> Start:
-    """Return the checkpoint or model named; of a run, that with the lowest validation loss, or the last without any.
+    """Return a checkpoint or model by name; for a run, the one with the lowest validation loss (the last if unknown).
 
-    Its weights are checked to be whole, but not its optimizer. Raises UserError.
+    The checksums of its weights are verified, but not those of its optimizer. Raises UserError.
     """
     source = huggingface.find(named)
     paths = _candidates(source)
@@ -293,9 +295,9 @@ def _teacher(named: str) -> Start:
 def _resume_auto(run_dir: Path, given: Mapping[str, Any], form: str) -> Start | None:
     """Return the newest checkpoint of the run in a folder, None if it never saved one.
 
-    Raises UserError if it saved one that cannot be found or used: such a run does not begin anew.
+    Raises UserError if it saved one that is missing or unusable: such a run does not start from scratch.
     """
-    # The folder in the run's settings, and that of the command line in case the run folder is lost.
+    # The folder in the run's settings, and the one on the command line in case the run folder is lost.
     folders = [storage.checkpoints(run_dir, named) for named in ("", given.get("run.checkpoint_dir", ""))]
     folders = list({storage.absolute(folder): folder for folder in folders}.values())
     reason = ""
@@ -313,11 +315,11 @@ def _resume_auto(run_dir: Path, given: Mapping[str, Any], form: str) -> Start | 
         if start.form != form:
             raise UserError(
                 f"run.dir={run_dir}: its checkpoints are of another program ({start.form}); "
-                f"go on from them in a new folder: --resume {run_dir} --run.dir NEW"
+                f"resume from them in a new folder: --resume {run_dir} --run.dir NEW"
             )
         if start.run and storage.absolute(start.run).resolve() != run_dir.resolve():
             raise UserError(
-                f"run.checkpoint_dir={folder}: these checkpoints are of the run {start.run}; go on with it by "
+                f"run.checkpoint_dir={folder}: these checkpoints are of the run {start.run}; resume it by "
                 f"--run.dir {start.run}, or start from it in a new folder with --resume {start.run}"
             )
         return dataclasses.replace(start, kind="resume", run=run_dir, run_dir=str(run_dir))
@@ -328,17 +330,17 @@ def _resume_auto(run_dir: Path, given: Mapping[str, Any], form: str) -> Start | 
         has_own = places == [str(run_dir.absolute() / "checkpoints")]
         new = "--run.dir" if has_own else "--run.dir and --run.checkpoint-dir"
         raise UserError(
-            f"run.dir={run_dir}: it cannot go on from a checkpoint in {' or '.join(places)}: {reason}; mount or "
-            f"restore that folder, give its new place with --run.checkpoint-dir, or begin anew with a new {new}"
+            f"run.dir={run_dir}: it cannot resume from a checkpoint in {' or '.join(places)}: {reason}; mount or "
+            f"restore that folder, give its new place with --run.checkpoint-dir, or start a new run with a new {new}"
         )
     return None
 
 
 def _resume(source: Path, given: Mapping[str, Any], form: str) -> Start:
-    """Return a named checkpoint; as a base if the run is of another task or switches its training."""
+    """Return the start of `--resume PATH`: a base if the task differs or train.switch_training is set."""
     start = _newest(source)
     path, run, task = start.path, start.run, start.info["task"]
-    assert path is not None, "it was found"
+    assert path is not None, "_newest returns a checkpoint"
     if start.is_public():
         raise UserError(f"resume={source}: is a model without a training state; start a new run with --init-from")
     if "task" not in given and task == BASE:
@@ -355,22 +357,15 @@ def _resume(source: Path, given: Mapping[str, Any], form: str) -> Start:
     if newer:
         raise UserError(
             f"resume={path}: {run} has newer checkpoints ({newer[-1].name}), which would be lost; "
-            "go on in a new folder with --run.dir"
+            "resume in a new folder with --run.dir"
         )
     return dataclasses.replace(start, run_dir=str(run))
 
 
-def _init(source: Path, given: Mapping[str, Any]) -> Start:
-    """Return the newest checkpoint whose base can be used, and whose output layer can be if the run takes it over."""
-    start = _newest(source, layout.PARTS[:1])
-    parts = _parts_of_base(given, start)
-    return start if parts == start.parts else _newest(source, parts)
-
-
 def _parts_of_base(given: Mapping[str, Any], start: Start) -> tuple[str, ...]:
-    """Return what a new run takes from a model: its base, and its output layer if that can be trained further.
+    """Return what a new run takes from a model: its base, and its output layer if both are of the same kind.
 
-    That of a causal language model can in another one, and that of a public model for its own task.
+    Output layers are kept between causal language models, and from a public model for its own task.
     """
     task, stored = given.get("task", Config().task), start.info["task"]
     has_head = (start.is_public() and task == stored) or model_kind(task) == model_kind(stored) == "causal"
@@ -380,12 +375,12 @@ def _parts_of_base(given: Mapping[str, Any], start: Start) -> tuple[str, ...]:
 class _AllDamagedError(UserError):
     def __init__(self, damaged: Sequence[tuple[Path, str]]):
         path, what = damaged[0]
-        super().__init__(f"{path}: damaged: {what}; and there is no other checkpoint to use")
+        super().__init__(f"{path}: damaged: {what}; there is no other checkpoint")
         self.damaged = damaged
 
 
 def _newest(source: Path, parts: tuple[str, ...] = layout.PARTS) -> Start:
-    """Return the newest checkpoint of which some parts are whole, each byte of them checked, with damaged newer ones.
+    """Return the newest checkpoint whose `parts` are undamaged by their checksums, and the damaged newer ones.
 
     `source` is a run, a folder of checkpoints, or a checkpoint.
     """
@@ -402,25 +397,25 @@ def _newest(source: Path, parts: tuple[str, ...] = layout.PARTS) -> Start:
 
 
 def _candidates(source: Path) -> list[Path]:
-    """Return the checkpoints that a path stands for, the newest first. Raises UserError if there is none."""
+    """Return the checkpoints of a path, the newest first. Raises UserError if there is none."""
     if not source.exists():
         raise UserError(f"{source}: there is no such run or checkpoint")
     if source.is_file() or (source / "info").is_dir() or huggingface.is_model(source):
         return [source]
     for folder in (storage.checkpoints(source), source):
-        if found := checksums.finished_in(folder):
-            return [path for _, path in reversed(found)]
+        if finished := checksums.finished_in(folder):
+            return [path for _, path in reversed(finished)]
     raise UserError(f"{source}: there is no checkpoint of a run")
 
 
 def _read(path: Path, source: Path, parts: tuple[str, ...]) -> Start:
-    """Return a checkpoint that `source` stands for, its parts checked to be whole. Raises UserError."""
+    """Return a checkpoint of `source`, with the checksums of its parts verified. Raises UserError."""
     if path.is_file() or huggingface.is_model(path):
         stored = snapshots.load(path)
         if not stored.info:
             raise UserError(
-                f"{path}: bare weights without settings; {command('convert')} {shlex.quote(str(path))} NEW "
-                "--config FILE makes a run of them, with the config.toml of theirs"
+                f"{path}: weights without settings; {command('convert')} {shlex.quote(str(path))} NEW "
+                "--config FILE makes a run of them, with the config.toml of their run"
             )
         form, info = stored.form, stored.info
     else:
@@ -430,7 +425,7 @@ def _read(path: Path, source: Path, parts: tuple[str, ...]) -> Start:
 
 
 def _run_of(path: Path, source: Path) -> Path | None:
-    """Return the folder of the run that made a checkpoint; None if it is neither `source` nor around the checkpoint."""
+    """Return the run folder of a checkpoint, if it is `source` or two levels above the checkpoint; else None."""
     for folder in (source, path.parent.parent):
         if (folder / "config.toml").is_file():
             if storage.absolute(storage.checkpoints(folder)) == storage.absolute(path.parent):

@@ -113,7 +113,9 @@ def test_auto_sets_aside_what_is_damaged_and_takes_the_one_before(run: Path) -> 
     start = find(resume="auto", run__dir=run)
     assert start.path == run / "checkpoints" / "6" and start.position().step == 6
     ((path, what),) = start.damaged
-    assert path == run / "checkpoints" / "9" and what.startswith("head/") and what.endswith("is not as it was written")
+    assert (
+        path == run / "checkpoints" / "9" and what.startswith("head/") and what.endswith("does not match its checksum")
+    )
 
 
 @pytest.mark.parametrize("n_whole", [0, 2])
@@ -169,14 +171,14 @@ def test_an_older_checkpoint_goes_on_in_a_new_folder_only(run: Path, tmp_path: P
 
 def test_a_damaged_checkpoint_is_refused_alone_and_passed_over_in_a_run(run: Path, tmp_path: Path) -> None:
     damage(run, 9)
-    with pytest.raises(UserError, match="checkpoints/9: damaged: head/.* is not as it was written"):
+    with pytest.raises(UserError, match="checkpoints/9: damaged: head/.* does not match its checksum"):
         find(resume=run / "checkpoints" / "9")
     start = find(resume=run)
     assert (start.path, start.run_dir) == (run / "checkpoints" / "6", str(run))
     assert [path.name for path, _ in start.damaged] == ["9"]
     for step in STEPS[:2]:
         damage(run, step)
-    with pytest.raises(UserError, match="checkpoints/9: damaged: .*; and there is no other checkpoint to use"):
+    with pytest.raises(UserError, match="checkpoints/9: damaged: .*; there is no other checkpoint"):
         find(resume=run)
 
 
@@ -222,7 +224,7 @@ def test_what_is_no_checkpoint_is_told(run: Path, tmp_path: Path) -> None:
         ("gone", "there is no such run or checkpoint"),
         ("empty", "there is no checkpoint of a run"),
         ("letter.txt", "neither a file of torch.save nor safetensors"),
-        ("bare.pt", "bare weights without settings; python -m jaxlm.convert .*bare.pt NEW --config FILE makes a run"),
+        ("bare.pt", "weights without settings; python -m jaxlm.convert .*bare.pt NEW --config FILE makes a run"),
     ):
         for setting in ("resume", "init_from"):
             with pytest.raises(UserError, match=f"{name}: {why}"):
@@ -371,9 +373,9 @@ def test_other_data_and_another_tokenizer_are_refused(run: Path) -> None:
     for start in (resumed, base, Start()):
         start.check(data())
     for start in (resumed, base):
-        with pytest.raises(UserError, match="checkpoints/9: its tokenizer is another"):
+        with pytest.raises(UserError, match="checkpoints/9: it has another tokenizer"):
             start.check(data(tokenizer=other))
-    with pytest.raises(UserError, match=r"the data have changed since \(texts.txt\)"):
+    with pytest.raises(UserError, match=r"the data have changed \(texts.txt\)"):
         resumed.check(data(fingerprint="another"))
     base.check(data(fingerprint="another"))
 

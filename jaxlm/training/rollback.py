@@ -1,4 +1,4 @@
-"""Which checkpoint a run rolls back to after NaN or infinity, and where its data go on (train.on_nonfinite)."""
+"""Rolling back to a checkpoint after NaN or infinity (train.on_nonfinite=rollback)."""
 
 from jaxlm.data import mixture
 from jaxlm.data.position import Position
@@ -14,7 +14,7 @@ def step_to_return_to(run: Run, saved: list[int], position: Position, bad: int) 
 
     Raises UserError if there is none, or after MOST_ROLLBACKS to the same one.
     """
-    what = f"train.on_nonfinite=rollback: step {bad} is no number"
+    what = f"train.on_nonfinite=rollback: step {bad} is NaN or infinite"
     step = max((step for step in saved if step < bad), default=None)
     if step is None:
         raise UserError(
@@ -24,23 +24,22 @@ def step_to_return_to(run: Run, saved: list[int], position: Position, bad: int) 
     n_rollbacks = sum(first >= position.sample for first, _ in position.skipped)
     if n_rollbacks >= MOST_ROLLBACKS and position.step == step:
         raise UserError(
-            f"{what} still, after {MOST_ROLLBACKS} times back to step {step}; lower train.learning_rate "
+            f"{what} again, after {MOST_ROLLBACKS} rollbacks to step {step}; lower train.learning_rate "
             f"({run.dir} is kept)"
         )
     return step
 
 
 def without(run: Run, position: Position, step: int, bad: int) -> Position:
-    """Return the position after `step` in data without the samples of update `bad`; drop what was logged after it."""
+    """Return the position after `step`, in data without the samples of update `bad`; drop later logs and scores."""
     train = run.config.train
     first, end = position.first(bad - 1, train), position.after(bad - 1, train)
-    run.log.warn(
-        f"step {bad}: the loss or gradient is no number: back to step {step}, on without samples {first:,} to {end:,}"
-    )
+    samples = f"samples {first:,} to {end:,}"
+    run.log.warn(f"step {bad}: the loss or gradient is NaN or infinite: back to step {step}, without {samples}")
     run.log.drop_after(step, history.FILES)
     try:
         history.restore_to(run.dir, step, warn=run.log.warn)
-    except UserError as error:  # where the disk can only be read
+    except UserError as error:  # a read-only disk
         run.log.warn(str(error))
     for later in [i for i in run.validation if i > step]:
         del run.validation[later]

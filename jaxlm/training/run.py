@@ -1,4 +1,4 @@
-"""A run, and how it starts: run directory, data, and the lines that say what is about to run."""
+"""A run and its start: run folder, data, and the lines that describe the run."""
 
 import contextlib
 import functools
@@ -26,19 +26,19 @@ from jaxlm.training.log import RunLog
 from jaxlm.training.resume import Start
 from jaxlm.training.teacher import Teacher
 
-N_CLASSES = 30  # shown at the start
+N_CLASSES = 30  # that are printed at the start
 # Paths may differ between processes; their contents are compared.
 OWN_SETTINGS = ("data.cache_dir", "data.path", "data.validation_path", "data.test_path", "tokenizer.path")
-LOSS_OF = "loss_"  # begins the name of the loss on one of several sources
+LOSS_OF = "loss_"  # prefix of the name of the loss on one of several sources
 UNSAVED = 1  # exit status of a run whose last state could not be saved
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training: what stays the same from its start to its end, and what it has logged so far."""
+    """One training: what stays the same from start to end, and the scores so far."""
 
     config: Config
-    task: Any  # of a class like tasks.Task, of either framework
+    task: Any  # a tasks.Task of either framework
     data: prepare.Data
     dir: Path
     log: RunLog
@@ -46,25 +46,25 @@ class Run:
     program: str  # the command that started it, without settings
     start: Start = Start()
     rewarmed: tuple[int, float] | None = None  # the update at which a re-warmup begins, and the rate before it
-    lock: TextIO | contextlib.ExitStack | None = None  # of the run folder and its checkpoints, until this is closed
-    validation: dict[int, metrics.Scores] = field(default_factory=dict)  # scores so far, by step
-    skipped: list[int] = field(default_factory=list)  # updates not made, because of NaN or infinity
-    undo: list[Callable[[], None]] = field(default_factory=list)  # what removes the folder; empty from update 1 on
+    lock: TextIO | contextlib.ExitStack | None = None  # locks run folder and checkpoints until it is closed
+    validation: dict[int, metrics.Scores] = field(default_factory=dict)  # scores by step
+    skipped: list[int] = field(default_factory=list)  # updates skipped because of NaN or infinity
+    undo: list[Callable[[], None]] = field(default_factory=list)  # removes the folder; empty after the first update
 
     @functools.cached_property
     @slow("reading the teacher")
     def teacher(self) -> Teacher | None:
-        """The model to distil, read at first use: Orbax wants all processes to read at the same time."""
-        found = self.start.teacher
-        if found is None:
+        """The model to distil; read at first use, because Orbax requires that all processes read it together."""
+        if self.start.teacher is None:
             return None
-        assert found.path is not None, "it was found"
-        return teacher.load(found.path, self.start.info.get("teacher", "") if self.start.kind == "resume" else "")
+        path, is_resumed = self.start.teacher.path, self.start.kind == "resume"
+        assert path is not None, "a teacher is always read from a checkpoint"
+        return teacher.load(path, self.start.info.get("teacher", "") if is_resumed else "")
 
     @functools.cached_property
     @slow("scoring the baselines")
     def baselines(self) -> dict[str, metrics.Scores]:
-        """The scores of the best guess that looks at no input, of each split that is scored."""
+        """The scores of the best constant prediction, for each scored split."""
         found = {}
         for split in ("validation", *(["test"] if has_test(self) else [])):
             found[split] = self.task.baseline(self.data.samples[split])
@@ -78,7 +78,7 @@ class Run:
     def chosen(self) -> dict[str, dict[str, loader.Chosen]]:
         """The samples of each evaluation, by source: "validation" in training; "final_validation", "test" at the end.
 
-        There is no final validation of no more than each validation has scored. Several sources have equal shares of
+        "final_validation" is missing if it would score no more than "validation". Several sources have equal shares of
         the tokens to score.
         """
         data, samples = self.config.data, self.data.samples
@@ -100,7 +100,7 @@ class Run:
         return found
 
     def scores(self, totals: Mapping[str, Any]) -> metrics.Scores:
-        """Return the scores of totals by source: those of all of them together, and the loss of each of several."""
+        """Return the scores over all sources together, and the loss of each if there are several."""
         summed: dict[str, Any] = {}
         for of_source in totals.values():
             metrics.add(summed, of_source)
@@ -111,7 +111,7 @@ class Run:
         return scores
 
     def warning(self, totals: Mapping[str, Any]) -> str:
-        """Return one line on totals by source that look like a collapsed model, or ""."""
+        """Return a warning if the totals of a source look like those of a collapsed model, or ""."""
         return next(filter(None, map(self.task.warning, totals.values())), "")
 
     def is_lower_better(self, score: str) -> bool:
@@ -119,14 +119,14 @@ class Run:
 
     @property
     def ending(self) -> list[str]:
-        """The names in `chosen` of the evaluations at the end."""
+        """The names in `chosen` of the final evaluations."""
         return [name for name in self.chosen if name != "validation"]
 
     def __enter__(self) -> "Run":
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        """Close the loggers, and unlock the run folder; remove it after an error before the first update."""
+        """Close the loggers and unlock the run folder; after an error before the first update, remove it."""
         if exception[0] is not None and self.undo:
             self.undo[0]()
         else:
@@ -135,7 +135,7 @@ class Run:
             self.lock.close()
 
     def losses(self) -> dict[int, float]:
-        """Return the validation losses so far, by step."""
+        """Return the validation losses by step."""
         return {step: scores["loss"] for step, scores in self.validation.items()}
 
 
@@ -153,15 +153,15 @@ def started(
     started_s: float,
     program: str,
 ) -> Iterator[Run]:
-    """Make the run folder, prepare the data, and print what is about to run; `tasks` are the task classes by name.
+    """Create the run folder, prepare the data, and describe the run; `tasks` are the task classes by name.
 
-    Raises UserError for bad input. Then, or after any error inside the `with` block or inside that of the Run before
-    its first update, the run folder is removed; that of a run that resumes stays, without the rows past its checkpoint.
+    Raises UserError for bad input. After an error before the first update, the run folder is removed; the folder of a
+    resumed run stays, with its logs truncated at the checkpoint.
     """
     if config.task not in tasks:
         raise UserError(f"task={config.task}: {program} has no such task; it has {', '.join(tasks)}")
     if config.data.pack == "documents" and not tasks[config.task].can_pack():
-        mend = "leave it, or pass `segments` on in its loss and set `packs = True` beside that (jaxlm/tasks/README.md)"
+        mend = "leave it out, or pass `segments` on in its loss and set `packs = True` there (jaxlm/tasks/README.md)"
         raise UserError(f"data.pack=documents: the loss of task={config.task} takes no packed rows; {mend}")
     log.check_loggers(config)
     task_class, step = tasks[config.task], start.position().step
@@ -172,7 +172,7 @@ def started(
     def undo() -> None:
         claim.undo()
         temporary.remove(temporary.user_cache_dir(config.data.cache_dir), temporary.is_own)
-        run_log.console.show_cursor()  # which a progress bar hides
+        run_log.console.show_cursor()  # a progress bar hides it
 
     CLEANUPS.append(undo)
     try:
@@ -208,7 +208,7 @@ def started(
 
 
 def _announce(run: Run, origins: dict[str, str], device: str, task_settings: set[str]) -> None:
-    """Print what is about to run, and the origin of each value that is no default.
+    """Describe the run: data, samples, devices, start, and the origin of each setting that is not a default.
 
     `task_settings` are the settings that only some tasks use.
     """
@@ -230,13 +230,13 @@ def _announce(run: Run, origins: dict[str, str], device: str, task_settings: set
     say(f"device  {device}")
     if start.teacher:
         n = start.teacher.config().model.n_layers
-        say(f"teacher {start.teacher.path}, {n} layers; the loss of train is the weighted one of distill.*")
+        say(f"teacher {start.teacher.path}, {n} layers; the training loss is weighted by distill.*")
     if start.kind == "resume":
         say(f"resumes {start.path}, after {start.info['step']:,} updates and {start.info['sample_iter']:,} samples")
         for name, old, new in start.changes(config):
             say(f"  {name} = {new!r}, was {old!r}")
         if run.rewarmed:
-            say(f"  the rate re-warms from {run.rewarmed[1]:.3e} for {config.train.rewarmup_steps} updates")
+            say(f"  the rate warms up again from {run.rewarmed[1]:.3e} for {config.train.rewarmup_steps} updates")
     for name, origin in origins.items():
         is_stored = start.kind == "resume" and origin == str(start.path)
         value = configs.get(config, name)
@@ -250,7 +250,7 @@ def _announce(run: Run, origins: dict[str, str], device: str, task_settings: set
 
 
 def _cost(run: Run) -> Iterator[str]:
-    """Yield what is scored when, and what that costs beside training, whose update passes a batch three times."""
+    """Yield lines on what is scored and how long that takes: a scored batch costs a third of an update's batch."""
     train, chosen = run.config.train, run.chosen
 
     def updates(names: Iterable[str]) -> int:
@@ -291,12 +291,12 @@ def _baseline_json(run: Run) -> str:
 
 
 def has_test(run: Run) -> bool:
-    """Return whether there is a test split, with labels."""
+    """Return whether there is a test split with labels."""
     return len(run.data.samples["test"]) > 0 and not run.data.source.test_refusal
 
 
 def info(run: Run, i: int, position: Position, rate: float) -> dict[str, Any]:
-    """Return what a checkpoint after update `i`, made with `rate`, says of itself."""
+    """Return the metadata of a checkpoint after update `i`, which was made with learning rate `rate`."""
     sample = position.after(i - 1, run.config.train)
     return {
         "step": i,
@@ -316,7 +316,7 @@ def info(run: Run, i: int, position: Position, rate: float) -> dict[str, Any]:
 
 
 def identity_at_start(config: Config, start: Start) -> dict[str, Any]:
-    """Return what must be the same in all processes of a run before they read data: settings, start and versions."""
+    """Return what must be equal in all processes before they read data: settings, start and versions."""
     names = ("jaxlm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers", "datasets")
     return {
         **{name: value for name, value in configs.flat(config).items() if name not in OWN_SETTINGS},
@@ -332,7 +332,7 @@ def identity_at_start(config: Config, start: Start) -> dict[str, Any]:
 
 
 def identity(run: Run) -> dict[str, Any]:
-    """Return what must be the same in all processes once they have read the data."""
+    """Return what must be equal in all processes after they have read the data."""
     return {
         "the data": run.data.source.fingerprint,
         "the tokenizer": tokenization.fingerprint(run.data.tokenizer),

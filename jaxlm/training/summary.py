@@ -1,4 +1,4 @@
-"""Tables and scores on the console: what a run starts from, its evaluations, and the summary at its end."""
+"""Tables and scores on the console: restored parts, evaluations, and the final summary."""
 
 import math
 import shlex
@@ -24,27 +24,30 @@ FILES = {
     "config.toml": "all settings; a new run of the same: --config with this file",
     "tokenizer.json": "the tokenizer",
     "metrics.jsonl": "scores by step, one JSON object a line",
-    "samples.txt": "what the model made of some validation samples, by step",
-    "log.txt": "what is printed here",
+    "samples.txt": "predictions for some validation samples, by step",
+    "log.txt": "a copy of this output",
 }
 T = TypeVar("T")
 
 
 def start_table(start: Start, sizes: Mapping[str, Sequence[int]]) -> Table:
-    """Return a table of what is restored; `sizes` are the numbers of parameters of each tensor, by part."""
+    """Return a table of the restored parts; `sizes` are the numbers of parameters of each tensor, by part."""
     title = f"started from {start.path}"
     result = Table("part", "tensors", "parameters", "", title=title, title_style="", title_justify="left")
-    for part in layout.PARTS:
-        origin = "restored" if part in start.parts else "afresh"
-        result.add_row(part, str(len(sizes[part])), f"{sum(sizes[part]):,}", origin)
+    for name in layout.PARTS:
+        origin = "restored" if name in start.parts else "new"
+        result.add_row(name, str(len(sizes[name])), f"{sum(sizes[name]):,}", origin)
     position = start.position()
     counters = f"restored: {position.step:,} updates, {position.sample:,} samples"
-    result.add_row("counters", "", "", counters if start.kind == "resume" else "afresh")
+    result.add_row("counters", "", "", counters if start.kind == "resume" else "new")
     return result
 
 
-def tell_scores(run: Run, i: int, totals: Mapping[str, Any]) -> None:
-    """Log and print the validation scores after update `i`, and keep them; `totals` are by source."""
+def log_scores(run: Run, i: int, totals: Mapping[str, Any]) -> None:
+    """Print, log and keep the validation scores after update `i`; `totals` are by source.
+
+    Raises UserError if the loss is NaN or infinite.
+    """
     scores = run.scores(totals)
     if not math.isfinite(scores["loss"]):
         raise meter.diverged(run, scores["loss"], i, max((step for step in run.validation if step < i), default=0))
@@ -57,7 +60,7 @@ def tell_scores(run: Run, i: int, totals: Mapping[str, Any]) -> None:
 
 
 def shown_samples(run: Run, multiple: int) -> Batch:
-    """Return the validation samples to show, evenly spread; their number is a multiple of `multiple`."""
+    """Return evenly spaced validation samples to show; their number is a multiple of `multiple`."""
     samples = run.data.samples["validation"]
     samples = getattr(samples, "unpacked", samples)
     n_shown = -(-N_SHOWN // multiple) * multiple
@@ -66,14 +69,14 @@ def shown_samples(run: Run, multiple: int) -> Batch:
 
 
 def best_step(run: Run, last: int, saved: Iterable[int]) -> int | None:
-    """Return the step with the lowest validation loss of those saved and the last one; None if none was scored."""
+    """Return the saved or last step with the lowest validation loss; None if none was scored."""
     return metrics.best({*saved, last}, run.losses())
 
 
 def best_state(run: Run, last: int, saved: list[int], state: T, restore: Callable[[int, T], T]) -> T:
-    """Return the state of `best_step`: restored if it is saved, else `state`, that of the last update.
+    """Return the state of `best_step`: restored if it was saved, otherwise `state`, the last one.
 
-    A checkpoint that turns out to be damaged is removed from `saved`, and the next best is taken.
+    A damaged checkpoint is removed from `saved`, and the next best one is tried.
     """
     while (best := best_step(run, last, saved)) in saved:
         try:
@@ -93,18 +96,18 @@ def sum_up(
     saves: str,
     is_interrupted: bool,
 ) -> bool:
-    """Print the summary of a run that ended after update `last`; return whether the state of that update is saved.
+    """Print the summary of a run that ended after update `last`; return whether the last state is saved.
 
-    `saved` are the steps on the disk, and `saves` is a line about saving. `sizes` are the numbers of all parameters and
-    of trained ones. `totals` are those of `best_step` in the evaluations at the end, by their names in run.chosen; None
-    after a signal.
+    `saved` are the steps on disk, and `saves` is a line about saving. `sizes` are the numbers of all parameters and of
+    trained ones. `totals` are the results of the final evaluations of `best_step`, by their names in run.chosen; None
+    for one that a signal interrupted.
     """
     say = run.log.say
     _say_ending(run, last, sizes, is_interrupted)
     folder = run.config.run.checkpoint_dir or run.dir / "checkpoints"
     best, lowest = best_step(run, last, saved), metrics.best(run.validation, run.losses())
     if lowest is None:
-        say("There are no scores: the run ended before its first evaluation.")
+        say("No scores: the run ended before its first evaluation.")
     else:
         _say_result(run, lowest if best is None else best, totals)
         if lowest not in saved:
@@ -112,11 +115,11 @@ def sum_up(
             say(f"Step {lowest:,} has the lowest validation loss, {loss}, but no checkpoint in {folder}.")
     if run.skipped:
         some = ", ".join(map(str, run.skipped[:N_SKIPPED])) + (" ..." if len(run.skipped) > N_SKIPPED else "")
-        say(f"{len(run.skipped)} updates were skipped, since they were no numbers: {some}")
+        say(f"{len(run.skipped)} updates were skipped, because they were NaN or infinite: {some}")
     say(saves)
     if saved:
         try:
-            run_dir.write_settings(run.dir, run.config, run.data)  # someone may have removed them
+            run_dir.write_settings(run.dir, run.config, run.data)  # in case someone removed them
         except UserError as error:
             run.log.warn(str(error))
     _list_files(run, {run.config.run.checkpoint_dir or "checkpoints": _steps(saved, best, last)} if saved else {})
@@ -124,11 +127,11 @@ def sum_up(
     if saved:
         say(f"Use it: {command('predict')} --checkpoint {where}; see it: {command('report')} {where}")
     if last in saved:
-        resume = f"go on with it: {run.program} --resume {where}"
+        resume = f"resume it: {run.program} --resume {where}"
         say(f"Next, {resume if last < run.config.train.max_steps else _next_command(run)}")
         return True
     if saved:
-        elsewhere = f"{run.program} --resume {where} --run.dir NEW, which goes on from step {saved[-1]:,}"
+        elsewhere = f"{run.program} --resume {where} --run.dir NEW, which resumes from step {saved[-1]:,}"
     else:
         elsewhere = f"{_same_command(run)} --run.dir NEW --run.checkpoint-dir FOLDER"
     run.log.warn(
@@ -150,20 +153,20 @@ def _say_ending(run: Run, last: int, sizes: tuple[int, int], is_interrupted: boo
 
 
 def _say_result(run: Run, best: int, totals: Mapping[str, Any]) -> None:
-    """Print the scores of the best checkpoint beside the baseline, and log those of the evaluations at the end."""
+    """Print the scores of the best checkpoint beside the baseline, and log those of the final evaluations."""
     scores = {"validation": run.validation[best]}
-    for name, found in totals.items():
-        if found is not None:
+    for name, by_source in totals.items():
+        if by_source is not None:
             split = name.removeprefix("final_")
-            scores[split] = run.scores(found)
+            scores[split] = run.scores(by_source)
             run.log.row(best, name, scores[split])
-            if split == "test" and (warning := run.warning(found)):
+            if split == "test" and (warning := run.warning(by_source)):
                 run.log.warn(f"test: {warning}")
-    left = " of those that are left" if min(run.losses().values()) < run.losses()[best] else ""
+    left = " of the remaining checkpoints" if min(run.losses().values()) < run.losses()[best] else ""
     title = f"scores of step {best}, the best by validation loss{left}; baseline: {run.task.baseline_name}"
     table = Table("", *(column for split in scores for column in (split, "baseline")), title=title, title_style="")
     for name in run.baselines["validation"]:
-        if name not in scores["validation"]:  # a checkpoint whose row in the log was lost
+        if name not in scores["validation"]:  # the row in the log was lost
             continue
         better = "lower" if run.is_lower_better(name) else "higher"
         numbers = (x for split in scores for x in (scores[split].get(name), run.baselines[split].get(name)))
@@ -171,19 +174,19 @@ def _say_result(run: Run, best: int, totals: Mapping[str, Any]) -> None:
     run.log.say(table)
     loss, baseline = (of_split["validation"]["loss"] for of_split in (scores, run.baselines))
     if not baseline > 0:
-        run.log.say("The baseline is never wrong on validation, whose samples have one answer: scores say little.")
+        run.log.say("All validation samples have the same answer, so the baseline is perfect: scores mean little.")
     elif not loss < baseline:
-        run.log.say("The model is no better than the baseline by loss: try more updates, or other settings.")
+        run.log.say("The model's loss is not below the baseline's: try more updates, or other settings.")
     if run.data.source.test_refusal:
         run.log.say(run.data.source.test_refusal)
 
 
 def _list_files(run: Run, checkpoints: dict[str, str]) -> None:
-    """Print which files the run has left, and which of them could not be written to their end."""
+    """Print which files the run has written, and which of them are incomplete."""
     run.log.flush()
     unwritten = run.log.unwritten()
     files = checkpoints | {name: what for name, what in FILES.items() if (run.dir / name).is_file()}
-    run.log.say(f"\nEverything is in {run.dir}:" if files else f"\nNothing is left in {run.dir}.")
+    run.log.say(f"\nEverything is in {run.dir}:" if files else f"\n{run.dir} is empty.")
     for name, what in files.items():
         run.log.say(f"  {name:<14} {what}" + (f"; {unwritten[name]}" if name in unwritten else ""))
 
@@ -204,7 +207,7 @@ def _same_command(run: Run) -> str:
 
 
 def _next_command(run: Run) -> str:
-    """Return what to try after a run that has made all its updates."""
+    """Return a suggestion for a run that has made all of its updates."""
     if run.config.data.path or run.config.data.hub or run.config.data.sources:
         elsewhere = " --run.checkpoint-dir NEW" if run.config.run.checkpoint_dir else ""
         n_updates = 2 * run.config.train.max_steps
@@ -212,4 +215,4 @@ def _next_command(run: Run) -> str:
     files = {"text": "your_text.txt", "labels": "reviews.tsv", "values": "scores.tsv", "pairs": "questions.jsonl"}
     files["tags"] = "names.conll"
     own = files[run.task.samples.reads]
-    return f"train on a file of yours: {run.program} --task {run.config.task} --data.path {own}"
+    return f"train on your own file: {run.program} --task {run.config.task} --data.path {own}"
