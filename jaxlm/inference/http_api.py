@@ -206,7 +206,7 @@ def make(engine: Engine, limits: Limits, token: str = "", is_loopback: bool = Tr
             "/predict", responses={200: {"model": KINDS[type(predictor)][2]}, **errors(*REFUSALS, 500, 503)}, **secured
         )
         async def predict(request: asked) -> Response:  # type: ignore[valid-type]
-            """Answer a text: fill its masks, continue it, classify it, find names in it, or use the task's own predictor."""
+            """Answer a text: fill its masks, continue it, classify it, tag it, or use the task's predictor."""
             async with _in_time(limits):
                 return Json(await engine.answer(*unpacked(request)))
 
