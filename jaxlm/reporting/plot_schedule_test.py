@@ -49,7 +49,7 @@ def test_each_phase_goes_on_where_the_one_before_has_ended(files: list[str]) -> 
 
 
 def test_a_phase_without_updates_is_told(files: list[str]) -> None:
-    with pytest.raises(UserError, match="one.toml: train.max_steps=30 is not after update 50, where .* ends; raise it"):
+    with pytest.raises(UserError, match="one.toml: train.max_steps=30 is not after update 50, the end of .*; raise it"):
         plot_schedule.phases(["two.toml", "one.toml"])
 
 

@@ -122,7 +122,7 @@ def test_clean_keeps_the_best(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     unfinished = write(tmp_path / "other", is_tested=False, **{"train.max_steps": 40}) / "checkpoints" / "10"
     (unfinished / checksums.FILE).unlink()
     status, output, errors = told(capsys, "clean", tmp_path)
-    assert status == 2 and "there is no terminal to ask in; add --yes" in errors
+    assert status == 2 and "there is no terminal to ask for confirmation; add --yes" in errors
     assert steps(run) == ["10.damaged", "20", "30"]
     status, output, _ = told(capsys, "clean", tmp_path, "--yes")
     assert status == 0 and "removed 3 checkpoints" in output and f"{unfinished}: " in output
