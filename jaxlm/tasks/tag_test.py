@@ -131,7 +131,7 @@ def test_it_is_trained_on_files_and_scored_on_another(tmp_path: Path) -> None:
     assert train.main(["--task", "tag", *files, *sizes.split(), *updates.split()]) == 0
     trained = load.load(tmp_path / "run")
     assert trained.task.classes == ("O", "B-LOC", "I-LOC", "B-PER", "I-PER")
-    _, samples = evaluation.part(trained, "test", {})
+    _, samples = evaluation.samples_of(trained, "test", {})
     found = evaluation.evaluate(trained, samples)
     assert found.scores["f1"].value > 0.95 and found.scores["f1"].baseline == 0 and found.n_counted == 240
     row = json.loads((tmp_path / "run" / "summary.json").read_text())
