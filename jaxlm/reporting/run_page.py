@@ -16,9 +16,7 @@ from jaxlm.training import environment, history
 
 MOST_STEPS = 8  # evaluations whose samples are shown
 # Losses of runs that differ in these settings cannot be compared.
-COMPARABLE = (
-    *("data.path", "data.hub", "data.sources", "tokenizer.path", "tokenizer.kind", "model.vocab_size"),
-)
+COMPARABLE = (*("data.path", "data.hub", "data.sources", "tokenizer.path", "tokenizer.kind", "model.vocab_size"),)
 TRAINING = {  # charts of training metrics: title, and whether the scale is logarithmic
     "accuracy": ("accuracy in training", False),
     "rate": ("learning rate", False),

@@ -177,7 +177,7 @@ class Start:
             self.teacher.check(data)
 
     def _check_sources(self, data: Data) -> None:
-        """Raise UserError if the data are not those of the checkpoint; a resumed run may have more sources, or fewer."""
+        """Raise UserError if the data are not those of the checkpoint. A resumed run may have more or fewer sources."""
         stored, source, train = self.info.get("data"), data.source, data.samples["train"]
         before = {stored: ""} if stored else {}
         if isinstance(train, Mix):
