@@ -13,6 +13,7 @@ from jaxlm.errors import UserError, nearest, reported
 COMMANDS = {
     "train": "train a language model or a classifier",
     "predict": "fill masks, continue, classify or answer texts with a trained model",
+    "embed": "write the embeddings of texts",
     "evaluate": "score a trained model, with intervals",
     "serve": "serve a page and a JSON interface to a trained model",
     "report": "write a page about one run or several",

@@ -24,7 +24,7 @@ LINES = [
     ("jaxlm", "pre", ["predict"]),
     ("jaxlm train", "--train.prec", ["--train.precision"]),
     ("jaxlm train --train.precision", "", ["bfloat16", "float32"]),
-    ("jaxlm train --task", "", ["cola", "gpt", "mlm", "pairs", "sst2", "tag"]),
+    ("jaxlm train --task", "", ["cola", "embed", "gpt", "mlm", "pairs", "sst2", "tag"]),
     ("jaxlm train --model.final-norm", "", ["false", "true"]),
     ("jaxlm train --config", "tiny", ["tiny.toml"]),
     ("jaxlm plan --topology v5e:4x4 --mesh.f", "", []),

@@ -133,8 +133,8 @@ class ModelConfig:
     pad_id: Annotated[int, Meta(ge=-1, le=MOST)] = 0  # token id of padding, which attention and loss ignore; -1: none
     segments: Count = 0  # token types with an embedding each: 2 tell two texts apart, as in BERT; 0: there are none
     head_outputs: Literal["labels", "vocabulary"] = "labels"  # one per class, or per token, a bug of the original
-    # What a classifier reads: the first token; the last, in a causal model; mean: the mean of all; late: the mean of
-    # the logits of all.
+    # What a classifier, or embed, reads: the first token; the last, in a causal model; mean: the mean of all; late: the
+    # mean of the logits of all.
     pooling: Literal["first", "last", "mean", "late"] = "first"
     classifier_bias: bool = True  # bias of the logits of classes; false: none, as in Llama
     attention: Literal["auto", "plain", "fused"] = "auto"  # fused: one kernel; auto: fused where possible
@@ -241,8 +241,8 @@ class LogConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
-    # mlm, gpt, sst2, cola, pairs, tag, classify, regress, a task of GLUE (mrpc, qqp, stsb, mnli, qnli, rte, wnli), or
-    # your own (jaxlm/tasks/README.md)
+    # mlm, gpt, sst2, cola, pairs, tag, embed, classify, regress, a task of GLUE (mrpc, qqp, stsb, mnli, qnli, rte,
+    # wnli), or your own (jaxlm/tasks/README.md)
     task: str = "mlm"
     resume: str = ""  # run or checkpoint to resume; auto: the run in run.dir, or a new one if there is none
     init_from: str = ""  # run, checkpoint, or public model (folder or hub name) whose base model the run starts from
@@ -303,6 +303,7 @@ BARE = {"profile": "5"}  # values of numbers that are given without one, as thei
 # What runs of a version without these settings did; their checkpoints do not store them.
 BEFORE = {"data.validation_tokens": 0, "data.documents": "line"}
 AXES = ("data", "fsdp", "tensor")  # of the mesh of devices
+EMBED = "embed"  # the task of a model of embeddings, which has no output layer
 BASE = "base"  # in place of the task of a model without an output layer, and the kind of that model
 GATED = ("geglu", "swiglu")  # kinds of feed-forward with a third matrix, `up`
 LORA_PRODUCTS = ("query", "key", "value", "output", "fc1", "up", "fc2")
@@ -689,6 +690,8 @@ def _check(config: Config) -> None:
     if data.stride > config.model.seq_len:
         rule = f"is above {shown('model.seq_len')}, so that text between windows would be left out"
         raise UserError(f"{shown('data.stride')} {rule}; lower it, or leave it out")
+    if config.model.pooling == "late" and config.task in (EMBED, "tag"):
+        raise UserError(f"model.pooling=late: task={config.task} has no logits of a text; use first, last or mean")
     if data.n_labels == 1:
         raise UserError("data.n_labels=1: a classifier has two classes or more; leave it out to have those of the data")
     if data.path and data.hub:

@@ -1,4 +1,4 @@
-"""Output layers, and models: LanguageModel and Classifier put them on a Transformer, BaseModel has none.
+"""Output layers, and models: LanguageModel and Classifier put them on a Transformer, Embedder and BaseModel have none.
 
 Each model has the parts `base` and `head`, so that a base can be restored alone.
 Letters as in model.py; M masked positions per sample, C classes.
@@ -214,6 +214,32 @@ class Classifier(nnx.Module):
             text_BN = jnp.take_along_axis(segments_BT, positions, axis=1)
             is_text = is_text[:, None] & (segments_BT[:, None] == text_BN[..., None])
         return is_text / jnp.maximum(is_text.sum(axis=-1, keepdims=True), 1)
+
+
+class Embedder(nnx.Module):
+    """Token ids to embeddings of texts [B, D]: a Transformer without an output layer, causal if read at the last."""
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.pooling = config.pooling
+        self.base = Transformer(config, config.pooling == "last", dtype, rngs)
+
+    def __call__(self, tokens_BT: Array, key: Array | None, last_B: Array) -> Array:
+        return embeddings(self.base(tokens_BT, key), last_B, self.pooling)
+
+
+def embeddings(x_BTD: Array, last_B: Array, pooling: str) -> Array:
+    """Return vectors of length 1, [B, D]: hidden states of the first or last token of each text, or their mean.
+
+    `last_B` are the positions of the last tokens; all up to there count, special tokens as well.
+    """
+    x_BTD = x_BTD.astype(jnp.promote_types(x_BTD.dtype, jnp.float32))
+    places_BT = jnp.arange(x_BTD.shape[1])[None]
+    if pooling == "mean":
+        weights_BT = (places_BT <= last_B[:, None]) / (last_B[:, None] + 1)
+    else:
+        weights_BT = places_BT == (last_B[:, None] if pooling == "last" else 0)
+    x_BD = jnp.sum(x_BTD * weights_BT[..., None], axis=1)
+    return x_BD / jnp.maximum(jnp.linalg.norm(x_BD, axis=1, keepdims=True), 1e-12)
 
 
 class BaseModel(nnx.Module):

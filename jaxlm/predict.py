@@ -1,7 +1,7 @@
 """The command `python -m jaxlm.predict`: predictions of a trained model for texts. USING.md has examples.
 
-In Python, `predict.load(RUN)` returns the predictor for the model's task: FillMasks, Continue, Reply, Classify, Tag or
-Predict. It computes in float32, regardless of the training precision.
+In Python, `predict.load(RUN)` returns the predictor for the model's task: FillMasks, Continue, Reply, Classify, Tag,
+Embed or Predict. It computes in float32, regardless of the training precision.
 """
 
 import argparse
@@ -26,8 +26,8 @@ OPTIONS = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
 Numbered = tuple[str, str]  # a label such as "line 3: ", and the text
 
 
-def load(checkpoint: str | Path, tokenizer: str = "") -> "Predictor":
-    """Return the predictor for the task of a model.
+def load(checkpoint: str | Path, tokenizer: str = "", embeds: bool = False) -> "Predictor":
+    """Return the predictor for the task of a model; if it `embeds`, Embed, of any model.
 
     `checkpoint` is a run (its best checkpoint is used) or a checkpoint of any format that jaxlm.convert reads.
     `tokenizer` is as in tokenizer.path, "": that of the run. Raises UserError.
@@ -36,13 +36,15 @@ def load(checkpoint: str | Path, tokenizer: str = "") -> "Predictor":
     from jaxlm.inference import load, predictors
 
     trained = load.load(checkpoint, tokenizer, precision="float32", needs_output=False)
+    if embeds:
+        return predictors.Embed(trained)
     if trained.task is None:
         return predictors.Look(trained)
     samples = trained.task.samples
     if samples.model_kind == "classifier":
         return predictors.Classify(trained) if trained.has_probabilities() else predictors.Predict(trained)
-    if samples.model_kind == "tagger":
-        return predictors.Tag(trained)
+    if samples.model_kind in ("tagger", "embedder"):
+        return predictors.Tag(trained) if samples.model_kind == "tagger" else predictors.Embed(trained)
     if not isinstance(trained.model, LanguageModel):
         raise UserError(
             f"{checkpoint}: the model of task={trained.config.task} is a {type(trained.model).__name__}, but only a "
@@ -58,13 +60,24 @@ def main(argv: list[str] | None = None) -> int:
     """Print predictions for a command line; return the exit status: 2 for bad input, also if only one text is bad."""
     args = _parse(sys.argv[1:] if argv is None else argv)
     texts = _texts(args)
-    predictor = load(args.checkpoint, getattr(args, "tokenizer.path"))
+    predictor = load(args.checkpoint, getattr(args, "tokenizer.path"), args.query is not None)
+    if args.query is not None:
+        return _search(predictor, args, texts)
     predictor([])  # raises UserError for a model without predictions
     options = _given_options(args, predictor)
     print(predictor.trained, file=sys.stderr, flush=True)
     if texts is None:
         return _converse(predictor, options, args.json)
     return _answer_all(predictor, texts, options, args.json)
+
+
+def _search(predictor: Any, args: argparse.Namespace, texts: Iterable[Numbered] | None) -> int:
+    """Print the texts that are most like the query; return the exit status."""
+    if texts is None:
+        raise UserError("--query: give the texts to search by --file, --text or standard input")
+    for answer in predictor.nearest(args.query, [text for _, text in texts], args.top_k or 10):
+        print(dumps(answer) if args.json else f"{answer['similarity']:.4f}  {answer['text']}")
+    return 0
 
 
 def _answer_all(predictor: "Predictor", texts: Iterable[Numbered], options: dict[str, Any], as_json: bool) -> int:
@@ -170,7 +183,7 @@ def make_parser() -> Parser:
     parser = Parser(
         prog=command("predict"),
         description="Uses a trained model: mlm fills [MASK]s, gpt continues a text, pairs replies, classifiers label, "
-        "tag finds names; your own task uses the predictor in its file.",
+        "tag finds names, embed gives vectors; your own task uses the predictor in its file.",
         epilog="Without a text, lines are read from standard input, or typed in a terminal.",
     )
     parser.add_argument(
@@ -179,10 +192,11 @@ def make_parser() -> Parser:
     parser.add_argument("--text", "--prompt", action="append", dest="texts", metavar="TEXT", help="may be repeated")
     parser.add_argument("--pair", action="append", dest="pairs", metavar="TEXT", help="the second of two texts")
     parser.add_argument("--file", metavar="FILE", help="a text in each line, or two with a tab between them")
+    parser.add_argument("--query", metavar="TEXT", help="print the texts most like this one, by their embeddings")
     parser.add_argument("--json", action="store_true", help="one JSON object a text")
     parser.add_argument("--tokenizer.path", default="", metavar="FILE", help="tokenizer, if the run has none")
     parser.add_argument(
-        "--top-k", type=int, metavar="K", help="mlm: guesses for each mask (5); gpt: see below (0: all)"
+        "--top-k", type=int, metavar="K", help="mlm: guesses for each mask (5); --query: texts (10); gpt: see below"
     )
     group = parser.add_argument_group(
         "gpt", "each token is drawn from the K likeliest, and of these from the fewest whose probabilities sum to P"

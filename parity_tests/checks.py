@@ -172,6 +172,9 @@ def _checks() -> dict[str, Callable[[], list[Row]]]:
     add("transformers: GPT-2 that answers", references.gpt2, "pairs")
     add("transformers: BERT", references.bert)
     add("transformers: BERT that tags", references.bert, "tag")
+    add("transformers: BERT that embeds", references.sentence_bert)
+    add("float64: embed", drift.float64, "embed")
+    add("the last token: embed", inputs.option, "embed", "the last token")
     add("seqeval: spans", references.spans)
     add("float64: tag", drift.float64, "tag")
     add("distillation: tag", inputs.distilled, "tag")
@@ -214,7 +217,7 @@ CHECKS = _checks()
 FAST = {
     *(f"{kind}: {name}" for kind in ("replay", "recorder") for name in RECORDED),
     *("further case: mlm, other settings of the optimizer", "AdamW", "Muon", "transformers: BERT"),
-    *("transformers: GPT-2", "transformers: BERT that tags", "seqeval: spans"),
+    *("transformers: GPT-2", "transformers: BERT that tags", "transformers: BERT that embeds", "seqeval: spans"),
     *("attention of PyTorch: mlm", "layers of PyTorch: gpt", "post-norm layers of PyTorch: sst2"),
     *("finite differences: gpt", "edges: mlm", "4096 positions: mlm"),
     *("float64: mlm", "float64: gpt", "dropout: gpt", "dropout statistics", "rotary, no pad: gpt"),

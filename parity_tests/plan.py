@@ -75,6 +75,12 @@ def random_batch(config: Config, random: np.random.Generator, batch_size: int, p
         labels = np.where(np.take_along_axis(is_pad, positions, axis=1), -1, hidden).astype(np.int32)
         np.put_along_axis(tokens, positions, np.where(labels < 0, hidden, V - 1), axis=1)
         return {"tokens": tokens, "labels": labels, "positions": positions}
+    if config.task == "embed":
+        pair = tokens[::-1] if model.pad_id < 0 else np.where(tokens == model.pad_id, tokens, tokens[:, ::-1])
+        pair = np.where((tokens != model.pad_id) & (pair == model.pad_id), 1, pair)
+        last = (lengths - 1).astype(np.int32)
+        labels = np.zeros(batch_size, np.int32)
+        return {"tokens": tokens, "last": last, "pair_tokens": pair, "pair_last": last, "labels": labels}
     if config.task == "tag":  # words of one or two tokens
         starts = (np.arange(T) > 0) & (random.random((batch_size, T)) < 0.7) & ~is_pad
         order = np.argsort(~starts, axis=1, kind="stable")  # the positions of words first

@@ -264,30 +264,14 @@ def bert(task: str = "mlm") -> list[Row]:
         )
     )
     nn.init.zeros_(theirs.bert.embeddings.token_type_embeddings.weight)
-    renamed = {
-        "bert.embeddings.word_embeddings.weight": "base.embedding.token.weight",
-        "bert.embeddings.position_embeddings.weight": "base.embedding.position",
-        **({"cls.predictions.bias": "head.bias"} if task == "mlm" else {}),
-    }
+    renamed = _names_of_bert(config, "bert.")
+    renamed |= {"cls.predictions.bias": "head.bias"} if task == "mlm" else {}
     for kind in ("weight", "bias"):
-        renamed[f"bert.embeddings.LayerNorm.{kind}"] = f"base.embedding.layernorm.{kind}"
         if task == "tag":
             renamed[f"classifier.{kind}"] = f"head.linear.{kind}"
         else:
             renamed[f"cls.predictions.transform.dense.{kind}"] = f"head.dense.{kind}"
             renamed[f"cls.predictions.transform.LayerNorm.{kind}"] = f"head.layernorm.{kind}"
-        for i in range(model.n_layers):
-            layer, block = f"bert.encoder.layer.{i}", f"base.blocks.{i}"
-            renamed |= {
-                f"{layer}.attention.self.{x}.{kind}": f"{block}.attention.{x}.{kind}" for x in ("query", "key", "value")
-            }
-            renamed |= {
-                f"{layer}.attention.output.dense.{kind}": f"{block}.attention.output.{kind}",
-                f"{layer}.attention.output.LayerNorm.{kind}": f"{block}.layernorm1.{kind}",
-                f"{layer}.intermediate.dense.{kind}": f"{block}.feed_forward.fc1.{kind}",
-                f"{layer}.output.dense.{kind}": f"{block}.feed_forward.fc2.{kind}",
-                f"{layer}.output.LayerNorm.{kind}": f"{block}.layernorm2.{kind}",
-            }
     batch = written_out = random_batch(config, np.random.default_rng(9), batch_size=3)
     if task == "tag":
         batch, written_out = _tagged(config)
@@ -299,6 +283,74 @@ def bert(task: str = "mlm") -> list[Row]:
         )
     # Its pad row, which is tied to the output as well, has the gradient of an output only, as ours has.
     return _compare(f"{task} as transformers' BERT", config, weights, batch, want)
+
+
+def sentence_bert() -> list[Row]:
+    """Return how far both packages are from transformers' BERT with a mean and PyTorch's loss of in-batch negatives.
+
+    In float64. One row of the batch is no text, as those that fill up an evaluation.
+    """
+    import transformers
+
+    changes = {"model.post_norm": True, "model.embedding_norm": True, "model.pooling": "mean"}
+    config = config_of("embed", **TIED, **changes, **{"model.norm_epsilon": 1e-12})
+    model, weights = config.model, random_weights(config, 9)
+    theirs = transformers.BertModel(
+        transformers.BertConfig(
+            vocab_size=model.vocab_size,
+            max_position_embeddings=model.seq_len,
+            hidden_size=model.d_model,
+            num_hidden_layers=model.n_layers,
+            num_attention_heads=model.n_heads,
+            intermediate_size=4 * model.d_model,
+            layer_norm_eps=model.norm_epsilon,
+            pad_token_id=0,
+        ),
+        add_pooling_layer=False,
+    )
+    nn.init.zeros_(theirs.embeddings.token_type_embeddings.weight)
+    renamed = _names_of_bert(config, "")
+    theirs.load_state_dict({a: torch.tensor(weights[b]) for a, b in renamed.items()}, strict=False)
+    theirs = theirs.double().eval()
+    batch = random_batch(config, np.random.default_rng(9), batch_size=4)
+    batch["labels"][-1] = -1
+
+    def embedded(name: str) -> Tensor:
+        tokens = torch.from_numpy(np.int64(batch[name]))
+        mask = (tokens != 0).long()
+        hidden = theirs(input_ids=tokens, attention_mask=mask).last_hidden_state
+        return F.normalize((hidden * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True), dim=1)
+
+    text, pair = embedded("tokens"), embedded("pair_tokens")
+    cosines = F.cosine_similarity(text[:3, None], pair[None, :3], dim=-1)
+    loss = F.cross_entropy(20.0 * cosines, torch.arange(3))
+    loss.backward()
+    found = {name: x.grad.numpy() for name, x in theirs.named_parameters() if x.grad is not None}
+    want = First(text.detach().numpy(), float(loss.detach()), {b: found[a] for a, b in renamed.items()})
+    return _compare("embed as transformers' BERT", config, weights, batch, want)
+
+
+def _names_of_bert(config: Config, prefix: str) -> dict[str, str]:
+    """Return our name of each parameter of the base of transformers' BERT."""
+    renamed = {
+        f"{prefix}embeddings.word_embeddings.weight": "base.embedding.token.weight",
+        f"{prefix}embeddings.position_embeddings.weight": "base.embedding.position",
+    }
+    for kind in ("weight", "bias"):
+        renamed[f"{prefix}embeddings.LayerNorm.{kind}"] = f"base.embedding.layernorm.{kind}"
+        for i in range(config.model.n_layers):
+            layer, block = f"{prefix}encoder.layer.{i}", f"base.blocks.{i}"
+            renamed |= {
+                f"{layer}.attention.self.{x}.{kind}": f"{block}.attention.{x}.{kind}" for x in ("query", "key", "value")
+            }
+            renamed |= {
+                f"{layer}.attention.output.dense.{kind}": f"{block}.attention.output.{kind}",
+                f"{layer}.attention.output.LayerNorm.{kind}": f"{block}.layernorm1.{kind}",
+                f"{layer}.intermediate.dense.{kind}": f"{block}.feed_forward.fc1.{kind}",
+                f"{layer}.output.dense.{kind}": f"{block}.feed_forward.fc2.{kind}",
+                f"{layer}.output.LayerNorm.{kind}": f"{block}.layernorm2.{kind}",
+            }
+    return renamed
 
 
 def _tagged(config: Config) -> tuple[Batch, Batch]:

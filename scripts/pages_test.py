@@ -51,7 +51,7 @@ ELSEWHERE = {
     r"python scripts/torture\.py": "scripts/torture_test.py",
     r"python scripts/load_server\.py": "scripts/load_server_test.py",
 }
-TASKS = ("mlm", "gpt", "sst2", "cola", "pairs")
+TASKS = ("mlm", "gpt", "sst2", "cola", "pairs", "embed")
 TINY = {
     "model": {"d_model": 16, "n_heads": 2},
     "train": {"warmup_steps": 1, "stable_steps": 0, "batch_size": 16, "precision": "float32", "accumulate": 1},

@@ -1,4 +1,4 @@
-"""Output layers, and models: LanguageModel and Classifier put them on a Transformer, BaseModel has none.
+"""Output layers, and models: LanguageModel and Classifier put them on a Transformer, Embedder and BaseModel have none.
 
 Each model has the parts `base` and `head`, so that a base can be restored alone. `dtype` is what products compute in.
 Letters as in model.py; M masked positions per sample, C classes.
@@ -187,6 +187,34 @@ class Classifier(nn.Module):
             is_text = is_text[:, None] & (segments_BT[:, None] == text_BN[..., None])
         shares = is_text.to(self.base.embedding.token.weight.dtype)
         return shares / shares.sum(dim=-1, keepdim=True).clamp(min=1)
+
+
+class Embedder(nn.Module):
+    """Token ids to embeddings of texts [B, D]: a Transformer without an output layer, causal if read at the last."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, rngs: torch.Generator):
+        super().__init__()
+        self.dtype, self.pooling = dtype, config.pooling
+        self.base = Transformer(config, config.pooling == "last", rngs)
+
+    def forward(self, tokens_BT: Tensor, key: None, last_B: Tensor) -> Tensor:
+        with _autocast(tokens_BT.device, self.dtype):
+            x_BTD = self.base(tokens_BT)
+        return embeddings(x_BTD, last_B, self.pooling)
+
+
+def embeddings(x_BTD: Tensor, last_B: Tensor, pooling: str) -> Tensor:
+    """Return vectors of length 1, [B, D]: hidden states of the first or last token of each text, or their mean.
+
+    `last_B` are the positions of the last tokens; all up to there count, special tokens as well.
+    """
+    x_BTD = x_BTD.to(torch.promote_types(x_BTD.dtype, torch.float32))
+    places_BT = torch.arange(x_BTD.shape[1], device=x_BTD.device)[None]
+    if pooling == "mean":
+        weights_BT = (places_BT <= last_B[:, None]).to(x_BTD.dtype) / (last_B[:, None] + 1)
+    else:
+        weights_BT = places_BT == (last_B[:, None] if pooling == "last" else 0)
+    return nn.functional.normalize(torch.sum(x_BTD * weights_BT[..., None], dim=1), dim=1)
 
 
 class BaseModel(nn.Module):

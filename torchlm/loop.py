@@ -132,6 +132,7 @@ def begin(run: Run, fresh: Callable[[], TrainState]) -> TrainState:
         state = checkpoint.with_snapshot(state, snapshot, str(start.path), start.parts, start.position().step, is_base)
     numbers = {name: x.numel() for name, x in parallel.single(state.model).named_parameters()}
     sizes = {part: [n for name, n in numbers.items() if name.startswith(part)] for part in layout.PARTS[:2]}
+    sizes = {part: found for part, found in sizes.items() if found}
     trained = names.trained(run.config.model, numbers)
     moments = [*trained.values(), *muon.with_second_moment(run.config.train, trained).values()]
     run.log.say(summary.start_table(start, sizes | {"optimizer": moments}))

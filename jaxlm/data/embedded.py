@@ -59,10 +59,14 @@ def sentences(task: str) -> Source:
     def articles() -> Iterator[Article]:
         for split, rows in splits.items():
             for text, label in rows:
-                yield from pair(split, text, label) if task == "pairs" else [Article(split, text, label)]
+                if task == "embed":
+                    yield from (Article(split, one, -1) for one in (text, label))
+                else:
+                    yield from pair(split, text, label) if task == "pairs" else [Article(split, text, label)]
 
     n_bytes = sum(_n_bytes(article.text) for article in articles())
-    what, whose = ("prompts and answers", "") if task == "pairs" else ("sentences", f" for {task}")
+    pairs = {"pairs": "prompts and answers", "embed": "pairs of sentences that mean the same"}
+    what, whose = (pairs[task], "") if task in pairs else ("sentences", f" for {task}")
     n = sum(map(len, splits.values()))
     return _source(f"{n} {what} of the project's own grammar{whose}", articles, n_bytes)
 

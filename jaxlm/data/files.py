@@ -182,8 +182,11 @@ def open_part(path: Path, wanted: Wanted) -> Part:
     if kind in ("text", "wikitext") and documents in (*WHOLE, "wikitext"):
         kind = documents
     if reads != "text" and kind in ("text", "wikitext"):
-        needed = "a label column" if reads == "labels" else "a column of prompts and one of answers"
-        raise UserError(f"{path}: a {kind} file has no {reads}; give a table (csv, tsv, jsonl, parquet) with {needed}")
+        needed = {"labels": "a label column", "couples": "a column of texts and one of their pairs"}
+        raise UserError(
+            f"{path}: a {kind} file has no {reads}; give a table (csv, tsv, jsonl, parquet) with "
+            f"{needed.get(reads, 'a column of prompts and one of answers')}"
+        )
     return Part(str(path), wanted.split, kind, content, size, tables.open_table(path, kind, head, wanted))
 
 

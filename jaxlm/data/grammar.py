@@ -4,8 +4,8 @@ The tasks have the form of two GLUE tasks (Wang et al. 2018, https://arxiv.org/a
 them: `sst2` asks whether a film review is positive (1) or negative (0), `cola` whether a sentence is acceptable (1) or
 not (0). Labels depend on how words are put together, so that word counts alone do not give them. A third one, `pairs`,
 tells a fact and asks for a part of it, or for the same in other words. `tag` names people, places and firms, with the
-same words in all three: those around them tell which it is. Every test sentence has a word that train lacks;
-half of validation is as new, with new words of its own. The words are in grammar.toml.
+same words in all three: those around them tell which it is. `embed` says a fact in two ways. Every test sentence has a
+word that train lacks; half of validation is as new, with new words of its own. The words are in grammar.toml.
 """
 
 import random
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 SIZES = {"train": 60000, "validation": 800, "test": 1000}
-N_TAGGED = 8000  # for training; each word has a tag, which tells more than a label of the sentence
+N_FEW = 8000  # for training of tag and embed, which learn more of a sentence than a label tells
 NEW_SHARE = 0.2  # of the words from open classes outside train; each sentence gets at least one
 CONSONANTS, VOWELS = "bdfgklmnprstvz", "aeiou"
 
@@ -60,7 +60,8 @@ class Writer:
 
 
 def sentences(task: str) -> dict[str, list[tuple[str, Any]]]:
-    """Return by split the (sentence, label) pairs of sst2 or cola, (prompt, answer) of pairs, (words, tags) of tag.
+    """Return by split the (sentence, label) pairs of sst2 or cola, (prompt, answer) of pairs, (words, tags) of tag,
+    (sentence, paraphrase) of embed.
 
     They are the same ones on every call.
     """
@@ -69,12 +70,13 @@ def sentences(task: str) -> dict[str, list[tuple[str, Any]]]:
         "cola": _acceptability,
         "pairs": _request,
         "tag": _report,
+        "embed": _paraphrase,
     }
     rng = random.Random(0)
     seen: set[str] = set()
     train_words: set[str] = set()
     splits = {}
-    for split, size in (SIZES | ({"train": N_TAGGED} if task == "tag" else {})).items():
+    for split, size in (SIZES | ({"train": N_FEW} if task in ("tag", "embed") else {})).items():
         rows: list[tuple[str, Any]] = []
         while len(rows) < size:
             # Half of validation is like train, which keeps the best checkpoint from being one that is lucky on names.
@@ -291,3 +293,15 @@ def _report(w: Writer) -> list[tuple[str, list[str]]]:
             words.append(word)
             tags.append("O")
     return [(" ".join(words), tags)]
+
+
+# Paraphrases
+
+
+def _paraphrase(w: Writer) -> list[tuple[str, str]]:
+    """Return a sentence, and what it says in the passive; others of a batch share its names and verbs."""
+    who, is_plural, when = w.word("first_name").title(), w.chance(0.5), w.one(["at noon", "at night", "today", "again"])
+    what, verb = _person(w, is_plural, "the"), w.word("transitive")
+    active = w.one(["{who} {verb}ed {what} {when}.", "{when} {who} {verb}ed {what}."])
+    text = active.format(who=who, verb=verb, what=what, when=when)
+    return [(text[0].upper() + text[1:], f"The {what[4:]} {'were' if is_plural else 'was'} {verb}ed by {who} {when}.")]

@@ -33,14 +33,19 @@ SENTENCES = (  # two texts with a label
     ("label_column", ("label", "labels", "gold_label", "quality", "is_duplicate", "score", "similarity", "target")),
     ("pair_column", ("sentence2", "hypothesis", "question2", "#2 string", "text2", "text_b", "sentence")),
 )
+COUPLES = (
+    ("text_column", ("text", "anchor", "query", "sentence1", "premise", "question1", "question", "sentence")),
+    ("pair_column", ("pair", "positive", "sentence2", "hypothesis", "question2", "document", "answer")),
+)
 PAIRS = (
     ("prompt_column", ("prompt", "question", "instruction", "input")),
     ("answer_column", ("answer", "completion", "response", "output", "reply")),
 )
 
-# What of a source is used: texts, these with the name of a class or with a number, prompts and answers, or words with
-# tags.
-Reads = Literal["text", "labels", "values", "pairs", "tags"]
+# What of a source is used: texts, these with the name of a class or with a number, prompts and answers, words with
+# tags, or texts in twos.
+Reads = Literal["text", "labels", "values", "pairs", "tags", "couples"]
+OF_TWO = ("pairs", "couples")
 WITH_CLASSES = ("labels", "tags")
 LABELLED = ("labels", "values")  # one label a row
 ANNOTATED = (*LABELLED, "tags")  # of which all samples are scored
@@ -104,7 +109,7 @@ class Wanted:
     @property
     def choices(self) -> list[tuple[str, str, tuple[str, ...]]]:
         """The setting, its value ("": by a usual name) and the usual names of each column."""
-        columns: Any = {"pairs": PAIRS, "tags": TAGS}.get(self.reads, ARTICLES)
+        columns: Any = {"pairs": PAIRS, "tags": TAGS, "couples": COUPLES}.get(self.reads, ARTICLES)
         if self.reads in ("labels", "values") and self.config.pair_column:
             columns = SENTENCES
         if self.reads == "values":
@@ -158,7 +163,7 @@ class Wanted:
         first, second, *others = (
             (setting, value, usual[i] if usual else known) for i, (setting, value, known) in enumerate(self.choices)
         )
-        is_only = len(names) == 1 and self.reads != "pairs" and not first[1]
+        is_only = len(names) == 1 and self.reads not in OF_TWO and not first[1]
         text = 0 if is_only else choose(*first)
         # GLUE publishes test files without labels.
         has_label = second[1] or not {key.lower() for key in keys}.isdisjoint(second[2])

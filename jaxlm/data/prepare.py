@@ -14,7 +14,7 @@ from jaxlm import config as configs
 from jaxlm.config import Config, DataConfig
 from jaxlm.data import cache, labels, mixture, packing, sources, tokenization
 from jaxlm.data.cache import Split
-from jaxlm.data.parts import ANNOTATED, WITH_CLASSES
+from jaxlm.data.parts import ANNOTATED, OF_TWO, WITH_CLASSES
 from jaxlm.data.samples import Samples
 from jaxlm.data.sources import SPLITS, Source
 from jaxlm.errors import UserError, slow
@@ -270,7 +270,7 @@ def _beginnings_note(source: Source, samples: Samples) -> Iterator[str]:
 def document_note(config: Config, split: Split, samples: Samples) -> str:
     """Return a line on the documents of the training part, and how much of its samples is padding."""
     sizes = getattr(samples, "sizes", np.diff(split.offsets))
-    if samples.reads == "pairs" or getattr(samples, "n_texts", 1) == 2:
+    if samples.reads in OF_TWO or getattr(samples, "n_texts", 1) == 2:
         sizes = sizes.reshape(-1, 2).sum(axis=1)
     spread = np.linspace(0, len(samples) - 1, min(len(samples), MANY_PLACES)).astype(np.int64)
     lengths, seq_len = samples.lengths(spread), config.model.seq_len

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from jaxlm.config import DataConfig
 from jaxlm.data import documents, files, hub, labels, remote, tags
-from jaxlm.data.parts import LABELLED, SPLITS, WHOLE, Part, Reads, Wanted, no_article
+from jaxlm.data.parts import LABELLED, OF_TWO, SPLITS, WHOLE, Part, Reads, Wanted, no_article
 from jaxlm.errors import UserError
 from jaxlm.io import temporary
 
@@ -202,7 +202,7 @@ class _Reading:
 
     def articles(self, part: Part) -> Iterator[Article]:
         """Yield the articles of a part. Raises UserError for a bad row."""
-        if self.reads == "pairs":
+        if self.reads in OF_TWO:
             yield from self._pairs(part)
             return
         if self.reads == "tags":
@@ -251,17 +251,18 @@ class _Reading:
             yield number, self._split(part, texts[0]), texts[0], name, *texts[1:]
 
     def _pairs(self, part: Part) -> Iterator[Article]:
-        """Yield a prompt and its answer in turn. Raises UserError for one that is none."""
+        """Yield a prompt and its answer, or two texts, in turn. Raises UserError for one that is none."""
+        names = ("prompt", "answer") if self.reads == "pairs" else ("text", "pair")
         for number, *texts in part.rows():
-            for name, text in zip(("prompt", "answer"), texts, strict=True):
+            for name, text in zip(names, texts, strict=True):
                 if not isinstance(text, str):
                     what = "missing" if text is None else f"of type {type(text).__name__}, not a string"
                     raise part.bad(number, f"the {name} is {what}; mend it or set data.{name}_column")
                 if not text.strip():
                     raise part.bad(number, f"the {name} is empty; write one, or leave the row out")
-            prompt, answer = texts
-            # By the prompt alone: one that has several answers is in one split only.
-            yield from pair(self._split(part, prompt), prompt, answer)
+            # By the first alone: a prompt that has several answers is in one split only.
+            split = self._split(part, texts[0])
+            yield from pair(split, *texts) if self.reads == "pairs" else (Article(split, text, -1) for text in texts)
 
     def _words(self, part: Part) -> Iterator[Article]:
         """Yield each word of a sentence, with its tag as a label. Raises UserError for a tag that is no class."""

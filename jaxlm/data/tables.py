@@ -18,7 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from jaxlm.data.parts import MOST_COLUMNS, WHOLE, Row, Table, Wanted, check_width, guarded, no_article
+from jaxlm.data.parts import MOST_COLUMNS, OF_TWO, WHOLE, Row, Table, Wanted, check_width, guarded, no_article
 from jaxlm.errors import UserError
 from jaxlm.io import utf8
 
@@ -218,7 +218,7 @@ def _csv_table(path: Path, kind: str, head: str, wanted: Wanted) -> Table:
     names = first if is_header else [str(column) for column in range(len(first))]
     shown = names if is_header else [f"{column} ({cell[:30]})" for column, cell in enumerate(first)]
     # The raw release of CoLA: source, label, mark, text.
-    is_cola = wanted.reads != "pairs" and all(len(row) == 4 and row[1] in ("0", "1") for row in rows)
+    is_cola = wanted.reads not in OF_TWO and all(len(row) == 4 and row[1] in ("0", "1") for row in rows)
     by_number: Any = (("3",), ("1",), ()) if is_cola else ((), (), ())
     if is_sts:
         by_number = (("5",), ("4",), ("6",))

@@ -93,13 +93,14 @@ def evaluate(
     trained: LoadedModel, samples: Samples, batch_size: int = BATCH_SIZE, split: str = "", data: str = ""
 ) -> Evaluation:
     """Return the evaluation of samples; `split` and `data` are their names for the output."""
-    task, articles = trained.task, _articles(samples)
+    task: Any = trained.task
+    articles = _articles(samples)
     groups, drawn = _groups(articles)
     totals = totals_of_samples(trained, samples, batch_size) | _constants(samples, articles)
     grouped = {name: _grouped(totals[name], groups) for name in totals.keys() - {"prediction", "probability"}}
     sums = {name: x.reshape(-1, 2) if name in metrics.LISTED else x.sum(axis=0) for name, x in grouped.items()}
     intervals = bootstrap(grouped, functools.partial(_scores, task))
-    baseline: Mapping[str, float] = task.baseline(samples)
+    baseline: Mapping[str, float] = task.chance(len(samples)) if task.ranks else task.baseline(samples)
     lower = (*task.lower_is_better, "calibration_error")
     scores = {
         name: Score(value, *intervals[name], baseline.get(name), "lower" if name in lower else "higher")
@@ -182,7 +183,9 @@ def totals_of_samples(trained: LoadedModel, samples: Samples, batch_size: int) -
     """
     devices = jax.local_devices()
     models = [jax.device_put(trained.model, device) for device in devices]
-    compiled = jax.jit(jax.vmap(functools.partial(_one, trained), in_axes=(None, 0)))
+    task: Any = trained.task
+    one_by_one = jax.vmap(functools.partial(_one, trained), in_axes=(None, 0))
+    compiled = jax.jit(task.predict if task.ranks else one_by_one)
     ahead: list[Any] = []
     done: list[Any] = []
     with RunLog(stderr=True).pass_bar("scoring the samples", len(samples)) as show:
@@ -193,6 +196,8 @@ def totals_of_samples(trained: LoadedModel, samples: Samples, batch_size: int) -
                 done.append(jax.device_get(ahead.pop(0)))
             show(i * batch_size)
     done += jax.device_get(ahead)
+    if task.ranks:
+        return dict(task.ranked(np.concatenate(done)[: len(samples)]))
     return {name: np.concatenate([totals[name] for totals in done])[: len(samples)] for name in done[0]}
 
 

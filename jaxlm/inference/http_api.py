@@ -45,6 +45,7 @@ from jaxlm.inference.predictors import (
     Answer,
     Classify,
     Continue,
+    Embed,
     FillMasks,
     Look,
     Predict,
@@ -120,6 +121,11 @@ class Tagged(BaseModel):
     spans: list[Span]
 
 
+class Embedded(BaseModel):
+    text: str
+    vector: list[float] = Field(description="of length 1")
+
+
 class Predicted(BaseModel):
     model_config = ConfigDict(extra="allow")  # fields of the task's `answer`
 
@@ -154,6 +160,7 @@ KINDS: dict[type[Predictor], tuple[str, str, type[BaseModel]]] = {
     Classify: ("classify", "Classify a text", Classified),
     Predict: ("predict", "Predict", Predicted),
     Tag: ("tag", "Find names", Tagged),
+    Embed: ("predict", "Embed a text", Embedded),
     Look: ("look", "Attention", Attended),
 }
 PLAIN = {"content": {"text/plain": {"schema": {"type": "string"}}}}
@@ -271,7 +278,7 @@ def _asked(predictor: Predictor, limits: Limits) -> type[BaseModel]:
     """Return the schema of a request for an answer; its first field is the text."""
     model, defaults = predictor.model, predictor.options
     Taken = Annotated[str, _check_of(predictor.encode)]  # noqa: N806  # it is a type
-    takes = predictor.wants + ("" if isinstance(predictor, Tag) else f"; at most {model.seq_len} tokens")
+    takes = predictor.wants + ("" if isinstance(predictor, Tag | Embed) else f"; at most {model.seq_len} tokens")
     if isinstance(predictor, FillMasks):
         most = min(model.vocab_size, 100)
 

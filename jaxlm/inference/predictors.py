@@ -13,6 +13,8 @@ import numpy as np
 from jax import Array
 from tokenizers import decoders
 
+from jaxlm import heads
+from jaxlm.config import EMBED
 from jaxlm.data import tagged, tags, tokenization
 from jaxlm.data.samples import IGNORED, marks
 from jaxlm.data.sources import PROMPT_END
@@ -22,6 +24,7 @@ from jaxlm.inference.decode import Decoder, Sampling
 from jaxlm.inference.load import LoadedModel
 from jaxlm.io import utf8
 from jaxlm.model import Transformer
+from jaxlm.tasks.parameters import model_kind
 
 N_ROWS = 16  # texts that go through the model together, at most
 N_MASKS = 16  # masks that are guessed together, whatever texts they are of
@@ -224,6 +227,64 @@ class Look(Predictor):
         for row, text in zip(types_BT, texts, strict=False):
             row[len(self._framed(self._ids(self.texts(text)[0]))) : len(self.encode(text))] = 1
         return {"types": types_BT}
+
+
+class Embed(Look):
+    """Tells the embedding of a text: of any model with a base, of which no output layer is used.
+
+    `pooling` is as in model.pooling, "": that of the model, and where it has none, the last token of a causal model and
+    else the mean. What is longer than the model takes is cut.
+    """
+
+    wants = "a text to embed"
+
+    def __init__(self, trained: LoadedModel, pooling: str = ""):
+        super().__init__(trained)
+        is_causal = model_kind(trained.config.task) == "causal" or self.model.pooling == "last"
+        self.marks = (self.specials["article"],) * 2 if is_causal else marks(self.model, self.specials)
+        has_own = trained.config.task == EMBED
+        self.pooling = pooling or (self.model.pooling if has_own else "last" if is_causal else "mean")
+        self.compiled = jax.jit(
+            lambda model, ids_BT, last_B: heads.embeddings(model.base(ids_BT), last_B, self.pooling)
+        )
+
+    def __call__(self, texts: Sequence[str]) -> list[Answer]:
+        vectors = self.vectors(texts, is_short=False).astype(np.float64).tolist()
+        return [{"text": text, "vector": vector} for text, vector in zip(texts, vectors, strict=True)]
+
+    def vectors(self, texts: Sequence[str], is_short: bool = True) -> np.ndarray:
+        """Return the embeddings of texts, float32 [N, D] of length 1.
+
+        Texts of like length go together. If rows are `is_short`, they are as long as the next power of two, which
+        compiles a few shapes; else as long as the model takes.
+        """
+        all_ids = [self.encode(text) for text in texts]
+        order = np.argsort([len(ids) for ids in all_ids], kind="stable")
+        found_ND = np.zeros((len(texts), self.model.d_model), np.float32)
+        for first in range(0, len(texts), N_ROWS):
+            some = order[first : first + N_ROWS]
+            rows = _filled_up([all_ids[i] for i in some])
+            longest = max(8, 1 << (len(rows[-1]) - 1).bit_length()) if is_short else self.model.seq_len
+            last_B = np.array([len(ids) - 1 for ids in rows], np.int32)
+            vectors_BD = self.compiled(self.trained.model, self._padded(rows)[:, :longest], last_B)
+            found_ND[some] = np.asarray(vectors_BD)[: len(some)]
+        return found_ND
+
+    def nearest(self, query: str, texts: Sequence[str], top_k: int) -> list[Answer]:
+        """Return the texts whose embeddings have the largest cosines with that of the query, the largest first."""
+        vectors_ND = self.vectors([query, *texts])
+        cosines_N = vectors_ND[1:] @ vectors_ND[0]
+        order = np.argsort(-cosines_N, kind="stable")[:top_k].tolist()
+        return [{"query": query, "text": texts[i], "similarity": float(cosines_N[i])} for i in order]
+
+    def encode(self, text: str) -> list[int]:
+        first, last = self.marks
+        ends = [] if last is None else [last]
+        return [first, *self._ids(text)[: self.model.seq_len - 1 - len(ends)], *ends]
+
+    def shown(self, answer: Answer) -> str:
+        first = "  ".join(f"{x:.4f}" for x in answer["vector"][:4])
+        return f"{first}  ... ({len(answer['vector'])} numbers)  {answer['text']}"
 
 
 class Predict(Look):

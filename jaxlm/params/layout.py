@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm import config as configs
-from jaxlm.config import BASE
+from jaxlm.config import BASE, EMBED
 from jaxlm.errors import UserError, outside, reason
 from jaxlm.io import checksums, storage, utf8
 
@@ -65,7 +65,7 @@ def check_run(folder: Path, parts: Iterable[str] | None = None) -> None:
 def places(folder: Path, info: Mapping[str, Any], parts: Iterable[str] | None = None) -> dict[str, Path]:
     """Return the folders of arrays of a checkpoint by part, only of `parts` if given; FROZEN: the frozen base."""
     result = {part: folder / part for part in PARTS if parts is None or part in parts}
-    if info["task"] == BASE:
+    if info["task"] in (BASE, EMBED):
         result.pop("head", None)
     if "base" in result and not configs.is_whole(info["config"]):
         result[checksums.FROZEN] = folder.parent / checksums.FROZEN / "base"

@@ -39,8 +39,8 @@ _MOST_SHOWN = 6  # differences in one error message
 def shapes(config: Config, kind: str, n_outputs: int) -> Shapes:
     """Return torchlm's name and shape of every parameter of a model of heads.py, in model order.
 
-    `kind` is "masked", "causal", "classifier" (with `n_outputs`), "tagger" or BASE. As in PyTorch, a module's own
-    parameters come before those of its submodules.
+    `kind` is "masked", "causal", "classifier" (with `n_outputs`), "tagger", "embedder" or BASE. As in PyTorch, a
+    module's own parameters come before those of its submodules.
     """
     model, adapted = config.model, lora_products(config.model)
     D, F, V = model.d_model, model.n_hidden, model.vocab_size
@@ -78,7 +78,7 @@ def shapes(config: Config, kind: str, n_outputs: int) -> Shapes:
             result |= linear(f"{block}.feed_forward.{layer}", *widths[layer], model.biases in ("all", "feed_forward"))
     if model.final_norm:
         result |= norm("base.final_norm")
-    if kind == BASE:
+    if kind in ("embedder", BASE):
         return result
     if model.tied_embedding and kind not in ("classifier", "tagger"):
         result["head.bias"] = (V,)

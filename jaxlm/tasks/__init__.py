@@ -4,6 +4,7 @@ from jaxlm.tasks import glue
 from jaxlm.tasks.base import Task
 from jaxlm.tasks.classify import Classify
 from jaxlm.tasks.cola import Cola
+from jaxlm.tasks.embed import Embed
 from jaxlm.tasks.gpt import Gpt
 from jaxlm.tasks.mlm import Mlm
 from jaxlm.tasks.pairs import Pairs
@@ -18,6 +19,7 @@ TASKS: dict[str, type[Task]] = {
     "cola": Cola,
     "pairs": Pairs,
     "tag": Tag,
+    "embed": Embed,
     "classify": Classify,
     "regress": Regress,
     **glue.tasks(Classify, Regress),

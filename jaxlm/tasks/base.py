@@ -29,6 +29,7 @@ class Task(abc.ABC):
     lower_is_better: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "bits_per_byte")  # of the scores
     original_prefixes: ClassVar[tuple[str, str]] = ("base", "head")  # of the names in the original's files
     packs: ClassVar[bool] = False  # the `loss` of this class takes packed rows: it passes on `segments`
+    ranks: ClassVar[bool] = False  # jaxlm.evaluate scores all samples together, by the method `ranked`
     has_probabilities: ClassVar[bool] = False  # the softmax of the logits is of the labels: jaxlm.predict gives it
 
     def __init__(self, config: Config, classes: Sequence[str] = ()):

@@ -29,6 +29,8 @@ def n_logits(config: Config, seq_len: int = 0) -> tuple[int, int]:
         own = {} if config.task in parameters.BUILT_IN else parameters.shapes(config)
         n_texts = most_texts(seq_len) if data.pack == "documents" else 1
         return n_texts, own.get("head.linear.weight", (classes,))[0]
+    if kind == "embedder":
+        return 0, 0
     if kind == "tagger":  # as if each token began a word
         return seq_len, data.n_classes
     return seq_len if kind == "causal" else max(1, int(data.mask_fraction * seq_len)), model.vocab_size
@@ -63,20 +65,21 @@ def _products(config: Config, seq_len: int) -> tuple[int, list[int], int, int]:
     """
     model = config.model
     T, D, F = seq_len or model.seq_len, model.d_model, model.n_hidden
+    n_texts = 2 if parameters.model_kind(config.task) == "embedder" else 1
     positions, outputs = n_logits(config, T)
     HK, GK = model.n_heads * model.head_size, model.kv_heads * model.head_size
     widths = {"query": (D, HK), "key": (D, GK), "value": (D, GK), "output": (HK, D), "fc1": (D, F), "fc2": (F, D)}
     widths |= {"up": (D, F)} if model.mlp in GATED else {}
-    layers = 2 * T * sum(n_in * n_out for n_in, n_out in widths.values())
+    layers = n_texts * 2 * T * sum(n_in * n_out for n_in, n_out in widths.values())
     is_causal = parameters.model_kind(config.task) == "causal" or model.pooling == "last"
     # Scores of pairs of positions, and the sums they weight.
-    pairs = [2 * 2 * _n_pairs(T, model.window_of(i), is_causal) * HK for i in range(model.n_layers)]
+    pairs = [n_texts * 2 * 2 * _n_pairs(T, model.window_of(i), is_causal) * HK for i in range(model.n_layers)]
     ends = sum(sum(widths[name]) for name in names.lora_products(model))
     head = names.head_layers(model, parameters.model_kind(config.task))
     dense = sum(n_in * n_out for name, (n_in, n_out) in head.items() if name != "layernorm")
     if model.pooling == "late" and parameters.model_kind(config.task) == "classifier":
         positions = T
-    return layers, pairs, 2 * T * model.lora_rank * ends, 2 * positions * (dense + D * outputs)
+    return layers, pairs, n_texts * 2 * T * model.lora_rank * ends, 2 * positions * (dense + D * outputs)
 
 
 def _n_pairs(T: int, window: int, is_causal: bool) -> int:

@@ -9,12 +9,12 @@ from jaxlm.params.names import Prefixes, Shapes
 from jaxlm.tasks import TASKS, Task
 
 # Tasks whose models heads.py has; those of other tasks are built to look.
-BUILT_IN = ("mlm", "gpt", "sst2", "cola", "pairs", "tag", "classify", "regress", *GLUE)
+BUILT_IN = ("mlm", "gpt", "sst2", "cola", "pairs", "tag", "embed", "classify", "regress", *GLUE)
 
 
 def model_kind(task: str) -> str:
-    """Return "masked" or "causal" for a language model with outputs for the vocabulary, "tagger", BASE, or else
-    "classifier".
+    """Return "masked" or "causal" for a language model with outputs for the vocabulary, "tagger", "embedder", BASE, or
+    else "classifier".
     """
     return BASE if task == BASE else TASKS[task].samples.model_kind if task in TASKS else "classifier"
 

@@ -26,6 +26,7 @@ OF_TASK: dict[str, dict[str, Any]] = {
     "pairs": {"tokenizer.kind": "bpe", "model.pad_id": -1},
     "cola": {"model.head_outputs": "vocabulary"},
     "tag": {"data.n_labels": 3},
+    "embed": {"model.pooling": "mean"},
 }
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxlm import config as configs
-from jaxlm.config import BASE, Config, Layer, TrainConfig
+from jaxlm.config import BASE, EMBED, Config, Layer, TrainConfig
 from jaxlm.data import metrics, tokenization
 from jaxlm.data.labels import listed, numbered
 from jaxlm.data.mixture import Mix
@@ -116,8 +116,10 @@ class Start:
             names += ["tokenizer.path", "tokenizer.lowercase"]
         values = {name: stored[name] for name in names}
         is_causal = model_kind(stored["task"]) == "causal" or stored["model.pooling"] == "last"
-        if is_causal and model_kind(task) in ("classifier", "tagger"):
+        if is_causal and model_kind(task) in ("classifier", "tagger", "embedder"):
             values["model.pooling"] = "last"
+        elif task == stored["task"] == EMBED:
+            values["model.pooling"] = stored["model.pooling"]
         if not self.is_public() and not storage.is_remote(folder) and (folder / "tokenizer.json").is_file():
             values["tokenizer.path"] = str(folder / "tokenizer.json")
         return values
@@ -368,7 +370,7 @@ def _parts_of_base(given: Mapping[str, Any], start: Start) -> tuple[str, ...]:
     Output layers are kept between causal language models, and from a public model for its own task.
     """
     task, stored = given.get("task", Config().task), start.info["task"]
-    has_head = (start.is_public() and task == stored) or model_kind(task) == model_kind(stored) == "causal"
+    has_head = (start.is_public() and task == stored != EMBED) or model_kind(task) == model_kind(stored) == "causal"
     return layout.PARTS[:2] if has_head and not given.get("train.switch_training") else layout.PARTS[:1]
 
 

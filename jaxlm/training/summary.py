@@ -34,7 +34,7 @@ def start_table(start: Start, sizes: Mapping[str, Sequence[int]]) -> Table:
     """Return a table of the restored parts; `sizes` are the numbers of parameters of each tensor, by part."""
     title = f"started from {start.path}"
     result = Table("part", "tensors", "parameters", "", title=title, title_style="", title_justify="left")
-    for name in layout.PARTS:
+    for name in (part for part in layout.PARTS if part in sizes):
         origin = "restored" if name in start.parts else "new"
         result.add_row(name, str(len(sizes[name])), f"{sum(sizes[name]):,}", origin)
     position = start.position()
@@ -213,6 +213,6 @@ def _next_command(run: Run) -> str:
         n_updates = 2 * run.config.train.max_steps
         return f"train for longer: {_same_command(run)}{elsewhere} --train.max-steps {n_updates}"
     files = {"text": "your_text.txt", "labels": "reviews.tsv", "values": "scores.tsv", "pairs": "questions.jsonl"}
-    files["tags"] = "names.conll"
+    files |= {"tags": "names.conll", "couples": "pairs.tsv"}
     own = files[run.task.samples.reads]
     return f"train on your own file: {run.program} --task {run.config.task} --data.path {own}"

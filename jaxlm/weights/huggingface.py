@@ -14,7 +14,7 @@ import numpy as np
 from tokenizers import Tokenizer, processors
 
 from jaxlm import config as configs
-from jaxlm.config import BASE, Config, ModelConfig, TokenizerConfig
+from jaxlm.config import BASE, EMBED, Config, ModelConfig, TokenizerConfig
 from jaxlm.data import tokenization
 from jaxlm.data.labels import numbered
 from jaxlm.errors import UserError, reason
@@ -23,7 +23,7 @@ from jaxlm.params import names
 from jaxlm.params.names import Arrays, Shapes
 from jaxlm.params.snapshot import Snapshot
 from jaxlm.tasks import parameters
-from jaxlm.weights import formats
+from jaxlm.weights import formats, sentences
 from jaxlm.weights.families import (
     CLASS_NAMES,
     CLASSES,
@@ -124,6 +124,12 @@ def load(path: Path) -> StoredFile:
         tensors = {name: x for name, x in tensors.items() if ".pooler.dense." not in name}
     if task == BASE:  # what is not of it are output layers that are of no use here
         tensors = {name: x for name, x in tensors.items() if name.startswith(family.prefix)}
+    if task == BASE and not family.is_causal and (pooling := sentences.pooling_of(path)):
+        n = sentences.longest(path, settings["model.seq_len"])
+        settings |= {"task": (task := EMBED), "model.pooling": pooling, "model.seq_len": n}
+        if settings["model.positions"] == "learned":
+            name = f"{family.module(POSITION)}.weight"
+            tensors[name] = tensors[name][: n + family.first_position(settings["model.pad_id"])]
     settings["task"] = task
     class_names = _class_names(family.heads[task], values, tensors, path / CONFIG) if task in (CLASSES, TAGS) else []
     if class_names:
@@ -505,7 +511,7 @@ def _shapes(family: Family, config: Config, places: Mapping[str, list[str]]) -> 
 
 def _task(config: Config) -> str:
     """Return the task that a family has the head by."""
-    kinds = {"causal": "gpt", "masked": "mlm", "tagger": TAGS, BASE: BASE}
+    kinds = {"causal": "gpt", "masked": "mlm", "tagger": TAGS, "embedder": BASE, BASE: BASE}
     return kinds.get(parameters.model_kind(config.task), CLASSES)
 
 
@@ -523,8 +529,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 def check(config: Config, family: Family) -> None:
     """Raise UserError, which names the settings, unless a family has models with these."""
     task = _task(config)
-    if task not in family.heads:
-        tasks = [name for name in family.heads if name != BASE]
+    if task not in family.heads or (config.task == EMBED and family.is_causal):
+        tasks = [EMBED if name == BASE else name for name in family.heads if name != BASE or not family.is_causal]
         raise UserError(
             f"--as {family.type}: task={config.task}, but a model of {family.type} has {', '.join(tasks)} only"
         )
@@ -629,6 +635,8 @@ def write(path: Path, snapshot: Snapshot, family: Family, tokenizer: Tokenizer |
     (path / WEIGHTS).write_bytes(save(tensors, {"format": "pt"}))
     if tokenizer is not None:
         _write_tokenizer(path, tokenizer, model.seq_len)
+    if config.task == EMBED:
+        sentences.write(path, model)
 
 
 def _written_positions(family: Family, model: ModelConfig) -> dict[str, Any]:

@@ -174,7 +174,7 @@ def test_what_is_written_back_is_loaded_by_transformers_and_here(kind: str, make
 @pytest.mark.parametrize(
     ("family", "task", "settings", "message"),
     [
-        ("bert", "gpt", {}, "--as bert: task=gpt, but a model of bert has mlm, sst2, tag only"),
+        ("bert", "gpt", {}, "--as bert: task=gpt, but a model of bert has mlm, sst2, tag, embed only"),
         ("gpt2", "mlm", {}, "--as gpt2: task=mlm, but a model of gpt2 has gpt, sst2 only"),
         ("gpt2", "gpt", {"model.positions": "rotary"}, "model.positions=rotary, but a model of gpt2 has learned"),
         ("gpt2", "gpt", {"model.positions": "fixed"}, "model.final_norm=False, but a model of gpt2 has True"),

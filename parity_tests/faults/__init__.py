@@ -4,7 +4,7 @@ planting.py      how a mistake gets into a function of jaxlm or torchlm, in memo
 targets.py       the functions, which planting replaces or edits; where one moves, only its import changes
 checks.py        the checks, with their own tolerances
 model.py modern.py heads.py loss.py optimizer.py muon.py schedule.py tuning.py randomness.py data.py tags.py
-packed.py checkpoint.py
+embeddings.py packed.py checkpoint.py
                  FAULTS, by subject: lists of what goes wrong in ports
 diagnosis.py     `python -m parity_tests.faults.diagnosis`: what parity_tests.compare says of each
 expected.py      what it should say: the cause and the module of each
@@ -25,6 +25,7 @@ from parity_tests.compare.rows import Row, badness
 from parity_tests.faults import (
     checkpoint,
     data,
+    embeddings,
     heads,
     loss,
     model,
@@ -41,7 +42,22 @@ from parity_tests.faults.checks import CHECKS, once
 from parity_tests.faults.planting import Fault
 from parity_tests.packages import PACKAGES, Package
 
-SUBJECTS = (model, modern, heads, data, tags, packed, checkpoint, loss, tuning, optimizer, muon, schedule, randomness)
+SUBJECTS = (
+    model,
+    modern,
+    heads,
+    data,
+    tags,
+    embeddings,
+    packed,
+    checkpoint,
+    loss,
+    tuning,
+    optimizer,
+    muon,
+    schedule,
+    randomness,
+)
 FAULTS: list[Fault] = [fault for subject in SUBJECTS for fault in subject.FAULTS]
 
 

@@ -68,6 +68,7 @@ CHECKS: dict[str, Callable[[type[Package]], list[Row]]] = {
     ),
     "BERT of transformers": of_one(references, references.bert),
     "BERT of transformers that tags": of_one(references, lambda: references.bert("tag")),
+    "BERT of transformers that embeds": of_one(references, references.sentence_bert),
     "spans of seqeval": of_one(references, references.spans),
     "GPT-2 of transformers": of_one(references, references.gpt2),
     "GPT-2 of transformers that classifies": of_one(references, lambda: references.gpt2("sst2")),

@@ -21,6 +21,7 @@ from jaxlm.ops import local_attention, position_tables
 from jaxlm.ops import plain_attention as jax_attention
 from jaxlm.ops import token_positions as jax_positions
 from jaxlm.params import frozen, names
+from jaxlm.tasks.embed import Embed as JaxEmbed
 from jaxlm.tasks.gpt import Gpt as JaxGpt
 from jaxlm.tasks.mlm import Mlm as JaxMlm
 from jaxlm.tasks.regress import Regress as JaxRegress
@@ -38,6 +39,7 @@ from torchlm.ops import dropout as torch_dropout
 from torchlm.ops import layers as torch_layers
 from torchlm.ops import plain_attention as torch_attention
 from torchlm.ops import token_positions as torch_positions
+from torchlm.tasks.embed import Embed as TorchEmbed
 from torchlm.tasks.gpt import Gpt as TorchGpt
 from torchlm.tasks.mlm import Mlm as TorchMlm
 from torchlm.tasks.regress import Regress as TorchRegress
@@ -84,6 +86,8 @@ regression = Pair(JaxRegress.totals, TorchRegress.totals)
 gpt_loss = Pair(JaxGpt.loss, TorchGpt.loss)
 lm_loss = jax_heads.LanguageModel.loss
 mlm_loss = Pair(JaxMlm.loss, TorchMlm.loss)
+embeddings = Pair(jax_heads.embeddings, torch_heads.embeddings)
+embed_loss = Pair(JaxEmbed.loss, TorchEmbed.loss)
 tag_totals = Pair(JaxTag.totals, TorchTag.totals)
 distilled = Pair(jax_distill.loss, torch_distill.loss)
 soft_loss = Pair(jax_distill.soft_loss, torch_distill.soft_loss)

@@ -4,6 +4,7 @@ from jaxlm.tasks import glue
 from torchlm.tasks.base import Task
 from torchlm.tasks.classify import Classify
 from torchlm.tasks.cola import Cola
+from torchlm.tasks.embed import Embed
 from torchlm.tasks.gpt import Gpt
 from torchlm.tasks.mlm import Mlm
 from torchlm.tasks.pairs import Pairs
@@ -18,6 +19,7 @@ TASKS: dict[str, type[Task]] = {
     "cola": Cola,
     "pairs": Pairs,
     "tag": Tag,
+    "embed": Embed,
     "classify": Classify,
     "regress": Regress,
     **glue.tasks(Classify, Regress),
