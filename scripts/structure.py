@@ -39,7 +39,7 @@ CORE = (
     *("train", "loop", "step", "loss", "model", "heads", "optim", "schedule", "checkpoint", "parallel", "generate"),
     *("distill", "tasks"),
 )
-MOST_CORE = 2_800  # lines; each task is a file of about a hundred
+MOST_CORE = 2_950  # lines; each task is a file of about a hundred
 MOST_LINES = 22_000  # of the whole package: to be lowered whenever a room shrinks, down to GOAL
 GOAL = 13_700
 
