@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from jaxlm.io import utf8
 PARQUET = b"PAR1"  # how such a file begins
 FORMATS = {"txt": "text", "csv": "csv", "tsv": "tsv", "jsonl": "jsonl", "json": "jsonl", "parquet": "parquet"}
 HEAD = 1 << 18  # bytes at the start of a text that tell what separates its documents
+SHARD = re.compile(r"-[0-9]+-of-[0-9]+$")  # ends the stem of one of several files of a split
 Tree = tuple[list[Path], list[Path]]  # files that may be a document each, and those that are left out
 NO_TREE: Tree = ([], [])
 MOST_HEAD = 1 << 23  # characters in which the first row of a table ends
@@ -114,7 +116,8 @@ def _raised(error: OSError) -> None:
 
 
 def _stem(file: Path) -> str:
-    return file.name.partition(".")[0].lower()
+    """Return the name of a file before its first dot, without the number of a shard, as in train-00000-of-00010."""
+    return SHARD.sub("", file.name.partition(".")[0].lower())
 
 
 def _folder_files(folder: Path, config: DataConfig, notes: list[str]) -> list[tuple[str, Path]]:
@@ -147,13 +150,13 @@ def _folder_files(folder: Path, config: DataConfig, notes: list[str]) -> list[tu
         if {_stem(file) for file in files} == {"dev", "val"}:  # as WNLI has them, where val is a part of its train
             notes.append(f"not used beside dev: {_some([file for file in files if _stem(file) == 'val'])}")
             files[:] = [file for file in files if _stem(file) == "dev"]
-        if len(files) > 1:
+        if len(files) > 1 and not all(SHARD.search(file.name.partition(".")[0]) for file in files):
             rule = f"{_some(files, ' and ')} are each the {split} part"
             raise UserError(f"data.path={folder}: {rule}; move all but one elsewhere")
     unnamed = [f for f in unnamed if f.name not in (Path(config.validation_path).name, Path(config.test_path).name)]
     if unnamed:
         notes.append(f"not used, as the name says no part: {_some(unnamed)}")
-    return [(split, file) for split, (file,) in found.items()]
+    return [(split, file) for split, files in found.items() for file in files]
 
 
 def _some(files: list[Path], between: str = ", ", most: int = 5) -> str:

@@ -9,7 +9,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
-import http.client
 import json
 import re
 import threading
@@ -28,7 +27,8 @@ from jaxlm.errors import UserError, note, os_errors
 from jaxlm.io import temporary, utf8
 
 AHEAD = 3  # files that are fetched at once: the one that is read, and those behind it
-MOST_TRIES, WAIT_S = 7, 0.25  # of a request without an answer; the wait doubles each time
+FIRST_TRIES, MOST_TRIES = 4, 7  # of a request without an answer, which asks for what there is, or for content
+WAIT_S = 0.25  # between the first two; it doubles each time
 TIMEOUT_S = 30  # without a byte
 BLOCK = 1 << 20  # bytes written at once
 RANGE = 1 << 23  # bytes of one request to what fsspec reads
@@ -189,18 +189,22 @@ def _version(answer: Any) -> str:
 
 def _tried(url: str, request: Callable[[], T]) -> T:
     """Return what a request returns, after errors that may pass at another try. Raises UnreachableError, or others."""
-    for i in range(MOST_TRIES):
+    for i in range(FIRST_TRIES):
         try:
             return request()
-        except (OSError, http.client.HTTPException) as error:
-            if isinstance(error, FileNotFoundError | PermissionError) or not _may_pass(error):
+        except Exception as error:  # of the clients that fsspec uses, too: of many types
+            if not _may_pass(error):
                 raise
             reason = error
         time.sleep(WAIT_S * 2**i)
-    raise UnreachableError(f"{url}: cannot be reached ({reason}); {FETCH_AGAIN}") from reason
+    raise UnreachableError(
+        f"{url}: cannot be reached ({' '.join(str(reason).split())[:200]}); {FETCH_AGAIN}"
+    ) from reason
 
 
 def _may_pass(error: Exception) -> bool:
+    if isinstance(error, UserError | FileNotFoundError | PermissionError | _DiskError):
+        return False
     return not isinstance(error, urllib.error.HTTPError) or error.code in PASSING
 
 
@@ -237,8 +241,8 @@ def fetch(file: File, target: Path) -> None:
                 if place == file.size or file.size < 0:
                     break
                 reason: Exception = OSError(f"{place} of {file.size} bytes came")
-            except (OSError, http.client.HTTPException) as error:
-                if isinstance(error, _DiskError) or not _may_pass(error):
+            except Exception as error:
+                if not _may_pass(error):
                     raise
                 reason = error
             n_failures += 1

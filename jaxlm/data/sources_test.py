@@ -1112,6 +1112,17 @@ print([name for name in ("jax", "torch") if name in sys.modules])
 """
 
 
+def test_shards_of_a_split_are_read_together(tmp_path):
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "validation-00000-of-00001"):
+        write_parquet(tmp_path / f"{name}.parquet", text=[f"row of {name}"])
+    found = articles(path=str(tmp_path), test_fraction=0.0)
+    assert [(article.split, article.text) for article in found] == [
+        ("train", "row of train-00000-of-00002"),
+        ("train", "row of train-00001-of-00002"),
+        ("validation", "row of validation-00000-of-00001"),
+    ]
+
+
 def test_unreachable_hub_is_one_line(tmp_path):
     # A port of this machine that nothing listens on.
     out = run(OPEN.format(config="c"), HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path), HF_HUB_OFFLINE="0")

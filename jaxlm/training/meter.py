@@ -33,12 +33,12 @@ class Meter:
         self._restart_clock()
 
     def _restart_clock(self) -> None:
-        self.tokens, self.flops, self.clock_s = 0, 0, time.monotonic()
+        self.tokens, self.flops, self.clock_s = 0, 0.0, time.monotonic()
 
     def add(self, i: int, metrics: Any, n_tokens: int, n_positions: int, n_flops: int) -> int:
         """Read the metrics of the previous update, and keep those of update `i`; return what `flush` returns.
 
-        `n_tokens` counts the positions of update `i` without padding, `n_positions` all.
+        `n_tokens` counts the positions of update `i` without padding, `n_positions` all; `n_flops` is for all.
         """
         bad = self.flush()
         self.pending = (i, metrics, n_tokens / n_positions)
@@ -49,7 +49,7 @@ class Meter:
             self._restart_clock()
         else:
             self.tokens += n_tokens
-            self.flops += n_flops
+            self.flops += n_flops * n_tokens / n_positions  # those of padding are of no use
             self.show(i, "")
         return bad
 
