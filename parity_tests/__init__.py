@@ -20,7 +20,7 @@ All else is the project's own cases, which are not in the wheel:
     inputs.py        long, padded and extreme inputs, and every optional setting of the model
     packed.py        packed rows against the same documents unpacked
     references.py    PyTorch's own attention, layers and optimizer, NumPy, transformers, finite differences
-    families.py      models of transformers with the modern block, over 12 updates
+    families.py      recorded models of transformers with the modern block, over 12 updates (family_cases/)
     checks.py        all checks by name; checks_test.py asserts that they pass
     original.py      the original once more, to record further cases
     randomness.py    start values, and the seeds of dropout

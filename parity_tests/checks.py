@@ -181,7 +181,10 @@ def _checks() -> dict[str, Callable[[], list[Row]]]:
     for name in ("three labels", "the last token"):
         add(f"{name}: tag", inputs.option, "tag", name)
     for name in families.SETTINGS:
-        add(f"transformers: {name}", families.family, name)
+        add(f"recorded from transformers: {name}", families.family, name)
+    for name, task in (("ModernBERT", "mlm"), ("Qwen3", "gpt")):
+        changes = {"model.n_heads": 4, "model.d_ff": 10} | families.SETTINGS[name]
+        add(f"float64: {task} of {name}'s design", drift.float64, task, **changes)
     add("dropout statistics", drift.dropout_statistics)
     for task in _TASKS:
         for name, (layers, changes) in _BLOCKS.items():
@@ -220,7 +223,14 @@ FAST = {
     *("transformers: GPT-2", "transformers: BERT that tags", "transformers: BERT that embeds", "seqeval: spans"),
     *("attention of PyTorch: mlm", "layers of PyTorch: gpt", "post-norm layers of PyTorch: sst2"),
     *("finite differences: gpt", "edges: mlm", "4096 positions: mlm"),
-    *("float64: mlm", "float64: gpt", "dropout: gpt", "dropout statistics", "rotary, no pad: gpt"),
+    *(
+        "recorded from transformers: ModernBERT",
+        "float64: mlm",
+        "float64: gpt",
+        "dropout: gpt",
+        "dropout statistics",
+        "rotary, no pad: gpt",
+    ),
     *("packed: mlm, rotary positions", "packed: sst2"),
     *("two texts: classify", "two texts, the last token: regress"),
     *("distillation: mlm", "layer decay, frozen: gpt", "Muon: gpt", "LoRA of rank 1 everywhere: gpt"),

@@ -1,6 +1,7 @@
 """All checks, the fast ones by default; that tolerances go by what was measured, and that checks notice a mistake."""
 
 import dataclasses
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torchlm.ops.layers
 from jaxlm.config import Config, ModelConfig
 from parity_tests import case as cases
-from parity_tests import checks, rounding, trajectory
+from parity_tests import checks, families, rounding, trajectory
 from parity_tests.checks import CHECKS, FAST
 from parity_tests.compare.rows import Row, table, worst
 from parity_tests.compare.tolerances import FLOAT32, ROUNDING
@@ -44,6 +45,18 @@ def test_bounds_are_four_to_twenty_times_what_rounding_does() -> None:
 def test_no_recorded_case_needs_more_than_the_bounds_as_they_stand(name: str) -> None:
     plan = cases.load(cases.CASES / name).plan()
     assert rounding.bounds(plan, trajectory.run(Torchlm, plan)) == FLOAT32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", families.SETTINGS)
+def test_transformers_still_computes_what_was_recorded(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    families.record(name, tmp_path)
+    with np.load(tmp_path / f"{name.lower()}.npz") as found, np.load(families.FOLDER / f"{name.lower()}.npz") as want:
+        assert found.keys() == want.keys()
+        for key in want:
+            # Its sines are float32, and other processors round them otherwise.
+            np.testing.assert_allclose(found[key], want[key], rtol=0, atol=1e-5 * max(1, np.abs(want[key]).max()))
 
 
 @pytest.mark.slow

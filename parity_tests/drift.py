@@ -55,9 +55,10 @@ def config_of(task: str, **changes: Any) -> Config:
     )
 
 
-def float64(task: str, n_updates: int = 200) -> list[Row]:
+def float64(task: str, n_updates: int = 200, **changes: Any) -> list[Row]:
     """Return how far the packages are apart in float64, where differences are those of the mathematics."""
-    plan = random_plan(f"{task} in float64", config_of(task, **{"train.max_steps": n_updates}), SEEDS[task])
+    config = config_of(task, **changes | {"train.max_steps": n_updates})
+    plan = random_plan(f"{task} in float64", config, SEEDS[task])
     jaxlm, torchlm = (trajectory.run(package, plan, "float64") for package in PACKAGES)
     rows = trajectory.compare(plan.name, "jaxlm, torchlm", jaxlm, torchlm, FLOAT64)
     return [*rows, clipping(plan, torchlm)]

@@ -1,5 +1,14 @@
-"""Models of transformers with the modern block, small and random: logits, loss, gradients, and 12 AdamW updates."""
+"""Recorded models of transformers with the modern block, small and random: a batch, and 12 AdamW updates.
 
+    python -m parity_tests.families    # records family_cases/ anew, with transformers 5
+
+`family_cases/NAME.npz` has `start/NAME` and `final/NAME` weights, `batches/NAME`, `losses`, and `logits` and
+`gradients/NAME` of batch 0, all under torchlm's names and in float64 but for the start. The checks read it without
+transformers.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,8 +22,10 @@ from parity_tests.compare.tolerances import FLOAT32
 from parity_tests.drift import config_of
 from parity_tests.packages import PACKAGES
 from parity_tests.plan import Plan, random_plan
-from parity_tests.trajectory import Row
+from parity_tests.trajectory import First, Row
+from torchlm import schedule
 
+FOLDER = Path(__file__).parent / "family_cases"
 N_UPDATES = 12
 _SIZES = {"model.vocab_size": 17, "model.d_model": 12, "model.n_heads": 4, "model.seq_len": 11, "model.d_ff": 10}
 _LLAMA = {
@@ -39,56 +50,102 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+@dataclass(frozen=True)
+class Recorded:
+    """What a model of transformers made of a plan."""
+
+    first: First  # of batch 0 at the start
+    losses: np.ndarray
+    final: Arrays
+
+
 def family(name: str) -> list[Row]:
-    """Return how far both packages are from a model of transformers: a batch, losses of updates, and final weights.
+    """Return how far both packages are from a recorded model: logits, gradients of a batch, updates, final weights.
 
     In float64 but for their sines and cosines, whose float32 ours differ from by a rounding.
     """
-    train = {"train.max_steps": N_UPDATES, "train.accumulate": 1, "train.warmup_steps": 2, "train.decay_steps": 10}
-    config = config_of("mlm" if name == "ModernBERT" else "gpt", **(_SIZES | SETTINGS[name] | train))
-    # Without pads: theirs has NaN at pads that are farther than the window from all tokens.
-    plan = random_plan(f"transformers' {name}", config, seed=10, pad_share=0.0)
-    model, names = _model(name, config), _names(name, config)
-    state = {theirs: torch.tensor(np.concatenate([plan.start[x] for x in ours])) for theirs, ours in names.items()}
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    assert not unexpected and not [x for x in missing if x not in ("lm_head.weight", "decoder.weight")], missing
-    model = model.double().eval()
-    runs = {package.name: trajectory.run(package, plan, "float64") for package in PACKAGES}
-    gradients, losses, final = _trained(model, plan, names, runs["jaxlm"].rates)
+    plan, want = load(name)
     rows = []
-    for package, run in runs.items():
-        added = trajectory._Rows(plan.name, package, config)
-        added.add_tensors("gradients of batch 0", run.first.gradients, gradients, FLOAT32.gradients, 0)
-        added.add_updates("losses", run.losses, losses, losses, FLOAT32.losses)
-        added.add_weights("final weights", run.final, final, plan.start, float(np.sum(run.rates)), FLOAT32)
+    for package in PACKAGES:
+        run = trajectory.run(package, plan, "float64")
+        added = trajectory._Rows(plan.name, package.name, plan.config)
+        added.rows += trajectory.compare_first(plan.name, package.name, plan.config, run.first, want.first, FLOAT32)
+        added.add_updates("losses", run.losses, want.losses, want.losses, FLOAT32.losses)
+        added.add_weights("final weights", run.final, want.final, plan.start, float(np.sum(run.rates)), FLOAT32)
         rows += added.rows
     return rows
 
 
-def _trained(model: nn.Module, plan: Plan, names: dict[str, list[str]], rates: Any) -> tuple[Arrays, Any, Arrays]:
-    """Return the gradients of the first batch, the losses of updates by PyTorch's AdamW, and the final weights."""
+def load(name: str) -> tuple[Plan, Recorded]:
+    """Return what was to be done, and what transformers' model made of it."""
+    config = settings(name)
+    with np.load(FOLDER / f"{name.lower()}.npz") as file:
+        arrays = dict(file)
+
+    def named(kind: str) -> Arrays:
+        return {x.removeprefix(f"{kind}/"): y for x, y in arrays.items() if x.startswith(f"{kind}/")}
+
+    batches = [{key: x[i] for key, x in named("batches").items()} for i in range(N_UPDATES)]
+    evaluated = {key: x[0] for key, x in batches[-1].items()}
+    first = First(arrays["logits"], float(arrays["losses"][0]), named("gradients"))
+    plan = Plan(f"transformers' {name}", config, named("start"), batches, evaluated)
+    return plan, Recorded(first, arrays["losses"], named("final"))
+
+
+def record(name: str, folder: Path = FOLDER) -> None:
+    """Write what transformers' model makes of random weights and batches, as FOLDER has it."""
+    config = settings(name)
+    # Without pads: theirs has NaN at pads that are farther than the window from all tokens.
+    plan = random_plan(name, config, seed=10, pad_share=0.0)
+    model, names = _model(name, config), _names(name, config)
+    state = {theirs: torch.tensor(np.concatenate([plan.start[x] for x in ours])) for theirs, ours in names.items()}
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert not unexpected and not [x for x in missing if x not in ("lm_head.weight", "decoder.weight")], missing
+    found = _trained(model.double().eval(), plan, names)
+    batches = {key: np.stack([batch[key] for batch in plan.batches]) for key in plan.batches[0]}
+    groups = {
+        "start": plan.start,
+        "batches": batches,
+        "gradients": found.first.gradients,
+        "final": found.final,
+    }
+    arrays = {f"{kind}/{key}": x for kind, group in groups.items() for key, x in group.items()}
+    np.savez_compressed(folder / f"{name.lower()}.npz", logits=found.first.logits, losses=found.losses, **arrays)
+
+
+def settings(name: str) -> Config:
+    """Return the settings of a recorded model and its training."""
+    train = {"train.max_steps": N_UPDATES, "train.accumulate": 1, "train.warmup_steps": 2, "train.decay_steps": 10}
+    return config_of("mlm" if name == "ModernBERT" else "gpt", **(_SIZES | SETTINGS[name] | train))
+
+
+def _trained(model: nn.Module, plan: Plan, names: dict[str, list[str]]) -> Recorded:
+    """Return what a model makes of a plan, with PyTorch's AdamW."""
     train, parameters = plan.config.train, dict(model.named_parameters())
     groups = [
         {"params": [x for x in parameters.values() if (x.ndim > 1) == decays], "weight_decay": decay}
         for decays, decay in ((True, train.weight_decay), (False, 0.0))
     ]
     optimizer = torch.optim.AdamW(groups, betas=(train.beta1, train.beta2), eps=train.epsilon)
-    gradients: Arrays = {}
-    losses = []
-    for rate, accumulated in zip(rates, plan.batches, strict=True):
+    rate = schedule.learning_rate(train)
+    firsts, losses = [], []
+    for i, accumulated in enumerate(plan.batches):
         batch = {key: x[0] for key, x in accumulated.items()}
         tokens = torch.from_numpy(np.int64(batch["tokens"]))
         mask = (tokens != plan.config.model.pad_id).long()
-        loss = references._mean_loss(model(input_ids=tokens, attention_mask=mask).logits, batch)
+        logits = model(input_ids=tokens, attention_mask=mask).logits
+        loss = references._mean_loss(logits, batch)
         loss.backward()
-        gradients = gradients or _split({name: x.grad for name, x in parameters.items()}, names, plan.start)
+        losses.append(float(loss.detach()))
+        if i == 0:
+            gradients = _split({name: x.grad for name, x in parameters.items()}, names, plan.start)
+            firsts.append(First(logits.detach().numpy(), losses[0], gradients))
         nn.utils.clip_grad_norm_(parameters.values(), train.clip_norm)
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = float(rate(i))
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-    return gradients, np.array(losses), _split(parameters, names, plan.start)
+    return Recorded(firsts[0], np.array(losses), _split(parameters, names, plan.start))
 
 
 def _split(tensors: Any, names: dict[str, list[str]], like: Arrays) -> Arrays:
@@ -163,3 +220,8 @@ def _names(name: str, config: Config) -> dict[str, list[str]]:
             if theirs != "attn_norm" or i > 0:
                 names[f"model.layers.{i}.{theirs}.weight"] = [f"base.blocks.{i}.{x}.weight" for x in ours]
     return names | ({"decoder.bias": ["head.bias"]} if name == "ModernBERT" else {})
+
+
+if __name__ == "__main__":
+    for family_name in SETTINGS:
+        record(family_name)
