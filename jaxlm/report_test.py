@@ -191,7 +191,7 @@ def test_curves_of_different_tasks_have_axes_of_their_own(tmp_path: Path) -> Non
 
 def test_losses_of_other_tokens_are_said_to_be(tmp_path: Path) -> None:
     one, other = write(tmp_path / "one", "gpt"), write(tmp_path / "other", "gpt", **{"data.path": "other.txt"})
-    assert "These runs differ in data.path: losses" in page_of(one, other)[1].text
+    assert "These runs differ in data.path, so losses" in page_of(one, other)[1].text
     assert "These runs differ" not in page_of(one, write(tmp_path / "third", "gpt"))[1].text
 
 

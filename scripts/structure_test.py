@@ -103,3 +103,12 @@ def test_the_sizes_are_those_of_the_readme_and_within_their_limits() -> None:
     assert structure.summary() in " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     assert sum(counts[name] for name in structure.CORE) <= structure.MOST_CORE
     assert sum(counts.values()) <= structure.MOST_LINES
+
+
+def test_the_six_files_of_the_readme_have_about_the_lines_that_it_says() -> None:
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    stated = re.findall(r"^\| \[`(jaxlm/\S+\.py)`\]\(\1\) \| (\d+) \|", page, re.MULTILINE)
+    assert len(stated) == 6
+    for path, n in stated:
+        lines = len((ROOT / path).read_text(encoding="utf-8").splitlines())
+        assert abs(lines - int(n)) <= 0.15 * lines, (path, lines)
