@@ -90,6 +90,9 @@ class TokenizerConfig:
     kind: Literal["wordpiece", "bpe", "bytes", "characters"] = "wordpiece"
     vocab_size: Annotated[int, Meta(ge=300, le=MOST)] = 4096  # largest size of a trained vocabulary
     lowercase: bool = True  # whether a trained WordPiece ignores case and accents
+    # Special tokens around a text. task: those of the task; file: those that tokenizer.json puts there, perhaps none.
+    marks: Literal["task", "file"] = "task"
+    end_ids: str = ""  # ids of tokens that end a continuation, besides the end of the text, as in 7,9
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -623,6 +626,8 @@ def check_model(config: Config) -> None:
     """Raise UserError for settings that no model can have together."""
     model, shown = config.model, functools.partial(_shown, config)
     head_size = model.head_size
+    if not re.fullmatch(r"(\d+(,\d+)*)?", config.tokenizer.end_ids):
+        raise UserError(f"{shown('tokenizer.end_ids')}: has to be ids of tokens with commas between them, as in 7,9")
     if model.d_model % model.n_heads and not model.head_dim:
         fits = _either(_multiples(model.d_model, model.n_heads))
         raise UserError(f"{shown('model.d_model')} is not divisible by {shown('model.n_heads')}; use {fits}")

@@ -87,6 +87,7 @@ def test_dump_is_read_back_to_the_same_settings(tmp_path):
         choices = {"data.format": "tsv", "data.header": "no", "data.documents": "file", "data.stride": 3}
         choices |= {"data.pack": "documents", "train.group_by_length": False}  # one of the two
         choices |= {"model.positions": "rotary", "tokenizer.kind": "bpe"}
+        choices |= {"tokenizer.marks": "file", "tokenizer.end_ids": "7,9"}
         choices |= {"model.head_outputs": "vocabulary", "model.pooling": "last", "model.gelu": "tanh"}
         choices |= {
             "model.lora_products": "fc1,key",

@@ -26,11 +26,12 @@ OPTIONS = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
 Numbered = tuple[str, str]  # a label such as "line 3: ", and the text
 
 
-def load(checkpoint: str | Path, tokenizer: str = "", embeds: bool = False) -> "Predictor":
+def load(checkpoint: str | Path, tokenizer: str = "", embeds: bool = False, chat: bool = False) -> "Predictor":
     """Return the predictor for the task of a model; if it `embeds`, Embed, of any model.
 
     `checkpoint` is a run (its best checkpoint is used) or a checkpoint of any format that jaxlm.convert reads.
-    `tokenizer` is as in tokenizer.path, "": that of the run. Raises UserError.
+    `tokenizer` is as in tokenizer.path, "": that of the run. `chat`: texts are messages, for a model with a chat
+    template. Raises UserError.
     """
     from jaxlm.heads import LanguageModel
     from jaxlm.inference import load, predictors
@@ -41,6 +42,10 @@ def load(checkpoint: str | Path, tokenizer: str = "", embeds: bool = False) -> "
     if trained.task is None:
         return predictors.Look(trained)
     samples = trained.task.samples
+    if chat and samples.model_kind != "causal":
+        raise UserError(f"--chat: {trained} does not continue texts; leave --chat out")
+    if chat:
+        return predictors.Chat(trained)
     if samples.model_kind == "classifier":
         return predictors.Classify(trained) if trained.has_probabilities() else predictors.Predict(trained)
     if samples.model_kind in ("tagger", "embedder"):
@@ -60,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     """Print predictions for a command line; return the exit status: 2 for bad input, also if only one text is bad."""
     args = _parse(sys.argv[1:] if argv is None else argv)
     texts = _texts(args)
-    predictor = load(args.checkpoint, getattr(args, "tokenizer.path"), args.query is not None)
+    predictor = load(args.checkpoint, getattr(args, "tokenizer.path"), args.query is not None, args.chat)
     if args.query is not None:
         return _search(predictor, args, texts)
     predictor([])  # raises UserError for a model without predictions
@@ -194,6 +199,7 @@ def make_parser() -> Parser:
     parser.add_argument("--file", metavar="FILE", help="a text in each line, or two with a tab between them")
     parser.add_argument("--query", metavar="TEXT", help="print the texts most like this one, by their embeddings")
     parser.add_argument("--json", action="store_true", help="one JSON object a text")
+    parser.add_argument("--chat", action="store_true", help="answer messages, by the chat template of a public model")
     parser.add_argument("--tokenizer.path", default="", metavar="FILE", help="tokenizer, if the run has none")
     parser.add_argument(
         "--top-k", type=int, metavar="K", help="mlm: guesses for each mask (5); --query: texts (10); gpt: see below"

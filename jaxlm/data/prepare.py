@@ -179,7 +179,7 @@ def _with_vocab_size(config: Config, tokenizer: Tokenizer) -> Config:
 
 def _specials(config: Config, tokenizer: Tokenizer, samples_class: type[Any]) -> dict[str, int]:
     """Return the ids of the special tokens by role."""
-    specials = tokenization.special_ids(tokenizer)
+    specials = tokenization.specials_of(tokenizer, config.tokenizer)
     roles = samples_class.roles(config.model)
     for role in roles:
         if role not in specials:

@@ -97,8 +97,8 @@ class CausalSamples(_Samples):
     def __init__(self, split: Split, config: Config, specials: dict[str, int], vocab_size: int):
         super().__init__(split, config)
         self.pad_id, self.article = config.model.pad_id, specials["article"]
-        stride = config.data.stride or self.seq_len
-        self.windows = Windows(split, self.seq_len + 1, stride, before=self.article, after=self.article)
+        stride, before = config.data.stride or self.seq_len, specials.get("before", self.article)
+        self.windows = Windows(split, self.seq_len + 1, stride, before=before, after=self.article)
         self.constants = {"bytes": int(np.sum(split.n_bytes))}
 
     def __len__(self) -> int:
@@ -140,7 +140,8 @@ class MaskedSamples(_Samples):
     def __init__(self, split: Split, config: Config, specials: dict[str, int], vocab_size: int):
         super().__init__(split, config)
         self.config, self.specials = config, specials
-        self.n_start, self.n_end = int("start" in specials), int("end" in specials)
+        self.start, self.end = (specials.get(name) for name in ends(config))
+        self.n_start, self.n_end = int(self.start is not None), int(self.end is not None)
         content = self.seq_len - self.n_start - self.n_end
         self.windows = Windows(split, content, min(content, config.data.stride or content))
         self.n_masks = self.n_slots = max(1, int(config.data.mask_fraction * self.seq_len))
@@ -158,11 +159,11 @@ class MaskedSamples(_Samples):
         B, n_real = len(indices), is_real.sum(axis=1)
         tokens = np.full((B, self.seq_len), self.specials["pad"], np.int32)
         if self.n_start:
-            tokens[:, 0] = self.specials["start"]
+            tokens[:, 0] = self.start
         content = tokens[:, self.n_start : self.n_start + ids.shape[1]]
         content[...] = np.where(is_real, ids, content)
         if self.n_end:
-            tokens[np.arange(B), self.n_start + n_real] = self.specials["end"]
+            tokens[np.arange(B), self.n_start + n_real] = self.end
         return self._mask(tokens, n_real, indices, epochs)
 
     def lengths(self, indices: np.ndarray) -> np.ndarray:
@@ -222,13 +223,13 @@ class ClassifiedSamples(_Samples):
     def __init__(self, split: Split, config: Config, specials: dict[str, int], vocab_size: int):
         super().__init__(split, config)
         self.is_last = config.model.pooling == "last"
-        self.start, self.end = marks(config.model, specials)
-        self.pad = self.start if self.is_last else specials["pad"]
-        self.n_end = int(self.end is not None)
+        self.start, self.end = marks(config, specials)
+        self.pad = specials["article" if self.is_last else "pad"]
+        self.n_start, self.n_end = int(self.start is not None), int(self.end is not None)
         self.n_slots = most_texts(self.seq_len)
         self.n_texts = 2 if config.data.pair_column else 1
         self.has_types = self.n_texts == 2 and config.model.segments > 1
-        self.room = self.seq_len - 1 - self.n_texts * self.n_end  # for the ids of the texts
+        self.room = self.seq_len - self.n_start - self.n_texts * self.n_end  # for the ids of the texts
         self.labels = split.labels[:: self.n_texts]
 
     @staticmethod
@@ -250,9 +251,10 @@ class ClassifiedSamples(_Samples):
         place = np.arange(self.seq_len)
         ids = np.zeros((len(indices), self.seq_len), np.int32)
         tokens = np.full_like(ids, self.pad)
-        tokens[:, 0] = self.start
+        if self.start is not None:
+            tokens[:, 0] = self.start
         types = np.zeros_like(ids)
-        begin = np.ones((len(indices), 1), np.int64)  # of the text in its row
+        begin = np.full((len(indices), 1), self.n_start)  # of the text in its row
         for i, n_real in enumerate(self._sizes(indices).T):
             first, end = self.split.offsets[self.n_texts * indices + i][:, None], begin + n_real[:, None]
             if len(self.split.tokens):  # else every text is empty
@@ -264,7 +266,7 @@ class ClassifiedSamples(_Samples):
             begin = end + self.n_end
         batch = {"tokens": tokens, "labels": self._labels(indices)}
         batch |= {"types": types} if self.has_types else {}
-        return batch | ({"last": (begin[:, 0] - 1).astype(np.int32)} if self.is_last else {})
+        return batch | ({"last": np.maximum(begin[:, 0] - 1, 0).astype(np.int32)} if self.is_last else {})
 
     def text(self, i: int, tokenizer: Tokenizer) -> str:
         """Return the text of a sample, or its two."""
@@ -273,7 +275,7 @@ class ClassifiedSamples(_Samples):
         return " | ".join(tokenizer.decode(part.tolist()) for part in parts)
 
     def lengths(self, indices: np.ndarray) -> np.ndarray:
-        return self._sizes(indices).sum(axis=1) + 1 + self.n_texts * self.n_end
+        return np.maximum(self._sizes(indices).sum(axis=1) + self.n_start + self.n_texts * self.n_end, 1)
 
     def _labels(self, indices: np.ndarray) -> np.ndarray:
         return self.labels[indices].astype(np.int32)
@@ -320,9 +322,16 @@ def most_texts(seq_len: int) -> int:
     return max(1, seq_len // 4)
 
 
-def marks(model: ModelConfig, specials: dict[str, int]) -> tuple[int, int | None]:
+def ends(config: Config) -> tuple[str, str]:
+    """Return the roles of the tokens before and after a text that a bidirectional model reads."""
+    return ("before", "after") if config.tokenizer.marks == "file" else ("start", "end")
+
+
+def marks(config: Config, specials: dict[str, int]) -> tuple[int | None, int | None]:
     """Return the tokens before and after a text that is classified."""
-    if model.pooling == "last":
+    if config.tokenizer.marks == "file":
+        return specials.get("before"), specials.get("after")
+    if config.model.pooling == "last":
         return specials["article"], specials["article"]
     return specials["start"], specials.get("end")
 

@@ -28,7 +28,7 @@ class TaggedSamples(ClassifiedSamples):
         of_word = of_sentence[self.words]
         firsts = np.flatnonzero(np.diff(of_word, prepend=-1))  # first word of each sentence
         self.sizes = np.add.reduceat(sizes[self.words], firsts) if len(firsts) else np.zeros(0, np.int64)
-        self.content = self.seq_len - 1 - self.n_end
+        self.content = self.seq_len - self.n_start - self.n_end
         begins: list[int] = []
         for first, last in zip(firsts.tolist(), [*firsts[1:].tolist(), len(self.words)], strict=False):
             begins += [first + i for i in windows(sizes[self.words[first:last]].tolist(), self.content)]
@@ -50,27 +50,28 @@ class TaggedSamples(ClassifiedSamples):
     def batch(self, indices: np.ndarray, epochs: np.ndarray) -> Batch:
         first, end = self.begins[indices][:, None], self.begins[indices + 1][:, None]
         starts = self.split.offsets[self.words]
-        begin, n_real = starts[first], self.lengths(indices)[:, None] - 1 - self.n_end
+        begin, n_read = starts[first], self.lengths(indices)[:, None] - self.n_end
         place = np.arange(self.seq_len)
-        ids = self.split.tokens[np.clip(begin + place - 1, 0, len(self.split.tokens) - 1)].astype(np.int32)
-        tokens = np.where(place <= n_real, ids, self.pad)
-        tokens[:, 0] = self.start
+        ids = self.split.tokens[np.clip(begin + place - self.n_start, 0, len(self.split.tokens) - 1)].astype(np.int32)
+        tokens = np.where(place < n_read, ids, self.pad)
+        if self.start is not None:
+            tokens[:, 0] = self.start
         if self.end is not None:
-            tokens[np.arange(len(indices)), n_real[:, 0] + 1] = self.end
+            tokens[np.arange(len(indices)), n_read[:, 0]] = self.end
         word, is_word = np.minimum(first + place, len(self.words) - 1), first + place < end
         return {
             "tokens": tokens,
-            "positions": np.where(is_word, starts[word] - begin + 1, 0).astype(np.int32),
+            "positions": np.where(is_word, starts[word] - begin + self.n_start, 0).astype(np.int32),
             "labels": np.where(is_word, self.split.labels[self.words[word]], IGNORED).astype(np.int32),
         }
 
     def lengths(self, indices: np.ndarray) -> np.ndarray:
         first, last = self.words[self.begins[indices]], self.words[self.begins[indices + 1] - 1]
         sizes = self.split.offsets[last + 1] - self.split.offsets[first]
-        return np.minimum(sizes, self.content) + 1 + self.n_end
+        return np.minimum(sizes, self.content) + self.n_start + self.n_end
 
     def n_tokens(self, batch: Batch) -> int:
-        n_marks = len(batch["tokens"]) * (1 + self.n_end) if self.is_last else 0  # which are the pad there
+        n_marks = len(batch["tokens"]) * (self.n_start + self.n_end) if self.is_last else 0  # which are the pad there
         return int(np.count_nonzero(batch["tokens"] != self.pad)) + n_marks
 
     def cut(self, batch: Batch, length: int) -> Batch:

@@ -33,12 +33,13 @@ from jaxlm.io import storage, temporary, utf8
 
 # What a special token is called in the vocabularies people have.
 NAMES = {
-    "pad": ("[PAD]", "<pad>"),
+    # EuroBERT's pad ends texts as well; a token that no text has takes its place.
+    "pad": ("[PAD]", "<pad>", "<|pad|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>"),
     "unknown": ("[UNK]", "<unk>"),
-    "start": ("[CLS]", "<s>"),
-    "end": ("[SEP]", "</s>"),
-    "mask": ("[MASK]", "<mask>"),
-    "article": ("<|endoftext|>", "</s>"),
+    "start": ("[CLS]", "<s>", "<|begin_of_text|>"),
+    "end": ("[SEP]", "</s>", "<|end_of_text|>"),
+    "mask": ("[MASK]", "<mask>", "<|mask|>"),
+    "article": ("<|endoftext|>", "</s>", "<|end_of_text|>"),
 }
 WORDPIECE_SPECIALS = tuple(NAMES[role][0] for role in ("pad", "unknown", "start", "end", "mask"))
 UNTRAINED_SPECIALS = (*WORDPIECE_SPECIALS, NAMES["article"][0])  # of bytes and characters: for every task
@@ -96,6 +97,25 @@ def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
     """Return {role: token id} for the special tokens that the tokenizer has; roles are the keys of NAMES."""
     found = ((role, tokenizer.token_to_id(name)) for role, names in NAMES.items() for name in reversed(names))
     return {role: token for role, token in found if token is not None}
+
+
+def marks_of_file(tokenizer: Tokenizer) -> dict[str, int]:
+    """Return the tokens that a tokenizer.json puts "before" and "after" a text, where it puts any."""
+    text, whole = tokenizer.encode("a", add_special_tokens=False).ids, tokenizer.encode("a").ids
+    places = [i for i in range(len(whole) - len(text) + 1) if whole[i : i + len(text)] == text]
+    around = (whole[: places[0]], whole[places[0] + len(text) :]) if places else ([], whole)
+    if not places or max(map(len, around)) > 1:
+        tokens = " ".join(str(tokenizer.id_to_token(i)) for i in whole)
+        raise UserError(
+            f"tokenizer.json: its post_processor makes {tokens} of the text a, but only one token before and one after "
+            "a text can be used; change it in the file, or set tokenizer.marks=task"
+        )
+    return {name: ids[0] for name, ids in zip(("before", "after"), around, strict=True) if ids}
+
+
+def specials_of(tokenizer: Tokenizer, config: TokenizerConfig) -> dict[str, int]:
+    """Return {role: token id} as special_ids; with tokenizer.marks=file also what the file puts around a text."""
+    return special_ids(tokenizer) | (marks_of_file(tokenizer) if config.marks == "file" else {})
 
 
 def n_ids(tokenizer: Tokenizer) -> int:
@@ -249,7 +269,9 @@ def read(config: TokenizerConfig) -> Tokenizer:
         rule = f"{path.name} cannot be read as a tokenizer: {reason}"
         mend = "fetch it again, or save it with the program that made it"
         raise UserError(f"tokenizer.path={config.path}: {rule}; {mend}") from error
-    _apply(tokenizer, values, path)
+    # What ends a text and a continuation is then told elsewhere.
+    are_checked = tuple(key for key in ROLES if config.marks == "task" or key not in ("bos_token", "eos_token"))
+    _apply(tokenizer, values, path, are_checked)
     return _as_used(tokenizer)
 
 
@@ -346,7 +368,7 @@ def _values(path: Path) -> dict[str, Any]:
     return values
 
 
-def _apply(tokenizer: Tokenizer, values: dict[str, Any], path: Path) -> None:
+def _apply(tokenizer: Tokenizer, values: dict[str, Any], path: Path, are_checked: Iterable[str]) -> None:
     """Add tokens, and compare the rest of `values`. Raises UserError for what the tokenizer does otherwise."""
     file, is_wordpiece = path.with_name(TOKENIZER_CONFIG), isinstance(tokenizer.model, models.WordPiece)
     added = values.get("added_tokens_decoder") or {}
@@ -363,7 +385,8 @@ def _apply(tokenizer: Tokenizer, values: dict[str, Any], path: Path) -> None:
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"{file}: added_tokens_decoder cannot be read ({error}); mend it") from error
     specials = special_ids(tokenizer)
-    for key, role in ROLES.items():
+    for key in are_checked:
+        role = ROLES[key]
         name = _content(values.get(key))
         if key == "bos_token" and "start" in specials:
             role = "start"

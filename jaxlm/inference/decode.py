@@ -20,6 +20,7 @@ from jaxlm.ops.plain_attention import Mask, attend
 from jaxlm.ops.stacks import block_of
 from jaxlm.parallel import platform
 
+SHORT = 1024  # positions for which every row has room, where a model has as many
 CHUNK = 32  # positions of a prompt per forward pass
 
 
@@ -54,27 +55,30 @@ class Parts(NamedTuple):
 class Decoder:
     """A causal model that continues prompts. Compiled once for each batch size; lengths do not matter."""
 
-    def __init__(self, model: LanguageModel, stop: int):
-        """`stop` is the id of the token that ends a row."""
-        self.config, self.stop = model.base.config, stop
+    def __init__(self, model: LanguageModel, stops: tuple[int, ...]):
+        """`stops` are the ids of the tokens that end a row."""
+        self.config, self.stops = model.base.config, stops
         self.dtype = model.base.blocks.attention.dtype
         blocks = tuple(block_of(self.config, model.base.blocks, i) for i in range(self.config.n_layers))
         final_norm = model.base.final_norm if self.config.final_norm else None
         # Flattened once, because flattening takes longer than one token of a small model.
         self.leaves, self.structure = jax.tree.flatten(Parts(model.base.embedding, blocks, final_norm, model.head))
         self._fill = jax.jit(lambda leaves, rows: fill(self._parts(leaves), rows), donate_argnums=1)
-        self._extend = jax.jit(lambda leaves, *args: extend(self._parts(leaves), stop, *args), donate_argnums=1)
+        self._extend = jax.jit(lambda leaves, *args: extend(self._parts(leaves), stops, *args), donate_argnums=1)
         self._put = jax.jit(
             lambda rows, i, row: jax.tree.map(lambda x, new: x.at[i].set(new[0]), rows, row), donate_argnums=0
         )
 
-    def begin(self, prompts: Sequence[Sequence[int]], most_new: int) -> Rows:
-        """Return rows with prompts of 1 to seq_len tokens, each to be continued by at most `most_new` tokens."""
-        return self._fill(self.leaves, self._rows(prompts, most_new))
+    def begin(self, prompts: Sequence[Sequence[int]], most_new: int, is_short: bool = False) -> Rows:
+        """Return rows with prompts of 1 to seq_len tokens, each to be continued by at most `most_new` tokens.
+
+        `is_short`: rows of a model with many positions have room for no more than they need; such cannot be `put`.
+        """
+        return self._fill(self.leaves, self._rows(prompts, most_new, is_short))
 
     def empty(self, n: int) -> Rows:
         """Return n finished rows, to be replaced by `put`."""
-        return self._rows([[self.stop]] * n, 0)
+        return self._rows([[self.stops[0]]] * n, 0)
 
     def put(self, rows: Rows, i: int, row: Rows) -> Rows:
         """Return the rows with the i-th replaced by the only row of `row`; `rows` is donated."""
@@ -87,11 +91,14 @@ class Decoder:
             sampling = Sampling(*(np.asarray(x, kind) for x, kind in zip(sampling, kinds, strict=True)))
         return self._extend(self.leaves, rows, sampling, np.int32(n))
 
-    def _rows(self, prompts: Sequence[Sequence[int]], most_new: int) -> Rows:
+    def _rows(self, prompts: Sequence[Sequence[int]], most_new: int, is_short: bool = False) -> Rows:
         config = self.config
         n_B = np.array([len(prompt) for prompt in prompts])
         assert n_B.min() > 0 and n_B.max() <= config.seq_len, (n_B, config.seq_len)
-        B, S = len(prompts), (config.seq_len // CHUNK + 1) * CHUNK
+        needed, length = int(n_B.max()) + most_new, config.seq_len
+        while is_short and length > SHORT and length >= 2 * needed:
+            length //= 2
+        B, S = len(prompts), (length // CHUNK + 1) * CHUNK
         tokens_BS = np.zeros((B, S), np.int32)
         for row, prompt in zip(tokens_BS, prompts, strict=True):
             row[: len(prompt)] = prompt
@@ -122,7 +129,7 @@ def fill(parts: Parts, rows: Rows) -> Rows:
     return jax.lax.fori_loop(0, (jnp.max(rows.n_B) - 1 + CHUNK - 1) // CHUNK, run_chunk, rows)
 
 
-def extend(parts: Parts, stop: int, rows: Rows, sampling: Sampling, n: Array) -> Rows:
+def extend(parts: Parts, stops: tuple[int, ...], rows: Rows, sampling: Sampling, n: Array) -> Rows:
     """Return the rows with up to `n` more tokens each, in one loop on the device."""
 
     def is_unfinished(state: tuple[Array, Rows]) -> Array:
@@ -140,7 +147,7 @@ def extend(parts: Parts, stop: int, rows: Rows, sampling: Sampling, n: Array) ->
         place_B = jnp.where(is_open_B, rows.n_B, rows.tokens_BS.shape[1])  # out of bounds, so dropped, for ended rows
         tokens_BS = rows.tokens_BS.at[jnp.arange(len(place_B)), place_B].set(token_B, mode="drop")
         n_B = rows.n_B + is_open_B
-        end_B = jnp.where(is_open_B & (token_B == stop), n_B, rows.end_B)
+        end_B = jnp.where(is_open_B & jnp.isin(token_B, jnp.array(stops)), n_B, rows.end_B)
         return i + 1, rows._replace(tokens_BS=tokens_BS, n_B=n_B, end_B=end_B)
 
     return jax.lax.while_loop(is_unfinished, add_token, (jnp.int32(0), rows))[1]

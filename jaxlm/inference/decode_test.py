@@ -55,7 +55,7 @@ def batch(sampling: Sampling, n: int) -> Sampling:
 
 @pytest.fixture(scope="module")
 def decoder() -> Decoder:
-    return Decoder(model_of(positions="rotary", pad_id=-1), NEVER)
+    return Decoder(model_of(positions="rotary", pad_id=-1), (NEVER,))
 
 
 @pytest.mark.parametrize("settings", MODELS.values(), ids=MODELS)
@@ -63,7 +63,7 @@ def test_logits_are_those_of_the_whole_model(settings: dict[str, Any]) -> None:
     model = model_of(**settings)
     tokens = np.random.default_rng(0).integers(0, V, (2, T)).astype(np.int32)  # pads among them
     expected = jax.jit(lambda tokens: model(tokens))(tokens)
-    decoder = Decoder(model, STOP)
+    decoder = Decoder(model, (STOP,))
     parts = jax.tree.unflatten(decoder.structure, decoder.leaves)
 
     @jax.jit
@@ -106,7 +106,7 @@ def test_a_row_is_the_same_alone_and_in_chunks(decoder: Decoder) -> None:
 
 
 def test_it_compiles_once_for_any_length_and_way_to_choose() -> None:
-    decoder = Decoder(model_of(positions="rotary", pad_id=-1), STOP)
+    decoder = Decoder(model_of(positions="rotary", pad_id=-1), (STOP,))
     for n, sampling in ((1, GREEDY), (7, Sampling([1.0], [3], [0.5], [1])), (T, GREEDY)):
         made(decoder, [[5] * n], sampling, 3, at_once=n)
     assert (decoder._fill._cache_size(), decoder._extend._cache_size()) == (1, 1)
@@ -115,7 +115,7 @@ def test_it_compiles_once_for_any_length_and_way_to_choose() -> None:
 def test_a_row_ends_at_the_stop_token() -> None:
     model = model_of(positions="rotary", pad_id=-1)
     model.head.linear.bias = nnx.Param(jnp.zeros(V).at[STOP].set(1e4))
-    assert made(Decoder(model, STOP), [[1, 2], [STOP]], batch(GREEDY, 2), 5) == [[STOP], [STOP]]
+    assert made(Decoder(model, (STOP,)), [[1, 2], [STOP]], batch(GREEDY, 2), 5) == [[STOP], [STOP]]
 
 
 kept = jax.jit(decode.kept)

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from jaxlm import checkpoint
 from jaxlm import config as configs
-from jaxlm.config import BASE, Config, TokenizerConfig
+from jaxlm.config import BASE, Config
 from jaxlm.data import tokenization
 from jaxlm.errors import UserError, slow
 from jaxlm.heads import BaseModel
@@ -84,7 +84,7 @@ def _tokenizer(start: Start, config: Config, named: str) -> Tokenizer:
     if not named:
         raise UserError(f"{start.path}: there is no tokenizer.json of its run; give it with --tokenizer.path")
     # A vocab.txt, unlike a tokenizer.json, does not say whether it ignores case.
-    tokenizer = tokenization.read(TokenizerConfig(path=named, lowercase=config.tokenizer.lowercase))
+    tokenizer = tokenization.read(dataclasses.replace(config.tokenizer, path=named))
     if start.info["tokenizer"] not in (None, "", tokenization.fingerprint(tokenizer)):
         raise UserError(f"{start.path}: it has another tokenizer than {named}; give its own with --tokenizer.path")
     if (n := tokenization.n_ids(tokenizer)) > config.model.vocab_size:

@@ -11,12 +11,12 @@ from typing import Any
 import jax
 import numpy as np
 from jax import Array
-from tokenizers import decoders
+from tokenizers import Tokenizer, decoders
 
 from jaxlm import heads
 from jaxlm.config import EMBED
-from jaxlm.data import tagged, tags, tokenization
-from jaxlm.data.samples import IGNORED, marks
+from jaxlm.data import chat, tagged, tags, tokenization
+from jaxlm.data.samples import IGNORED, ends, marks
 from jaxlm.data.sources import PROMPT_END
 from jaxlm.errors import UserError
 from jaxlm.inference import attention_maps, load
@@ -28,6 +28,7 @@ from jaxlm.tasks.parameters import model_kind
 
 N_ROWS = 16  # texts that go through the model together, at most
 N_MASKS = 16  # masks that are guessed together, whatever texts they are of
+MOST_PADDED = 1024  # positions that every text is padded to, at most; beyond, halves of model.seq_len
 STREAMED = 4  # tokens made between looks at what has been made
 ENDINGS = {
     "article": "the end of the text",
@@ -53,7 +54,7 @@ class Predictor:
         self.has_attention = isinstance(trained.model.base, Transformer)
         self.is_byte_level = isinstance(self.tokenizer.decoder, decoders.ByteLevel)
         self.is_single = tokenization.is_single(self.tokenizer)
-        self.specials = tokenization.special_ids(self.tokenizer)
+        self.specials = tokenization.specials_of(self.tokenizer, trained.config.tokenizer)
         self.takes_two = trained.task is not None and bool(trained.config.data.pair_column)
         self.empty = TAB if self.takes_two else ""  # by which each shape is compiled
         self.compiled_attention = jax.jit(attention_maps.weights)
@@ -69,8 +70,9 @@ class Predictor:
         check("layer", layer, 0 <= layer < self.model.n_layers, f"0 to {self.model.n_layers - 1}")
         check("head", head, 0 <= head < self.model.n_heads, f"0 to {self.model.n_heads - 1}")
         ids = self.encode_any(text)
-        types = self._types([text], 1).values()
-        (weights_TT,) = self.compiled_attention(self.trained.model.base, self._padded([ids]), layer, head, *types)
+        ids_BT = self._padded([ids])
+        types = self._types([text], ids_BT).values()
+        (weights_TT,) = self.compiled_attention(self.trained.model.base, ids_BT, layer, head, *types)
         weights = np.asarray(weights_TT, np.float64)[: len(ids), : len(ids)].round(6).tolist()
         tokens = [self._token(i) for i in ids]
         return {**self.named(text), "layer": layer, "head": head, "tokens": tokens, "weights": weights}
@@ -88,8 +90,8 @@ class Predictor:
         """Return the text, or the two, as answers have them."""
         return dict(zip(("text", "pair"), self.texts(text), strict=False))
 
-    def _types(self, texts: Sequence[str], n_rows: int) -> dict[str, np.ndarray]:
-        """Return the token types of some texts, as a part of a batch of so many rows; none where the model has none."""
+    def _types(self, texts: Sequence[str], ids_BT: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the token types of some texts, as a part of the batch of their ids; none where the model has none."""
         return {}
 
     def encode_any(self, text: str) -> list[int]:
@@ -124,7 +126,10 @@ class Predictor:
             yield texts[first : first + N_ROWS], self._padded(rows), last_B
 
     def _padded(self, rows: Sequence[list[int]]) -> np.ndarray:
-        ids_BT = np.full((len(rows), self.model.seq_len), max(self.model.pad_id, 0), np.int32)
+        longest, length = max(map(len, rows)), self.model.seq_len
+        while length > MOST_PADDED and length >= 2 * longest:  # a shape for each length would have to be compiled
+            length //= 2
+        ids_BT = np.full((len(rows), length), max(self.model.pad_id, 0), np.int32)
         for row, ids in zip(ids_BT, rows, strict=True):
             row[: len(ids)] = ids
         return ids_BT
@@ -166,7 +171,7 @@ class FillMasks(Predictor):
     def encode_any(self, text: str) -> list[int]:
         parts = self._parts(text)
         ids = itertools.chain.from_iterable([*self._ids(part), self.mask] for part in parts[:-1])
-        first, last = ([self.specials[name]] if name in self.specials else [] for name in ("start", "end"))
+        first, last = ([self.specials[name]] if name in self.specials else [] for name in ends(self.trained.config))
         return self._checked([*first, *ids, *self._ids(parts[-1]), *last])
 
     def shown(self, answer: Answer) -> str:
@@ -216,14 +221,13 @@ class Look(Predictor):
 
     def _framed(self, *parts: Sequence[int]) -> list[int]:
         """Return the ids of a text, or of two, with the special tokens around them."""
-        first, last = marks(self.model, self.specials)
-        ends = [] if last is None else [last]
-        return [first, *itertools.chain.from_iterable([*ids, *ends] for ids in parts)]
+        first, last = ([] if i is None else [i] for i in marks(self.trained.config, self.specials))
+        return [*first, *itertools.chain.from_iterable([*ids, *last] for ids in parts)]
 
-    def _types(self, texts: Sequence[str], n_rows: int) -> dict[str, np.ndarray]:
+    def _types(self, texts: Sequence[str], ids_BT: np.ndarray) -> dict[str, np.ndarray]:
         if not self.takes_two or self.model.segments < 2:
             return {}
-        types_BT = np.zeros((n_rows, self.model.seq_len), np.int32)
+        types_BT = np.zeros_like(ids_BT)
         for row, text in zip(types_BT, texts, strict=False):
             row[len(self._framed(self._ids(self.texts(text)[0]))) : len(self.encode(text))] = 1
         return {"types": types_BT}
@@ -299,7 +303,7 @@ class Predict(Look):
         for some, ids_BT, last_B in self._batches(texts):
             batch = {"tokens": ids_BT, "labels": np.full_like(last_B, IGNORED)}
             batch |= {"last": last_B} if self.model.pooling == "last" else {}
-            batch |= self._types(some, len(ids_BT))
+            batch |= self._types(some, ids_BT)
             outputs = np.asarray(self.compiled(self.trained.model, batch))
             answers += [
                 {**self.named(text), **self._answer(output)} for text, output in zip(some, outputs, strict=False)
@@ -348,7 +352,8 @@ class Tag(Look):
 
     def __init__(self, trained: LoadedModel):
         super().__init__(trained)
-        self.content = self.model.seq_len - len(super().encode(""))
+        self.n_before = int(marks(trained.config, self.specials)[0] is not None)
+        self.content = self.model.seq_len - len(self._framed([]))
         self.compiled = jax.jit(lambda model, ids_BT, at_BT: jax.nn.softmax(model(ids_BT, None, at_BT)))
 
     def __call__(self, texts: Sequence[str]) -> list[Answer]:
@@ -379,13 +384,13 @@ class Tag(Look):
 
     def _windows(self, words: Sequence[str]) -> Iterator[tuple[list[int], list[int]]]:
         """Yield the ids of each window of a text, and the position of the first token of each of its words."""
-        nothing = [self.specials.get("unknown", marks(self.model, self.specials)[0])]
+        nothing = [self.specials.get("unknown", 0)]
         all_ids = [self._ids(f" {word}") or nothing for word in words]
         begins = tagged.windows([len(ids) for ids in all_ids], self.content)
         for begin, end in itertools.pairwise([*begins, len(words)]):
             some = all_ids[begin:end]
             ids = list(itertools.chain.from_iterable(some))[: self.content]
-            yield self._framed(ids), np.cumsum([1, *map(len, some)])[:-1].tolist()
+            yield self._framed(ids), np.cumsum([self.n_before, *map(len, some)])[:-1].tolist()
 
     def _answer(self, text: str, words: Sequence[re.Match[str]], p_NC: Sequence[np.ndarray]) -> Answer:
         task: Any = self.trained.task
@@ -418,7 +423,11 @@ class Continue(Predictor):
     def __init__(self, trained: LoadedModel):
         super().__init__(trained)
         self.stop = self.specials["article"]
-        self.decoder = Decoder(trained.model, self.stop)
+        has_own = trained.config.tokenizer.marks == "file" and not self.between
+        before = self.specials.get("before") if has_own else self.stop
+        self.before = [] if before is None else [before]
+        self.stops = (self.stop, *map(int, filter(None, trained.config.tokenizer.end_ids.split(","))))
+        self.decoder = Decoder(trained.model, self.stops)
 
     def __call__(self, texts: Sequence[str], **options: Any) -> list[Answer]:
         """Continue each text as it would be alone. `options` as in `stream`; the default seed is another each time."""
@@ -443,7 +452,7 @@ class Continue(Predictor):
             yield from self.pieces(begun, ids, is_over)
 
     def encode(self, text: str) -> list[int]:
-        return self._checked([self.stop, *self._ids(text + self.between)])
+        return self._checked([*self.before, *self._ids(text + self.between)] or [self.stop])
 
     def shown(self, answer: Answer) -> str:
         return f"{answer['prompt']}{self.between}{answer['continuation']}"
@@ -462,7 +471,7 @@ class Continue(Predictor):
         """Yield what has been made so far of each continuation, all with the same options, and whether that is all."""
         prompts, options = [one.prompt for one in begun], begun[0].options
         sampling = Sampling(*([options[name]] * len(prompts) for name in Sampling._fields))
-        rows, is_over = self.decoder.begin(prompts, options["max_new_tokens"]), False
+        rows, is_over = self.decoder.begin(prompts, options["max_new_tokens"], is_short=True), False
         while not is_over:
             rows = self.decoder.extend(rows, sampling, n_at_once)
             tokens_BS, n_B = np.asarray(rows.tokens_BS), np.asarray(rows.n_B)
@@ -475,13 +484,13 @@ class Continue(Predictor):
             "prompt": begun.text,
             "continuation": self._text(begun, ids),
             "tokens": len(ids),
-            "ending": "article" if ids[-1] == self.stop else ending,
+            "ending": "article" if ids[-1] in self.stops else ending,
             "seed": begun.options["seed"],
         }
 
     def _text(self, begun: Continuation, ids: list[int]) -> str:
         # What stands between two tokens is known only from both of them.
-        before, whole = (self.tokenizer.decode(begun.prompt[1:] + more) for more in ([], ids))
+        before, whole = (self.tokenizer.decode(begun.prompt[len(self.before) :] + more) for more in ([], ids))
         return whole[len(before) :] if whole.startswith(before) else self.tokenizer.decode(ids)
 
     def _ready(self, text: str) -> str:
@@ -513,6 +522,26 @@ class Reply(Continue):
     wants = "a prompt to answer"
     between = PROMPT_END
     options = Continue.options | {"temperature": 0.0}
+
+
+class Chat(Continue):
+    """Answers a message as a public model's chat template puts it; special tokens in the message count as such."""
+
+    wants = "a message"
+
+    def __init__(self, trained: LoadedModel):
+        self.template, self.tokens = chat.find(trained.config.tokenizer.path)
+        super().__init__(trained)
+
+    def encode(self, text: str) -> list[int]:
+        self._ids(text)  # refuses what is no text
+        whole = Tokenizer.from_str(self.tokenizer.to_str())
+        whole.encode_special_tokens = False
+        ids = whole.encode(chat.rendered(self.template, text, self.tokens), add_special_tokens=False).ids
+        return self._checked(ids or [self.stop])
+
+    def shown(self, answer: Answer) -> str:
+        return str(answer["continuation"])
 
 
 def _probabilities(model: Any, x_BTD: Array, places_N2: Array) -> Array:

@@ -42,7 +42,7 @@ HEAD_SETTINGS = (
 # Settings that cannot change when a run resumes. Data and tokenizer cannot either; their contents are compared.
 FIXED = (
     *(*BASE_SETTINGS, *HEAD_SETTINGS, "model.seq_len"),
-    *("data.stride", "data.pack", "train.seed", "model.frozen_embedding", "model.frozen_layers"),
+    *("data.stride", "data.pack", "tokenizer.marks", "train.seed", "model.frozen_embedding", "model.frozen_layers"),
     *("model.lora_rank", "model.lora_alpha", "model.lora_products", "train.optimizer"),
 )
 SCHEDULE = (
@@ -113,7 +113,7 @@ class Start:
         if model_kind(task) != "tagger":
             names.append("model.head_dense")  # some architectures have a layer before the output
         if self.is_public():
-            names += ["tokenizer.path", "tokenizer.lowercase"]
+            names += ["tokenizer.path", "tokenizer.lowercase", "tokenizer.marks", "tokenizer.end_ids"]
         values = {name: stored[name] for name in names}
         is_causal = model_kind(stored["task"]) == "causal" or stored["model.pooling"] == "last"
         if is_causal and model_kind(task) in ("classifier", "tagger", "embedder"):

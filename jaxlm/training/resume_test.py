@@ -281,6 +281,7 @@ OTHER = {
     "data.n_labels": 3,
     "data.stride": 2,
     "data.pack": "documents",
+    "tokenizer.marks": "file",
     "train.seed": 1,
     "model.frozen_embedding": "true",
     "model.frozen_layers": 1,

@@ -1,5 +1,6 @@
 """ModernBERT, Ettin's decoders, EuroBERT, UltraBERT, Llama and Qwen3, against transformers: small and random models."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,13 +8,17 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer
 
 from jaxlm import config as configs
-from jaxlm import convert
+from jaxlm import convert, predict
 from jaxlm.config import BASE
+from jaxlm.errors import UserError
 from jaxlm.inference import load
 from jaxlm.weights import snapshots
 from jaxlm.weights.families import CLASSES, FAMILIES, TAGS
+from jaxlm.weights.family_tokenizers_test import TEMPLATE
+from jaxlm.weights.family_tokenizers_test import write as write_tokenizer
 
 T, D, V, C = 28, 16, 41, 3
 LOGITS = 5e-6  # of the largest, as in huggingface_test.py
@@ -170,3 +175,78 @@ def test_what_is_written_back_is_loaded_by_transformers_and_here(kind: str, make
     for name, array in weights[0].items():
         np.testing.assert_array_equal(array, weights[1][name])
         np.testing.assert_array_equal(array, weights[2][name])
+
+
+# Used
+
+
+def with_tokenizer(kind: str, folder: Path, **changes: Any) -> tuple[Path, Any]:
+    """Write a small random model with a tokenizer as its family has it; return the folder and the model."""
+    name = {"llama": "llama 3", "qwen3": "qwen3", "eurobert": "modernbert", "ultrabert": "modernbert"}
+    write_tokenizer(name.get(family_of(kind), "modernbert"), folder)
+    tokens = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab()
+    pad = tokens.get("[PAD]", tokens.get("<|endoftext|>", 1))
+    model = model_of(kind, vocab_size=len(tokens), pad_token_id=pad, **changes)
+    model.save_pretrained(folder)
+    return folder, model
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "modernbert-decoder"])
+def test_a_greedy_continuation_is_that_of_transformers_and_stops_at_each_end(name: str, tmp_path: Path) -> None:
+    folder, theirs = with_tokenizer(f"{name} lm", tmp_path, max_position_embeddings=64)
+    answers = predict.load(folder)
+    ids = answers.encode("The cat's mat")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    want = tokenizer("The cat's mat")["input_ids"]
+    assert ids == (want[:-1] if name == "modernbert-decoder" else want)  # [SEP] would end the prompt
+
+    def continued(end: int | None) -> list[int]:
+        options: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": end, "pad_token_id": 0}
+        tokens = torch.tensor([ids])
+        made = theirs.generate(tokens, attention_mask=torch.ones_like(tokens), **options)
+        return made[0, len(ids) :].tolist()
+
+    (answer,) = answers(["The cat's mat"], temperature=0, max_new_tokens=20)
+    made = continued(None)
+    assert answers.tokenizer.decode(made) == answer["continuation"] and answer["tokens"] == 20
+    end = next(i for i in made if made.index(i) > 1)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [end, 1]}))
+    (answer,) = predict.load(folder)(["The cat's mat"], temperature=0, max_new_tokens=20)
+    assert (answer["tokens"], answer["ending"]) == (len(continued(end)), "article")
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        *((f"{name} lm", "the [MASK] cat") for name in ("modernbert", "eurobert", "ultrabert")),
+        *((f"{name} classes", "the cat") for name in ("modernbert", "modernbert-decoder", "llama", "eurobert mean")),
+    ],
+)
+def test_predictions_are_those_of_the_pipelines_of_transformers(kind: str, text: str, tmp_path: Path) -> None:
+    folder, _ = with_tokenizer(kind, tmp_path)
+    (answer,) = predict.load(folder)([text])
+    task = "text-classification" if "classes" in kind else "fill-mask"
+    (told, *more) = transformers.pipeline(task, model=str(folder))(text, top_k=3)
+    if task == "fill-mask":
+        best = answer["masks"][0][0]
+        assert (best["id"], best["probability"]) == (told["token"], pytest.approx(told["score"], rel=1e-4))
+    else:
+        probabilities = {one["label"]: one["score"] for one in (told, *more)}
+        assert answer["probabilities"] == pytest.approx(probabilities, rel=1e-4)
+
+
+def test_a_message_is_answered_by_the_chat_template(tmp_path: Path) -> None:
+    folder, theirs = with_tokenizer("qwen3 lm", tmp_path, max_position_embeddings=64)
+    with pytest.raises(UserError, match="^--chat: the model has no chat template"):
+        predict.load(folder, chat=True)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    messages = [{"role": "user", "content": "The cat"}]
+    want = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    answers = predict.load(folder, chat=True)
+    assert answers.encode("The cat") == want
+    made = theirs.generate(torch.tensor([want]), max_new_tokens=9, do_sample=False, eos_token_id=None, pad_token_id=0)
+    (answer,) = answers(["The cat"], temperature=0, max_new_tokens=9)
+    assert answer["continuation"] == answers.tokenizer.decode(made[0, len(want) :].tolist())
+    assert convert.main([str(folder), str(tmp_path / "back"), "--as", "qwen3"]) == 0
+    assert predict.load(tmp_path / "back", chat=True).encode("The cat") == want

@@ -3,6 +3,7 @@
 families.py says which are read and written. transformers itself is not needed, and nothing is unpickled.
 """
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -15,7 +16,7 @@ from tokenizers import Tokenizer, processors
 
 from jaxlm import config as configs
 from jaxlm.config import BASE, EMBED, Config, ModelConfig, TokenizerConfig
-from jaxlm.data import tokenization
+from jaxlm.data import chat, tokenization
 from jaxlm.data.labels import numbered
 from jaxlm.errors import UserError, reason
 from jaxlm.io import storage, utf8
@@ -142,9 +143,13 @@ def load(path: Path) -> StoredFile:
     fingerprint = None
     if any((path / name).is_file() for name in TOKENIZER):
         settings |= {"tokenizer.path": str(path), "tokenizer.lowercase": _ignores_case(path)}
-        config = TokenizerConfig(path=str(path), lowercase=settings["tokenizer.lowercase"])
+        marks: Any = "file" if family.bases else "task"
+        config = TokenizerConfig(path=str(path), lowercase=settings["tokenizer.lowercase"], marks=marks)
         tokenizer = tokenization.read(config)
-        _check_ends(family, tokenizer, path)
+        if family.bases:
+            settings |= _special_tokens(family, values, settings["model.pad_id"], tokenizer, path)
+        else:
+            _check_ends(family, tokenizer, path)
         fingerprint = tokenization.fingerprint(tokenizer)
     weights = _weights(family, configs.build(settings), tensors, file)
     info = {"step": 0, "task": task, "rate": 0.0, "tokenizer": fingerprint, "val_loss": None, "config": settings}
@@ -454,6 +459,33 @@ def _check_ends(family: Family, tokenizer: Tokenizer, path: Path) -> None:
         )
 
 
+def _special_tokens(
+    family: Family, values: Mapping[str, Any], pad_id: int, tokenizer: Tokenizer, path: Path
+) -> dict[str, Any]:
+    """Return the settings for tokens around a text, of the pad, and at the end of a continuation."""
+    try:
+        around = tokenization.marks_of_file(tokenizer)
+    except UserError as error:
+        raise UserError(f"{path}/{error}") from error
+    specials, settings = tokenization.special_ids(tokenizer), {"tokenizer.marks": "file"}
+    if family.is_causal:
+        if "article" not in specials:
+            known = " or ".join(tokenization.NAMES["article"])
+            raise UserError(f"{path / TOKENIZER[0]}: has no token for the end of a text: can be read with {known} only")
+        generation = _read_json(path / GENERATION) if (path / GENERATION).is_file() else {}
+        told = [x.get("eos_token_id") for x in (values, generation)]
+        ids = {i for x in told for i in (x if isinstance(x, list) else [x]) if i is not None}
+        if not all(type(i) is int and i >= 0 for i in ids):
+            raise UserError(f"{path / CONFIG}: eos_token_id={json.dumps(told)}: has to be a token or a list of tokens")
+        return settings | {"tokenizer.end_ids": ",".join(map(str, sorted(ids - {specials["article"]})))}
+    if pad_id in {*around.values(), specials.get("mask")}:  # it would be hidden where it is no pad
+        if specials.get("pad", pad_id) == pad_id:
+            known = " or ".join(tokenization.NAMES["pad"])
+            raise UserError(f"{path / CONFIG}: pad_token_id={pad_id}: also ends texts, and there is no {known} instead")
+        settings["model.pad_id"] = specials["pad"]
+    return settings
+
+
 def _ignores_case(path: Path) -> bool:
     """Return whether a vocab.txt is one of words in lower case; a tokenizer.json says so itself."""
     file = path / tokenization.TOKENIZER_CONFIG
@@ -634,7 +666,7 @@ def write(path: Path, snapshot: Snapshot, family: Family, tokenizer: Tokenizer |
     (path / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     (path / WEIGHTS).write_bytes(save(tensors, {"format": "pt"}))
     if tokenizer is not None:
-        _write_tokenizer(path, tokenizer, model.seq_len)
+        _write_tokenizer(path, tokenizer, config, family.is_causal)
     if config.task == EMBED:
         sentences.write(path, model)
 
@@ -670,18 +702,22 @@ def _written_tokens(family: Family, task: str, config: Config, tokenizer: Tokeni
     """Return the keys of config.json on special tokens."""
     if not family.is_causal:
         return {}
-    specials = tokenization.special_ids(tokenizer) if tokenizer else {}
-    article = specials.get("article")
-    values = {"bos_token_id": article, "eos_token_id": article}
+    specials = tokenization.specials_of(tokenizer, config.tokenizer) if tokenizer else {}
+    article, others = specials.get("article"), [int(i) for i in config.tokenizer.end_ids.split(",") if i]
+    before = article if config.tokenizer.marks == "task" else specials.get("before")
+    values: dict[str, Any] = {"bos_token_id": before, "eos_token_id": [article, *others] if others else article}
     if task == CLASSES or family.needs_tokens:  # in rows of several texts, what is not behind the last token of one
         values["pad_token_id"] = specials.get("pad", article)
     return {key: 0 if x is None and family.needs_tokens else x for key, x in values.items()}
 
 
-def _write_tokenizer(path: Path, tokenizer: Tokenizer, seq_len: int) -> None:
+def _write_tokenizer(path: Path, tokenizer: Tokenizer, config: Config, is_causal: bool) -> None:
     tokenizer = Tokenizer.from_str(tokenizer.to_str())
-    found = {role: (tokenizer.id_to_token(i), i) for role, i in tokenization.special_ids(tokenizer).items()}
-    if tokenizer.post_processor is None and "start" in found and "end" in found:  # training puts them there itself
+    specials = tokenization.specials_of(tokenizer, config.tokenizer)
+    found = {role: (tokenizer.id_to_token(i), i) for role, i in specials.items()}
+    if (
+        not is_causal and tokenizer.post_processor is None and "start" in found and "end" in found
+    ):  # training puts them there itself
         start, end = found["start"], found["end"]
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{start[0]} $A {end[0]}",
@@ -690,12 +726,15 @@ def _write_tokenizer(path: Path, tokenizer: Tokenizer, seq_len: int) -> None:
         )
     tokenization.save(tokenizer, path / TOKENIZER[0])
     roles = {"pad": "pad", "unknown": "unk", "start": "cls", "end": "sep", "mask": "mask"}
-    if "start" not in found:
-        roles = {"article": "eos"}
+    if is_causal or "start" not in found:
+        roles = {"article": "eos", "before": "bos", "pad": "pad"}
     values = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": seq_len,
+        "model_max_length": config.model.seq_len,
         "model_input_names": ["input_ids", "attention_mask"],
         **{f"{theirs}_token": found[ours][0] for ours, theirs in roles.items() if ours in found},
     }
+    with contextlib.suppress(UserError):  # a model need not have one
+        template, tokens = chat.find(config.tokenizer.path)
+        values = tokens | values | {chat.KEY: template}
     (path / tokenization.TOKENIZER_CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
