@@ -20,9 +20,10 @@ class CoupleSamples(_Samples):
 
     def __init__(self, split: Split, config: Config, specials: dict[str, int], vocab_size: int):
         super().__init__(split, config)
-        self.start, self.end = marks(config.model, specials)
-        self.pad = self.start if config.model.pooling == "last" else specials["pad"]
-        self.n_marks = 1 + int(self.end is not None)
+        self.start, self.end = marks(config, specials)
+        self.pad = specials["article" if config.model.pooling == "last" else "pad"]
+        self.n_start = int(self.start is not None)
+        self.n_marks = self.n_start + int(self.end is not None)
         self.sizes = np.diff(split.offsets)
 
     @staticmethod
@@ -51,17 +52,20 @@ class CoupleSamples(_Samples):
         place, n = np.arange(self.seq_len), np.minimum(self.sizes[articles], self.seq_len - self.n_marks)[:, None]
         tokens = np.full((len(articles), self.seq_len), self.pad, np.int32)
         if len(self.split.tokens):  # else every text is empty
-            at = np.clip(self.split.offsets[articles][:, None] + place - 1, 0, len(self.split.tokens) - 1)
-            tokens = np.where((place > 0) & (place <= n), self.split.tokens[at].astype(np.int32), tokens)
-        tokens[:, 0] = self.start
+            at = np.clip(self.split.offsets[articles][:, None] + place - self.n_start, 0, len(self.split.tokens) - 1)
+            tokens = np.where(
+                (place >= self.n_start) & (place < n + self.n_start), self.split.tokens[at].astype(np.int32), tokens
+            )
+        if self.start is not None:
+            tokens[:, 0] = self.start
         if self.end is not None:
-            tokens[np.arange(len(articles)), n[:, 0] + 1] = self.end
-        return tokens, (n[:, 0] + self.n_marks - 1).astype(np.int32)
+            tokens[np.arange(len(articles)), n[:, 0] + self.n_start] = self.end
+        return tokens, np.maximum(n[:, 0] + self.n_marks - 1, 0).astype(np.int32)
 
     def lengths(self, indices: np.ndarray) -> np.ndarray:
         """Return the positions of the longer text of each sample."""
         longer = np.maximum(self.sizes[2 * indices], self.sizes[2 * indices + 1])
-        return np.minimum(longer + self.n_marks, self.seq_len)
+        return np.clip(longer + self.n_marks, 1, self.seq_len)
 
     def n_tokens(self, batch: Batch) -> int:
         return int(np.sum(batch["last"] + 1) + np.sum(batch["pair_last"] + 1))

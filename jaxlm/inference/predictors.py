@@ -245,7 +245,8 @@ class Embed(Look):
     def __init__(self, trained: LoadedModel, pooling: str = ""):
         super().__init__(trained)
         is_causal = model_kind(trained.config.task) == "causal" or self.model.pooling == "last"
-        self.marks = (self.specials["article"],) * 2 if is_causal else marks(self.model, self.specials)
+        is_own = not is_causal or self.model.pooling == "last" or trained.config.tokenizer.marks == "file"
+        self.marks = marks(trained.config, self.specials) if is_own else (self.specials["article"],) * 2
         has_own = trained.config.task == EMBED
         self.pooling = pooling or (self.model.pooling if has_own else "last" if is_causal else "mean")
         self.compiled = jax.jit(
@@ -282,9 +283,9 @@ class Embed(Look):
         return [{"query": query, "text": texts[i], "similarity": float(cosines_N[i])} for i in order]
 
     def encode(self, text: str) -> list[int]:
-        first, last = self.marks
-        ends = [] if last is None else [last]
-        return [first, *self._ids(text)[: self.model.seq_len - 1 - len(ends)], *ends]
+        first, last = ([] if i is None else [i] for i in self.marks)
+        ids = self._ids(text)[: self.model.seq_len - len(first) - len(last)]
+        return [*first, *ids, *last] or [self.specials["article"]]
 
     def shown(self, answer: Answer) -> str:
         first = "  ".join(f"{x:.4f}" for x in answer["vector"][:4])
