@@ -21,6 +21,10 @@ from jaxlm.ops.layers import Linear, norm, residual_std, start
 from jaxlm.parallel import BATCH, constrain, is_one_device
 from jaxlm.params.names import has_head_bias, head_layers
 
+# Start value of the scale of a causal model's last norm before a tied output layer, whose logits would grow too slowly
+# from 1 on (measured in configs/RESULTS.md).
+TIED_SCALE = 4.0
+
 
 def head_linear(
     config: ModelConfig,
@@ -106,6 +110,9 @@ class LanguageModel(nnx.Module):
     def __init__(self, config: ModelConfig, is_causal: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.base = Transformer(config, is_causal, dtype, rngs)
         self.head = LanguageModelHead(config, "causal" if is_causal else "masked", dtype, rngs)
+        scale = getattr(self.base.final_norm, "scale", None) if is_causal and config.final_norm else None
+        if config.tied_embedding and config.initialization != "original" and scale is not None:
+            scale[...] = jnp.full_like(scale[...], TIED_SCALE)
 
     def __call__(
         self,

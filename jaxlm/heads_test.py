@@ -152,3 +152,24 @@ def test_start_values_are_those_of_the_original() -> None:
     assert np.std(linear["kernel"]) == pytest.approx(0.02, rel=0.03)
     assert np.abs(linear["kernel"]).max() > 0.06  # normal, not cut off
     assert np.all(linear["bias"] == 0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "scales"),
+    [
+        ({"tied_embedding": True, "initialization": "llama"}, (4, None)),
+        ({"tied_embedding": True, "initialization": "modernbert"}, (1, 1)),  # of a masked model, which has both norms
+        ({"tied_embedding": False, "initialization": "llama"}, (1, None)),
+        ({"tied_embedding": True, "initialization": "original"}, (1, None)),
+    ],
+)
+def test_the_norm_before_a_tied_output_layer_starts_large(settings: dict[str, Any], scales: tuple) -> None:
+    model = config(final_norm=True, norm="rmsnorm", **settings)
+    _, params = split(LanguageModel(model, scales[1] is None, jnp.float32, nnx.Rngs(0)))
+    norms = [params["base"]["final_norm"], params["head"].get("layernorm")]
+    assert [x and set(np.asarray(x["scale"]).tolist()) for x in norms] == [x and {x} for x in scales]
+
+
+def test_a_tied_output_layer_behind_a_norm_without_scale_can_be_built() -> None:
+    settings = {"tied_embedding": True, "initialization": "llama", "norm": "rmsnorm_no_scale", "final_norm": True}
+    LanguageModel(config(**settings), True, jnp.float32, nnx.Rngs(0))

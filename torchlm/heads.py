@@ -15,6 +15,10 @@ from torchlm.model import Transformer
 from torchlm.ops.activations import gelu
 from torchlm.ops.layers import norm, residual_std, start
 
+# Start value of the scale of a causal model's last norm before a tied output layer, whose logits would grow too slowly
+# from 1 on (measured in configs/RESULTS.md).
+TIED_SCALE = 4.0
+
 
 def head_linear(
     config: ModelConfig,
@@ -96,6 +100,9 @@ class LanguageModel(nn.Module):
         self.dtype = dtype
         self.base = Transformer(config, is_causal, rngs)
         self.head = LanguageModelHead(config, "causal" if is_causal else "masked", rngs)
+        scale = getattr(self.base.final_norm, "weight", None) if is_causal and config.final_norm else None
+        if config.tied_embedding and config.initialization != "original" and scale is not None:
+            nn.init.constant_(scale, TIED_SCALE)
 
     def forward(
         self,

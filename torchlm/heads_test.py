@@ -74,3 +74,18 @@ def test_start_values_of_the_heads_are_small() -> None:
     model = LanguageModel(config_of(vocab_size=500, d_model=24), True, F32, seeded())
     assert float(model.head.linear.weight.detach().std()) == pytest.approx(0.02, rel=0.03)
     assert torch.all(model.head.linear.bias == 0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "scales"),
+    [
+        ({"tied_embedding": True, "initialization": "llama"}, [4]),
+        ({"tied_embedding": True, "initialization": "modernbert"}, [1, 1]),  # of a masked model, which has both norms
+        ({"tied_embedding": False, "initialization": "llama"}, [1]),
+        ({"tied_embedding": True, "initialization": "original"}, [1]),
+    ],
+)
+def test_the_norm_before_a_tied_output_layer_starts_large(settings: dict[str, Any], scales: list[int]) -> None:
+    model = LanguageModel(config_of(final_norm=True, norm="rmsnorm", **settings), len(scales) == 1, F32, seeded())
+    norms = [model.base.final_norm, *([model.head.layernorm] if len(scales) > 1 else [])]
+    assert [x.weight.unique().tolist() for x in norms] == [[scale] for scale in scales]
