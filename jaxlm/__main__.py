@@ -19,6 +19,7 @@ COMMANDS = {
     "report": "write a page about one run or several",
     "runs": "list, show, compare, verify and clean up runs",
     "cache": "list, verify and clean up token caches",
+    "glue": "fine-tune a model on tasks of GLUE, and make one table",
     "plan": "estimate memory, time and cost of a training in advance",
     "convert": "convert checkpoints between formats",
     "schedule": "plot the learning rate of a training in advance",

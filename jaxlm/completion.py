@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import shtab
 
 from jaxlm import __main__ as commands
-from jaxlm import cache, convert, embed, evaluate, plan, predict, report, runs, serve
+from jaxlm import cache, convert, embed, evaluate, glue, plan, predict, report, runs, serve
 from jaxlm import config as configs
 from jaxlm.cli import Parser
 from jaxlm.errors import reported
@@ -46,7 +46,7 @@ def make_parser() -> Parser:
 def all_commands() -> Parser:
     """Return the parser of all commands, with their options and settings."""
     modules = {"cache": cache, "schedule": plot_schedule, "convert": convert, "evaluate": evaluate, "plan": plan}
-    modules |= {"embed": embed, "predict": predict, "report": report, "runs": runs, "serve": serve}
+    modules |= {"embed": embed, "glue": glue, "predict": predict, "report": report, "runs": runs, "serve": serve}
     parsers = {name: module.make_parser() for name, module in modules.items()}
     parsers |= {"completion": make_parser(), "train": Parser(description=commands.COMMANDS["train"])}
     for name in ("train", "plan"):

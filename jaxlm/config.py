@@ -106,7 +106,8 @@ class ModelConfig:
     window: Count = 0  # local layers attend to so many positions on either side (causal: before); 0: all are global
     global_every: Count = 0  # with a window, each n-th layer is global; 0: none is
     global_first: bool = True  # global layers are 0, n, 2 n ... as in ModernBERT; false: n - 1, 2 n - 1 ...
-    seq_len: Annotated[int, Meta(ge=4, le=MOST)] = 64  # tokens of one sample
+    # Tokens of one sample. Unless set, of a classifier or a regression with data.path or data.hub: from the data.
+    seq_len: Annotated[int, Meta(ge=4, le=MOST)] = 64
     vocab_size: Count = 0  # rows of the token embedding; 0: the size of the tokenizer
     dropout: Share = 0.1  # rate, on embeddings, attention weights and outputs, and in the feed-forward
     positions: Literal["fixed", "learned", "rotary"] = "fixed"  # fixed: the original's sines and cosines

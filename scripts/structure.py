@@ -30,7 +30,7 @@ FLOORS = (
     ("loop",),
     ("cost", "reporting"),
     ("inference",),
-    ("cache", "convert", "embed", "evaluate", "plan", "predict", "report", "runs", "train"),
+    ("cache", "convert", "embed", "evaluate", "glue", "plan", "predict", "report", "runs", "train"),
     ("serve", "__main__"),
     ("completion",),
 )

@@ -25,6 +25,7 @@ Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 
 N_BEGINNING = 60  # characters shown of a document
+SEQ_LEN_SHARE = 0.95  # of the samples of train, which fit into a model.seq_len that is taken from the data
 FEW = 50  # articles: of fewer, a share of a tenth may well be none
 MANY_PLACES = 1 << 20  # samples whose lengths tell those of all
 TOKENIZER_BYTES = 200_000_000  # of text that a tokenizer is trained on, about; more text changes few of its tokens
@@ -47,10 +48,12 @@ def prepare(
     embedded: Callable[[], Source],
     progress: Progress,
     classes: Sequence[str] = (),
+    most_seq_len: int = 0,
 ) -> tuple[Config, Data]:
     """Return the samples of every split, and the settings with `model.vocab_size` and `data.n_labels` filled in.
 
-    `classes` are as in `open_source`. Raises UserError for a source, tokenizer or size that does not fit the settings.
+    `classes` are as in `open_source`. With `most_seq_len`, `model.seq_len` is taken from the data, so many tokens at
+    most. Raises UserError for a source, tokenizer or size that does not fit the settings.
 
     A tokenizer is trained on at most about TOKENIZER_BYTES: of more text, on articles chosen by a hash of each, so
     that they are spread evenly, the same in every process, and bounded in memory. Of URLs, on the first of that many.
@@ -93,6 +96,10 @@ def prepare(
     for name, own in configs.source_configs(config).items():
         with progress(f"tokenizing {name}".strip(), sources_of[name].n_bytes) as on_progress:
             splits = cache.open_cache(sources_of[name], tokenizer, cache_dir, on_progress)
+        if most_seq_len:
+            own, line = _with_seq_len(own, samples_class, splits["train"], specials, most_seq_len)
+            config = configs.replace(config, "model.seq_len", own.model.seq_len)
+            notes.append(line)
         with slow("cutting the texts into samples"):
             n_ids, scored = tokenization.n_ids(tokenizer), _without_overlap(own)
             for split, part in splits.items():
@@ -117,6 +124,21 @@ def prepare(
         raise UserError("data.sources: no source has a validation part; give one a validation_fraction above 0")
     mixed["train"] = mixture.Mix(samples["train"], config.data, fingerprints)
     return config, Data(source, tokenizer, mixed, (*notes,))
+
+
+def _with_seq_len(
+    config: Config, samples_class: type[Any], split: Split, specials: dict[str, int], most: int
+) -> tuple[Config, str]:
+    """Return the settings with the model.seq_len that SEQ_LEN_SHARE of the samples fit into, and a line that says so.
+
+    It is a multiple of 8, or `most`.
+    """
+    whole = samples_class(split, configs.replace(config, "model.seq_len", most), specials, 0)
+    lengths = whole.lengths(np.arange(len(whole)))
+    longest = int(np.quantile(lengths, SEQ_LEN_SHARE, method="higher")) if len(lengths) else most
+    seq_len = min(most, -(-longest // 8) * 8)
+    line = f"model.seq_len={seq_len}, from the data: {SEQ_LEN_SHARE:.0%} of the samples of train are not longer"
+    return configs.replace(config, "model.seq_len", seq_len), line
 
 
 def _with_documents(config: Config, sources_of: Mapping[str, Source]) -> Config:

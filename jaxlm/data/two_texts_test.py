@@ -191,3 +191,36 @@ def test_rows_of_values_are_joined_and_sums_are_added() -> None:
         metrics.add(sums, {"loss": np.float32(1.5), "values": np.array(values)})
     assert sums["loss"] == 3.0
     assert metrics.counted(sums["values"]).tolist() == [[1.0, 2.0], [3.0, 4.0]]
+
+
+# Lengths
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected", "said"),
+    [
+        ([], 24, True),
+        (["--model.seq-len", "40"], 40, False),
+        pytest.param(["--model.positions", "learned"], 24, True, marks=pytest.mark.slow),
+        # That of the preset: rows hold several texts.
+        pytest.param(["--data.pack", "documents"], 32, False, marks=pytest.mark.slow),
+    ],
+)
+def test_the_length_of_samples_is_taken_from_the_data_unless_it_is_set(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: list[str], expected: int, said: bool
+) -> None:
+    from jaxlm import train
+
+    # Of 100 texts, 95 have 17 to 20 words; with marks, of 19 to 22 tokens.
+    texts = ["word " * (200 if i % 20 == 0 else 17 + i % 4) for i in range(100)]
+    (tmp_path / "a.tsv").write_text("text\tlabel\n" + "".join(f"{text}{i}\t{i % 2}\n" for i, text in enumerate(texts)))
+    sizes = "--model.d-model 8 --model.n-heads 2 --model.n-layers 1 --train.max-steps 1 --train.batch-size 4".split()
+    data = ["--data.path", str(tmp_path / "a.tsv"), "--data.cache-dir", str(tmp_path / "cache"), "--data.header", "yes"]
+    split = ["--data.test-fraction", "0"]
+    run = ["--run.dir", str(tmp_path / "run")]
+    tokens = ["--tokenizer.vocab-size", "400"]
+    assert train.main(["--task", "sst2", *data, *split, *sizes, *tokens, *run, *settings]) == 0
+    out = capsys.readouterr().out
+    assert f"of {expected} tokens, vocabulary" in out
+    assert (f"note: model.seq_len={expected}, from the data: 95% of the samples of train are not longer" in out) == said
+    assert f"seq_len = {expected}\n" in (tmp_path / "run" / "config.toml").read_text()

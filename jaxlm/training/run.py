@@ -17,7 +17,7 @@ from jaxlm import config as configs
 from jaxlm.config import Config
 from jaxlm.data import loader, metrics, mixture, prepare, tokenization
 from jaxlm.data.labels import listed
-from jaxlm.data.parts import ANNOTATED
+from jaxlm.data.parts import ANNOTATED, LABELLED
 from jaxlm.data.position import Position
 from jaxlm.errors import CLEANUPS, UserError, slow
 from jaxlm.io import storage, temporary
@@ -27,6 +27,7 @@ from jaxlm.training.resume import Start
 from jaxlm.training.teacher import Teacher
 
 N_CLASSES = 30  # that are printed at the start
+MOST_SEQ_LEN = 512  # tokens of a sample, where the data tell how many
 # Paths may differ between processes; their contents are compared.
 OWN_SETTINGS = ("data.cache_dir", "data.path", "data.validation_path", "data.test_path", "tokenizer.path")
 LOSS_OF = "loss_"  # prefix of the name of the loss on one of several sources
@@ -178,7 +179,8 @@ def started(
     try:
         claim.add_checkpoints(config.run.checkpoint_dir)
         config, data = prepare.prepare(
-            config, task_class.samples, task_class(config).embedded, run_log.pass_bar, start.known_classes()
+            *(config, task_class.samples, task_class(config).embedded, run_log.pass_bar, start.known_classes()),
+            _most_seq_len(config, origins, start, task_class.samples.reads),
         )
         start.check(data)
 
@@ -205,6 +207,22 @@ def started(
         raise
     finally:
         CLEANUPS.remove(undo)
+
+
+def _most_seq_len(config: Config, origins: dict[str, str], start: Start, reads: str) -> int:
+    """Return the largest model.seq_len that may be taken from the data; 0: it is set, or not to be taken from there.
+
+    That of a preset is for its embedded data. A base model with learned positions has the most in its settings.
+    """
+    presets = configs.presets_dir()
+    own = {str(presets / f"{config.task}.toml"), str(presets / "glue.toml")}
+    origin = origins.get("model.seq_len", "")
+    is_of_base = start.kind == "base" and origin == str(start.path)
+    is_free = not origin or origin in own or is_of_base
+    has_rows_of_texts = reads in LABELLED and bool(config.data.path or config.data.hub) and config.data.pack == "none"
+    if not (is_free and has_rows_of_texts) or start.kind == "resume" or start.teacher:
+        return 0
+    return min(MOST_SEQ_LEN, config.model.seq_len) if is_of_base else MOST_SEQ_LEN
 
 
 def _announce(run: Run, origins: dict[str, str], device: str, task_settings: set[str]) -> None:

@@ -1,0 +1,166 @@
+"""The command `python -m jaxlm.glue`: fine-tunes a model on tasks of GLUE with several seeds, and makes one table.
+
+Each run is one of `jaxlm.train` in a process and a folder of its own. Called again, the command goes on: a run that has
+ended is not made again, and one that was stopped resumes.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxlm.cli import Parser
+from jaxlm.config import GLUE
+from jaxlm.errors import UserError, reported
+from jaxlm.io import temporary
+from jaxlm.reporting import run_reader
+from jaxlm.terminal import command
+
+NAMES = ("cola", "sst2", *GLUE)
+# BERT base on the hidden test parts (arXiv 1810.04805, table 1, May 2019); of mnli, the matched and mismatched part.
+PUBLISHED = {
+    "cola": "52.1",
+    "sst2": "93.5",
+    "mrpc": "88.9",
+    "qqp": "71.2",
+    "stsb": "85.8 (Spearman)",
+    "mnli": "84.6, 83.4",
+    "qnli": "90.5",
+    "rte": "66.4",
+}
+TABLE = "glue.md"
+
+
+@reported(debug=False)
+def main(argv: list[str] | None = None) -> int:
+    """Fine-tune as the command line says; return the exit status: that of the first run that fails."""
+    args, settings = _parse(sys.argv[1:] if argv is None else argv)
+    folders = find(Path(args.data), args.tasks)
+    for task, data in folders.items():
+        for seed in range(args.seeds):
+            folder = _folder(Path(args.out), task, seed)
+            if has_ended(folder):
+                continue
+            print(f"{task}, seed {seed}: {folder}", flush=True)
+            run = ["--task", task, "--data.path", str(data), "--init-from", args.checkpoint, "--train.seed", str(seed)]
+            resumed = ["--run.dir", str(folder), "--resume", "auto"]
+            done = subprocess.run([sys.executable, "-m", "jaxlm.train", *run, *settings, *resumed])
+            if done.returncode:
+                return done.returncode
+    runs = {task: [_folder(Path(args.out), task, seed) for seed in range(args.seeds)] for task in folders}
+    text = table(args.checkpoint, {task: list(map(scores, some)) for task, some in runs.items()})
+    temporary.replace_text(Path(args.out) / TABLE, text)
+    print(text, end="")
+    return 0
+
+
+def find(folder: Path, tasks: Sequence[str] = ()) -> dict[str, Path]:
+    """Return the folder of each task with data for training, in the order of NAMES; its name may be written as STS-B.
+
+    Raises UserError if there is none, or none of a task that is asked for.
+    """
+    if not folder.is_dir():
+        raise UserError(f"--data {folder}: there is no such folder; give one with a folder for each task, such as RTE")
+    by_name = {path.name.lower().replace("-", ""): path for path in sorted(folder.iterdir()) if path.is_dir()}
+    found = {name: by_name[name] for name in NAMES if name in by_name and _has_train(by_name[name])}
+    if missing := [name for name in tasks if name not in found]:
+        raise UserError(
+            f"--data {folder}: there are no data to train {missing[0]}; there are {', '.join(found) or 'none'}"
+        )
+    if not found:
+        raise UserError(f"--data {folder}: has no folder with data of {', '.join(NAMES)}; name one of them by its task")
+    return {name: path for name, path in found.items() if name in tasks or not tasks}
+
+
+def _has_train(folder: Path) -> bool:
+    return any("train" in file.name.lower() for file in folder.iterdir())
+
+
+def _folder(out: Path, task: str, seed: int) -> Path:
+    return out / f"{task}-{seed}"
+
+
+def has_ended(folder: Path) -> bool:
+    """Return whether a run has made all its updates, and scored what it scores at its end."""
+    if not (folder / "config.toml").is_file():
+        return False
+    run = run_reader.read(folder)
+    last = max((row["step"] for row in run.rows if row["split"] == "validation"), default=0)
+    return last == run.settings["train.max_steps"] and ("test" not in run.baseline or bool(_rows(run, "test")))
+
+
+def _rows(run: run_reader.RunRecord, split: str) -> list[dict[str, Any]]:
+    return [row for row in run.rows if row["split"] == split]
+
+
+def scores(folder: Path) -> dict[str, dict[str, float]]:
+    """Return the scores of a run by split: those of its best checkpoint by validation loss, and of the test part."""
+    run = run_reader.read(folder)
+    best = min(_rows(run, "validation"), key=lambda row: row["loss"])
+    found = {"validation": best} | ({"test": rows[-1]} if (rows := _rows(run, "test")) else {})
+    names = [name for name in run.baseline.get("validation", best) if name != "loss"]
+    return {split: {name: row[name] for name in names} for split, row in found.items()}
+
+
+def table(checkpoint: str, results: dict[str, list[dict[str, dict[str, float]]]]) -> str:
+    """Return the table of tasks and scores, in Markdown: mean and standard deviation over the seeds, in percent."""
+    lines = [
+        f"# GLUE of {checkpoint}",
+        "",
+        "Mean and standard deviation over seeds, in percent, of the checkpoint with the lowest validation loss.",
+        "Published: BERT base on the hidden test parts (arXiv 1810.04805, table 1, May 2019).",
+        "`mnli` has its mismatched part as test.",
+        "",
+        "| task | score | validation | test | seeds | published |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for task, runs in results.items():
+        for i, name in enumerate(runs[0]["validation"]):
+            cells = [_cell([run[split][name] for run in runs if split in run]) for split in ("validation", "test")]
+            published = PUBLISHED.get(task, "") if i == 0 else ""
+            lines.append(f"| {task} | {name} | {' | '.join(cells)} | {len(runs)} | {published} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * statistics.mean(values):.1f}{spread}"
+
+
+def make_parser() -> Parser:
+    """Return the parser of the command line."""
+    parser = Parser(
+        prog=command("glue"),
+        description="Fine-tunes a model on each task of GLUE for which a folder has data, and makes one table.",
+        epilog="Further options are settings of jaxlm.train, for all runs. Called again, it goes on where it stopped.",
+    )
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="RUN", help="run, checkpoint, or public model to start from"
+    )
+    parser.add_argument(
+        "--data", required=True, metavar="PATH", help="folder with a folder for each task: RTE, MRPC, ..."
+    )
+    parser.add_argument(
+        "--out", default="runs/glue", metavar="PATH", help="folder of the runs and the table (runs/glue)"
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=1, metavar="N", help="runs of each task, with seeds 0 to N - 1 (1)"
+    )
+    parser.add_argument("--tasks", nargs="+", default=[], choices=NAMES, metavar="TASK", help="only these tasks")
+    return parser
+
+
+def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    args, settings = make_parser().parse_known_args(argv)
+    if args.seeds < 1:
+        raise UserError(f"--seeds {args.seeds}: has to be 1 or more")
+    return args, settings
+
+
+if __name__ == "__main__":
+    sys.exit(main())
