@@ -27,15 +27,21 @@ if TYPE_CHECKING:
 __all__ = ["Record", "jax", "read", "tag", "torch"]
 
 
-def torch(model: Any, optimizer: Any = None, path: Path | str | None = None, whole: int = WHOLE) -> "TorchRecorder":
+def torch(
+    model: Any, optimizer: Any = None, path: Path | str | None = None, whole: int = WHOLE, masks: Any = None
+) -> "TorchRecorder":
     """Return a recorder of a torch.nn.Module, to be used as a context.
+
+    `masks` is a record of JAX, its recorder or its folder: dropout drops what it dropped there, in the same order.
 
     `path` is the folder of the record (default: one that is removed at the end). Of arrays of more than `whole`
     elements, a sketch is kept.
     """
     from parity_tests.record.torch_hooks import TorchRecorder
 
-    return TorchRecorder(model, optimizer, path, whole)
+    if masks is not None and not isinstance(masks, Record):
+        masks = read(masks) if isinstance(masks, Path | str) else masks.read()
+    return TorchRecorder(model, optimizer, path, whole, masks)
 
 
 def jax(model: Any = None, path: Path | str | None = None, whole: int = WHOLE, params: Any = None) -> "JaxRecorder":

@@ -33,7 +33,7 @@ from jaxlm.errors import UserError
 from parity_tests.record import sketch
 
 # In the order in which an update has them. A parameter is written before update `update`, and so once more at the end.
-KINDS = ("parameter", "batch", "input", "activation", "loss", "gradient", "moment", "rate", "setting")
+KINDS = ("parameter", "batch", "mask", "input", "activation", "loss", "gradient", "moment", "rate", "setting")
 NAMES = ("record.json", "entries.jsonl", "data.bin")
 FORMAT = {"format": "parity-record", "version": 1}
 

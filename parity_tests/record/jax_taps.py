@@ -147,6 +147,7 @@ class JaxRecorder(Recorder):
         self.exits.callback(_open.remove, self)
         _open.append(self)
         _patch(self.exits, jax.lax, "scan", self._scan(jax.lax.scan))
+        _patch(self.exits, jax.random, "bernoulli", self._drawn(jax.random.bernoulli))
         base, linen = _base(self.model), sys.modules.get("flax.linen")
         if base:
             classes = {type(module) for module in _modules(self.model, base).values()}
@@ -229,8 +230,7 @@ class JaxRecorder(Recorder):
         if not (is_number or (kind == "input" and name == "")):
             return x
         name += f"#{i}" if (i := next(numbers)) else ""
-        layers = self.calls[-1][4] if self.calls else ()
-        tap = Tap(self, kind, name, (*(scan.number for scan in self.scans), next(self.numbers)), info, layers)
+        tap = self._new_tap(kind, name, info)
         here = tuple(id(scan.iteration) for scan in self.scans)
         if known and known[2] == here:
             known[1].aliases.append(tap)
@@ -239,6 +239,22 @@ class JaxRecorder(Recorder):
         if self.calls:
             self.seen[id(x)] = x, tap, here
         return x
+
+    def _new_tap(self, kind: str, name: str, info: dict[str, Any]) -> Tap:
+        layers = self.calls[-1][4] if self.calls else ()
+        return Tap(self, kind, name, (*(scan.number for scan in self.scans), next(self.numbers)), info, layers)
+
+    def _drawn(self, bernoulli: Any) -> Any:
+        """Return jax.random.bernoulli, whose masks are recorded where a module draws them: what dropout keeps."""
+
+        @functools.wraps(bernoulli)
+        def drawn(*args: Any, **kwargs: Any) -> Any:
+            mask = bernoulli(*args, **kwargs)
+            if not self.calls:
+                return mask
+            return tap_p.bind(mask, *(s.iteration for s in self.scans), tap=self._new_tap("mask", "dropout", {}))
+
+        return drawn
 
     def receive(self, tap: Tap, shape: Any, x: Any, sums: Any, iterations: tuple[int, ...]) -> None:
         """Take an array of a running program, from whatever thread."""

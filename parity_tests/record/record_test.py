@@ -99,6 +99,39 @@ def test_layers_in_groups_are_numbered_through(is_jitted: bool) -> None:
         np.testing.assert_allclose(found[f"blocks.{i}"], x, rtol=1e-5, atol=1e-6)
 
 
+class Dropped(linen.Module):
+    @linen.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = linen.Dropout(0.5, deterministic=False)(linen.Dense(6, name="first")(x))
+        return linen.Dropout(0.25, deterministic=False)(linen.Dense(6, name="second")(x))
+
+
+def test_masks_of_dropout_are_carried_from_jax_to_torch() -> None:
+    model = Dropped()
+    params = model.init({"params": jax.random.key(0), "dropout": jax.random.key(1)}, X)["params"]
+    with record.jax(model, params=params) as a:
+        for i in range(2):
+            jax.jit(model.apply)({"params": params}, X, rngs={"dropout": jax.random.key(i)})
+            a.step(params=params)
+    first, second = torch.nn.Linear(4, 6), torch.nn.Linear(6, 6)
+    port = torch.nn.Sequential(first, torch.nn.Dropout(0.5), second, torch.nn.Dropout(0.25))
+    with torch.no_grad():
+        for layer, name in ((first, "first"), (second, "second")):
+            layer.weight.copy_(torch.tensor(np.asarray(params[name]["kernel"]).T))
+            layer.bias.copy_(torch.tensor(np.asarray(params[name]["bias"])))
+    with record.torch(port, masks=a) as b:
+        for i in range(2):
+            b.update = i
+            port(torch.from_numpy(X))
+    outputs = [[e.array() for e in x.read().all("activation") if e.name == ""] for x in (a, b)]
+    assert len(outputs[0]) == 2 and (outputs[0][0] == 0).any() and (outputs[0][0] != outputs[0][1]).any()
+    np.testing.assert_allclose(outputs[0], outputs[1], rtol=1e-5, atol=1e-6)
+    with pytest.raises(UserError, match="this model drops more often"), record.torch(port, masks=a):
+        port(torch.from_numpy(X)), port(torch.from_numpy(X))
+    with pytest.raises(UserError, match="a mask has the shape"), record.torch(port, masks=a):
+        torch.nn.functional.dropout(torch.ones(3))
+
+
 def test_linen_and_functions_with_tags_and_vmap() -> None:
     model = linen.Sequential([linen.Dense(3), linen.relu, linen.Dense(2)])
     params = model.init(jax.random.key(0), X)

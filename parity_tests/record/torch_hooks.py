@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from jaxlm.errors import UserError
 from parity_tests.record import sketch
-from parity_tests.record.files import sketched
+from parity_tests.record.files import Record, sketched
 from parity_tests.record.recorder import WHOLE, Recorder
 
 
@@ -26,8 +27,11 @@ class TorchRecorder(Recorder):
         optimizer: torch.optim.Optimizer | None = None,
         path: Path | str | None = None,
         whole: int = WHOLE,
+        masks: Record | None = None,
     ):
         super().__init__(f"torch {torch.__version__}", path, whole)
+        self.masks = masks
+        self.n_dropped: dict[int, int] = {}
         self.model, self.optimizer = model, optimizer
         self.names = {x: name for name, x in model.named_parameters()}
         self.seen: dict[int, tuple[weakref.ref, int, int]] = {}
@@ -44,12 +48,16 @@ class TorchRecorder(Recorder):
         if self.optimizer:
             self.watch(self.optimizer)
         self._parameters()
+        self.dropout = nn.functional.dropout
+        if self.masks:
+            nn.functional.dropout = self._dropped  # type: ignore[assignment]
         self.backward = torch.Tensor.backward
         torch.Tensor.backward = self._backward()  # type: ignore[method-assign]
         return self
 
     def __exit__(self, *error: Any) -> None:
         torch.Tensor.backward = self.backward  # type: ignore[method-assign]
+        nn.functional.dropout = self.dropout
         for handle in self.handles:
             handle.remove()
         if self.losses and not self.is_loss_given:
@@ -74,6 +82,24 @@ class TorchRecorder(Recorder):
         """Add what is no module's output; return it."""
         self._output("activation", name, x)
         return x
+
+    def _dropped(self, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        """Be torch.nn.functional.dropout, with the next mask of this update."""
+        assert self.masks
+        if not training or p == 0:
+            return x
+        masks = [e for e in self.masks.all("mask") if e.update == self.update]
+        i = self.n_dropped[self.update] = self.n_dropped.get(self.update, -1) + 1
+        if i >= len(masks):
+            raise UserError(
+                f"{self.masks.path}: update {self.update} has {len(masks)} masks; this model drops more often"
+            )
+        kept = torch.from_numpy(masks[i].array().astype(bool)).to(x.device)
+        try:
+            return torch.where(kept, x / (1 - p), torch.zeros_like(x))
+        except RuntimeError as error:
+            shapes = f"{list(kept.shape)}, and mask {i} of update {self.update} is for {list(x.shape)} here"
+            raise UserError(f"{self.masks.path}: a mask has the shape {shapes}") from error
 
     def stored(self, x: Any) -> dict[str, Any]:
         if not isinstance(x, Tensor):
