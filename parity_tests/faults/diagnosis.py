@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
+import jax
 import numpy as np
 import torch
 
@@ -113,7 +114,8 @@ def run(package: type[Package], plan: Plan, precision: Any = "float64") -> Recor
     """Return the record of what a package computes of a plan."""
     _Recorded.recorders.clear()
     try:
-        trajectory.run(_RECORDED[package.name], plan, precision)
+        with jax.disable_jit(len(plan.batches) < 4):  # compiling pays for more updates
+            trajectory.run(_RECORDED[package.name], plan, precision)
     except KeyError:  # of parameters that a fault leaves without a moment, after the last update
         if not _Recorded.recorders or not _Recorded.recorders[0].update:
             raise

@@ -15,10 +15,12 @@ def token_and_position(d: Divergence) -> Iterator[Cause]:
     tokens, x, y = d.tokens, d.x, d.y
     if tokens is None or x.ndim != 3 or x.shape[:2] != tokens.shape:
         return
-    for table in _tables(d)[:2]:
+    for table in [table for table in _tables(d) if len(table) > tokens.max()][:2]:
         embedded = table[tokens]
         rests = x - embedded, y - embedded
         is_table = [float(np.abs(z - z[:1]).max()) < 1e-5 * (np.abs(z).max() + 1e-9) for z in rests]
+        if not all(is_table):
+            yield from _numbered_otherwise(d, rests)
         if not any(is_table):
             continue
         positions = rests[0 if is_table[0] else 1][0]
@@ -31,28 +33,29 @@ def token_and_position(d: Divergence) -> Iterator[Cause]:
                 yield Cause("embedding scale", text, 1.0)
         if all(is_table):
             yield from of_positions(d.where, rests[0][0], rests[1][0])
-        elif is_table[0]:
-            yield from _restarted(d, rests[0][0], rests[1])
 
 
-def _tables(d: Divergence) -> list[np.ndarray]:
-    """Return the tables of A that may embed the tokens."""
-    assert d.tokens is not None
+def _tables(d: Divergence, names: str = "token|embed|wte|word") -> list[np.ndarray]:
+    """Return A's tables of as many columns as the array has, by their names."""
     found = []
     for name, pair in d.pairs.items():
         table = d.a.tensor("parameter", d.update, pair)
-        if table is not None and table.ndim == 2 and re.search("token|embed|wte|word", name):
+        if table is not None and table.ndim == 2 and re.search(names, name):
             table = table if table.shape[1] == d.x.shape[-1] else table.T
-            if table.shape[1] == d.x.shape[-1] and len(table) > d.tokens.max():
+            if table.shape[1] == d.x.shape[-1]:
                 found.append(table)
     return found
 
 
-def _restarted(d: Divergence, p: np.ndarray, rest: np.ndarray) -> Iterator[Cause]:
-    """B takes rows of A's table [T, D], but not the same in each sample."""
-    nearest = np.linalg.norm(rest[:, :, None] - p, axis=-1).min(-1)
-    if nearest.max() < 1e-4 * np.abs(p).max():
-        yield Cause("position offset", f"{d.where}: B numbers positions otherwise in some samples", 0.9)
+def _numbered_otherwise(d: Divergence, rests: tuple[np.ndarray, np.ndarray]) -> Iterator[Cause]:
+    """Both sides add rows of one table of positions, but other rows, as where documents share a row of tokens."""
+    for table in _tables(d, "position|wpe"):
+        apart = [np.linalg.norm(rest[:, :, None] - table, axis=-1) for rest in rests]
+        if max(z.min(-1).max() for z in apart) < 1e-4 * np.abs(table).max():
+            one, two = (z.argmin(-1) for z in apart)
+            at = tuple(np.argwhere(one != two)[0])
+            text = f"token {at[1]} of row {at[0]} has position {two[at]} in B, {one[at]} in A"
+            yield Cause("position offset", f"{d.where}: {text}", 0.95)
 
 
 # What may differ between two tables of positions p and q [T, D]: cause, score, what it says, and when it is so.
