@@ -46,7 +46,7 @@ def inspect(stored: StoredFile) -> None:
     console = Console()
     console.print(f"{stored.path}: {stored.form}")
     for key in ("format", "task", "step", "rate"):
-        console.print(f"{key:<10}  {stored.info.get(key, 'not told')}")
+        console.print(f"{key:<10}  {stored.info.get(key, 'unknown')}")
     counts: Counter[str] = Counter()
     for name, array in stored.weights.items():
         words = name.split(".")

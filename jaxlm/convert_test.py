@@ -451,7 +451,7 @@ def test_bare_safetensors_need_settings_and_then_are_a_start(folder: Path, tmp_p
     [
         ("run", "jaxlm run", "7", "base/blocks/feed_forward/fc1/kernel [2, 12, 48]"),
         ("all.pt", "checkpoint 1.2", "7", "base_model/encoder_blocks.1.feed_forward.fc2.bias [12]"),
-        ("weights.pt", "state dict", "not told", "base.blocks.1.feed_forward.fc2.bias [12]"),
+        ("weights.pt", "state dict", "unknown", "base.blocks.1.feed_forward.fc2.bias [12]"),
         ("all.safetensors", "safetensors", "7", "optimizer.second_moment.head.linear.weight [11, 12]"),
     ],
 )
@@ -473,9 +473,9 @@ def test_inspect_tells_names_shapes_types_norms_and_counts(
     lines = [re.sub(r"  +", "  ", line) for line in out.splitlines()]
     assert lines[0].endswith(f": {form}")
     assert f"step  {step_}" in lines
-    assert f"task  {'not told' if form == STATE_DICT else 'mlm'}" in lines
-    assert f"rate  {'not told' if form == STATE_DICT else 0.1 + 0.2}" in lines
-    assert f"format  {dict(zip(SUFFIXES, ('2', '1.2', 'not told', '1'), strict=True))[form]}" in lines
+    assert f"task  {'unknown' if form == STATE_DICT else 'mlm'}" in lines
+    assert f"rate  {'unknown' if form == STATE_DICT else 0.1 + 0.2}" in lines
+    assert f"format  {dict(zip(SUFFIXES, ('2', '1.2', 'unknown', '1'), strict=True))[form]}" in lines
     n_block = 2 * (4 * (12 * 12 + 12) + 2 * 24 + 12 * 48 + 48 + 48 * 12 + 12)
     counts = {"base.embedding": 132, "base.blocks": n_block, "head": 24 + 11 * 12 + 11}
     told = next(line for line in lines if line.startswith("parameters"))

@@ -119,7 +119,7 @@ def layer_shares(params: optax.Params, layer_decay: float, n_layers: int) -> opt
     """Return the share of the rate that each parameter has, arrays that broadcast; the head's and final norm's is 1.
 
     That of the top block is `layer_decay`, that of each below it again so much less, and the embedding's the least
-    (BEiT, arXiv 2106.08254, appendix H). Of blocks of which the lowest are frozen, `params` has the others.
+    (BEiT, arXiv 2106.08254, appendix H). If the lowest blocks are frozen, `params` has only the others.
     """
 
     def share(path: tuple, value: Array) -> np.ndarray:

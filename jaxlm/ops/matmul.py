@@ -1,6 +1,6 @@
-"""Matmuls of activations and weights, with derivatives written for speed.
+"""Matmuls of activations and weights, with hand-written derivatives for speed.
 
-JAX's own derivatives multiply float32 cotangents, off the fast path of bfloat16, and sum biases row by row.
+JAX's own derivatives multiply float32 cotangents, which misses the fast bfloat16 path, and sum bias gradients slowly.
 """
 
 import functools
@@ -15,12 +15,12 @@ from jaxlm.parallel import is_one_cpu, platform
 
 
 def sum_dtype(dtype: Any) -> Any:
-    """Return the type in which matmuls of `dtype` are summed: float32, or wider."""
+    """Return the accumulation type of matmuls in `dtype`: float32, or wider."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
 class _How(NamedTuple):
-    """How a linear layer computes: in which type, with n_in as which axis of its kernel, and where."""
+    """Static options of a linear layer: matmul type, the axis of n_in in the kernel, rounding, platform."""
 
     dtype: Any
     axis: int
@@ -34,10 +34,10 @@ def linear(x: Array, kernel: Array, bias: Array | None, dtype: Any, axis: int = 
 
     The kernel is [n_in, n_out], or with `axis` 1 [n_out, n_in].
 
-    `is_rounded`: the caller will round the result to `dtype`. A GPU then rounds the sums before it adds the bias, which
-    saves writing and reading them in float32.
+    `is_rounded`: the caller rounds the result to `dtype`. A GPU then rounds before it adds the bias, which avoids
+    writing and reading the sums in float32.
     """
-    if bias is None:  # XLA adds no zeros, and does not sum their gradient, which nothing needs
+    if bias is None:  # XLA removes the addition of zeros and their unused gradient
         bias = jnp.zeros(kernel.shape[1 - axis], sum_dtype(dtype))
     return _linear(x.astype(dtype), kernel, bias, _How(dtype, axis, is_rounded, is_one_cpu(), platform() == "gpu"))
 
@@ -50,14 +50,14 @@ def _linear(x: Array, kernel: Array, bias: Array, how: _How) -> Array:
 def _linear_forward(x: Array, kernel: Array, bias: Array, how: _How) -> tuple[Array, tuple[Array, Array]]:
     n_out = len(bias)
     kernel = _aligned(kernel.astype(how.dtype), 1 - how.axis, how)
-    # All axes but the last as one: XLA's matmuls on a CPU take half the time.
+    # All axes but the last are merged: XLA's matmuls on a CPU then take half the time.
     result = how.dtype if how.is_on_gpu and how.is_rounded else None
     y = _dot(x.reshape(-1, x.shape[-1]), kernel, (1,), (how.axis,), result)[:, :n_out] + bias[None]
     return y.reshape(*x.shape[:-1], n_out), (x, kernel)
 
 
 def _aligned(x: Array, axis: int, how: _How) -> Array:
-    """Return `x` with an axis padded by zeros to a multiple of 8: fast matmuls of a GPU read 16 bytes at a time."""
+    """Return `x` with an axis zero-padded to a multiple of 8, because fast matmuls of a GPU read 16 bytes at a time."""
     if not how.is_on_gpu or x.shape[axis] % 8 == 0:
         return x
     widths = [(0, 0)] * x.ndim
@@ -77,7 +77,7 @@ def _linear_back(how: _How, kept: tuple[Array, Array], grad: Array) -> tuple[Arr
     dx = _dot(rows, kernel, (1,), (1 - how.axis,), how.dtype if how.is_on_gpu else None)
     dx = dx.reshape(x.shape).astype(how.dtype)
     if how.is_on_cpu and how.dtype == jnp.bfloat16:
-        # Over two axes XLA transposes bfloat16 first, and then takes a fraction of the time; not so float32.
+        # With two contracted axes, XLA transposes bfloat16 first and is several times faster; float32 is not.
         if x.ndim == 2 and len(x) % 16 == 0:
             x, grad = (a.reshape(-1, 16, a.shape[-1]) for a in (x, grad))
     else:
@@ -97,17 +97,17 @@ _linear.defvjp(_linear_forward, _linear_back)
 
 
 def einsum(subscripts: str, a: Array, b: Array, dtype: Any) -> Array:
-    """Return jnp.einsum of two arrays in `dtype`.
+    """Return jnp.einsum of two arrays in `dtype`, accumulated as in sum_dtype.
 
-    Its derivative is JAX's own: on a CPU, XLA lacks some bfloat16 matmuls with batch axes.
+    It has JAX's own derivative, because on a CPU, XLA lacks some bfloat16 matmuls with batch axes.
     """
     return jnp.einsum(subscripts, a.astype(dtype), b.astype(dtype), preferred_element_type=sum_dtype(dtype))
 
 
 def argmax(x: Array, largest: Array | None = None) -> Array:
-    """Return jnp.argmax along the last axis, int32, in a sixth of its time on a CPU.
+    """Return jnp.argmax along the last axis, int32, six times as fast on a CPU.
 
-    XLA reduces float32 fast, and float32 holds all whole numbers to 2^24. `largest` is the maximum, where it is known.
+    XLA reduces float32 fast, and float32 represents whole numbers up to 2^24. `largest` is the maximum, if known.
     """
     n = x.shape[-1]
     places = jnp.arange(n, dtype=jnp.float32).reshape((1,) * (x.ndim - 1) + (n,))
@@ -118,7 +118,7 @@ def argmax(x: Array, largest: Array | None = None) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def elementwise(function: Callable[[Array], Array], x: Array) -> Array:
-    """Return a function of each element, in float32 at least, rounded to x's type; x alone is kept for its gradient."""
+    """Apply a function to each element in at least float32, rounded to x's type; only x is kept for the gradient."""
     return function(x.astype(sum_dtype(x.dtype))).astype(x.dtype)
 
 
