@@ -41,7 +41,7 @@ def damage(folder: Path) -> None:
 def test_list_tells_source_and_size(folder: Path, capsys: pytest.CaptureFixture) -> None:
     assert run(folder) == 0
     out = capsys.readouterr().out
-    assert [x in out for x in ("a.txt", "b.txt", "c.txt", "40 d ago", "whole", "in all")] == [True] * 6
+    assert [x in out for x in ("a.txt", "b.txt", "c.txt", "40 d ago", "complete", "in all")] == [True] * 6
 
 
 def test_verify_finds_a_byte_that_changed(folder: Path, capsys: pytest.CaptureFixture) -> None:
@@ -49,7 +49,7 @@ def test_verify_finds_a_byte_that_changed(folder: Path, capsys: pytest.CaptureFi
     damage(folder)
     assert run(folder, "verify") == 1
     lines = capsys.readouterr().out.splitlines()[-3:]
-    (bad,) = [line for line in lines if "whole" not in line]
+    (bad,) = [line for line in lines if not line.endswith("complete")]
     assert bad.startswith(f"{path_of(folder, 'b')}: damaged: train.tokens is not as it was written; the next")
 
 

@@ -119,7 +119,7 @@ class Record(NamedTuple):
     used_s: float  # when it was last opened or written, in seconds since 1970
 
 
-WHOLE, AT_WORK, BEGUN, UNREADABLE = "whole", "a process works on it", "begun, and not finished", "damaged"
+WHOLE, AT_WORK, BEGUN, UNREADABLE = "complete", "being built", "begun, not finished", "damaged"
 
 
 def records(cache_dir: Path) -> list[Record]:
