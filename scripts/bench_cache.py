@@ -2,8 +2,8 @@
 
     python scripts/bench_cache.py articles.jsonl.xz vocab.txt --megabytes 100
 
-Both read the same JSON Lines, in turns; the times are medians. Other programs on the machine disturb the CPU time of all
-cores less. The tokenizer alone is the bound of both. Batches are of packed and unpacked rows of 128
+Both read the same JSON Lines, in turns; the times are medians. Other programs on the machine disturb the CPU time of
+all cores less. The tokenizer alone is the bound of both. Batches are of packed and unpacked rows of 128
 tokens, by one thread.
 """
 
