@@ -158,11 +158,11 @@ class MaskedSamples(_Samples):
         ids, is_real = self.windows.read(indices)
         B, n_real = len(indices), is_real.sum(axis=1)
         tokens = np.full((B, self.seq_len), self.specials["pad"], np.int32)
-        if self.n_start:
+        if self.start is not None:
             tokens[:, 0] = self.start
         content = tokens[:, self.n_start : self.n_start + ids.shape[1]]
         content[...] = np.where(is_real, ids, content)
-        if self.n_end:
+        if self.end is not None:
             tokens[np.arange(B), self.n_start + n_real] = self.end
         return self._mask(tokens, n_real, indices, epochs)
 

@@ -467,7 +467,8 @@ def _special_tokens(
         around = tokenization.marks_of_file(tokenizer)
     except UserError as error:
         raise UserError(f"{path}/{error}") from error
-    specials, settings = tokenization.special_ids(tokenizer), {"tokenizer.marks": "file"}
+    specials = tokenization.special_ids(tokenizer)
+    settings: dict[str, Any] = {"tokenizer.marks": "file"}
     if family.is_causal:
         if "article" not in specials:
             known = " or ".join(tokenization.NAMES["article"])
