@@ -33,7 +33,8 @@ def main() -> int:
     if name not in COMMANDS:
         return _without_command()
     sys.argv[1:] = rest
-    runpy.run_module(f"jaxlm.{name}", run_name="__main__")  # imports nothing of the other commands
+    module = "reporting.plot_schedule" if name == "schedule" else name  # schedule.py imports JAX
+    runpy.run_module(f"jaxlm.{module}", run_name="__main__")  # imports nothing of the other commands
     return 0
 
 

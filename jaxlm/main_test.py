@@ -67,6 +67,21 @@ def test_each_command_shows_its_help_by_both_names(script: Path, name: str) -> N
     assert by_script.stdout.split() == same.split()
 
 
+def test_no_help_imports_a_framework() -> None:
+    program = """
+import contextlib, sys
+from jaxlm.__main__ import COMMANDS, main
+for name in COMMANDS:
+    sys.argv[1:] = [name, "--help"]
+    with contextlib.suppress(SystemExit):
+        main()
+    print("loaded by", name, sorted({"jax", "flax", "optax", "orbax", "torch"} & sys.modules.keys()))
+"""
+    done = run(sys.executable, "-c", program)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.findall("^loaded by (.*)", done.stdout, re.M) == [f"{name} []" for name in COMMANDS]
+
+
 def test_a_command_keeps_its_exit_status_and_its_error(script: Path, tmp_path: Path) -> None:
     done = run(script, "runs", "show", str(tmp_path / "none"))
     assert done.returncode == 2 and done.stderr.startswith("error: ") and str(tmp_path / "none") in done.stderr
