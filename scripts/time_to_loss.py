@@ -227,7 +227,7 @@ def draw(path: Path, records: list[Record], tokens: int, title: str) -> None:
     left, right = figure.subplots(1, 2, sharey=True)
     for record in records:
         losses = [x["loss"] for x in record["points"]]
-        style = {"linewidth": 2.2 if record["system"].startswith("jaxlm") else 1.4}
+        style: dict[str, Any] = {"linewidth": 2.2 if record["system"].startswith("jaxlm") else 1.4}
         style |= {} if record["system"].startswith("jaxlm") else {"linestyle": "--"}
         left.plot([x["seconds"] for x in record["points"]], losses, label=record["system"], **style)
         right.plot([x["update"] * tokens / 1e6 for x in record["points"]], losses, **style)

@@ -27,7 +27,7 @@ def train_ours(package: str, config: Config, folder: Path) -> None:
     """Train with jaxlm or torchlm, by their own command; only what tells of evaluations is put around its functions."""
     import importlib
 
-    loop = importlib.import_module(f"{package}.loop")
+    loop: Any = importlib.import_module(f"{package}.loop")
     evaluate, build, spent_s = loop.evaluate_and_show, loop.build, 0.0
 
     def told(run: Any, compiled: Any, state: Any, i: int, status: Any) -> None:
@@ -55,8 +55,8 @@ def train_ours(package: str, config: Config, folder: Path) -> None:
 
     loop.evaluate_and_show, loop.build = told, built
     train = importlib.import_module(f"{package}.train")
-    settings = [word for name, x in configs.flat(config).items() for word in (f"--{name}", str(x).lower())]
-    sys.exit(train.main([*settings, "--run.dir", str(folder / "run")]))
+    (folder / "settings.toml").write_text(configs.dump(config), encoding="utf-8")
+    sys.exit(train.main(["--config", str(folder / "settings.toml"), "--run.dir", str(folder / "run")]))
 
 
 def train_transformers(config: Config, folder: Path) -> None:
@@ -97,8 +97,9 @@ def train_transformers(config: Config, folder: Path) -> None:
             if state.global_step == 1:
                 tell(first_update_s=time.perf_counter() - started_s)
 
-        def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any, **kwargs: Any) -> None:
+        def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             nonlocal spent_s
+            metrics = kwargs["metrics"]
             spent_s += metrics["eval_runtime"]
             tell(update=state.global_step, loss=metrics["eval_loss"], evaluations_s=spent_s)
 
@@ -144,9 +145,12 @@ def prepare(config: Config, folder: Path) -> None:
     from bench_systems import read_data
 
     from jaxlm.data import cache, tokenization
+    from jaxlm.io import temporary
 
     config, data = read_data(config)
-    splits = cache.open_cache(data.source, data.tokenizer, cache.user_cache_dir(config.data.cache_dir), lambda n: None)
+    splits = cache.open_cache(
+        data.source, data.tokenizer, temporary.user_cache_dir(config.data.cache_dir), lambda n: None
+    )
     for name, short in (("train", "train"), ("validation", "val")):
         tokens = np.asarray(splits[name].tokens)
         np.save(folder / f"{name}.npy", tokens)
