@@ -102,7 +102,7 @@ class Jaxlm:
 
         if not hasattr(self, "decoder"):
             model: Any = self.task.build_model(nnx.Rngs(self.config.train.seed))
-            self.decoder = decode.Decoder(model, stop=-1)
+            self.decoder = decode.Decoder(model, (-1,))
         prompts_BT = prompts(self.data, n_rows, n_prompt)
         started_s = time.perf_counter()
         rows = self.decoder.begin(prompts_BT.tolist(), n_new)
