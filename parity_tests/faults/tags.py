@@ -10,7 +10,7 @@ FAULTS = [
         "label on the last piece: the tag of a word is read at its last token",
         BERT,
         tagged_rows,
-        ("_starts[_word] - _begin + 1", "self.split.offsets[self.words + 1][_word] - _begin"),
+        ("_starts[_word] - _begin + self.n_start", "self.split.offsets[self.words + 1][_word] - _begin"),
     ),
     *mirrored(
         "labels a word late: each word has the tag of the word before",
