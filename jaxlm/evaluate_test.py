@@ -22,6 +22,8 @@ from jaxlm.testing import tiny_runs
 from jaxlm.training.log import RunLog
 
 N_ARTICLES = 90
+TASKS = [task for task in tiny_runs.OF_TASK if task != "embed"]  # which ranks each pair among more than a batch
+CLASSES = {"tag": ["B-A", "I-A", "O"]}
 WORDS = sorted({word.strip(",:") for text in tiny_runs.TEXTS for word in text.split()})
 
 
@@ -38,14 +40,18 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "texts.txt").write_text("\n".join(texts))
     rows = [f"{article(random, n)}\t{label}" for n, label in random.integers((1, 0), (9, 2), (N_ARTICLES, 2))]
     (folder / "rows.tsv").write_text("sentence\tlabel\n" + "\n".join(rows) + "\n")
-    for task in tiny_runs.OF_TASK:
-        path = folder / ("texts.txt" if task in ("mlm", "gpt") else "rows.tsv")
+    sentences = [article(random, n).split() for n in random.integers(1, 12, N_ARTICLES)]
+    tags = [random.choice(["O", "B-A", "I-A"], len(words)) for words in sentences]
+    blocks = [zip(*x, strict=True) for x in zip(sentences, tags, strict=True)]
+    lines = ["".join(f"{word} {tag}\n" for word, tag in block) for block in blocks]
+    (folder / "tags.txt").write_text("\n".join(lines))
+    for task in TASKS:
+        path = folder / {"mlm": "texts.txt", "gpt": "texts.txt", "tag": "tags.txt"}.get(task, "rows.tsv")
         shares: dict[str, Any] = {f"data.{split}_fraction": 0.35 for split in ("validation", "test")}
         if task == "pairs":
             shares |= {"data.prompt_column": "sentence", "data.answer_column": "label"}
-        tiny_runs.write(
-            folder / task, task, **{"data.path": str(path), "data.cache_dir": str(folder / "cache"), **shares}
-        )
+        shares |= {"data.path": str(path), "data.cache_dir": str(folder / "cache")}
+        tiny_runs.write(folder / task, task, classes=CLASSES.get(task, ()), **shares)
     return folder
 
 
@@ -55,7 +61,7 @@ def evaluated(runs: Path, task: str, **options: Any) -> Any:
     return found, samples, evaluation.evaluate(found, samples, **options)
 
 
-@pytest.mark.parametrize("task", tiny_runs.OF_TASK)
+@pytest.mark.parametrize("task", TASKS)
 def test_scores_are_those_of_training(task: str, runs: Path) -> None:
     found, samples, result = evaluated(runs, task)
     config = configs.replace(found.config, "train.batch_size", 8)

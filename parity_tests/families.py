@@ -109,7 +109,7 @@ def record(name: str, folder: Path = FOLDER) -> None:
         "gradients": found.first.gradients,
         "final": found.final,
     }
-    arrays = {f"{kind}/{key}": x for kind, group in groups.items() for key, x in group.items()}
+    arrays: dict[str, Any] = {f"{kind}/{key}": x for kind, group in groups.items() for key, x in group.items()}
     np.savez_compressed(folder / f"{name.lower()}.npz", logits=found.first.logits, losses=found.losses, **arrays)
 
 

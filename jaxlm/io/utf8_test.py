@@ -38,7 +38,7 @@ def vocabulary(path: Path) -> Any:
 
 
 def texts(path: Path) -> Any:
-    return list(predict._texts(argparse.Namespace(texts=None, file=str(path))) or [])
+    return list(predict._texts(argparse.Namespace(texts=None, pairs=None, file=str(path))) or [])
 
 
 def piped(path: Path) -> Any:
