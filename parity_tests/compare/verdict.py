@@ -124,7 +124,9 @@ def place(x: Finding) -> str:
     """Return what differs."""
     call = f", call {x.call}" if x.call else ""
     name = x.name or "the model"
-    return WORDS[x.stage].format(name, "input" if x.kind == "input" else "output") + call
+    return (
+        WORDS["loss" if x.kind == "loss" else x.stage].format(name, "input" if x.kind == "input" else "output") + call
+    )
 
 
 def sentence(x: Finding) -> str:

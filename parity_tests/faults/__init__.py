@@ -12,6 +12,7 @@ __main__.py      `python -m parity_tests.faults [--only TEXT] [--package NAME] [
 """
 
 import argparse
+import random
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -118,7 +119,7 @@ def command(program: str, description: str, argv: list[str]) -> tuple[list[Fault
     parser = argparse.ArgumentParser(program, description=description)
     parser.add_argument("--only", help="only faults with this in their name")
     parser.add_argument("--package", choices=[x.name for x in PACKAGES], help="only faults in this package")
-    parser.add_argument("--sample", type=int, help="so many of them, evenly over the list")
+    parser.add_argument("--sample", type=int, help="so many of them, drawn with a fixed seed")
     parser.add_argument("--json", type=Path, help="file to keep the table in")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -127,6 +128,6 @@ def command(program: str, description: str, argv: list[str]) -> tuple[list[Fault
 
 
 def chosen(only: str | None, n: int | None, package: str | None = None) -> list[Fault]:
-    """Return the faults of a package whose name contains `only`, and of these n, evenly over the whole list."""
+    """Return the faults of a package whose name contains `only`, or a sample of n of these: n + 1 adds one to it."""
     found = [x for x in FAULTS if (only is None or only in x.name) and package in (None, x.package)]
-    return found if n is None or n >= len(found) else [found[i * len(found) // n] for i in range(n)]
+    return found if n is None else random.Random(0).sample(found, len(found))[:n]

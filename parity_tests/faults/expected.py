@@ -1,7 +1,10 @@
 """What the tool should say of each planted fault: its cause, and the module in which an activation differs first.
 
-The cause is declared by name; the module follows from the function in which the fault is planted. Nothing here comes
-from what the tool says. A fault without a cause counts as missed.
+The cause is declared by name; the module follows from the function in which the fault is planted. This is no test on
+unseen faults: the causes of about 150 faults were declared after the tool's answers to them had been seen, and many
+rules of the catalogue were written for the faults that they are scored on. The causes of tags, embeddings, Muon and two
+texts were declared before the tool was run on them. Some are kinds for which the catalogue has no rule: they count as
+missed, as does a fault without a cause.
 """
 
 import functools
@@ -46,7 +49,7 @@ CAUSES: dict[str, tuple[str, ...]] = {
     "norm placement": ("post-norm", "pre-norm for post-norm"),
     "norm missing": (
         *("no final norm", "no norm in the embedding", "no norm in the head", "no norm after the first block"),
-        "first norm kept",
+        *("first norm kept", "no norm in a causal head", "vectors of any length"),
     ),
     "module skipped": ("one norm for two", "no dense layer in the head"),
     "epsilon": ("epsilon of norms", "epsilon outside the root", "epsilon inside the root", "epsilon of Adam"),
@@ -56,6 +59,7 @@ CAUSES: dict[str, tuple[str, ...]] = {
     "gelu": ("tanh GELU", "exact GELU for GPT-2's"),
     "activation function": (
         *("ReLU", "SiLU for GELU", "GELU for SiLU", "GELU for squared ReLU", "ReLU not squared", "tanh for ReLU"),
+        "no GELU in UltraBERT's head",
     ),
     "gate": ("gate and up swapped", "no gate", "gates added"),
     "soft cap": (
@@ -71,6 +75,7 @@ CAUSES: dict[str, tuple[str, ...]] = {
     "LoRA scale": ("LoRA without its scale", "LoRA scaled by the root"),
     # Embeddings and what is taken of a sequence
     "embedding scale": ("embedding scaled",),
+    "token types": ("one type for both texts", "types swapped"),
     "position offset": ("positions from 1", "positions go on", "positions from one in packed rows"),
     "position order": ("positions from the right",),
     "position frequencies": ("usual exponent",),
@@ -78,7 +83,8 @@ CAUSES: dict[str, tuple[str, ...]] = {
     "positions taken": ("masked positions off by one",),
     "pooling": (
         *("last for first", "mean for first", "last position for last token", "one before the last token"),
-        *("text of the wrong segment", "one text a row"),
+        *("text of the wrong segment", "one text a row", "pads in the mean", "mean of other texts", "late for mean"),
+        *("mean over pads", "mean without the end", "label on the last piece"),
     ),
     # Start values, data and dropout
     "start values": (
@@ -87,7 +93,7 @@ CAUSES: dict[str, tuple[str, ...]] = {
     ),
     "pad row": ("pad row random", "pad row trained"),
     "labels": ("prompt in the loss", "answer without its end", "answer a token late", "label across a border"),
-    "label shift": ("labels are inputs", "own token as label"),
+    "label shift": ("labels are inputs", "own token as label", "labels a word late"),
     "batch": ("masks of the first document",),
     "dropout scale": ("dropout not scaled",),
     "dropout rate": ("rate for share",),
@@ -98,14 +104,19 @@ CAUSES: dict[str, tuple[str, ...]] = {
     "dropout masks": ("masks shared between layers", "same masks in each update"),
     # Losses
     "sum against mean": ("mean over all positions", "gradients of the sum", "divergence over the vocabulary"),
-    "ignored labels": ("ignored labels guessed",),
+    "ignored labels": ("ignored labels guessed", "words without labels", "filler is a negative"),
     "label smoothing": ("smoothed labels",),
     "z-loss": (
         *("z-loss subtracted", "z-loss not squared", "z-loss of shifted logits", "z-loss of all positions"),
         *("z-loss of evaluations", "no z-loss in training"),
     ),
-    "metric": ("accuracy as a mean of means", "argmax of all"),
-    "temperature": ("no square of the temperature",),
+    "metric": (
+        *("accuracy as a mean of means", "argmax of all", "span off by one", "B is I", "another type goes on"),
+        "any type is right",
+    ),
+    "squared error": ("absolute errors",),
+    "contrastive loss": ("texts of pairs",),
+    "temperature": ("no square of the temperature", "scale of one"),
     "distillation": (*("divergence from the student", "cosine of pads", "teacher without segments", "cosine of rows"),),
     # Gradients
     "gradient stopped": ("untied",),
@@ -130,11 +141,21 @@ CAUSES: dict[str, tuple[str, ...]] = {
         "adapters spared from decay",
         "layer decay not of decay",
     ),
-    "coupled decay": ("decay coupled",),
-    "bias correction": ("no bias correction",),
+    "coupled decay": ("decay coupled", "decay before Muon"),
+    "bias correction": ("no bias correction", "bias correction"),
     "moments swapped": ("moments swapped",),
-    "betas": ("beta2 of 0.99",),
-    "layer rates": ("layer decay upside down", "layer decay from the head"),
+    "betas": ("beta2 of 0.99", "momentum of AdamW"),
+    "layer rates": ("layer decay upside down", "layer decay from the head", "layer decay not of Muon"),
+    "Muon scale": (
+        *("spectral scale upside down", "no factor of 0.2", "scale by the smaller side", "scale of the transposed"),
+        "decay by the scale",
+    ),
+    "Muon momentum": ("momentum without Nesterov", "momentum of a sum"),
+    "Muon iterations": (
+        *("four iterations", "no fifth order", "one polynomial for all", "no margin", "layers as one matrix"),
+    ),
+    "Muon parameters": ("Muon on the output layer", "Muon on the embedding"),
+    "rate scale": ("no rate of its own",),
     "schedule offset": ("rate of the next update", "schedule off by one"),
     "warmup": ("warmup from 1", "no warmup"),
     "decay length": ("decay to the last update", "decay as long as told"),
@@ -152,7 +173,10 @@ MODULES: dict[str, tuple[Any, ...]] = {
         *(targets.attend_in_blocks, targets.add_adapters, targets.classifier_start, targets.mlm_loss, targets.gpt_loss),
     ),
     "feed_forward": (targets.feed_forward, targets.gelu, targets.activation),
-    "embedding": (targets.embedding, targets.embedding_start, targets.positions, targets.restarting, targets.dropout),
+    "embedding": (
+        *(targets.embedding, targets.embedding_start, targets.positions, targets.restarting, targets.dropout),
+        targets.classifier,  # types of tokens go from there to the embedding
+    ),
     "layernorm": (targets.norm, targets.framework_norm, targets.framework_rms_norm),
     "blocks": (targets.block,),
     "base": (targets.transformer,),
@@ -163,7 +187,7 @@ MODULES: dict[str, tuple[Any, ...]] = {
         targets.head_prepared,
         targets.head_activation,
         targets.classifier_head,
-        targets.classifier,
+        targets.classifier_shares,
         targets.at,
     ),
 }

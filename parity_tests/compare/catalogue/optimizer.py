@@ -18,8 +18,9 @@ from parity_tests.compare.catalogue.evidence import (
     listed,
     ratio_of,
 )
+from parity_tests.compare.catalogue.loss import gradient_norm
 from parity_tests.compare.catalogue.place import Divergence
-from parity_tests.compare.divergence import Side
+from parity_tests.compare.divergence import Finding, Side
 from parity_tests.compare.pairing import Pair
 
 BETAS = (0.9, 0.95, 0.98, 0.99, 0.999, 0.8, 0.0)
@@ -77,10 +78,19 @@ def movement(side: Side, update: int, pair: Pair) -> np.ndarray | None:
     return None if before is None or after is None else after - before
 
 
+def _compared(d: Divergence) -> list[Finding]:
+    """Return the updates of parameters; the norm of all gradients is compared at the same stage."""
+    return [x for x in d.of("update") if x.name in d.pairs]
+
+
+def _failed(d: Divergence) -> list[Finding]:
+    return [x for x in _compared(d) if not x.passes]
+
+
 def _movements(d: Divergence) -> list[tuple[str, np.ndarray, np.ndarray]]:
     """Return the changes of parameters that differ, in A and in B."""
     found = []
-    for finding in d.failed("update"):
+    for finding in _failed(d):
         x, y = (movement(side, d.update, d.pairs[finding.name]) for side in d.sides)
         if x is not None and y is not None:
             found.append((finding.name, x, y))
@@ -99,7 +109,7 @@ def one_rate(d: Divergence) -> Iterator[Cause]:
     if not ratios or not all(ratios):
         return
     ratio, rates, i = float(np.median(ratios)), d.rates[0], d.update
-    if np.ptp(ratios) < 1e-2 * abs(ratio) and len(ratios) > 0.5 * len(d.of("update")):
+    if np.ptp(ratios) < 1e-2 * abs(ratio) and len(ratios) > 0.5 * len(_compared(d)):
         yield Cause("rate scale", f"all updates of B are {ratio:.5g} times A's", 0.6)
         for j in (i + 1, i - 1):
             if 0 <= j < len(rates) and rates[i] and abs(rates[j] / rates[i] / ratio - 1) < 1e-3:
@@ -116,7 +126,7 @@ def moved_at_rate_zero(d: Divergence) -> Iterator[Cause]:
 
 
 def part_of_parameters(d: Divergence) -> Iterator[Cause]:
-    failed, n_all = d.failed("update"), len(d.of("update"))
+    failed, n_all = _failed(d), len(_compared(d))
     if 0 < len(failed) < n_all:
         arrays = [d.a.tensor("parameter", 0, d.pairs[f.name]) for f in failed]
         is_vectors = all(x is not None and x.ndim < 2 for x in arrays)
@@ -131,7 +141,7 @@ def clipped_update(d: Divergence) -> Iterator[Cause]:
         math.sqrt(sum(float((z**2).sum()) for z in side)) for side in ([x for _, x, _ in steps], [y for *_, y in steps])
     ]
     is_scaled = bool(steps) and all(ratio_of(x, y) for _, x, y in steps)
-    if is_scaled and all(sizes) and len(steps) == len(d.of("update")):
+    if is_scaled and all(sizes) and len(steps) == len(_compared(d)):
         text = f"all updates of B together have the norm {sizes[1]:.4g} (A {sizes[0]:.4g})"
         yield Cause("clipping", f"{text}: clipped after the optimizer?", 0.5)
 
@@ -210,8 +220,18 @@ def _changes(d: Divergence, usual: Adam) -> list[tuple[str, dict[str, Any], str]
 
 
 def unknown(d: Divergence) -> Iterator[Cause]:
-    yield Cause("optimizer", f"update of {d.name}: gradients and rates agree, and it does not", 0.2)
+    if d.name in d.pairs:
+        yield Cause("optimizer", f"update of {d.name}: gradients and rates agree, and it does not", 0.2)
 
 
 MOMENT_RULES: tuple[Rule, ...] = (moments,)
-RULES: tuple[Rule, ...] = (frozen, one_rate, moved_at_rate_zero, adam, part_of_parameters, clipped_update, unknown)
+RULES: tuple[Rule, ...] = (
+    frozen,
+    one_rate,
+    moved_at_rate_zero,
+    adam,
+    part_of_parameters,
+    clipped_update,
+    gradient_norm,
+    unknown,
+)
