@@ -109,7 +109,7 @@ def is_decayed(params: optax.Params) -> optax.Params:
     def decays(path: tuple, value: Array) -> bool:
         # Rank alone cannot tell: parameters of the blocks have a leading axis of layers.
         name = _names(path)[-1]
-        rows = {"kernel": -1, "lora_a": -1, "lora_b": -1, "embedding": -2, "position": -2}
+        rows = {"kernel": -1, "lora_a": -1, "lora_b": -1, "embedding": -2, "position": -2, "segment": -2}
         return name in rows and value.shape[rows[name]] > 1
 
     return jax.tree_util.tree_map_with_path(decays, params)

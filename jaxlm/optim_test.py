@@ -52,6 +52,8 @@ FINAL_NORM = {"base/final_norm/scale": False, "base/final_norm/bias": False}
             {"model.positions": "learned", "model.final_norm": True, "model.tied_embedding": True},
             BASE | FINAL_NORM | {"base/embedding/position": True, "head/bias": False},
         ),
+        ("sst2", {"model.segments": 2}, BASE | LINEAR | {"base/embedding/segment": True}),
+        ("sst2", {"model.segments": 1}, BASE | LINEAR | {"base/embedding/segment": False}),
         # PyTorch stores a linear layer with one output as a matrix of one row, which does not decay.
         ("sst2", {"model.head_outputs": "vocabulary", "model.vocab_size": 1}, BASE | LINEAR | {
             "base/embedding/token/embedding": False, "head/linear/kernel": False

@@ -22,7 +22,7 @@ OPTIONS = [
     {},
     {"model.positions": "learned", "model.tied_embedding": True, "model.post_norm": True},
     {"model.positions": "rotary", "model.final_norm": True, "model.head_outputs": "vocabulary"},
-    {"model.embedding_norm": True, "model.head_dense": "bert"},
+    {"model.embedding_norm": True, "model.head_dense": "bert", "model.segments": 2},
     {"model.head_dense": "modernbert", "model.biases": "none", "model.pooling": "mean", "model.classifier_bias": False},
     {"model.head_dense": "eurobert", "model.biases": "none", "model.pooling": "late", "model.output_bias": False},
     {"model.head_dense": "ultrabert", "model.head_hidden": 7, "model.biases": "none", "model.output_bias": False},
