@@ -205,7 +205,7 @@ def _specials(config: Config, tokenizer: Tokenizer, samples_class: type[Any]) ->
     roles = samples_class.roles(config.model)
     for role in roles:
         if role not in specials:
-            names, needs = " or ".join(tokenization.NAMES[role]), f"task={config.task}"
+            names, needs = " or ".join(tokenization.NAMES[role][:2]), f"task={config.task}"
             setting, mend = f"tokenizer.path={config.tokenizer.path}", "choose another tokenizer"
             if not config.tokenizer.path:
                 setting = f"tokenizer.kind={config.tokenizer.kind}"
