@@ -76,14 +76,18 @@ tap_p = Primitive("parity_tap")
 
 
 def _emit(x: Any, *iterations: Any, tap: Tap) -> Any:
-    if sketched(x, tap.recorder.whole) and jnp.issubdtype(x.dtype, jnp.floating):
-        jax.debug.callback(functools.partial(_received, tap, x.shape), *_sketch(x), *iterations)
-    else:
-        jax.debug.callback(functools.partial(_received, tap, None), x, None, *iterations)
+    is_sketched = sketched(x, tap.recorder.whole) and jnp.issubdtype(x.dtype, jnp.floating)
+    shape, sent, sums = (x.shape, *_sketch(x)) if is_sketched else (None, x, None)
+    if x.dtype == jnp.float64:
+        # As its bits: a callback may run in a thread in which jax.enable_x64 is off, where float64 becomes float32.
+        sent, sums = jax.tree.map(lambda z: jax.lax.bitcast_convert_type(z, jnp.uint32), (sent, sums))
+    jax.debug.callback(functools.partial(_received, tap, shape, x.dtype), sent, sums, *iterations)
     return x
 
 
-def _received(tap: Tap, shape: tuple[int, ...] | None, x: Any, sums: Any, *iterations: Any) -> None:
+def _received(tap: Tap, shape: tuple[int, ...] | None, dtype: Any, x: Any, sums: Any, *iterations: Any) -> None:
+    if dtype == jnp.float64:
+        x, sums = jax.tree.map(lambda z: np.asarray(z).view(np.float64)[..., 0], (x, sums))
     tap.recorder.receive(tap, shape, x, sums, tuple(int(i) for i in iterations))
 
 

@@ -185,6 +185,20 @@ def test_bfloat16_is_recorded_as_it_is_by_both() -> None:
         np.testing.assert_array_equal(entry.array(), np.asarray(half, np.float32))
 
 
+def test_float64_is_recorded_as_it_is_from_whatever_thread() -> None:
+    """Callbacks of larger programs run in threads of their own, in which jax.enable_x64 does not hold."""
+    with jax.enable_x64(True):
+        x = jnp.asarray(np.random.default_rng(0).normal(size=(300, 300)))
+        for whole in (300**2, 1000):
+            for _ in range(4):
+                with record.jax(whole=whole) as b:
+                    y = jax.jit(lambda x: record.tag("y", jnp.tanh(record.tag("x", x @ x)) @ x))(x)
+                one, two = b.read().all("activation")
+                assert one.dtype == two.dtype == "float64"
+                rows, columns = sketch.axes(x.shape) if whole < x.size else (slice(None), slice(None))
+                np.testing.assert_array_equal(two.array(), np.asarray(y)[rows][:, columns])
+
+
 def test_a_sketch_sees_each_element_and_goes_with_a_transpose() -> None:
     large = np.random.default_rng(1).normal(size=(300, 200)).astype(np.float32)
     rows, columns = sketch.axes(large.shape)

@@ -9,6 +9,8 @@ import numpy as np
 from parity_tests.compare.catalogue.evidence import NEAR, Cause, Rule, distance
 from parity_tests.compare.catalogue.place import Divergence
 
+ROWS = 256  # of an embedding's output that are looked for in its table
+
 
 def token_and_position(d: Divergence) -> Iterator[Cause]:
     """Token embeddings are scaled, or positions differ, where both sides are a sum of the two."""
@@ -106,4 +108,21 @@ def _is_sine_for_cosine(p: np.ndarray, q: np.ndarray) -> bool:
     return max(np.abs(p).max(), np.abs(q).max()) < 1.000001 and bool(np.allclose(p**2 + q**2, 1, atol=1e-5))
 
 
-RULES: tuple[Rule, ...] = (token_and_position,)
+def rows_taken(d: Divergence) -> Iterator[Cause]:
+    """Both sides take rows of one table, but other rows: ids or positions are counted otherwise."""
+    for table in d.parameters(d.module).values():
+        x, y = (z.reshape(-1, z.shape[-1])[:ROWS] if z.ndim > 1 else z[None] for z in d.both)
+        if table.ndim != 2 or x.shape != y.shape or table.shape[1] != x.shape[1]:
+            continue
+        apart = [np.abs(z[:, None] - table).max(-1) for z in (x, y)]
+        if max(z.min(-1).max() for z in apart) < 1e-4 * np.abs(table).max():
+            one, two = (z.argmin(-1) for z in apart)
+            shifts = set((two - one).tolist())
+            text = f"{d.where}: row {two[0]} of the table is taken in B, {one[0]} in A"
+            if len(shifts) == 1 and re.search("pos|wpe", d.module):
+                yield Cause("position offset", f"{text}: {shifts.pop():+d} at each position", 1.0)
+            else:
+                yield Cause("another input", text, 0.9)
+
+
+RULES: tuple[Rule, ...] = (token_and_position, rows_taken)

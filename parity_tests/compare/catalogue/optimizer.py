@@ -187,10 +187,12 @@ def _steps_of_adam(d: Divergence, pair: Pair) -> Iterator[Formula]:
     known, rate = d.settings(d.a, pair.a.name), float(d.rates[0][d.update])
     if any(x is None for x in (*gradients, *weights)) or not math.isfinite(rate):
         return
+    if known and not {"betas", "b1"} & set(known):  # another optimizer than Adam
+        return
     betas = known.get("betas", (known.get("b1", 0.9), known.get("b2", 0.999)))
     usual = Adam(betas[0], betas[1], known.get("eps", 1e-8), known.get("weight_decay") or 0.0, rate)
     decays = [e.info.get("weight_decay") for side in d.sides for e in side.record.all("setting")]
-    for decay in dict.fromkeys([usual.decay, 0.0, *(float(x) for x in decays if x), 0.01, 0.1]):
+    for decay in dict.fromkeys([usual.decay, 0.0, *(float(x) for x in decays if x), 0.01, 1e-4, 0.1]):
         own = dataclasses.replace(usual, decay=decay)
         text = {"decay group": f"decays it by {decay:g}"}
         yield _formula(own, gradients, weights, text, "" if decay == usual.decay else "decay group")
@@ -213,8 +215,9 @@ def _changes(d: Divergence, usual: Adam) -> list[tuple[str, dict[str, Any], str]
         ("epsilon", {"epsilon_is": "added before the bias correction"}, "adds epsilon before the bias correction"),
     ]
     found += [("epsilon", {"epsilon": x}, f"has epsilon {x:g}") for x in EPSILONS if x != usual.epsilon]
-    found += [("betas", {"beta2": x}, f"has a beta2 of {x}") for x in BETAS if x not in (usual.beta2, 0.0)]
-    found += [("betas", {"beta1": x}, f"has a beta1 of {x}") for x in BETAS if x != usual.beta1]
+    if i:  # the first update is the same for all betas, by the bias correction
+        found += [("betas", {"beta2": x}, f"has a beta2 of {x}") for x in BETAS if x not in (usual.beta2, 0.0)]
+        found += [("betas", {"beta1": x}, f"has a beta1 of {x}") for x in BETAS if x != usual.beta1]
     near = [j for j in (i + 1, i - 1) if 0 <= j < len(rates) and rates[j] != rates[i]]
     return found + [("schedule offset", {"rate": float(rates[j])}, f"has the rate of update {j}") for j in near]
 
