@@ -182,6 +182,8 @@ def _checks() -> dict[str, Callable[[], list[Row]]]:
         add(f"{name}: tag", inputs.option, "tag", name)
     for name in families.SETTINGS:
         add(f"recorded from transformers: {name}", families.family, name)
+    for name in families.FOLDERS:
+        add(f"transformers: folder of {name}", families.folder, name)
     for name, task in (("ModernBERT", "mlm"), ("Qwen3", "gpt")):
         changes = {"model.n_heads": 4, "model.d_ff": 10} | families.SETTINGS[name]
         add(f"float64: {task} of {name}'s design", drift.float64, task, **changes)

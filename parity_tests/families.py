@@ -7,6 +7,7 @@
 transformers.
 """
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,16 @@ import numpy as np
 import torch
 from torch import nn
 
+from jaxlm import config as configs
 from jaxlm.config import Config
 from jaxlm.params.names import Arrays
+from jaxlm.weights import huggingface
+from jaxlm.weights.formats import StoredFile
 from parity_tests import references, trajectory
 from parity_tests.compare.tolerances import FLOAT32
 from parity_tests.drift import config_of
 from parity_tests.packages import PACKAGES
-from parity_tests.plan import Plan, random_plan
+from parity_tests.plan import Plan, random_batch, random_plan
 from parity_tests.trajectory import First, Row
 from torchlm import schedule
 
@@ -49,6 +53,31 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
 }
 
+_OURS = {"vocab_size": 17, "hidden_size": 12, "intermediate_size": 10, "num_attention_heads": 2}
+_OURS |= {"max_position_embeddings": 11, "pad_token_id": 0, "attn_implementation": "eager"}
+_NONE = dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"))
+_KV = _OURS | {"num_hidden_layers": 2, "num_key_value_heads": 1, "bos_token_id": None, "eos_token_id": None}
+_LOCAL = _OURS | {"num_hidden_layers": 4, "local_attention": 4}
+_BASES = {"full_attention": {"rope_theta": 1000.0}, "sliding_attention": {"rope_theta": 50.0}}
+_SCALED = {"rope_type": "llama3", "rope_theta": 100.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+# The class and the settings of random models of transformers whose folders are read.
+FOLDERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "Llama": ("LlamaForCausalLM", _KV | {"rope_parameters": _SCALED | {"original_max_position_embeddings": 8}}),
+    "Qwen3": ("Qwen3ForCausalLM", _KV | {"head_dim": 8, "tie_word_embeddings": True}),
+    "ModernBERT": ("ModernBertForMaskedLM", _LOCAL | _NONE | {"rope_parameters": _BASES}),
+    "ModernBERT that classifies": (
+        "ModernBertForSequenceClassification",
+        _LOCAL | _NONE | {"classifier_pooling": "mean", "num_labels": 3},
+    ),
+    "Ettin's decoder": ("ModernBertDecoderForCausalLM", _LOCAL | dict.fromkeys(_NONE, 0) | {"rope_parameters": _BASES}),
+    "EuroBERT": ("EuroBertForMaskedLM", _KV),
+    "EuroBERT that classifies": ("EuroBertForSequenceClassification", _KV | {"num_labels": 3}),
+    "UltraBERT": (
+        "UltrabertForMaskedLM",
+        _KV | {"num_hidden_layers": 4, "sliding_window": 2, "prediction_head_size": 6},
+    ),
+}
+
 
 @dataclass(frozen=True)
 class Recorded:
@@ -74,6 +103,46 @@ def family(name: str) -> list[Row]:
         added.add_weights("final weights", run.final, want.final, plan.start, float(np.sum(run.rates)), FLOAT32)
         rows += added.rows
     return rows
+
+
+def folder(name: str) -> list[Row]:
+    """Return how far both packages are from transformers with the weights and settings that are read from its folder.
+
+    Its gradients are read as its weights are, from a folder that has them in their place.
+    """
+    import transformers
+
+    class_name, sizes = FOLDERS[name]
+    model_class = getattr(transformers, class_name)
+    model = model_class(model_class.config_class(**sizes)).eval()
+    random = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for x in model.parameters():
+            x.copy_(0.3 * torch.randn(x.shape, generator=random) + (x.ndim == 1) * x)
+    read = _read(model)
+    config = configs.build(read.info["config"])
+    # Without pads, as in `record`; and a pad has no gradient there.
+    batch = random_batch(config, np.random.default_rng(0), batch_size=3, pad_share=0.0)
+    batch["tokens"] = np.maximum(batch["tokens"], 1)
+    model.double()
+    logits = model(input_ids=torch.from_numpy(np.int64(batch["tokens"]))).logits
+    loss = references._mean_loss(logits, batch)
+    loss.backward()
+    with torch.no_grad():
+        for x in model.parameters():
+            x.copy_(x.grad)
+    want = First(logits.detach().numpy(), float(loss.detach()), _read(model.float()).weights)
+    rows = []
+    for package in PACKAGES:
+        got = trajectory.first(package(config, read.weights, "float64"), batch)
+        rows += trajectory.compare_first(f"folder of {name}", package.name, config, got, want, FLOAT32, "the batch")
+    return rows
+
+
+def _read(model: Any) -> StoredFile:
+    with tempfile.TemporaryDirectory() as target:
+        model.save_pretrained(target)
+        return huggingface.load(Path(target))
 
 
 def load(name: str) -> tuple[Plan, Recorded]:

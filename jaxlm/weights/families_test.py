@@ -1,6 +1,7 @@
 """ModernBERT, Ettin's decoders, EuroBERT, UltraBERT, Llama and Qwen3, against transformers: small and random models."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,12 @@ KINDS = [
     *("llama tied lm", "modernbert untied lm", "modernbert mean classes"),
     *("eurobert bos classes", "eurobert mean classes", "ultrabert mean classes"),
 ]
+
+
+def slow_but(*quick: str, of: Sequence[str] = KINDS) -> list[Any]:
+    """Return kinds for a test, all but the quick ones only in slow runs."""
+    assert set(quick) <= set(of)
+    return [kind if kind in quick else pytest.param(kind, marks=pytest.mark.slow) for kind in of]
 
 
 def family_of(kind: str) -> str:
@@ -136,7 +143,10 @@ def apart(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.abs(a - b).max() / np.abs(b).max())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    slow_but("llama lm", "qwen3 lm", "eurobert lm", "modernbert-decoder lm", "modernbert base", "ultrabert base"),
+)
 def test_outputs_are_those_of_transformers(kind: str, make: Any) -> None:
     from torchlm.load import load_model
 
@@ -158,7 +168,7 @@ def test_outputs_are_those_of_transformers(kind: str, make: Any) -> None:
     assert apart(got, exact) < EXACT
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow_but(*(f"{name} classes" for name in FAMILIES if name in CONFIGS)))
 def test_what_is_written_back_is_loaded_by_transformers_and_here(kind: str, make: Any, tmp_path: Path) -> None:
     folder, theirs = make(kind)
     assert convert.main([str(folder), str(tmp_path / "run")]) == 0
@@ -191,6 +201,7 @@ def with_tokenizer(kind: str, folder: Path, **changes: Any) -> tuple[Path, Any]:
     return folder, model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "qwen3", "modernbert-decoder"])
 def test_a_greedy_continuation_is_that_of_transformers_and_stops_at_each_end(name: str, tmp_path: Path) -> None:
     folder, theirs = with_tokenizer(f"{name} lm", tmp_path, max_position_embeddings=64)
@@ -215,6 +226,7 @@ def test_a_greedy_continuation_is_that_of_transformers_and_stops_at_each_end(nam
     assert (answer["tokens"], answer["ending"]) == (len(continued(end)), "article")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "text"),
     [
@@ -235,6 +247,7 @@ def test_predictions_are_those_of_the_pipelines_of_transformers(kind: str, text:
         assert answer["probabilities"] == pytest.approx(probabilities, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_message_is_answered_by_the_chat_template(tmp_path: Path) -> None:
     folder, theirs = with_tokenizer("qwen3 lm", tmp_path, max_position_embeddings=64)
     with pytest.raises(UserError, match="^--chat: the model has no chat template"):

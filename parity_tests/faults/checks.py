@@ -9,7 +9,7 @@ from unittest import mock
 import jax
 
 from parity_tests import case as cases
-from parity_tests import drift, inputs, packed, randomness, references, trajectory
+from parity_tests import drift, families, inputs, packed, randomness, references, trajectory
 from parity_tests.compare.rows import Row
 from parity_tests.compare.tolerances import FLOAT32
 from parity_tests.faults.planting import Function
@@ -110,6 +110,10 @@ CHECKS: dict[str, Callable[[type[Package]], list[Row]]] = {
     "mean of EuroBERT": of_two(lambda: inputs.option("sst2", "parts of EuroBERT", n_updates=1)),
     "head of UltraBERT": of_two(lambda: inputs.option("mlm", "parts of UltraBERT", n_updates=1)),
     "head of Ettin's decoder": of_two(lambda: inputs.option("gpt", "parts of ModernBERT", n_updates=1)),
+    **{
+        f"folder of {name}": of_one(families, functools.partial(families.folder, name))
+        for name in ("ModernBERT", "ModernBERT that classifies")
+    },
     "packed mean of sst2": of_one(packed, lambda: packed.packed("sst2", False, **{"model.pooling": "mean"})),
     **{f"replay of {name}": functools.partial(all_of, name) for name in ("mlm_cycle", "gpt_resume", "cola")},
 }

@@ -25,13 +25,18 @@ FAULTS = [
         "texts of pairs: each pair is to find its text, not each text its pair",
         BERT,
         embed_loss,
-        ("SCALE * _text @ _pair.T", "SCALE * _pair @ _text.T"),
+        ("_scale * _text @ _pair.T", "_scale * _pair @ _text.T"),
     ),
-    *mirrored("scale of one: cosines go into the softmax as they are", BERT, embed_loss, ("SCALE * _text", "_text")),
+    *mirrored(
+        "scale of one: cosines go into the softmax as they are",
+        BERT,
+        embed_loss,
+        ("_scale * _text @ _pair.T", "_text @ _pair.T"),
+    ),
     *both(
         "filler is a negative: texts that fill up a batch count as negatives",
         BERT,
-        edit(embed_loss.jaxlm, ("jnp.where(_is_real, _scores, -1e9)", "_scores")),
+        edit(embed_loss.jaxlm, ("_where(_is_real, _scores, -1e9)", "_scores")),
         edit(embed_loss.torchlm, ("torch.where(_is_real, _scores, -1e9)", "_scores")),
     ),
 ]

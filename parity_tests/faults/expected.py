@@ -148,7 +148,7 @@ CAUSES: dict[str, tuple[str, ...]] = {
     "layer rates": ("layer decay upside down", "layer decay from the head", "layer decay not of Muon"),
     "Muon scale": (
         *("spectral scale upside down", "no factor of 0.2", "scale by the smaller side", "scale of the transposed"),
-        "decay by the scale",
+        *("decay by the scale", "Muon unscaled"),
     ),
     "Muon momentum": ("momentum without Nesterov", "momentum of a sum"),
     "Muon iterations": (

@@ -109,12 +109,15 @@ FAULTS = [
         "no GELU in UltraBERT's head: its second layer is not followed by GELU",
         "head of UltraBERT",
         head_prepared,
-        ("self.activation(_y)", "(_y if name == 'dense2' else self.activation(_y))"),
+        (
+            "self.activation(getattr(self, _name)(_x))",
+            "(self.dense2(_x) if _name == 'dense2' else self.activation(getattr(self, _name)(_x)))",
+        ),
     ),
     *mirrored(
         "no norm in a causal head: Ettin's decoder without the layers before its output",
         "head of Ettin's decoder",
         head_prepared,
-        ("self.layernorm(_x)", "_x"),
+        ("self.layernorm(_x)", "self.layernorm(_x) * 0 + _x"),  # which leaves its parameters a gradient,
     ),
 ]

@@ -9,8 +9,8 @@ FAULTS = [
     *both(
         "absolute errors: the error of a predicted number is not squared",
         "a number for two texts",
-        edit(regression.jaxlm, ("errors_B**2", "jnp.abs(errors_B)")),
-        edit(regression.torchlm, ("errors_B.square()", "errors_B.abs()")),
+        edit(regression.jaxlm, ("_errors**2", "abs(_errors)")),
+        edit(regression.torchlm, ("_errors.square()", "_errors.abs()")),
     ),
     *both(
         "mean over all positions: ignored labels are in the count",

@@ -26,7 +26,7 @@ FAULTS = [
     *scaled("spectral scale upside down: sqrt(n_in / n_out)", "max(1, n_in / n_out) ** 0.5"),
     *scaled("no factor of 0.2: updates five times as large as AdamW's", "max(n_in, n_out) ** 0.5"),
     *scaled("scale by the smaller side: sqrt(min(n_in, n_out))", "0.2 * min(n_in, n_out) ** 0.5"),
-    *scaled("no scale: the update is as orthogonal as it comes", "1"),
+    *scaled("Muon unscaled: the update is as orthogonal as it comes", "1"),
     *both(
         "scale of the transposed: n_in and n_out are taken for each other",
         MUON,

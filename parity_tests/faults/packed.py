@@ -73,7 +73,10 @@ FAULTS = [
         "teacher without segments: the teacher sees rows as one document",
         TAUGHT,
         distilled,
-        ("_teacher(_tokens, None, _positions, True, _segments)", "_teacher(_tokens, None, _positions, True)"),
+        (
+            "_teacher(_tokens, None, _positions, True, _segments, *_x)",
+            "_teacher(_tokens, None, _positions, True, None, *_x)",
+        ),
     ),
     *mirrored(
         "cosine of rows: a row is one sample, not each of its documents",

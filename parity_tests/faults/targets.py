@@ -26,6 +26,7 @@ from jaxlm.tasks.gpt import Gpt as JaxGpt
 from jaxlm.tasks.mlm import Mlm as JaxMlm
 from jaxlm.tasks.regress import Regress as JaxRegress
 from jaxlm.tasks.tag import Tag as JaxTag
+from jaxlm.weights import huggingface
 from parity_tests.faults.planting import Pair
 from torchlm import distill as torch_distill
 from torchlm import heads as torch_heads
@@ -117,3 +118,6 @@ frequencies = Pair(position_tables.frequencies, position_tables.frequencies)
 pairs = Pair(PairSamples.batch, PairSamples.batch)
 tagged_rows = Pair(TaggedSamples.batch, TaggedSamples.batch)
 packed_rows = Pair(PackedSamples.batch, PackedSamples.batch)
+read_weights = Pair(huggingface._weights, huggingface._weights)
+read_positions = Pair(huggingface._rotary, huggingface._rotary)
+read_pooling = Pair(huggingface._pooling, huggingface._pooling)
