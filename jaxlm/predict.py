@@ -68,6 +68,8 @@ def main(argv: list[str] | None = None) -> int:
     predictor = load(args.checkpoint, getattr(args, "tokenizer.path"), args.query is not None, args.chat)
     if args.query is not None:
         return _search(predictor, args, texts)
+    if args.pairs:
+        predictor.take_two()
     predictor([])  # raises UserError for a model without predictions
     options = _given_options(args, predictor)
     print(predictor.trained, file=sys.stderr, flush=True)

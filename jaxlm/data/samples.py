@@ -211,8 +211,9 @@ class MaskedSamples(_Samples):
 class ClassifiedSamples(_Samples):
     """One sample an article: `tokens` [B, T] = [CLS] ids [SEP], cut to seq_len, and its class, `labels` [B].
 
-    With data.pair_column, a sample has two texts, articles 2i and 2i + 1, and `tokens` are [CLS] a [SEP] b [SEP]; with
-    model.segments, `types` [B, T] are 1 at b and the [SEP] behind it. The longer text is cut first.
+    With data.pair_column, a sample has two texts, articles 2i and 2i + 1, and `tokens` are [CLS] a [SEP] b [SEP], or
+    RoBERTa's <s> a </s> </s> b </s>; with model.segments, `types` [B, T] are 1 at b and the [SEP] behind it. The longer
+    text is cut first.
     With model.pooling=last, `tokens` are [end of text] ids [end of text], and `last` [B] is where the last of these
     is; there is no pad, since a causal model does not see what follows.
     """
@@ -228,8 +229,10 @@ class ClassifiedSamples(_Samples):
         self.n_start, self.n_end = int(self.start is not None), int(self.end is not None)
         self.n_slots = most_texts(self.seq_len)
         self.n_texts = 2 if config.data.pair_column else 1
+        self.between = separator(config, specials)  # of two texts, behind the end of the first
+        self.n_marks = self.n_start + self.n_texts * self.n_end + len(self.between) * (self.n_texts - 1)
         self.has_types = self.n_texts == 2 and config.model.segments > 1
-        self.room = self.seq_len - self.n_start - self.n_texts * self.n_end  # for the ids of the texts
+        self.room = self.seq_len - self.n_marks  # for the ids of the texts
         self.labels = split.labels[:: self.n_texts]
 
     @staticmethod
@@ -264,6 +267,9 @@ class ClassifiedSamples(_Samples):
                 tokens[np.arange(len(indices)), end[:, 0]] = self.end
             types[(place >= begin) & (place < end + self.n_end)] = i
             begin = end + self.n_end
+            for token in self.between[: self.n_texts - 1 - i]:
+                tokens[np.arange(len(indices)), begin[:, 0]] = token
+                begin = begin + 1
         batch = {"tokens": tokens, "labels": self._labels(indices)}
         batch |= {"types": types} if self.has_types else {}
         return batch | ({"last": np.maximum(begin[:, 0] - 1, 0).astype(np.int32)} if self.is_last else {})
@@ -275,7 +281,7 @@ class ClassifiedSamples(_Samples):
         return " | ".join(tokenizer.decode(part.tolist()) for part in parts)
 
     def lengths(self, indices: np.ndarray) -> np.ndarray:
-        return np.maximum(self._sizes(indices).sum(axis=1) + self.n_start + self.n_texts * self.n_end, 1)
+        return np.maximum(self._sizes(indices).sum(axis=1) + self.n_marks, 1)
 
     def _labels(self, indices: np.ndarray) -> np.ndarray:
         return self.labels[indices].astype(np.int32)
@@ -334,6 +340,11 @@ def marks(config: Config, specials: dict[str, int]) -> tuple[int | None, int | N
     if config.model.pooling == "last":
         return specials["article"], specials["article"]
     return specials["start"], specials.get("end")
+
+
+def separator(config: Config, specials: dict[str, int]) -> list[int]:
+    """Return the token, if there is one, that stands before the second of two texts, behind the end of the first."""
+    return [specials["separator"]] if "separator" in specials and config.model.pooling != "last" else []
 
 
 class PairSamples(_Samples):

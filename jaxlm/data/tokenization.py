@@ -114,8 +114,21 @@ def marks_of_file(tokenizer: Tokenizer) -> dict[str, int]:
 
 
 def specials_of(tokenizer: Tokenizer, config: TokenizerConfig) -> dict[str, int]:
-    """Return {role: token id} as special_ids; with tokenizer.marks=file also what the file puts around a text."""
-    return special_ids(tokenizer) | (marks_of_file(tokenizer) if config.marks == "file" else {})
+    """Return {role: token id} as special_ids; with tokenizer.marks=file also what the file puts around a text.
+
+    "separator" stands between the end of a text and a second text, where there is such a token.
+    """
+    specials = special_ids(tokenizer) | (marks_of_file(tokenizer) if config.marks == "file" else {})
+    end = specials.get("after" if config.marks == "file" else "end")
+    return specials | ({"separator": end} if end is not None and _has_separator(tokenizer) else {})
+
+
+def _has_separator(tokenizer: Tokenizer) -> bool:
+    """Return whether two texts have two end tokens between them, as RoBERTa's <s> a </s> </s> b </s>."""
+    if tokenizer.post_processor is None:  # of all such models in transformers, these names tell it
+        return {"<s>", "</s>"} <= tokenizer.get_vocab().keys()
+    alone = tokenizer.encode("a", add_special_tokens=False).ids
+    return len(tokenizer.encode("a", "a").ids) == len(tokenizer.encode("a").ids) + 2 + len(alone)
 
 
 def n_ids(tokenizer: Tokenizer) -> int:

@@ -144,25 +144,30 @@ SIZES = [(3, 4), (0, 5), (9, 2), (2, 9), (9, 9), (8, 9), (9, 8), (1, 20), (20, 1
 
 
 @pytest.mark.parametrize("seq_len", [8, 9, 16])
-def test_two_texts_are_cut_as_tokenizers_cuts_them(seq_len: int) -> None:
+@pytest.mark.parametrize(("pair", "n_marks"), [("w2 $A w3 $B:1 w3:1", 3), ("w2 $A w3 w3 $B w3", 4)])  # BERT, RoBERTa
+def test_two_texts_are_cut_as_tokenizers_cuts_them(pair: str, n_marks: int, seq_len: int) -> None:
     words = {f"w{i}": i for i in range(300)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w1"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     specials = [("w2", 2), ("w3", 3)]
-    tokenizer.post_processor = processors.TemplateProcessing("w2 $A w3", "w2 $A w3 $B:1 w3:1", specials)
+    tokenizer.post_processor = processors.TemplateProcessing("w2 $A w3", pair, specials)
     tokenizer.enable_truncation(seq_len, strategy="longest_first")
     tokenizer.enable_padding(length=seq_len, pad_id=0, pad_token="w0")
-    config = configs.build({"data.pair_column": "auto", "model.seq_len": seq_len, "model.segments": 2})
+    has_types = n_marks == 3
+    settings = {"data.pair_column": "auto", "model.seq_len": seq_len, "model.segments": 2 if has_types else 1}
     split = split_of([n for sizes in SIZES for n in sizes], [1] * len(SIZES), np.int32)
-    samples = ClassifiedSamples(split, config, BERT, 300)
+    roles = BERT if has_types else BERT | {"separator": 3}
+    samples = ClassifiedSamples(split, configs.build(settings), roles, 300)
     batch = samples.batch(np.arange(len(SIZES)), np.zeros(len(SIZES), int))
     for i in range(len(SIZES)):
         parts = [split.tokens[split.offsets[k] : split.offsets[k + 1]] for k in (2 * i, 2 * i + 1)]
         expected = tokenizer.encode(*(" ".join(f"w{j}" for j in part) for part in parts))
         assert batch["tokens"][i].tolist() == expected.ids
-        assert batch["types"][i].tolist() == expected.type_ids
+        assert ("types" in batch) == has_types
+        if has_types:
+            assert batch["types"][i].tolist() == expected.type_ids
         assert samples.lengths(np.array([i])) == sum(expected.attention_mask)
-    assert samples.n_cut == sum(a + b > seq_len - 3 for a, b in SIZES)
+    assert samples.n_cut == sum(a + b > seq_len - n_marks for a, b in SIZES)
 
 
 def test_a_causal_model_reads_the_last_of_two_texts() -> None:

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders
 from jaxlm import heads
 from jaxlm.config import EMBED
 from jaxlm.data import chat, tagged, tags, tokenization
-from jaxlm.data.samples import IGNORED, ends, marks
+from jaxlm.data.samples import IGNORED, ends, marks, separator
 from jaxlm.data.sources import PROMPT_END
 from jaxlm.errors import UserError
 from jaxlm.inference import attention_maps, load
@@ -85,6 +85,15 @@ class Predictor:
         if not tab:
             raise UserError("the model compares two texts; give the second with --pair, or behind a tab")
         return [first, second]
+
+    def take_two(self) -> None:
+        """Read two texts from now on: a public model does not say whether it has learned on one or two.
+
+        Raises UserError for a run of one text.
+        """
+        if not self.takes_two and not (isinstance(self, Predict) and self.trained.start.is_public()):
+            raise UserError(f"--pair: {self.trained} reads one text; leave --pair out")
+        self.takes_two, self.empty = True, TAB
 
     def named(self, text: str) -> Answer:
         """Return the text, or the two, as answers have them."""
@@ -222,14 +231,19 @@ class Look(Predictor):
     def _framed(self, *parts: Sequence[int]) -> list[int]:
         """Return the ids of a text, or of two, with the special tokens around them."""
         first, last = ([] if i is None else [i] for i in marks(self.trained.config, self.specials))
-        return [*first, *itertools.chain.from_iterable([*ids, *last] for ids in parts)]
+        begins = [first, separator(self.trained.config, self.specials)]
+        return [
+            *itertools.chain.from_iterable([*begin, *ids, *last] for begin, ids in zip(begins, parts, strict=False))
+        ]
 
     def _types(self, texts: Sequence[str], ids_BT: np.ndarray) -> dict[str, np.ndarray]:
         if not self.takes_two or self.model.segments < 2:
             return {}
         types_BT = np.zeros_like(ids_BT)
+        n_end = int(marks(self.trained.config, self.specials)[1] is not None)
         for row, text in zip(types_BT, texts, strict=False):
-            row[len(self._framed(self._ids(self.texts(text)[0]))) : len(self.encode(text))] = 1
+            n = len(self.encode(text))
+            row[n - n_end - len(self._ids(self.texts(text)[1])) : n] = 1
         return {"types": types_BT}
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 class Tag(Task):
     samples = TaggedSamples
-    settings = ("data.text_column", "data.label_column", "model.pooling")
+    settings = ("data.text_column", "data.label_column", "data.n_labels", "model.pooling")
     baseline_name = "no span, at the loss of the tags' frequencies"
     has_probabilities = True
 

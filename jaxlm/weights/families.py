@@ -9,6 +9,7 @@ from typing import Any
 from jaxlm.config import BASE
 
 CLASSES = "sst2"  # the task of a model that classifies, whatever its classes are
+VALUE = "regress"  # likewise, if it predicts a number: its one output is called as those of classes
 TAGS = "tag"
 CLASS_NAMES = {
     **{"mlm": "ForMaskedLM", "gpt": "ForCausalLM", CLASSES: "ForSequenceClassification"},

@@ -15,8 +15,8 @@ from tokenizers import processors
 
 from jaxlm import config as configs
 from jaxlm import predict, train
-from jaxlm.config import TokenizerConfig
 from jaxlm.data import loader, tags, tokenization
+from jaxlm.weights import huggingface_test
 
 WORDS = "cat dog bird fox wolf old young sees likes hunts".split()
 TAGS = ("O", "B-LOC", "I-LOC", "B-PER", "I-PER")
@@ -25,7 +25,7 @@ Row = tuple[Any, ...]
 
 
 def rows_of(task: str, n: int, seed: int) -> list[Row]:
-    """Return texts of random words and what is to be learned of each: two and a class, or words and their tags."""
+    """Return random words and what is to be learned: words and their tags, or two texts and a class or a number."""
     random = np.random.default_rng(seed)
     rows: list[Row] = []
     for _ in range(n):
@@ -34,7 +34,8 @@ def rows_of(task: str, n: int, seed: int) -> list[Row]:
             numbers = [1 + 2 * (WORDS.index(word) % 2) if word in WORDS[:5] else 0 for word in a]
             rows.append((a, [TAGS[i] for i in numbers]))
         else:
-            rows.append((" ".join(a), " ".join(b), int(a[0] in b)))
+            is_in = int(a[0] in b)
+            rows.append((" ".join(a), " ".join(b), is_in if task == "sst2" else is_in + len(a) / 4))
     return rows
 
 
@@ -47,33 +48,34 @@ def write(path: Path, task: str, rows: Sequence[Row]) -> Path:
     return path
 
 
-def model_of(task: str, folder: Path) -> Any:
-    """Write a small random BERT without dropout, and return it."""
+def model_of(family: str, task: str, folder: Path) -> Any:
+    """Write a small random model without dropout, and return it."""
     import transformers
 
-    tokenizer = tokenization.train(TokenizerConfig(vocab_size=120), lambda: iter([" ".join(WORDS)] * 2))
-    end, start = ((name, tokenizer.token_to_id(name)) for name in ("[SEP]", "[CLS]"))
-    tokenizer.post_processor = processors.BertProcessing(end, start)
-    config = transformers.BertConfig(
+    tokenizer = huggingface_test.tokenizer_of(family.lower())
+    is_bert = family == "Bert"
+    end, start = ((x, tokenizer.token_to_id(x)) for x in (("[SEP]", "[CLS]") if is_bert else ("</s>", "<s>")))
+    tokenizer.post_processor = getattr(processors, f"{family}Processing")(end, start)
+    config = getattr(transformers, f"{family}Config")(
         vocab_size=tokenization.n_ids(tokenizer),
         hidden_size=16,
         num_hidden_layers=2,
         num_attention_heads=2,
         intermediate_size=64,
-        max_position_embeddings=24,
+        max_position_embeddings=80,
+        type_vocab_size=2 if is_bert else 1,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         initializer_range=0.2,
-        num_labels=len(TAGS) if task == "tag" else 2,
+        num_labels={"sst2": 2, "tag": len(TAGS), "regress": 1}[task],
     )
     if task == "tag":
         config.id2label, config.label2id = dict(enumerate(TAGS)), {tag: i for i, tag in enumerate(TAGS)}
     torch.manual_seed(0)
-    kind = {"tag": "Token", "sst2": "Sequence"}[task]
-    model = getattr(transformers, f"BertFor{kind}Classification")(config)
+    model = getattr(transformers, f"{family}For{'Token' if task == 'tag' else 'Sequence'}Classification")(config)
     model.save_pretrained(folder)
     tokenization.save(tokenizer, folder / "tokenizer.json")
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer"}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": f"{family}Tokenizer"}))
     return model
 
 
@@ -97,7 +99,7 @@ def fine_tune(model: Any, batches: Iterator[dict[str, torch.Tensor]]) -> list[fl
 
     groups: list[dict[str, Any]] = [{"params": [], "weight_decay": decay} for decay in (0.0, DECAY)]
     for x in model.parameters():
-        groups[x.ndim == 2]["params"].append(x)
+        groups[x.ndim == 2 and len(x) > 1]["params"].append(x)
     optimizer = torch.optim.AdamW(groups, lr=RATE)
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, WARMUP, UPDATES)
     losses = []
@@ -113,11 +115,11 @@ def fine_tune(model: Any, batches: Iterator[dict[str, torch.Tensor]]) -> list[fl
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", ["sst2", "tag"])
-def test_fine_tuning_is_that_of_transformers_and_pytorch(task: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "task"), [("Bert", "sst2"), ("Bert", "tag"), ("Roberta", "regress")])
+def test_fine_tuning_is_that_of_transformers_and_pytorch(family: str, task: str, tmp_path: Path) -> None:
     import transformers
 
-    model = model_of(task, tmp_path / "model")
+    model = model_of(family, task, tmp_path / "model")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
     rows, others = rows_of(task, N, 0), rows_of(task, N_VALIDATION, 1)
     files = ["--data.path", write(tmp_path / "train.txt", task, rows)]
@@ -126,7 +128,7 @@ def test_fine_tuning_is_that_of_transformers_and_pytorch(task: str, tmp_path: Pa
     updates = (
         f"--train.max-steps {UPDATES} --train.eval-interval {UPDATES} --train.log-interval 1 --train.batch-size {B} "
         f"--train.learning-rate {RATE} --train.min-learning-rate 0 --train.warmup-steps {WARMUP} "
-        f"--train.schedule linear --train.weight-decay {DECAY} --model.dropout 0 --model.segments 2"
+        f"--train.schedule linear --train.weight-decay {DECAY} --model.dropout 0 --model.seq-len 64"
     ).split()
     places = ["--run.dir", tmp_path / "run", "--data.cache-dir", tmp_path / "cache"]
     start = ["--task", task, "--init-from", tmp_path / "model"]
@@ -152,6 +154,9 @@ def test_fine_tuning_is_that_of_transformers_and_pytorch(task: str, tmp_path: Pa
             spans = tags.spans([TAGS[i] for i in guesses[is_word].tolist()])
             words = [answer["text"][: x["start"]].count(" ") for x in answer["spans"]]
             assert [(x["type"], i) for x, i in zip(answer["spans"], words, strict=True)] == [x[:2] for x in spans]
+    elif task == "regress":
+        answers = predictor([f"{a}\t{b}" for a, b, _ in others])
+        np.testing.assert_allclose([answer["value"] for answer in answers], result.logits[:, 0], atol=1e-5)
     else:
         answers = predictor([f"{a}\t{b}" for a, b, _ in others])
         p_BC = [list(answer["probabilities"]) for answer in answers]

@@ -35,6 +35,7 @@ from jaxlm.weights.families import (
     TAGS,
     UNUSED,
     UNUSED_KEYS,
+    VALUE,
     Family,
 )
 from jaxlm.weights.formats import StoredFile
@@ -131,8 +132,8 @@ def load(path: Path) -> StoredFile:
         if settings["model.positions"] == "learned":
             name = f"{family.module(POSITION)}.weight"
             tensors[name] = tensors[name][: n + family.first_position(settings["model.pad_id"])]
-    settings["task"] = task
-    class_names = _class_names(family.heads[task], values, tensors, path / CONFIG) if task in (CLASSES, TAGS) else []
+    class_names = _class_names(family, task, values, tensors, path / CONFIG) if task in (CLASSES, TAGS) else []
+    settings["task"] = VALUE if task == CLASSES and not class_names else task
     if class_names:
         settings["data.n_labels"] = len(class_names)
     if task == CLASSES:
@@ -144,15 +145,16 @@ def load(path: Path) -> StoredFile:
     if any((path / name).is_file() for name in TOKENIZER):
         settings |= {"tokenizer.path": str(path), "tokenizer.lowercase": _ignores_case(path)}
         marks: Any = "file" if family.bases else "task"
-        config = TokenizerConfig(path=str(path), lowercase=settings["tokenizer.lowercase"], marks=marks)
-        tokenizer = tokenization.read(config)
+        lowercase = settings["tokenizer.lowercase"]
+        tokenizer = tokenization.read(TokenizerConfig(path=str(path), lowercase=lowercase, marks=marks))
         if family.bases:
             settings |= _special_tokens(family, values, settings["model.pad_id"], tokenizer, path)
         else:
             _check_ends(family, tokenizer, path)
         fingerprint = tokenization.fingerprint(tokenizer)
-    weights = _weights(family, configs.build(settings), tensors, file)
-    info = {"step": 0, "task": task, "rate": 0.0, "tokenizer": fingerprint, "val_loss": None, "config": settings}
+    config = configs.build(settings)
+    weights = _weights(family, config, tensors, file)
+    info = {"step": 0, "task": config.task, "rate": 0.0, "tokenizer": fingerprint, "val_loss": None, "config": settings}
     info["classes"] = () if class_names == _unnamed(len(class_names)) else tuple(class_names)
     return StoredFile(f"{formats.TRANSFORMERS}{family.type}", path, tree, weights, info)
 
@@ -426,11 +428,17 @@ def _has_head(family: Family, task: str, tensors: Mapping[str, np.ndarray], is_t
     return all(f"{theirs}.{'bias' if ours == 'head' else 'weight'}" in tensors for ours, theirs in expected.items())
 
 
-def _class_names(modules: Mapping[str, str], values: Mapping[str, Any], tensors: Arrays, source: Path) -> list[str]:
-    """Return the names of the classes by number, those that transformers makes up where they have none."""
-    kind, n = values.get("problem_type"), len(tensors[f"{modules['head.linear']}.weight"])
+def _class_names(family: Family, task: str, values: Mapping[str, Any], tensors: Arrays, source: Path) -> list[str]:
+    """Return the names of the classes by number, those that transformers makes up where they have none.
+
+    None of a model with one output, which is a number: transformers takes it for one, too.
+    """
+    kind, n = values.get("problem_type"), len(tensors[f"{family.heads[task]['head.linear']}.weight"])
+    if task == CLASSES and n == 1 and kind in (None, "regression"):
+        return []
     if kind not in (None, "single_label_classification") or n < 2:
-        raise UserError(f"{source}: problem_type={json.dumps(kind)} with {n} outputs: only classes can be read")
+        what = "only classes, or one number, can be read"
+        raise UserError(f"{source}: problem_type={json.dumps(kind)} with {n} outputs: {what}")
     stored = values.get("id2label") or dict(enumerate(_unnamed(n)))
     is_object = isinstance(stored, dict) and {str(i) for i in stored} == {str(i) for i in range(n)}
     by_number = {str(i): str(name).strip() for i, name in stored.items()} if is_object else {}
@@ -720,9 +728,10 @@ def _write_tokenizer(path: Path, tokenizer: Tokenizer, config: Config, is_causal
         not is_causal and tokenizer.post_processor is None and "start" in found and "end" in found
     ):  # training puts them there itself
         start, end = found["start"], found["end"]
+        between = f" {end[0]}" if "separator" in found else ""
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{start[0]} $A {end[0]}",
-            pair=f"{start[0]} $A {end[0]} $B {end[0]}",
+            pair=f"{start[0]} $A {end[0]}{between} $B:1 {end[0]}:1",
             special_tokens=[start, end],
         )
     tokenization.save(tokenizer, path / TOKENIZER[0])
@@ -732,7 +741,11 @@ def _write_tokenizer(path: Path, tokenizer: Tokenizer, config: Config, is_causal
     values = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": config.model.seq_len,
-        "model_input_names": ["input_ids", "attention_mask"],
+        "model_input_names": [
+            "input_ids",
+            "attention_mask",
+            *(["token_type_ids"] if config.model.segments > 1 else []),
+        ],
         **{f"{theirs}_token": found[ours][0] for ours, theirs in roles.items() if ours in found},
     }
     with contextlib.suppress(UserError):  # a model need not have one

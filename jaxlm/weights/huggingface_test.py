@@ -18,7 +18,8 @@ from jaxlm import convert, predict
 from jaxlm.config import TokenizerConfig
 from jaxlm.data import tokenization
 from jaxlm.errors import UserError
-from jaxlm.inference import load
+from jaxlm.inference import evaluation, load
+from jaxlm.testing import tiny_runs
 from jaxlm.training import resume
 from jaxlm.weights import huggingface, snapshots
 from jaxlm.weights.families import FAMILIES
@@ -372,6 +373,101 @@ def test_a_model_is_trained_further_and_written_for_transformers(
     assert ids == predict.load(run).encode_any(text)[kind == "gpt2" :]
 
 
+# Two texts, numbers and names of classes
+
+MNLI = ("contradiction", "neutral", "entailment")  # not in the order of the alphabet
+OF_BERT = {"post_norm": True, "embedding_norm": True, "positions": "learned", "head_dense": "bert", "d_model": D}
+OF_BERT |= {"n_heads": 4, "norm_epsilon": 1e-12, "seq_len": 32}
+
+
+@pytest.mark.parametrize(("family", "task"), [("bert", "sst2"), ("roberta", "regress")])
+def test_two_texts_are_those_of_transformers(family: str, task: str, tmp_path: Path) -> None:
+    import transformers
+
+    is_bert = family == "bert"
+    settings: dict[str, Any] = {f"model.{name}": value for name, value in OF_BERT.items()}
+    settings |= {"data.pair_column": "auto", "model.segments": 2 if is_bert else 1, "model.pad_id": int(not is_bert)}
+    classes = MNLI if task == "sst2" else ()
+    run = tiny_runs.write(tmp_path / "run", task, None, tokenizer_of(family), classes, **settings)
+    folder = written(run, tmp_path / "back", "--as", family)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    a, b = TEXTS[0][:20], TEXTS[1][:11]
+    batch = tokenizer(a, b, return_tensors="pt")
+    predictor = predict.load(run)
+    assert batch["input_ids"][0].tolist() == predictor.encode(f"{a}\t{b}")
+    assert batch["input_ids"][0].tolist().count(tokenizer.sep_token_id) == 2 + (family == "roberta")
+    with torch.no_grad():
+        output_C = model(**batch).logits[0]
+    (answer,) = predictor([f"{a}\t{b}"])
+    (other,) = predictor([f"{a}\t{a}"])
+    if task == "regress":
+        assert model.config.num_labels == 1 and model.config.problem_type == "regression"
+        assert answer["value"] == pytest.approx(output_C.item(), rel=1e-4) and answer["value"] != other["value"]
+    else:
+        expected = {name: output_C.softmax(0)[i].item() for i, name in enumerate(MNLI)}
+        assert answer["probabilities"] == pytest.approx(expected, rel=1e-4)
+        assert model.config.id2label == dict(enumerate(MNLI))
+
+
+def test_a_model_of_one_output_predicts_a_number(make: Make, tmp_path: Path) -> None:
+    import transformers
+
+    folder, theirs = make("roberta classes")
+    config = type(theirs.config)(**{**theirs.config.to_dict(), "num_labels": 1, "id2label": {0: "LABEL_0"}})
+    torch.manual_seed(0)
+    model = transformers.RobertaForSequenceClassification(config).eval()
+    model.save_pretrained(tmp_path / "model")
+    shutil.copy(folder / "tokenizer.json", tmp_path / "model")
+    predictor = predict.load(tmp_path / "model")
+    (answer,) = predictor(["the cat sat"])
+    with torch.no_grad():
+        (expected,) = model(torch.tensor([predictor.encode("the cat sat")])).logits[0].tolist()
+    assert predictor.trained.config.task == "regress" and answer["value"] == pytest.approx(expected, rel=1e-5)
+    config, start = loaded("--init-from", tmp_path / "model", "--task", "regress", "--model.segments", 1)
+    assert start.parts == ("base", "head")
+    run = written(tmp_path / "model", tmp_path / "run")
+    back = written(run, tmp_path / "back", "--as", "roberta")
+    for name, array in snapshots.read(tmp_path / "model").weights.items():
+        np.testing.assert_array_equal(array, snapshots.read(back).weights[name])
+
+
+def test_classes_of_a_model_keep_the_numbers_of_their_names(
+    make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, theirs = make("bert classes")
+    shutil.copytree(folder, tmp_path / "mnli")
+    values = json.loads((tmp_path / "mnli" / "config.json").read_text())
+    values |= {"id2label": {i: name.upper() for i, name in enumerate(MNLI)}}
+    (tmp_path / "mnli" / "config.json").write_text(json.dumps(values))
+    rows = [(TEXTS[0], TEXTS[1], name) for name in sorted(MNLI)]
+    file = tmp_path / "pairs.tsv"
+    file.write_text("sentence1\tsentence2\tlabel\n" + "".join("\t".join(row) + "\n" for row in rows))
+    trained = load.load(tmp_path / "mnli")
+    assert trained.task.classes == tuple(name.upper() for name in MNLI)
+    _, samples = evaluation.samples_of(trained, "test", {"data.path": str(file), "data.pair_column": "auto"})
+    assert samples.labels.tolist() == [0, 2, 1]  # contradiction, entailment, neutral
+    back = written(tmp_path / "mnli", tmp_path / "back", "--as", "bert")
+    assert list(json.loads((back / "config.json").read_text())["id2label"].values()) == [*map(str.upper, MNLI)]
+
+    asked = ["--text", "the cat sat", "--pair", "a dog", "--json", "--checkpoint"]
+    capsys.readouterr()
+    assert predict.main([*asked, str(tmp_path / "mnli")]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    first, second = (trained.tokenizer.encode(text).ids for text in ("the cat sat", "a dog"))
+    start, end = (trained.tokenizer.token_to_id(name) for name in ("[CLS]", "[SEP]"))
+    ids = [start, *first, end, *second, end]
+    types = [0] * (len(first) + 2) + [1] * (len(second) + 1)
+    with torch.no_grad():
+        p_C = theirs(torch.tensor([ids]), token_type_ids=torch.tensor([types])).logits[0].softmax(0)
+    expected = {name.upper(): p for name, p in zip(MNLI, p_C.tolist(), strict=True)}
+    assert answer["pair"] == "a dog" and answer["probabilities"] == pytest.approx(expected, rel=1e-5)
+    run = written(tmp_path / "mnli", tmp_path / "run")
+    with pytest.raises(SystemExit):
+        predict.main([*asked, str(run)])
+    assert "reads one text; leave --pair out" in capsys.readouterr().err
+
+
 # Refused
 
 CONFIGS: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -395,6 +491,11 @@ CONFIGS: dict[str, tuple[str, dict[str, Any], str]] = {
     "epsilon": ("bert", {"layer_norm_eps": "small"}, "in its settings: Expected `float`, got `str`"),
     "pad": ("bert", {"pad_token_id": 1000}, "pad_token_id=1000: has to be a token of the vocabulary"),
     "regression": ("bert classes", {"problem_type": "regression"}, 'problem_type="regression" with 3 outputs: only'),
+    "labels": (
+        "bert classes",
+        {"problem_type": "multi_label_classification"},
+        'problem_type="multi_label_classification" with 3 outputs: only classes, or one number, can be read',
+    ),
     "layers": ("bert", {"num_hidden_layers": 2}, "encoder.layer.2.attention.output.LayerNorm.bias [24] is not in"),
     "more layers": ("gpt2", {"n_layer": 4}, "transformer.h.3.ln_1.weight [24] is missing"),
     "vocabulary": (
