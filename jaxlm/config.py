@@ -295,7 +295,7 @@ SETTINGS = _settings(Config)
 SOURCE = {"name": str, "weight": Rate, "weight_after": Rate, "epochs": Rate}
 SOURCE_DATA = (
     *("path", "validation_path", "test_path", "hub", "hub_config", "format", "documents", "unique", "header"),
-    *("text_column", "prompt_column", "answer_column", "validation_fraction", "test_fraction"),
+    *("text_column", "pair_column", "prompt_column", "answer_column", "validation_fraction", "test_fraction"),
 )
 # Settings of one invocation; not saved with the run.
 TRANSIENT = (
@@ -417,7 +417,7 @@ def _source(text: str) -> dict[str, Any]:
     """Return the source that NAME=PATH:WEIGHT is; the weight may be missing."""
     name, _, path = text.partition("=")
     before, _, weight = path.rpartition(":")
-    is_weighted = before and re.fullmatch(r"[0-9.]+", weight)
+    is_weighted = before and re.fullmatch(r"[-+]?([0-9.]+(e[-+]?[0-9]+)?|nan|inf)", weight)
     return {"name": name} | ({"path": before, "weight": weight} if is_weighted else {"path": path} if path else {})
 
 
@@ -723,7 +723,7 @@ def _check_sources(data: DataConfig) -> None:
         if names.count(name) > 1:
             raise UserError(f"{what}: two have the name {name}; rename one")
         if bool(source.get("path")) == bool(source.get("hub")):
-            raise UserError(f"{what}, {name}: give either its path or its hub")
+            raise UserError(f"{what}, {name}: give either its path, as in NAME=PATH:WEIGHT, or its hub")
     for key in ("weight", "weight_after"):
         given = [source[key] for source in data.sources if key in source]
         if given and (len(given) < len(names) or not sum(given)):

@@ -337,6 +337,19 @@ CASES: dict[str, Case] = {
         {"model.seq_len": 8, "train.batch_size": 1},
         "pairs",
     ),
+    "one column for two settings": Case(
+        {"a.csv": TABLE},
+        "data.text_column and data.label_column are both column text; set each to its own; there are text, label",
+        {"data.label_column": "label"},
+        {"data.label_column": "text"},
+        "sst2",
+    ),
+    "one file for two parts": Case(
+        {"a.txt": TEXT},
+        "data.path and data.validation_path are both .*a.txt; leave the second out",
+        {"data.validation_path": ""},
+        {"data.validation_path": "{}/a.txt"},
+    ),
     # Tokenizers
     "a vocabulary without words": Case(
         {"a.txt": TEXT, "vocab.txt": "[PAD]\nthe\n"},

@@ -202,7 +202,9 @@ def test_batches_of_two_sources_are_those_of_each(pack: str, tmp_path: Path) -> 
     [
         (["--data.sources", "a=x.txt:1", "--data.sources", "b=y.txt"], "give every source a weight"),
         (["--data.sources", "a=x.txt:1", "--data.sources", "a=y.txt:2"], "two have the name a; rename one"),
-        (["--data.sources", "x.txt"], "x.txt: give either its path or its hub"),
+        (["--data.sources", "x.txt"], "x.txt: give either its path, as in NAME=PATH:WEIGHT, or its hub"),
+        (["--data.sources", "a=x.txt:-1"], "data.sources, a: weight='-1'"),
+        (["--data.sources", "a=x.txt:nan"], "data.sources, a: weight"),
         (["--data.sources", "a b=x.txt"], "the name 'a b' has to be of letters"),
         (["--data.sources", "a=x.txt", "--data.path", "y.txt"], "y.txt both name what to train on"),
         (["--data.sources", "a=x.txt", "--data.weights-after", "5"], "weight_after of each source go together"),
@@ -232,6 +234,11 @@ def test_sources_of_a_file_have_settings_of_their_own(tmp_path: Path) -> None:
     file.write_text(source.format("web", 'paht = "w"'))
     with pytest.raises(UserError, match="data.sources, web: paht: unknown key; did you mean path?"):
         configs.load(["--config", str(file)])
+
+
+def test_an_error_names_its_source(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="data.sources, b: data.path=.*none.txt: no such file"):
+        prepared(tmp_path, *("--data.sources", f"a={tmp_path}/a.txt", "--data.sources", f"b={tmp_path}/none.txt"))
 
 
 def test_a_classifier_has_one_source(tmp_path: Path) -> None:

@@ -169,7 +169,13 @@ class Wanted:
         has_label = second[1] or not {key.lower() for key in keys}.isdisjoint(second[2])
         is_hidden = self.reads in LABELLED and self.split == "test" and not has_label
         label = None if self.reads == "text" or is_hidden else choose(*second)
-        return text, label, choose(*others[0]) if others else None
+        pair = choose(*others[0]) if others else None
+        used = [(column, setting) for column, (setting, _, _) in zip((text, label, pair), self.choices, strict=False)]
+        for i, (column, setting) in enumerate(used):
+            if same := [other for number, other in used[:i] if number == column is not None]:
+                both = f"data.{same[0]} and data.{setting}"
+                raise UserError(f"{name}: {both} are both column {names[column]}; set each to its own; {there}")
+        return text, label, pair
 
 
 def check_width(name: str, names: Sequence[str]) -> None:

@@ -61,7 +61,7 @@ def prepare(
     configs_of = configs.source_configs(config)
     if config.data.sources and samples_class.reads in ANNOTATED:
         raise UserError(f"data.sources: task={config.task} reads one source; give its path as data.path")
-    sources_of = {name: _source(own, samples_class, embedded, classes) for name, own in configs_of.items()}
+    sources_of = {name: _source(own, samples_class, embedded, classes, name) for name, own in configs_of.items()}
     source = mixture.joined(sources_of) if config.data.sources else sources_of[""]
     if source.classes:
         config = configs.replace(config, "data.n_labels", len(source.classes))
@@ -176,10 +176,17 @@ def _without_overlap(config: Config) -> Config:
 
 
 @slow("reading the data")
-def _source(config: Config, samples_class: type[Any], embedded: Callable[[], Source], classes: Sequence[str]) -> Source:
+def _source(
+    config: Config, samples_class: type[Any], embedded: Callable[[], Source], classes: Sequence[str], name: str = ""
+) -> Source:
     if config.data.path or config.data.hub:
         known = classes if samples_class.reads in WITH_CLASSES else ()
-        return sources.open_source(config.data, samples_class.reads, known)
+        try:
+            return sources.open_source(config.data, samples_class.reads, known)
+        except UserError as error:
+            if name:
+                raise UserError(f"data.sources, {name}: {error}") from error
+            raise
     source = embedded()
     if samples_class.reads != "labels" or source.classes:
         return source

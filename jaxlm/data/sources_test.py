@@ -569,7 +569,7 @@ def test_named_file_wins_over_the_folder(tmp_path):
 def test_conflicting_files_are_errors(tmp_path):
     train = write(tmp_path / "train.txt", "one\n")
     dev = write(tmp_path / "dev.txt", "two\n")
-    assert "no train part" in failure(path=train, test_path=train)
+    assert "data.path and data.test_path are both" in failure(path=train, test_path=train)
     assert "both" in failure(path=train, test_path=dev, validation_path=dev)
     write(tmp_path / "valid.txt", "three\n")
     assert "dev.txt and valid.txt" in failure(path=str(tmp_path))
