@@ -469,7 +469,8 @@ def _preset(task: Any) -> list[Layer]:
     is_own = str(task).isidentifier() and (Path(__file__).parent / "tasks" / f"{task}.py").is_file()
     if is_own or task == BASE:
         return []
-    hint = f"{nearest(str(task), presets)}; there are {', '.join(presets)}; to add one: jaxlm/tasks/README.md"
+    names = sorted({*presets, *GLUE, "classify", "regress"})  # the last two need no preset
+    hint = f"{nearest(str(task), names)}; there are {', '.join(names)}; to add one: jaxlm/tasks/README.md"
     raise UserError(f"task={task}: unknown task{hint}")
 
 

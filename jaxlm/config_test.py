@@ -215,6 +215,7 @@ def test_names_that_scripts_use_exist():
         (["--train.precision", "fp16"], ["--train.precision fp16: must be one of float32, bfloat16"]),
         (["--model.positions", ""], ["must be one of fixed, learned, rotary"]),
         (["--task", "gtp"], ["task=gtp: unknown task; did you mean gpt?", "embed, gpt, mlm"]),
+        (["--task", "regres"], ["task=regres: unknown task; did you mean regress?", "qnli, qqp, regress, rte"]),
         (["--task", "mlm_base"], ["task=mlm_base: unknown task", "embed, gpt, mlm"]),
     ],
 )

@@ -92,7 +92,7 @@ def _print(result: "Evaluation") -> None:
             text = " ".join(error.text.split())
             text = text if len(text) <= 100 else f"{text[:97]}..."
             measure = error.loss if error.probability is None else error.probability
-            console.print(f"  {measure:.4f}  label {error.label}, predicted {_predicted(error.predicted)}: {text}")
+            console.print(f"  {measure:.4f}  label {_shown(error.label)}, predicted {_shown(error.predicted)}: {text}")
 
 
 def _table(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> "Table":
@@ -107,7 +107,7 @@ def _table(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> "
     return table
 
 
-def _predicted(value: Any) -> str:
+def _shown(value: Any) -> str:
     return "no class" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

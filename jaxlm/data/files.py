@@ -67,7 +67,7 @@ def find(config: DataConfig, found_tree: Tree = NO_TREE) -> tuple[list[tuple[str
         path = _existing("data.path", config.path, Path())
         for split, file in named.items():
             if file.samefile(path):
-                raise UserError(f"data.path and data.{split}_path are both {path}; leave the second out, or name another")
+                raise UserError(f"data.path and data.{split}_path are both {path}; leave out the second")
         mend = f"name a file, such as --data.path {others[0]}"
         mend += ", and other files as data.validation_path and data.test_path"
         raise UserError(f"data.path={config.path}: no train part (train.*), only {', '.join(others)}; {mend}")

@@ -346,7 +346,7 @@ CASES: dict[str, Case] = {
     ),
     "one file for two parts": Case(
         {"a.txt": TEXT},
-        "data.path and data.validation_path are both .*a.txt; leave the second out",
+        "data.path and data.validation_path are both .*a.txt; leave out the second",
         {"data.validation_path": ""},
         {"data.validation_path": "{}/a.txt"},
     ),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
-from jaxlm import predict
+from jaxlm import evaluate, predict
 from jaxlm.data.samples import ClassifiedSamples
 from jaxlm.errors import UserError
 from jaxlm.inference import http_api, predictors
@@ -68,6 +68,23 @@ def test_as_many_pairs_as_texts_are_needed(runs: dict[str, Path], capsys: pytest
     with pytest.raises(SystemExit):
         predict.main(["--checkpoint", str(runs["rte"]), "--text", A, "--text", B, "--pair", B])
     assert "--pair is the second text of a --text; give as many of each" in capsys.readouterr().err
+
+
+def test_a_model_of_one_text_refuses_a_second(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tiny_runs.write(tmp_path / "sst2", "sst2")
+    with pytest.raises(SystemExit):
+        predict.main(["--checkpoint", str(run), "--text", A, "--pair", B])
+    out, err = capsys.readouterr()
+    assert not out and "takes one text; leave --pair out" in err
+
+
+def test_the_worst_errors_have_labels_as_the_file_has_them(
+    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "two.tsv"
+    file.write_text("sentence1\tsentence2\tscore\n" + f"{A}\t{B}\t4.77\n{B}\t{A}\t1.1\n")
+    assert evaluate.main(["--checkpoint", str(runs["stsb"]), "--data.path", str(file)]) == 0
+    assert "label 4.77, predicted" in capsys.readouterr().out
 
 
 def test_served_answers_and_attention_are_those_of_the_predictor(runs: dict[str, Path]) -> None:
