@@ -32,7 +32,7 @@ from jaxlm.testing import tiny_runs
 pytest.importorskip("fastapi")
 uvicorn = pytest.importorskip("uvicorn")
 parser = pytest.importorskip("prometheus_client.parser")
-from jaxlm.inference import http_api  # noqa: E402
+from jaxlm.inference import batching, http_api  # noqa: E402
 from jaxlm.inference.batching import Engine  # noqa: E402
 
 LENGTH = 512  # positions of gpt, for continuations that take a while
@@ -173,6 +173,28 @@ def test_nothing_is_compiled_for_a_request(runs: Path, serving: Callable[..., Se
             list(pool.map(lambda i: server.ask("POST", "/predict", {name: f"[MASK] {i}"}), range(13)))  # noqa: B023
         assert server.ask("POST", "/attention", {"text": "the cat", "layer": 1, "head": 2})[0] == 200
         assert server.figures()["jaxlm_compilations_total"] == before > 0
+
+
+def test_a_long_prompt_gets_a_large_slot_and_the_cache_stays_bounded(
+    runs: Path, serving: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batching, "ROOM", LENGTH // 8)
+    server, bound = serving(predict.load(runs / "gpt")), predictors.N_ROWS * LENGTH // 8
+    places: Any = server.engine.work
+    made: list[tuple[int, int]] = []
+    empty = places.predictor.decoder.empty
+    monkeypatch.setattr(places.predictor.decoder, "empty", lambda *shape: made.append(shape) or empty(*shape))
+    assert places.rows.tokens_BS.shape[0] == places.n_rows == 16 and places.room == LENGTH // 8
+    long, short = "the cat sat on the mat " * 20, "the cat"
+    asked = [{"prompt": x, "seed": i, "max_new_tokens": 40} for i, x in enumerate([short] * 6 + [long] * 3 + [short])]
+    with ThreadPoolExecutor(len(asked)) as pool:
+        told = list(pool.map(lambda body: server.ask("POST", "/predict", body), asked))
+    for body, (status, _, answer) in zip(asked, told, strict=True):
+        options = {name: body[name] for name in ("seed", "max_new_tokens")}
+        assert (status, answer) == (200, server.predictor([body["prompt"]], **options)[0])
+    assert max(room for _, room in made) > LENGTH // 8 and all(n * room <= bound for n, room in made)
+    assert server.ask("POST", "/predict", asked[0])[2] == told[0][2]
+    assert places.room == LENGTH // 8  # small again
 
 
 def test_a_continuation_is_streamed(servers: dict[str, Server]) -> None:

@@ -1,8 +1,9 @@
 """Dynamic and continuous batching: one thread answers concurrent requests with one model.
 
 Texts to fill or classify that arrive within GATHER_S are batched. Prompts are continued in slots: a new request takes a
-free slot while others are being decoded, and a cancelled one frees its slot. All shapes are compiled before the first
-request.
+free slot while others are being decoded, and a cancelled one frees its slot. A request of more than ROOM positions
+waits until all slots are free, and makes them anew: larger and fewer, so that their memory stays the same. All other
+shapes are compiled before the first request.
 """
 
 import asyncio
@@ -24,6 +25,7 @@ from jaxlm.inference.decode import Sampling
 from jaxlm.inference.predictors import N_ROWS, Answer, Continuation, Continue, FillMasks, Look, Predictor
 
 GATHER_S = 0.002  # how long a text waits for others to form a batch
+ROOM = 4096  # positions of a slot; of fewer slots, where a request needs more
 AT_ONCE = 2  # tokens decoded per prompt before new prompts are admitted
 COMPILED = "/jax/core/compile/backend_compile_duration"  # JAX's name of the event
 
@@ -86,14 +88,15 @@ class Batches:
 
 
 class Places:
-    """Continuous batching, for generation: N_ROWS slots."""
+    """Continuous batching, for generation: N_ROWS slots, or fewer and larger ones."""
 
     gather_s = 0.0
 
     def __init__(self, predictor: Continue, metrics: "Metrics"):
         self.predictor, self.metrics = predictor, metrics
-        self.waiting: collections.deque[Request] = collections.deque()
-        self._clear()
+        self.waiting: collections.deque[tuple[Request, Continuation]] = collections.deque()
+        self.places: dict[int, tuple[Request, Continuation]] = {}
+        self._make(predictor.decoder.room(0, ROOM))
         request = Request("", predictor.checked({"max_new_tokens": 2 * AT_ONCE}), lambda said: None)
         self.step([request])
         request.is_dropped = True
@@ -109,34 +112,45 @@ class Places:
 
     def step(self, requests: Sequence[Request]) -> None:
         """Queue the requests, and decode a few tokens in each occupied slot."""
-        self.waiting += requests
         try:
+            for request in requests:
+                begun = Continuation(request.text, self.predictor.encode(request.text), request.options)
+                self.waiting.append((request, begun))
             self._let_in()
             if self.places:
                 self.metrics.rows.observe(len(self.places))
                 self._extend()
         except Exception:
             fail(request for request, _ in self.places.values())
-            self._clear()
+            self.places = {}
+            self._make(self.predictor.decoder.room(0, ROOM))
 
-    def _clear(self) -> None:
-        self.rows = self.predictor.decoder.empty(N_ROWS)
-        self.places: dict[int, tuple[Request, Continuation]] = {}
+    def _make(self, room: int) -> None:
+        """Make slots of so many positions each, empty; all together have at most N_ROWS * ROOM, or are one."""
+        self.room, self.n_rows = room, min(N_ROWS, max(1, N_ROWS * ROOM // room))
+        self.rows: Any = None  # frees the memory of those before
+        self.rows = self.predictor.decoder.empty(self.n_rows, room)
 
     def _let_in(self) -> None:
-        free = [i for i in range(N_ROWS) if i not in self.places]
-        while free and self.waiting:
-            request = self.waiting.popleft()
+        while self.waiting and len(self.places) < self.n_rows:
+            request, begun = self.waiting[0]
+            most_new = request.options["max_new_tokens"]
+            room = self.predictor.decoder.room(len(begun.prompt) + most_new, ROOM)
+            if not request.is_dropped and room > self.room and self.places:
+                return
+            self.waiting.popleft()
             if request.is_dropped:
                 continue
-            i = free.pop()
-            begun = Continuation(request.text, self.predictor.encode(request.text), request.options)
+            is_other = room > self.room or (room < self.room and not self.places)
+            i = next(i for i in range(self.n_rows) if i not in self.places)
             self.places[i] = request, begun
-            row = self.predictor.decoder.begin([begun.prompt], request.options["max_new_tokens"])
+            if is_other:
+                self._make(room)
+            row = self.predictor.decoder.begin([begun.prompt], most_new, self.room)
             self.rows = self.predictor.decoder.put(self.rows, i, row)
 
     def _extend(self) -> None:
-        sampling = Sampling(*np.zeros((4, N_ROWS)))
+        sampling = Sampling(*np.zeros((4, self.n_rows)))
         for i, (request, _) in self.places.items():
             for name, values in zip(Sampling._fields, sampling, strict=True):
                 values[i] = request.options[name]
@@ -164,7 +178,9 @@ class Metrics:
         buckets = [2**i for i in range(N_ROWS.bit_length())]
         self.rows = Histogram("jaxlm_batch_rows", "Texts in the model at once", buckets=buckets, registry=registry)
         self.tokens = Counter("jaxlm_generated_tokens", "Tokens made", registry=registry)
-        self.compiled = Counter("jaxlm_compilations", "Compilations; all of them at the start", registry=registry)
+        self.compiled = Counter(
+            "jaxlm_compilations", "Compilations; all at the start but those for long requests", registry=registry
+        )
         self.waiting = Gauge("jaxlm_waiting_requests", "Requests that the model has not begun", registry=registry)
 
 

@@ -53,7 +53,7 @@ class Parts(NamedTuple):
 
 
 class Decoder:
-    """A causal model that continues prompts. Compiled once for each batch size; lengths do not matter."""
+    """A causal model that continues prompts. Compiled once for each batch size and room; lengths do not matter."""
 
     def __init__(self, model: LanguageModel, stops: tuple[int, ...]):
         """`stops` are the ids of the tokens that end a row."""
@@ -69,16 +69,26 @@ class Decoder:
             lambda rows, i, row: jax.tree.map(lambda x, new: x.at[i].set(new[0]), rows, row), donate_argnums=0
         )
 
-    def begin(self, prompts: Sequence[Sequence[int]], most_new: int, is_short: bool = False) -> Rows:
+    def begin(self, prompts: Sequence[Sequence[int]], most_new: int, room: int = 0) -> Rows:
         """Return rows with prompts of 1 to seq_len tokens, each to be continued by at most `most_new` tokens.
 
-        `is_short`: rows of a model with many positions have room for no more than they need; such cannot be `put`.
+        `room`: positions of each row, as `room` returns them; 0: all of the model.
         """
-        return self._fill(self.leaves, self._rows(prompts, most_new, is_short))
+        return self._fill(self.leaves, self._rows(prompts, most_new, room))
 
-    def empty(self, n: int) -> Rows:
-        """Return n finished rows, to be replaced by `put`."""
-        return self._rows([[self.stops[0]]] * n, 0)
+    def empty(self, n: int, room: int = 0) -> Rows:
+        """Return n finished rows, to be replaced by `put` with rows of the same room."""
+        return self._rows([[self.stops[0]]] * n, 0, room)
+
+    def room(self, n: int, short: int = SHORT) -> int:
+        """Return the positions of rows for n tokens: those of the model, halved while more than `short` and n suffice.
+
+        So there are few shapes to compile.
+        """
+        length = self.config.seq_len
+        while length > short and length >= 2 * n:
+            length //= 2
+        return length
 
     def put(self, rows: Rows, i: int, row: Rows) -> Rows:
         """Return the rows with the i-th replaced by the only row of `row`; `rows` is donated."""
@@ -91,14 +101,11 @@ class Decoder:
             sampling = Sampling(*(np.asarray(x, kind) for x, kind in zip(sampling, kinds, strict=True)))
         return self._extend(self.leaves, rows, sampling, np.int32(n))
 
-    def _rows(self, prompts: Sequence[Sequence[int]], most_new: int, is_short: bool = False) -> Rows:
+    def _rows(self, prompts: Sequence[Sequence[int]], most_new: int, room: int) -> Rows:
         config = self.config
         n_B = np.array([len(prompt) for prompt in prompts])
         assert n_B.min() > 0 and n_B.max() <= config.seq_len, (n_B, config.seq_len)
-        needed, length = int(n_B.max()) + most_new, config.seq_len
-        while is_short and length > SHORT and length >= 2 * needed:
-            length //= 2
-        B, S = len(prompts), (length // CHUNK + 1) * CHUNK
+        B, S = len(prompts), ((room or config.seq_len) // CHUNK + 1) * CHUNK
         tokens_BS = np.zeros((B, S), np.int32)
         for row, prompt in zip(tokens_BS, prompts, strict=True):
             row[: len(prompt)] = prompt

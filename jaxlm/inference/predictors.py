@@ -486,7 +486,9 @@ class Continue(Predictor):
         """Yield what has been made so far of each continuation, all with the same options, and whether that is all."""
         prompts, options = [one.prompt for one in begun], begun[0].options
         sampling = Sampling(*([options[name]] * len(prompts) for name in Sampling._fields))
-        rows, is_over = self.decoder.begin(prompts, options["max_new_tokens"], is_short=True), False
+        most_new = options["max_new_tokens"]
+        rows = self.decoder.begin(prompts, most_new, self.decoder.room(max(map(len, prompts)) + most_new))
+        is_over = False
         while not is_over:
             rows = self.decoder.extend(rows, sampling, n_at_once)
             tokens_BS, n_B = np.asarray(rows.tokens_BS), np.asarray(rows.n_B)
