@@ -47,7 +47,7 @@ def model_of(kind: str, n_ids: int) -> Any:
     config = transformers.BertConfig(vocab_size=n_ids, **bert, max_position_embeddings=T, num_labels=C)
     if form == "no pooler":
         return transformers.BertModel(config, add_pooling_layer=False)
-    name = {"words": "ForTokenClassification", "answers": "ForQuestionAnswering", "lost head": "ForMaskedLM"}
+    name = {"answers": "ForQuestionAnswering", "lost head": "ForMaskedLM"}
     return getattr(transformers, f"Bert{name.get(form, 'Model')}")(config)
 
 
@@ -88,7 +88,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
 
 
 KINDS = (
-    *("bert", "bert no pooler", "distilbert", "roberta", "bert words", "bert answers", "bert lost head"),
+    *("bert", "bert no pooler", "distilbert", "roberta", "bert answers", "bert lost head"),
     *("bert no architectures", "bert half", "bert new folder", "bert old folder"),
 )
 

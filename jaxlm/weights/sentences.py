@@ -14,7 +14,7 @@ PREFIX = "sentence_transformers.models."
 
 
 def pooling_of(path: Path) -> str:
-    """Return how a model in a folder pools, as in model.pooling; "" if it is none of sentence-transformers.
+    """Return how a model in a folder pools, as in model.pooling; "" if no module of sentence-transformers does.
 
     Raises UserError for one that does something else than to pool and to normalise.
     """
@@ -23,9 +23,11 @@ def pooling_of(path: Path) -> str:
     try:
         modules = utf8.from_json(utf8.read(path / MODULES))
         kinds = [module["type"].rpartition(".")[2] for module in modules]
-        place = next(module["path"] for module in modules if module["type"].endswith("Pooling"))
-        values = utf8.read_json(path / place / "config.json")
-    except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
+        places = [module["path"] for module in modules if module["type"].endswith("Pooling")]
+        if not places:
+            return ""
+        values = utf8.read_json(path / places[0] / "config.json")
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path / MODULES}: cannot be read ({reason(error)}); copy or download it again") from error
     modes = [mode for mode, key in KEYS.items() if values.get(key) or values.get("pooling_mode") == _MODES[mode]]
     others = [key for key, value in values.items() if key.startswith("pooling_mode_") and value is True]
