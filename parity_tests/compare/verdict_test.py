@@ -61,8 +61,8 @@ def train_torch(model: torch.nn.Module) -> Any:
     return a
 
 
-def train_jax(wrong: str = "") -> Any:
-    state = {name: x.detach().numpy() for name, x in original().named_parameters()}
+def train_jax(wrong: str = "", dtype: Any = np.float32) -> Any:
+    state = {name: x.detach().numpy().astype(dtype) for name, x in original().named_parameters()}
     params = {
         name: {"kernel": state[f"{name}.weight"].T.copy(), "bias": state[f"{name}.bias"]}
         for name in ("first", "second")
@@ -88,7 +88,7 @@ def train_jax(wrong: str = "") -> Any:
     with record.jax(model, params=weights) as b:
         for x, y in zip(X, Y, strict=True):
             b.batch(labels=y)
-            weights, opt_state, value, grads = step(weights, opt_state, x, y)
+            weights, opt_state, value, grads = step(weights, opt_state, x.astype(dtype), y)
             b.step(loss=value, grads=grads, params=weights, state=opt_state, rate=RATE)
     return b
 
@@ -164,6 +164,28 @@ def test_tolerances_come_from_rounding_and_any_tensor_scaled_is_seen(a: Any, b: 
         n_seen += 1
     assert n_seen == 4 - 1 + 6  # the activation function is no module of the port
     assert max(x.tolerance for x in found.found if x.stage in ("forward", "loss", "gradient")) < divergence.VISIBLE
+
+
+def test_any_stored_tensor_scaled_is_seen() -> None:
+    """Each array of the first update: values before and after it, activations, loss, gradients, rate, moments."""
+    a = train_torch(original().double()).read()
+    with jax.enable_x64(True):
+        b = train_jax(dtype=np.float64)
+    assert compare.runs(a, b, until=1).passes
+    seen: dict[str, int] = {}
+    for entry in b.read().entries:
+        is_first = entry.update == 0 or (entry.update == 1 and entry.kind == "parameter")
+        if not (is_first and entry.is_number and entry.source is entry and "dtype" in entry.line):
+            continue
+        if not entry.array().any():  # the bias of the norm at the start
+            continue
+        scaled = b.read()
+        scaled.known[entry.number] = entry.array() * 1.0001
+        changed = compare.runs(a, scaled, until=1)
+        assert changed.first, f"{entry.kind} {entry.name} of update {entry.update}"
+        seen[entry.kind] = seen.get(entry.kind, 0) + 1
+    # Of two moments each. What a module passes on as it is, is stored once.
+    assert seen == {"parameter": 11, "input": 2, "activation": 3, "loss": 1, "gradient": 6, "rate": 1, "moment": 12}
 
 
 def test_what_cannot_be_seen_is_told() -> None:
