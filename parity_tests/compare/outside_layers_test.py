@@ -1,6 +1,7 @@
 """Layers and optimizers that others made, in PyTorch and in JAX: Flax Linen, Equinox, optax."""
 
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -125,26 +126,27 @@ def test_layers_of_equinox_are_pytorchs() -> None:
     assert found.first and found.first.stage == "forward" and found.causes[0].kind == "gelu", found.text()
 
 
-def network() -> torch.nn.Module:
-    torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Linear(16, 12), torch.nn.Tanh(), torch.nn.Linear(12, 4)).double()
-
-
-def updated_by_both(name: str, tx: optax.GradientTransformation, n: int = 3, **options: Any) -> compare.Verdict:
+def updated_by_both(name: str, tx: Any, n: int = 3, bias: bool = True, **options: Any) -> compare.Verdict:
     """Compare updates of PyTorch's optimizer with optax's in float64."""
-    model = network()
+    torch.manual_seed(0)
+    layers = torch.nn.Linear(16, 12, bias), torch.nn.Tanh(), torch.nn.Linear(12, 4, bias)
+    model = torch.nn.Sequential(*layers).double()
     start = {key: x.detach().numpy().copy() for key, x in model.named_parameters()}
     a = trained(model, getattr(torch.optim, name)(model.parameters(), lr=0.01, **options), n)
+
+    def linear(p: Any, x: Any) -> Any:
+        y = x @ p["kernel"]
+        return y + p["bias"][None, None] if bias else y
+
     with jax.enable_x64(True):
-        names = {"first": "0", "second": "2"}
-        params = {
-            k: {"kernel": jnp.asarray(start[f"{i}.weight"].T), "bias": jnp.asarray(start[f"{i}.bias"])}
-            for k, i in names.items()
-        }
+        params: Any = {"first": {}, "second": {}}
+        for key, x in start.items():
+            layer, _, kind = key.partition(".")
+            of = params["first" if layer == "0" else "second"]
+            of["kernel" if kind == "weight" else "bias"] = jnp.asarray(x.T)
 
         def apply(p: Any, x: Any) -> Any:
-            y = jnp.tanh(x @ p["first"]["kernel"] + p["first"]["bias"][None, None])
-            return record.tag("2", y @ p["second"]["kernel"] + p["second"]["bias"][None, None])
+            return record.tag("2", linear(p["second"], jnp.tanh(linear(p["first"], x))))
 
         return compare.runs(a, trained_in_jax(None, apply, params, tx, n, rate=0.01))
 
@@ -165,3 +167,17 @@ def test_adafactor_of_optax_is_pytorchs_if_small_matrices_are_factored() -> None
     assert found.first and (found.first.update, found.first.stage, found.first.name) == (0, "update", "0.weight")
     is_matrix = {x.name: x.name.endswith("weight") for x in found.found if x.stage == "update"}
     assert {x.name: not x.passes for x in found.found if x.stage == "update" and x.update == 0} == is_matrix
+
+
+def test_muon_of_optax_differs_from_pytorchs_by_bfloat16_and_by_the_bias_correction() -> None:
+    tx, updates = optax.contrib.muon(0.01), []
+    for cast in (torch.Tensor.bfloat16, lambda x: x):  # PyTorch's iterations in bfloat16, as they are, and in float64
+        with mock.patch.object(torch.Tensor, "bfloat16", cast):
+            found = updated_by_both("Muon", tx, bias=False, weight_decay=0.0)
+        assert found.first and (found.first.update, found.first.stage) == (0, "update"), found.text()
+        assert all(x.passes for x in found.found if x.update == 0 and x.stage != "update")
+        updates.append({(x.update, x.name): x.difference for x in found.found if x.stage == "update"})
+    assert 0.01 < min(updates[0].values()) and max(updates[0].values()) < 0.1
+    # optax corrects the bias of gradient and momentum by other counts: the first update is that of PyTorch.
+    is_near = {key: x < 1e-6 for key, x in updates[1].items()}
+    assert is_near == {key: key[0] == 0 for key in is_near} and max(updates[1].values()) < 0.01
