@@ -132,6 +132,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
         settings.setdefault("tokenizer", {}).setdefault("vocab_size", 400)
         settings["tokenizer"]["vocab_size"] = min(settings["tokenizer"]["vocab_size"], 400)
         (folder / "configs" / path.name).write_text(tomli_w.dumps(settings), encoding="utf-8")
+    shutil.copytree(ROOT / "configs" / "architectures", folder / "configs" / "architectures")
     write_data(folder)
     models = {"bert": f"--task mlm {BERT}", "a_gpt2": f"--task gpt {GPT2}"}
     trainings = [f"--task {task}" for task in TASKS] + [f"{x} --run.dir runs/{name}" for name, x in models.items()]
