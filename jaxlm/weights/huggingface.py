@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import json
 import re
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,8 @@ def load(path: Path) -> StoredFile:
         tensors = {name: x for name, x in tensors.items() if ".pooler.dense." not in name}
     if task == BASE:  # what is not of it are output layers that are of no use here
         tensors = {name: x for name, x in tensors.items() if name.startswith(family.prefix)}
+    else:
+        tensors = _without_others(family, task, values, tensors, file)
     if task == BASE and not family.is_causal and (pooling := sentences.pooling_of(path)):
         n = sentences.longest(path, settings["model.seq_len"])
         settings |= {"task": (task := EMBED), "model.pooling": pooling, "model.seq_len": n}
@@ -416,6 +419,17 @@ def _task_of(
         if named == family.class_name(task):
             return task
     return fits[0] if fits else BASE
+
+
+def _without_others(family: Family, task: str, values: Mapping[str, Any], tensors: Arrays, source: Path) -> Arrays:
+    """Return tensors without output layers of a class that transformers does not have; print what is left out."""
+    named = str((values.get("architectures") or [""])[0])
+    if not named or named in (family.class_name(known) for known in family.heads):
+        return tensors
+    kept = {name: x for name, x in tensors.items() if name.startswith((family.prefix, *family.heads[task].values()))}
+    if others := sorted({name.rpartition(".")[0] for name in tensors.keys() - kept.keys()}):
+        print(f"{source}: leaving out output layers of {named}: {', '.join(others)}", file=sys.stderr)
+    return kept
 
 
 def _has_head(family: Family, task: str, tensors: Mapping[str, np.ndarray], is_tied: bool) -> bool:

@@ -639,3 +639,56 @@ def test_an_unreachable_hub_is_one_line(tmp_path: Path, monkeypatch: pytest.Monk
     ) as caught:
         resume.to_use("bert-base-uncased")
     assert "\n" not in str(caught.value)
+
+
+def test_further_output_layers_of_an_unknown_class_are_named_and_left_out(
+    make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    folder, _ = make("bert")
+    shutil.copytree(folder, tmp_path / "more")
+    further = {"cls.species.weight": np.zeros((6, D), np.float32), "cls.species.bias": np.zeros(6, np.float32)}
+    save_file(load_file(folder / "model.safetensors") | further, tmp_path / "more" / "model.safetensors")
+    with pytest.raises(UserError, match="cls.species.weight .* is not in the model"):
+        huggingface.load(tmp_path / "more")
+    values = json.loads((folder / "config.json").read_text()) | {"architectures": ["AntiBERTy"]}
+    (tmp_path / "more" / "config.json").write_text(json.dumps(values))
+    weights, more = huggingface.load(folder).weights, huggingface.load(tmp_path / "more").weights
+    assert "leaving out output layers of AntiBERTy: cls.species\n" in capsys.readouterr().err
+    assert weights.keys() == more.keys() and all(np.array_equal(more[name], x) for name, x in weights.items())
+
+
+@pytest.mark.slow
+def test_a_classifier_of_gpt2_is_read_and_written_without_a_bias(make: Make, tmp_path: Path) -> None:
+    import transformers
+
+    folder, theirs = make("gpt2 classes")
+    assert theirs.score.bias is None and not load.load_model(folder)[1].model.classifier_bias
+    assert "head.linear.bias" not in huggingface.load(folder).weights
+    back = written(written(folder, tmp_path / "run"), tmp_path / "back", "--as", "gpt2")
+    again, report = transformers.GPT2ForSequenceClassification.from_pretrained(back, output_loading_info=True)
+    assert not any(report.values())
+    for name, x in theirs.state_dict().items():
+        np.testing.assert_array_equal(again.state_dict()[name], x)
+
+
+@pytest.mark.slow
+def test_a_pipeline_continues_from_what_is_written_back_as_from_the_folder(make: Make, tmp_path: Path) -> None:
+    import transformers
+
+    folder, _ = make("gpt2")
+    back = written(written(folder, tmp_path / "run"), tmp_path / "back", "--as", "gpt2")
+    text, options = "the cat sat", {"do_sample": False, "max_new_tokens": 5}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(back)
+    want, got = (
+        transformers.pipeline("text-generation", model=str(path), tokenizer=tokenizer)(text, **options)
+        for path in (folder, back)
+    )
+    assert want == got and want
+    (answer,) = predict.load(back)([text], temperature=0, max_new_tokens=5)
+    begun = predict.load(back).encode(text)
+    made = transformers.GPT2LMHeadModel.from_pretrained(back).generate(
+        torch.tensor([begun]), attention_mask=torch.ones(1, len(begun)), **options
+    )
+    assert answer["continuation"] == predict.load(back).tokenizer.decode(made[0, len(begun) :].tolist())
