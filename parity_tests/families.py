@@ -53,7 +53,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
 }
 
-_OURS = {"vocab_size": 17, "hidden_size": 12, "intermediate_size": 10, "num_attention_heads": 2}
+_OURS: dict[str, Any] = {"vocab_size": 17, "hidden_size": 12, "intermediate_size": 10, "num_attention_heads": 2}
 _OURS |= {"max_position_embeddings": 11, "pad_token_id": 0, "attn_implementation": "eager"}
 _NONE = dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"))
 _KV = _OURS | {"num_hidden_layers": 2, "num_key_value_heads": 1, "bos_token_id": None, "eos_token_id": None}

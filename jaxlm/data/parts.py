@@ -172,7 +172,8 @@ class Wanted:
         pair = choose(*others[0]) if others else None
         used = [(column, setting) for column, (setting, _, _) in zip((text, label, pair), self.choices, strict=False)]
         for i, (column, setting) in enumerate(used):
-            if same := [other for number, other in used[:i] if number == column is not None]:
+            same = [other for number, other in used[:i] if number == column]
+            if column is not None and same:
                 both = f"data.{same[0]} and data.{setting}"
                 raise UserError(f"{name}: {both} are both column {names[column]}; set each to its own; {there}")
         return text, label, pair
