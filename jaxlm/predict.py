@@ -66,8 +66,6 @@ def main(argv: list[str] | None = None) -> int:
     args = _parse(sys.argv[1:] if argv is None else argv)
     texts = _texts(args)
     predictor = load(args.checkpoint, getattr(args, "tokenizer.path"), args.query is not None, args.chat)
-    if args.pairs and not predictor.takes_two:
-        raise UserError(f"--pair: {predictor.trained} takes one text; leave --pair out")
     if args.query is not None:
         return _search(predictor, args, texts)
     if args.pairs:

@@ -75,7 +75,7 @@ def test_a_model_of_one_text_refuses_a_second(tmp_path: Path, capsys: pytest.Cap
     with pytest.raises(SystemExit):
         predict.main(["--checkpoint", str(run), "--text", A, "--pair", B])
     out, err = capsys.readouterr()
-    assert not out and "takes one text; leave --pair out" in err
+    assert not out and "reads one text; leave --pair out" in err
 
 
 def test_the_worst_errors_have_labels_as_the_file_has_them(
