@@ -78,7 +78,8 @@ def test_a_fault_that_changes_nothing_is_missed(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("third", [THIRDS[0], *(pytest.param(x, marks=pytest.mark.longest) for x in THIRDS[1:])])
+@pytest.mark.longest
+@pytest.mark.parametrize("third", THIRDS)
 def test_every_fault_is_caught(third: str) -> None:
     planted = FAULTS[THIRDS.index(third) :: 3]
     with faults.operation_by_operation():
@@ -89,6 +90,7 @@ def test_every_fault_is_caught(third: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.longest
 @pytest.mark.parametrize("package", PACKAGES)
 def test_every_check_passes_without_a_fault(package: faults.Package) -> None:
     with faults.operation_by_operation():
