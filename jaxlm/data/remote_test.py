@@ -251,11 +251,11 @@ count = tokenization.chunks
 tokenization.chunks = lambda items, size_of: count(items, size_of, most=10_000)
 tokenized = 0
 write = cache._append
-def append(split, rows, files):
+def append(split, rows, has_values, files):
     global tokenized
     tokenized += len(rows)
     print(tokenized, flush=True)
-    return write(split, rows, files)
+    return write(split, rows, has_values, files)
 cache._append = append
 remote_test.built(DataConfig(path=sys.argv[1], cache_dir=sys.argv[2]))
 """
