@@ -198,7 +198,7 @@ def test_it_is_trained_on_two_columns_and_goes_on(tmp_path: Path) -> None:
     assert train.main(["--resume", folder, "--train.max-steps", "60", "--data.cache-dir", str(tmp_path / "cache")]) == 0
     trained = load.load(folder)
     assert trained.start.info["step"] > 0
-    _, samples = evaluation.part(trained, "test", {"data.cache_dir": str(tmp_path / "cache")})
+    _, samples = evaluation.samples_of(trained, "test", {"data.cache_dir": str(tmp_path / "cache")})
     found = evaluation.evaluate(trained, samples)
     assert found.scores["accuracy"].value > 0.5 and found.scores["accuracy"].baseline == pytest.approx(1 / 30)
     assert convert.main([folder, str(tmp_path / "model.pt")]) == 0
