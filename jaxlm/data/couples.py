@@ -4,7 +4,7 @@ import numpy as np
 
 from jaxlm.config import Config, ModelConfig
 from jaxlm.data.cache import Split
-from jaxlm.data.samples import Batch, _Samples, marks
+from jaxlm.data.samples import Batch, _Samples, fill, marks
 from jaxlm.data.sources import Reads
 
 
@@ -49,18 +49,14 @@ class CoupleSamples(_Samples):
 
     def _texts(self, articles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the tokens of articles and the positions of their last ones."""
-        place, n = np.arange(self.seq_len), np.minimum(self.sizes[articles], self.seq_len - self.n_marks)[:, None]
         tokens = np.full((len(articles), self.seq_len), self.pad, np.int32)
-        if len(self.split.tokens):  # else every text is empty
-            at = np.clip(self.split.offsets[articles][:, None] + place - self.n_start, 0, len(self.split.tokens) - 1)
-            tokens = np.where(
-                (place >= self.n_start) & (place < n + self.n_start), self.split.tokens[at].astype(np.int32), tokens
-            )
+        end = self.n_start + np.minimum(self.sizes[articles], self.seq_len - self.n_marks)
+        fill(tokens, self.split.tokens, self.split.offsets[articles][:, None], self.n_start, end[:, None])
         if self.start is not None:
             tokens[:, 0] = self.start
         if self.end is not None:
-            tokens[np.arange(len(articles)), n[:, 0] + self.n_start] = self.end
-        return tokens, np.maximum(n[:, 0] + self.n_marks - 1, 0).astype(np.int32)
+            tokens[np.arange(len(articles)), end] = self.end
+        return tokens, np.maximum(end - self.n_start + self.n_marks - 1, 0).astype(np.int32)
 
     def lengths(self, indices: np.ndarray) -> np.ndarray:
         """Return the positions of the longer text of each sample."""

@@ -252,17 +252,14 @@ class ClassifiedSamples(_Samples):
 
     def batch(self, indices: np.ndarray, epochs: np.ndarray) -> Batch:
         place = np.arange(self.seq_len)
-        ids = np.zeros((len(indices), self.seq_len), np.int32)
-        tokens = np.full_like(ids, self.pad)
+        tokens = np.full((len(indices), self.seq_len), self.pad, np.int32)
         if self.start is not None:
             tokens[:, 0] = self.start
-        types = np.zeros_like(ids)
+        types = np.zeros_like(tokens)
         begin = np.full((len(indices), 1), self.n_start)  # of the text in its row
         for i, n_real in enumerate(self._sizes(indices).T):
-            first, end = self.split.offsets[self.n_texts * indices + i][:, None], begin + n_real[:, None]
-            if len(self.split.tokens):  # else every text is empty
-                ids[...] = self.split.tokens[np.clip(first + place - begin, 0, len(self.split.tokens) - 1)]
-            tokens = np.where((place >= begin) & (place < end), ids, tokens)
+            end = begin + n_real[:, None]
+            fill(tokens, self.split.tokens, self.split.offsets[self.n_texts * indices + i][:, None], begin, end)
             if self.end is not None:
                 tokens[np.arange(len(indices)), end[:, 0]] = self.end
             types[(place >= begin) & (place < end + self.n_end)] = i
@@ -321,6 +318,14 @@ def longest_first(sizes: Sequence[Any], room: int) -> list[Any]:
     is_over = short + long > room
     short, long = np.where(is_over, room // 2, short), np.where(is_over, room - room // 2, long)
     return [np.where(a > b, long, short), np.where(a > b, short, long)]
+
+
+def fill(tokens: np.ndarray, ids: np.ndarray, first: np.ndarray, begin: Any, end: np.ndarray) -> None:
+    """Put the `ids` [N] from `first` [B, 1] on into rows of `tokens` [B, T], from `begin` to before `end` [B, 1]."""
+    if len(ids):  # else every text is empty
+        place = np.arange(tokens.shape[1])
+        is_here = (place >= begin) & (place < end)
+        np.copyto(tokens, ids[np.clip(first + place - begin, 0, len(ids) - 1)], where=is_here, casting="unsafe")
 
 
 def most_texts(seq_len: int) -> int:

@@ -6,7 +6,7 @@ import numpy as np
 
 from jaxlm.config import Config
 from jaxlm.data.cache import Split
-from jaxlm.data.samples import IGNORED, Batch, ClassifiedSamples
+from jaxlm.data.samples import IGNORED, Batch, ClassifiedSamples, fill
 from jaxlm.data.sources import Reads
 
 
@@ -52,8 +52,8 @@ class TaggedSamples(ClassifiedSamples):
         starts = self.split.offsets[self.words]
         begin, n_read = starts[first], self.lengths(indices)[:, None] - self.n_end
         place = np.arange(self.seq_len)
-        ids = self.split.tokens[np.clip(begin + place - self.n_start, 0, len(self.split.tokens) - 1)].astype(np.int32)
-        tokens = np.where(place < n_read, ids, self.pad)
+        tokens = np.full((len(indices), self.seq_len), self.pad, np.int32)
+        fill(tokens, self.split.tokens, begin, self.n_start, n_read)
         if self.start is not None:
             tokens[:, 0] = self.start
         if self.end is not None:
