@@ -110,7 +110,7 @@ def _reason(error: Exception) -> str:
 
 
 class Record(NamedTuple):
-    """What lies in a cache folder: a token cache, or what a build has begun."""
+    """An entry of a cache folder: a token cache, or an unfinished build of one."""
 
     path: Path
     state: str
@@ -285,13 +285,13 @@ def _build(source: Source, tokenizer: Tokenizer, folder: Path, on_progress: Call
     dtypes = _dtypes(n_ids)
     try:
         with os_errors(f"{unfinished}: the token cache cannot be written", f"free some space, or {OTHER_FOLDER}"):
-            done = _taken_over(folder, unfinished)
+            done, hashes = _taken_over(folder, unfinished)
             unfinished.mkdir(parents=True, exist_ok=True)
             with temporary.claimed(unfinished):
                 with contextlib.ExitStack() as stack:
                     kinds = dtypes | ({HASHES: np.dtype(np.uint64)} if source.is_unique else {})
                     files = {
-                        name: stack.enter_context(_File(unfinished / name, kind, done.files.get(name)))
+                        name: stack.enter_context(_File(unfinished / name, kind, *hashes.get(name, ())))
                         for name, kind in kinds.items()
                     }
                     left_out = _write(source, tokenizer, files, done, unfinished, on_progress)
@@ -308,25 +308,29 @@ def _build(source: Source, tokenizer: Tokenizer, folder: Path, on_progress: Call
             shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _taken_over(folder: Path, unfinished: Path) -> _Progress:
-    """Have `unfinished` be what an interrupted build of this cache has left, if it is whole; return how far it is."""
+def _taken_over(folder: Path, unfinished: Path) -> tuple[_Progress, dict[str, tuple[int, xxhash.xxh3_64]]]:
+    """Rename the files of an interrupted build of this cache to `unfinished`, if they are complete.
+
+    Returns its progress, and the size and the running hash of each file; all empty if there is none.
+    """
     for other in folder.parent.glob(f"{folder.name}.*.tmp"):
         if (other / temporary.PROGRESS).is_file() and (temporary.is_own(other) or temporary.is_abandoned(other)):
             try:
                 other.rename(unfinished)
                 with slow("checking what an interrupted build of the token cache has left"):
                     done = _Progress(**utf8.read_json(unfinished / temporary.PROGRESS))
-                    for name, (size, expected) in done.files.items():
-                        if _hashed(unfinished / name, size).hexdigest() != expected:
+                    hashes = {name: (size, _hashed(unfinished / name, size)) for name, (size, _) in done.files.items()}
+                    for name, (_, expected) in done.files.items():
+                        if hashes[name][1].hexdigest() != expected:
                             raise ValueError(f"{name} is not as it was written")
                 note(
                     f"{folder}: the token cache was begun before; it goes on after {done.n_bytes / 1e6:,.0f} MB of text"
                 )
-                return done
+                return done, hashes
             except (OSError, ValueError, TypeError) as error:
                 warn(f"{other}: a token cache that was begun before is damaged ({error}); it begins anew")
     shutil.rmtree(unfinished, ignore_errors=True)
-    return _Progress()
+    return _Progress(), {}
 
 
 def _hashed(path: Path, size: int) -> xxhash.xxh3_64:
@@ -342,13 +346,12 @@ def _hashed(path: Path, size: int) -> xxhash.xxh3_64:
 class _File:
     """A file that is appended to, by plain writes: a full disk under a memory map would kill the process."""
 
-    def __init__(self, path: Path, dtype: np.dtype, done: tuple[int, str] | None):
-        self.dtype = dtype
-        self.size = done[0] if done else 0
-        self.hash = _hashed(path, self.size) if done else xxhash.xxh3_64()
-        if done:
-            os.truncate(path, self.size)
-        self.file = open(path, "ab" if done else "wb")
+    def __init__(self, path: Path, dtype: np.dtype, size: int = 0, running: xxhash.xxh3_64 | None = None):
+        """`size` and `running`: of the bytes of an interrupted build, which stay."""
+        self.dtype, self.size, self.hash = dtype, size, running or xxhash.xxh3_64()
+        if running:
+            os.truncate(path, size)
+        self.file = open(path, "ab" if running else "wb")
 
     def __enter__(self) -> "_File":
         return self
