@@ -21,7 +21,6 @@ from jaxlm.terminal import command, dumps
 if TYPE_CHECKING:  # the command line is parsed before slow imports
     from jaxlm.inference.predictors import Answer, Continue, Predictor
 
-TAB = "\t"  # between two texts
 OPTIONS = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
 Numbered = tuple[str, str]  # a label such as "line 3: ", and the text
 
@@ -155,7 +154,7 @@ def _converse(predictor: "Predictor", options: dict[str, Any], as_json: bool) ->
 def _texts(args: argparse.Namespace) -> Iterable[Numbered] | None:
     """Return the texts; None if the user types them."""
     if args.pairs:
-        args.texts = [f"{text.replace(TAB, ' ')}{TAB}{pair}" for text, pair in zip(args.texts, args.pairs, strict=True)]
+        args.texts = list(map(utf8.joined, args.texts, args.pairs))
     if args.texts:
         return [(f"text {i}: " if len(args.texts) > 1 else "", text) for i, text in enumerate(args.texts, start=1)]
     if args.file:

@@ -41,7 +41,6 @@ from jaxlm.inference.batching import Engine, Failed
 from jaxlm.inference.limits import Limits
 from jaxlm.inference.predictors import (
     ENDINGS,
-    TAB,
     Answer,
     Classify,
     Continue,
@@ -204,7 +203,7 @@ def make(engine: Engine, limits: Limits, token: str = "", is_loopback: bool = Tr
     def unpacked(request: BaseModel) -> tuple[str, dict[str, Any]]:
         """Return the text and the options of a request."""
         options = request.model_dump()
-        text = _joined(options.pop(text_field), options.pop("pair", None))
+        text = utf8.joined(options.pop(text_field), options.pop("pair", None))
         return text, predictor.checked(options) if isinstance(predictor, Continue) else options
 
     if type(predictor) is not Look:
@@ -237,7 +236,7 @@ def make(engine: Engine, limits: Limits, token: str = "", is_loopback: bool = Tr
             """Return the attention weights of one head, from each token of a text to each token."""
             async with _in_time(limits):
                 body = request.model_dump()  # type: ignore[attr-defined]
-                text = _joined(body["text"], body.get("pair"))
+                text = utf8.joined(body["text"], body.get("pair"))
                 return Json(await engine.answer(text, look=(body["layer"], body["head"])))
 
     is_failed = {"model": Health, "description": "requests are not answered"}
@@ -344,17 +343,12 @@ def _check_of(encode: Callable[[str], Any]) -> AfterValidator:
 
     def check(text: str, info: ValidationInfo) -> str:
         try:
-            encode(_joined(info.data.get("text", ""), text) if info.field_name == "pair" else text)
+            encode(utf8.joined(info.data.get("text", ""), text) if info.field_name == "pair" else text)
         except UserError as error:
             raise PydanticCustomError("value_error", "{reason}", {"reason": str(error)}) from None
         return text
 
     return AfterValidator(check)
-
-
-def _joined(text: str, pair: str | None) -> str:
-    """Return a text as predictors take it: two with a tab between them."""
-    return text if pair is None else f"{text.replace(TAB, ' ')}{TAB}{pair}"
 
 
 @contextlib.asynccontextmanager

@@ -35,7 +35,6 @@ ENDINGS = {
     "length": "as many tokens as asked for",
     "positions": "the model has no more positions",
 }
-TAB = "\t"  # between two texts
 Answer = dict[str, Any]  # what --json prints of a text
 
 
@@ -56,7 +55,7 @@ class Predictor:
         self.is_single = tokenization.is_single(self.tokenizer)
         self.specials = tokenization.specials_of(self.tokenizer, trained.config.tokenizer)
         self.takes_two = trained.task is not None and bool(trained.config.data.pair_column)
-        self.empty = TAB if self.takes_two else ""  # by which each shape is compiled
+        self.empty = utf8.TAB if self.takes_two else ""  # by which each shape is compiled
         self.compiled_attention = jax.jit(attention_maps.weights)
 
     def encode(self, text: str) -> list[int]:
@@ -81,7 +80,7 @@ class Predictor:
         """Return the text that is asked about, or the two, which a tab divides, of a model of two. Raises UserError."""
         if not self.takes_two:
             return [text]
-        first, tab, second = text.partition(TAB)
+        first, tab, second = text.partition(utf8.TAB)
         if not tab:
             raise UserError("the model compares two texts; give the second with --pair, or behind a tab")
         return [first, second]
@@ -93,7 +92,7 @@ class Predictor:
         """
         if not self.takes_two and not (isinstance(self, Predict) and self.trained.start.is_public()):
             raise UserError(f"--pair: {self.trained} reads one text; leave --pair out")
-        self.takes_two, self.empty = True, TAB
+        self.takes_two, self.empty = True, utf8.TAB
 
     def named(self, text: str) -> Answer:
         """Return the text, or the two, as answers have them."""
@@ -549,12 +548,12 @@ class Chat(Continue):
     def __init__(self, trained: LoadedModel):
         self.template, self.tokens = chat.find(trained.config.tokenizer.path)
         super().__init__(trained)
+        self.reads_specials = Tokenizer.from_str(self.tokenizer.to_str())
+        self.reads_specials.encode_special_tokens = False
 
     def encode(self, text: str) -> list[int]:
         self._ids(text)  # refuses what is no text
-        whole = Tokenizer.from_str(self.tokenizer.to_str())
-        whole.encode_special_tokens = False
-        ids = whole.encode(chat.rendered(self.template, text, self.tokens), add_special_tokens=False).ids
+        ids = self.reads_specials.encode(chat.rendered(self.template, text, self.tokens), add_special_tokens=False).ids
         return self._checked(ids or [self.stop])
 
     def shown(self, answer: Answer) -> str:

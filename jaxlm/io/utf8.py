@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+TAB = "\t"  # between the two texts of a line
 COMPRESSED = (".gz", ".xz", ".zst")
 LONGEST = 1 << 26  # characters of a line or document: tokenizing it takes about 8 GB
 START = 1 << 16  # bytes; a NUL among them means binary data
@@ -201,6 +202,11 @@ def _parsing(text: str) -> Iterator[None]:
 def _half(error: UnicodeEncodeError) -> str:
     code = f"\\u{ord(error.object[error.start]):04x}"
     return f"{code} is half of a surrogate pair, not a character; write both halves, or leave it out"
+
+
+def joined(text: str, pair: str | None) -> str:
+    """Return a text as predictors take it: if there are two, with a tab between them."""
+    return text if pair is None else f"{text.replace(TAB, ' ')}{TAB}{pair}"
 
 
 def stand_in(start: bytes) -> str:
