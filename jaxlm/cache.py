@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from jaxlm.cli import Parser, agrees
+from jaxlm.cli import Parser, removes
 from jaxlm.data import cache
 from jaxlm.errors import UserError, reported
 from jaxlm.io import storage, temporary
@@ -64,11 +64,9 @@ def _clean(records: list[cache.Record], days: float, yes: bool) -> int:
     if not spare:
         print("there is nothing to remove")
         return 0
-    for record in spare:
-        print(f"{record.path}: {size(record.n_bytes)}, {record.state}, used {ago(record.used_s)} ago, {record.source}")
+    lines = (f"{x.path}: {size(x.n_bytes)}, {x.state}, used {ago(x.used_s)} ago, {x.source}" for x in spare)
     what = f"{len(spare)} token cache{'s' * (len(spare) != 1)}, {size(sum(record.n_bytes for record in spare))}"
-    if not yes and not agrees(f"Remove {what}?"):
-        print("nothing is removed")
+    if not removes(lines, what, yes):
         return 1
     for record in spare:
         storage.remove(record.path)

@@ -3,6 +3,7 @@
 import argparse
 import shutil
 import sys
+from collections.abc import Iterable
 from typing import NoReturn
 
 from jaxlm import terminal
@@ -20,6 +21,16 @@ class Parser(argparse.ArgumentParser):
     def format_help(self) -> str:
         """Return the help, wrapped to the width of the terminal."""
         return terminal.wrapped(super().format_help(), shutil.get_terminal_size().columns)
+
+
+def removes(lines: Iterable[str], what: str, is_sure: bool) -> bool:
+    """Print what would be removed, and ask unless the user `is_sure`; return whether to remove it."""
+    for line in lines:
+        print(line)
+    if is_sure or agrees(f"Remove {what}?"):
+        return True
+    print("nothing is removed")
+    return False
 
 
 def agrees(question: str) -> bool:

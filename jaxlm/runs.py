@@ -13,7 +13,7 @@ from typing import Any
 from rich.table import Table
 
 from jaxlm import terminal
-from jaxlm.cli import Parser, agrees
+from jaxlm.cli import Parser, removes
 from jaxlm.data import metrics
 from jaxlm.errors import UserError, nearest, reported
 from jaxlm.io import checksums, storage
@@ -138,13 +138,10 @@ def clean(paths: Sequence[Path], yes: bool) -> int:
         if not spare:
             print("there is nothing to remove")
             return 0
-        for checkpoint in spare:
-            kind = "" if checkpoint.is_whole else ", incomplete"
-            print(f"{checkpoint.path}: {run_reader.size(checkpoint.n_bytes)}{kind}")
+        lines = (f"{x.path}: {run_reader.size(x.n_bytes)}{'' if x.is_whole else ', incomplete'}" for x in spare)
         size = run_reader.size(sum(checkpoint.n_bytes for checkpoint in spare))
         what = f"{len(spare)} checkpoint{'s' * (len(spare) != 1)}, {size}"
-        if not yes and not agrees(f"Remove {what}?"):
-            print("nothing is removed")
+        if not removes(lines, what, yes):
             return 1
         for checkpoint in spare:
             checksums.remove(checkpoint.path)
