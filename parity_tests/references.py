@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from jaxlm import optim as jax_optim
 from jaxlm import schedule as jax_schedule
 from jaxlm import step as jax_step
-from jaxlm.config import Config
+from jaxlm.config import Config, ModelConfig
 from jaxlm.data.cache import Split
 from jaxlm.data.samples import PairSamples
 from jaxlm.data.tagged import TaggedSamples
@@ -249,20 +249,7 @@ def bert(task: str = "mlm") -> list[Row]:
     model, weights = config.model, random_weights(config, 9)
     undeclared: dict[str, Any] = {"num_labels": config.data.n_classes}
     bert_class: Any = transformers.BertForTokenClassification if task == "tag" else transformers.BertForMaskedLM
-    theirs = bert_class(
-        transformers.BertConfig(
-            **undeclared,
-            vocab_size=model.vocab_size,
-            max_position_embeddings=model.seq_len,
-            hidden_size=model.d_model,
-            num_hidden_layers=model.n_layers,
-            num_attention_heads=model.n_heads,
-            intermediate_size=4 * model.d_model,
-            hidden_act="gelu",
-            layer_norm_eps=config.model.norm_epsilon,
-            pad_token_id=0,
-        )
-    )
+    theirs = bert_class(_bert_config(model, **undeclared))
     nn.init.zeros_(theirs.bert.embeddings.token_type_embeddings.weight)
     renamed = _names_of_bert(config, "bert.")
     renamed |= {"cls.predictions.bias": "head.bias"} if task == "mlm" else {}
@@ -295,19 +282,7 @@ def sentence_bert() -> list[Row]:
     changes = {"model.post_norm": True, "model.embedding_norm": True, "model.pooling": "mean"}
     config = config_of("embed", **TIED, **changes, **{"model.norm_epsilon": 1e-12})
     model, weights = config.model, random_weights(config, 9)
-    theirs = transformers.BertModel(
-        transformers.BertConfig(
-            vocab_size=model.vocab_size,
-            max_position_embeddings=model.seq_len,
-            hidden_size=model.d_model,
-            num_hidden_layers=model.n_layers,
-            num_attention_heads=model.n_heads,
-            intermediate_size=4 * model.d_model,
-            layer_norm_eps=model.norm_epsilon,
-            pad_token_id=0,
-        ),
-        add_pooling_layer=False,
-    )
+    theirs = transformers.BertModel(_bert_config(model), add_pooling_layer=False)
     nn.init.zeros_(theirs.embeddings.token_type_embeddings.weight)
     renamed = _names_of_bert(config, "")
     theirs.load_state_dict({a: torch.tensor(weights[b]) for a, b in renamed.items()}, strict=False)
@@ -328,6 +303,23 @@ def sentence_bert() -> list[Row]:
     found = {name: x.grad.numpy() for name, x in theirs.named_parameters() if x.grad is not None}
     want = First(text.detach().numpy(), float(loss.detach()), {b: found[a] for a, b in renamed.items()})
     return _compare("embed as transformers' BERT", config, weights, batch, want)
+
+
+def _bert_config(model: ModelConfig, **undeclared: Any) -> Any:
+    import transformers
+
+    return transformers.BertConfig(
+        **undeclared,
+        vocab_size=model.vocab_size,
+        max_position_embeddings=model.seq_len,
+        hidden_size=model.d_model,
+        num_hidden_layers=model.n_layers,
+        num_attention_heads=model.n_heads,
+        intermediate_size=4 * model.d_model,
+        hidden_act="gelu",
+        layer_norm_eps=model.norm_epsilon,
+        pad_token_id=0,
+    )
 
 
 def _names_of_bert(config: Config, prefix: str) -> dict[str, str]:

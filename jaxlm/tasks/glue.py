@@ -19,8 +19,6 @@ SCORED = {  # of metrics.OF_CLASSES, the most telling first; stsb has those of R
 def tasks(classify: Any, regress: Any) -> dict[str, Any]:
     """Return the tasks by name, made of the two general ones."""
     return {
-        name: type(name.capitalize(), (classify,), {"scored": scored})
-        if scored
-        else type(name.capitalize(), (regress,), {})
+        name: type(name.capitalize(), (classify if scored else regress,), {"scored": scored})
         for name, scored in SCORED.items()
     }

@@ -12,7 +12,6 @@ __main__.py      `python -m parity_tests.faults [--only TEXT] [--package NAME] [
 """
 
 import argparse
-import contextlib
 import random
 import time
 from collections.abc import Sequence
@@ -89,7 +88,7 @@ def check(package: type[Package], name: str) -> Row | None:
     return max(failed, key=badness) if failed else None
 
 
-_SOUND: set[tuple[type[Package], str]] = set()
+_REMEMBERED: set[tuple[type[Package], str]] = set()  # checks that have been made without a fault
 
 
 def catch(fault: Fault) -> Result:
@@ -98,17 +97,17 @@ def catch(fault: Fault) -> Result:
     (package,) = (x for x in PACKAGES if x.name == fault.package)
     rest = [name for name in CHECKS if name != fault.check]
     caught, row = "", None
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(once(package))
-        if (package, fault.check) not in _SOUND:  # some faults are in code that both packages share: the other's runs
-            _SOUND.add((package, fault.check))  # are remembered from before
+    with once(package):
+        # A fault in code that both packages share would be in both: `once` remembers the other's runs from here.
+        if (package, fault.check) not in _REMEMBERED:
             check(package, fault.check)
-        stack.enter_context(fault.plant())
-        for name in (fault.check, *rest):
-            row = check(package, name)
-            if row:
-                caught = name
-                break
+            _REMEMBERED.add((package, fault.check))
+        with fault.plant():
+            for name in (fault.check, *rest):
+                row = check(package, name)
+                if row:
+                    caught = name
+                    break
     numbers = (row.quantity, float(row.difference), float(row.tolerance)) if row else ("", 0.0, 0.0)
     seconds = time.monotonic() - started_s
     return Result(fault.name, fault.description, fault.package, caught, *numbers, seconds)
