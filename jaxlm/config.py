@@ -204,6 +204,7 @@ class TrainConfig:
     group_by_length: bool = False  # batch samples of similar length, padded to the longest of the batch, not to seq_len
     clip_norm: Annotated[float, Meta(gt=0)] = 1.0  # largest global gradient norm
     eval_interval: Positive = 100  # updates between evaluations; each writes a checkpoint and samples
+    patience: Count = 0  # evaluations in a row without a new lowest validation loss that end a run; 0: none do
     log_interval: Positive = 10  # updates between rows of metrics.jsonl
     seed: Count = 0  # seed of initial weights, sample order, masking and dropout
     precision: Literal["float32", "bfloat16"] = "float32"  # of matmuls; weights, moments and norms stay float32

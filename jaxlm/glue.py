@@ -89,8 +89,8 @@ def has_ended(folder: Path) -> bool:
     if not (folder / "config.toml").is_file():
         return False
     run = run_reader.read(folder)
-    last = max((row["step"] for row in run.rows if row["split"] == "validation"), default=0)
-    return last == run.settings["train.max_steps"] and ("test" not in run.baseline or bool(_rows(run, "test")))
+    last = max((row["step"] for row in _rows(run, "validation")), default=0)
+    return run.is_over and last == run.last_step and ("test" not in run.baseline or bool(_rows(run, "test")))
 
 
 def _rows(run: run_reader.RunRecord, split: str) -> list[dict[str, Any]]:

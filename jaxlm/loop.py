@@ -168,7 +168,7 @@ def begin(run: Run, fresh: Callable[[], TrainState], shardings: TrainState) -> T
 def fit(
     run: Run, compiled: Compiled, state: TrainState, checkpoints: Checkpoints, status: Callable[[], int]
 ) -> TrainState:
-    """Train until train.max_steps, a signal, or a file `stop` in the run folder; return the state.
+    """Train until the run is over, a signal, or a file `stop` in the run folder; return the state.
 
     `status` returns the exit status: not 0 after a signal.
     """
@@ -181,13 +181,13 @@ def fit(
     i = position.step
     if i and (i % train.eval_interval == 0 or i == train.max_steps) and i not in run.validation:
         evaluate_and_show(run, compiled, state, i, status)  # an interrupt prevented it before
-    if i >= train.max_steps and i not in checkpoints.steps():  # a new folder for a run that has no updates left
+    if run.is_over(i) and i not in checkpoints.steps():  # a new folder for a run that has no updates left
         checkpoints.save_last(state, _info(run, i, position), run.losses())
     run.log.say("compiling the first update ...")
     tracer = profile.Tracer(run.dir / "trace", run.config.profile, run.log.say, run.log.warn)
     with run.log.training_bar(train.max_steps) as show, contextlib.closing(tracer):
         meter = Meter(run, jax.device_get, show, chips.peak_flops(parallel.device_kind(mesh), mesh.size))
-        while i < train.max_steps:
+        while not run.is_over(i):
             tracer.begin()
             with jax.profiler.TraceAnnotation(profile.DATA):
                 batch, i = next(batches), i + 1
@@ -214,7 +214,7 @@ def fit(
                 with meter.paused():
                     if is_evaluated:
                         evaluate_and_show(run, compiled, state, i, status)
-                    is_last = is_last or bool(status())
+                    is_last = is_last or bool(status()) or run.is_over(i)
                     save = checkpoints.save_last if is_last else checkpoints.save
                     save(state, _info(run, i, position), run.losses())
                 if is_last:

@@ -142,7 +142,7 @@ def begin(run: Run, fresh: Callable[[], TrainState]) -> TrainState:
 def fit(
     run: Run, compiled: Compiled, state: TrainState, checkpoints: Checkpoints, status: Callable[[], int]
 ) -> TrainState:
-    """Train until train.max_steps, a signal, or a file `stop` in the run folder; return the state.
+    """Train until the run is over, a signal, or a file `stop` in the run folder; return the state.
 
     `status` returns the exit status: not 0 after a signal.
     """
@@ -155,11 +155,11 @@ def fit(
     i = position.step
     if i and (i % train.eval_interval == 0 or i == train.max_steps) and i not in run.validation:
         evaluate_and_show(run, compiled, state, i, status)  # an interrupt prevented it before
-    if i >= train.max_steps and not mesh.rank and i not in checkpoints.steps():
+    if run.is_over(i) and not mesh.rank and i not in checkpoints.steps():
         checkpoints.save_last(state, _info(run, i, position), run.losses())  # a new folder, and no updates left
     with run.log.training_bar(train.max_steps) as show:
         meter = Meter(run, _read, show, chips.peak_flops(parallel.device_kind(mesh), mesh.size))
-        while i < train.max_steps:
+        while not run.is_over(i):
             batch, i = next(batches), i + 1
             state, metrics = compiled.update(state, parallel.put_batch(mesh, batch), key, compiled.teacher)
             # This reads the metrics of the previous update, so that a GPU never waits for the host.
@@ -182,7 +182,7 @@ def fit(
                 with meter.paused():
                     if is_evaluated:
                         evaluate_and_show(run, compiled, state, i, status)
-                    is_last = is_last or bool(status())
+                    is_last = is_last or bool(status()) or run.is_over(i)
                     save = checkpoints.save_last if is_last else checkpoints.save
                     if not mesh.rank:
                         save(state, _info(run, i, position), run.losses())

@@ -1,5 +1,6 @@
 """The command: each task, several processes, Ctrl-C, the files of the run folder, and bad input."""
 
+import contextlib
 import json
 import random
 import signal
@@ -14,7 +15,9 @@ import pytest
 import torch
 
 import jaxlm.train
+from jaxlm import glue
 from jaxlm.data import grammar
+from jaxlm.reporting import run_reader
 from torchlm import checkpoint, tasks, train
 
 Launch = Callable[..., subprocess.Popen]
@@ -168,6 +171,43 @@ def test_the_file_stop_ends_a_run_with_its_scores(
     assert train.main(settings.split()) == 0
     assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["4.pt"]
     assert not (run_dir / "stop").exists()
+
+
+@pytest.mark.parametrize("package", [jaxlm.train, train], ids=["jaxlm", "torchlm"])
+def test_patience_ends_a_run_also_one_that_was_interrupted(
+    package: Any, labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    folder, calls = tmp_path / "run", [0]
+    program = f"python -m {package.__name__}"
+
+    @contextlib.contextmanager
+    def interrupts(log: Any) -> Iterator[Any]:
+        def status() -> int:
+            calls[0] += 1
+            return 0 if calls[0] < 10 else 130
+
+        yield status
+
+    # At a rate of 0, no evaluation after the first finds a lower loss.
+    rates = "--train.learning-rate 0 --train.min-learning-rate 0 --train.eval-interval 2 --train.max-steps 20"
+    settings = f"{TINY} {data_of('sst2', labelled, labelled)} --run.dir {folder} {rates} --resume auto"
+    with monkeypatch.context() as patch:
+        patch.setattr("jaxlm.training.signals.interrupts", interrupts)
+        assert package.main([*settings.split(), "--train.patience", "2"]) == 130
+    steps = [row["step"] for row in rows_of(folder, "validation")]
+    assert steps in ([], [2], [2, 4]) and not run_reader.read(folder).is_over
+    for _ in range(2):  # a run that has ended makes no further update
+        assert package.main([*settings.split(), "--train.patience", "2"]) == 0
+        said = capsys.readouterr().out
+        assert "sst2 finished, with no new lowest validation loss in 2 evaluations, after" in said
+        assert f"train on: {program} --resume {folder} --train.patience 0" in said
+        assert [row["step"] for row in rows_of(folder, "train")] == [*range(1, 7)]
+        assert [row["step"] for row in rows_of(folder, "validation")] == [2, 4, 6]
+        assert len(list(rows_of(folder, "test"))) == 1
+        assert glue.has_ended(folder) and run_reader.read(folder).state == run_reader.FINISHED
+    other = ["--resume", str(folder), "--run.dir", str(tmp_path / "other"), *rates.split()]
+    assert package.main([*other, "--train.patience", "0", "--train.max-steps", "7"]) == 0
+    assert [row["step"] for row in rows_of(tmp_path / "other", "validation")] == [2, 4, 6, 7]
 
 
 @pytest.mark.parametrize(

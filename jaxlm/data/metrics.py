@@ -124,3 +124,13 @@ def best(steps: Iterable[int], losses: Mapping[int, float]) -> int | None:
     # Compared with NaN, nothing is better or worse.
     found = {step: losses[step] for step in steps if not math.isnan(losses.get(step, math.nan))}
     return min(found, key=found.__getitem__) if found else None
+
+
+def is_stalled(losses: Mapping[int, float], interval: int, patience: int) -> bool:
+    """Return whether the last `patience` evaluations or more found no new lowest loss; those of 0 never do.
+
+    Only steps that `interval` divides count: those of a file `stop` depend on when somebody wrote it.
+    """
+    steps = sorted(step for step in losses if step % interval == 0)
+    lowest = best(steps, losses)
+    return lowest is not None and 0 < patience < len(steps) - steps.index(lowest)

@@ -126,3 +126,14 @@ def test_majority_guesses_the_most_frequent_class():
     assert metrics.loss(totals) == pytest.approx(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))
     assert totals["confusion"].tolist() == [[0, 1, 0], [0, 3, 0]]
     assert metrics.majority(np.array([2, 2, 0], np.int32), 4)["confusion"].shape == (4, 5)
+
+
+def test_patience_ends_after_so_many_evaluations_without_a_new_lowest_loss() -> None:
+    losses = {5: 3.0, 10: 2.0, 13: 1.0, 15: 2.0, 20: math.nan, 25: 2.5}  # 13 is that of a file `stop`
+    assert [metrics.is_stalled(losses, 5, patience) for patience in (0, 1, 2, 3, 4, 5)] == [
+        False,
+        *[True] * 3,
+        False,
+        False,
+    ]
+    assert not metrics.is_stalled({**losses, 30: 1.9}, 5, 1) and not metrics.is_stalled({5: math.nan}, 5, 1)

@@ -100,17 +100,23 @@ class RunRecord:
         return f"{self.last_step:,} of {self.settings['train.max_steps']:,}"
 
     @property
+    def is_over(self) -> bool:
+        """Whether all updates are made, or train.patience has ended the run."""
+        losses = {step: row["loss"] for step, row in self._scored("validation").items()}
+        interval, patience = (self.settings.get(f"train.{name}", 0) for name in ("eval_interval", "patience"))
+        return self.last_step >= self.settings["train.max_steps"] or metrics.is_stalled(losses, interval, patience)
+
+    @property
     def state(self) -> str:
         if self.owner:
             return RUNNING
-        has_all = self.last_step >= self.settings["train.max_steps"]
-        if not has_all and not self.scores("test"):
+        if not self.is_over and not self.scores("test"):
             return INTERRUPTED
         # After `clean`, only the best checkpoint is left; after a failed last save, an older one.
         kept = {checkpoint.step for checkpoint in self.checkpoints if checkpoint.is_whole}
         if not kept & {self.last_step, self.best_score_step()}:
             return INTERRUPTED if kept else LOST
-        return FINISHED if has_all else STOPPED
+        return FINISHED if self.is_over else STOPPED
 
     @property
     def changed_s(self) -> float:

@@ -50,7 +50,7 @@ def spare(run: RunRecord) -> tuple[list[CheckpointRecord], str]:
     if run.best is None:
         return [], "none of its checkpoints is complete" if run.checkpoints else ""
     kept = [run.best]
-    if run.last_step < run.settings["train.max_steps"]:
+    if not run.is_over:
         kept.append([checkpoint for checkpoint in run.checkpoints if checkpoint.is_whole][-1])
     try:
         for checkpoint in kept:

@@ -123,6 +123,14 @@ class Run:
         """The names in `chosen` of the final evaluations."""
         return [name for name in self.chosen if name != "validation"]
 
+    def is_over(self, i: int) -> bool:
+        """Return whether there are no updates left after `i`: all are made, or train.patience has ended the run."""
+        return i >= self.config.train.max_steps or self.is_stalled()
+
+    def is_stalled(self) -> bool:
+        train = self.config.train
+        return bool(train.patience) and metrics.is_stalled(self.losses(), train.eval_interval, train.patience)
+
     def __enter__(self) -> "Run":
         return self
 

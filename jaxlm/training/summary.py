@@ -127,8 +127,12 @@ def sum_up(
     if saved:
         say(f"Use it: {command('predict')} --checkpoint {where}; see it: {command('report')} {where}")
     if last in saved:
-        resume = f"resume it: {run.program} --resume {where}"
-        say(f"Next, {resume if last < run.config.train.max_steps else _next_command(run)}")
+        resume = f"{run.program} --resume {where}"
+        if is_interrupted or not run.is_over(last):
+            say(f"Next, resume it: {resume}")
+        else:
+            is_early = last < run.config.train.max_steps
+            say(f"Next, {f'train on: {resume} --train.patience 0' if is_early else _next_command(run)}")
         return True
     if saved:
         elsewhere = f"{run.program} --resume {where} --run.dir NEW, which resumes from step {saved[-1]:,}"
@@ -144,7 +148,9 @@ def sum_up(
 def _say_ending(run: Run, last: int, sizes: tuple[int, int], is_interrupted: bool) -> None:
     n_updates, (n_parameters, n_trained) = run.config.train.max_steps, sizes
     minutes, seconds = divmod(int(time.monotonic() - run.started_s), 60)
-    ending = "interrupted" if is_interrupted else "finished" if last == n_updates else "stopped"
+    ending = "interrupted" if is_interrupted else "finished" if run.is_over(last) else "stopped"
+    if run.is_stalled():
+        ending += f", with no new lowest validation loss in {run.config.train.patience} evaluations,"
     share = f", {n_trained:,} of them trained" if n_trained < n_parameters else ""
     run.log.say(
         f"\n{run.config.task} {ending} after {minutes} min {seconds} s: {last:,} of {n_updates:,} updates of "
