@@ -17,7 +17,7 @@ from jaxlm.model import Transformer
 from jaxlm.ops import matmul
 from jaxlm.ops.activations import gelu
 from jaxlm.ops.chunked_loss import by_chunks
-from jaxlm.ops.layers import Linear, norm, residual_std, start
+from jaxlm.ops.layers import Linear, initial_weights, norm, residual_std
 from jaxlm.parallel import BATCH, constrain, is_one_device
 from jaxlm.params.names import has_head_bias, head_layers
 
@@ -46,7 +46,7 @@ def head_linear(
         n_in or config.d_model,
         n_out,
         use_bias=has_bias,
-        kernel_init=start(config, std),
+        kernel_init=initial_weights(config, std),
         dtype=dtype,
         preferred_element_type=matmul.sum_dtype(dtype),  # logits are not rounded
         rngs=rngs,

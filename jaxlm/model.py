@@ -1,21 +1,21 @@
 """A transformer, encoder or decoder, in build order: Embedding, Attention, FeedForward, Block, Transformer.
 
-Settings `model.*` choose among, the original design being the first of each:
+What the settings `model.*` choose; the original design comes first in each line:
 - positions: fixed sines and cosines, learned, or rotary
-- attention to all positions, or in local layers to those within a window; causal or to both sides
-- as many heads of keys and values as of queries, or fewer; with or without a norm of queries and keys
-- padding, and several documents in a row: pads and other documents are hidden
-- feed-forward with GELU or squared ReLU, or with a gate: GEGLU, SwiGLU
-- LayerNorm or RMSNorm, before each sublayer or after each sum; with or without a final one and one of the embedding
-- biases in all linear layers, some, or none
+- attention: causal or bidirectional; global, or in a sliding window in some layers; with norms of queries and keys
+- heads: as many of keys and values as of queries (multi-head), or fewer (grouped-query)
+- masks: padding; several documents packed in a row, which do not see each other
+- feed-forward: GELU, squared ReLU, GEGLU or SwiGLU
+- norms: LayerNorm or RMSNorm; before each sublayer, or after each residual sum; also on the embedding and at the end
+- biases: in all linear layers, some, or none
 - frozen blocks, LoRA adapters, rematerialization
-ops/ has the parts: layers.py (linear layers, start values, adapters, norms), attention.py (kernels, and the plain
-attention which they equal), token_positions.py, activations.py, and stacks.py (blocks are scanned).
+The parts are in ops/: layers.py (linear layers, initialization, adapters, norms), attention.py (choice of a kernel),
+token_positions.py, activations.py, and stacks.py (the scan over blocks).
 
 Array names end in their shape: B batch, T positions, D d_model, H heads, G heads of keys and values, K head size,
 F hidden units, V vocabulary.
-Every module takes a PRNG key, which turns dropout on (training); None turns it off.
-Parameters are float32; `dtype` is what products compute in, summed in float32 at least.
+Modules take a PRNG key for dropout; without one (None, in evaluation) there is no dropout.
+Parameters are float32. Matmuls compute in `dtype`, and accumulate in float32 or wider.
 """
 
 import functools
@@ -31,33 +31,33 @@ from jaxlm.config import GATED, ModelConfig
 from jaxlm.ops import attention, matmul
 from jaxlm.ops.activations import activation
 from jaxlm.ops.dropout import dropout
-from jaxlm.ops.layers import add_adapters, linear, norm, residual_std, start
+from jaxlm.ops.layers import add_adapters, initial_weights, linear, norm, residual_std
 from jaxlm.ops.plain_attention import Attend, Mask
 from jaxlm.ops.position_tables import fixed_positions, frequencies
 from jaxlm.ops.stacks import is_unrolled, rematerialized, scan_blocks
-from jaxlm.ops.token_positions import restarting, rotate
+from jaxlm.ops.token_positions import document_positions, rotate
 from jaxlm.parallel import BATCH, constrain
 
-DROPOUTS = 3  # of a block: attention weights and output, and inside the feed-forward
+DROPOUTS = 3  # per block: attention weights, attention output, and inside the feed-forward
 
 
 class Places(NamedTuple):
-    """What is known of positions. None: there are no pads, a row is one document, positions are 0 to T - 1."""
+    """Pads, documents and positions in a batch. None: no pads; a row is one document; positions are 0 to T - 1."""
 
     is_pad_BT: Array | None = None
-    segments_BT: Array | None = None  # the document that each position is of; one follows the other in a row
-    positions_BT: Array | None = None  # where in its document each position is
+    segments_BT: Array | None = None  # number of the document at each position; documents follow each other in a row
+    positions_BT: Array | None = None  # index of each position in its document
 
 
 class Embedding(nnx.Module):
-    """Token table plus positions and types, norm, dropout. The row of `pad_id` starts at zero and gets no gradient."""
+    """Embeddings of tokens, positions and token types, added up; norm; dropout. The pad's row stays zero."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = config
-        # A tied table is also the output layer, whose start values are small (GPT-2 does the same). Where a norm takes
-        # away its scale, a small one lets the same steps move it further (BERT does the same).
+        # A tied table is also the output layer, which needs small initial values (as in GPT-2). Before a norm, which
+        # divides by the scale, updates of one size change a small table more (as in BERT).
         is_small = config.tied_embedding or config.embedding_norm or config.initialization != "original"
-        init = start(config, 0.02 if is_small else 1.0)
+        init = initial_weights(config, 0.02 if is_small else 1.0)
         self.token = nnx.Embed(config.vocab_size, config.d_model, embedding_init=init, rngs=rngs)
         if config.pad_id >= 0:
             self.token.embedding[...] = self.token.embedding[...].at[config.pad_id].set(0)
@@ -78,7 +78,7 @@ class Embedding(nnx.Module):
     ) -> Array:
         """Return [B, T, D]; positions are 0 to T - 1, or `positions_BT`; token types are 0, or `types_BT`."""
         T = tokens_BT.shape[1]
-        # Gathered over fsdp before the lookup: XLA would gather the result of the whole batch otherwise.
+        # Gathers the table over fsdp before the lookup; otherwise XLA would gather the result, of the whole batch.
         x_BTD = constrain(self.token.embedding[...], "tensor")[tokens_BT]
         if self.config.pad_id >= 0:
             is_pad_BT1 = (tokens_BT == self.config.pad_id)[:, :, None]
@@ -96,7 +96,7 @@ class Embedding(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Self-attention of H queries to G keys and values (arXiv 2305.13245); `is_causal` also masks the future."""
+    """Self-attention with H query heads, and G heads of keys and values (grouped-query attention, arXiv 2305.13245)."""
 
     def __init__(self, config: ModelConfig, is_causal: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.config, self.is_causal, self.dtype = config, is_causal, dtype
@@ -117,15 +117,16 @@ class Attention(nnx.Module):
         dropout_keys: Sequence[Array | None],
         attend: Attend | None = None,
     ) -> Array:
-        """Return [B, T, D]. Cached decoding and maps of attention give their own `attend`.
+        """Return [B, T, D]. Cached decoding and attention maps pass their own `attend`.
 
-        `layer` is the number of the block, or that of another with the same window and rotary base.
+        `layer` is the index of the block, from 0. In a scan, which traces one block for several, it is that of another
+        block with the same window and rotary base.
         """
         (B, T, _), K = x_BTD.shape, self.config.head_size
         weights_key, output_key = dropout_keys
         q_BTHK, k_BTGK, v_BTGK = (f(x_BTD).reshape(B, T, -1, K) for f in (self.query, self.key, self.value))
         if self.config.qk_norm:
-            wide = matmul.sum_dtype(self.dtype)  # a norm without parameters would compute in the type of its input
+            wide = matmul.sum_dtype(self.dtype)  # without a scale, nnx's norm would compute in the input's type
             q_BTHK, k_BTGK = self.query_norm(q_BTHK.astype(wide)), self.key_norm(k_BTGK.astype(wide))
         window = self.config.window_of(layer)
         if self.config.positions == "rotary":
@@ -140,7 +141,7 @@ class Attention(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    """D -> F, activation, dropout, F -> D; a gated one (arXiv 2002.05202) multiplies the activation by a second D -> F.
+    """fc2(dropout(activation(fc1(x)))); with a gate, fc2(dropout(activation(fc1(x)) * up(x))) (arXiv 2002.05202).
 
     `fc1`, `up` and `fc2` are Llama's gate_proj, up_proj and down_proj.
     """
@@ -162,7 +163,7 @@ class FeedForward(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Attention and feed-forward, each on a residual; a norm before each, or with `post_norm` after each sum."""
+    """x + attention(norm(x)), then x + feed_forward(norm(x)); with `post_norm`, norm(x + sublayer(x)) instead."""
 
     def __init__(self, config: ModelConfig, is_causal: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.config = config
@@ -175,28 +176,29 @@ class Block(nnx.Module):
         self, x_BTD: Array, places: Places, layer: int, dropout_keys: Array | None, attend: Attend | None = None
     ) -> Array:
         *attention_keys, feed_forward_key = [None] * DROPOUTS if dropout_keys is None else dropout_keys
-        how = (places, layer, attention_keys, attend)
+        options = (places, layer, attention_keys, attend)
         if self.config.post_norm:
-            x_BTD = self.layernorm1(x_BTD + self.attention(x_BTD, *how))
+            x_BTD = self.layernorm1(x_BTD + self.attention(x_BTD, *options))
             return self.layernorm2(x_BTD + self.feed_forward(x_BTD, feed_forward_key))
         has_norm = self.config.first_norm or layer > 0
-        x_BTD += self.attention(self.layernorm1(x_BTD) if has_norm else x_BTD, *how)
+        x_BTD += self.attention(self.layernorm1(x_BTD) if has_norm else x_BTD, *options)
         return x_BTD + self.feed_forward(self.layernorm2(x_BTD), feed_forward_key)
 
 
 class Transformer(nnx.Module):
     """Token ids [B, T] to hidden states float32 [B, T, D].
 
-    `segments_BT` says which document of a row each token is of, and `types_BT` which of two texts (model.segments).
+    `segments_BT` has the number of each token's document in a packed row. `types_BT` has its token type, 0 or 1 for
+    the first or second text of a pair (model.segments).
 
-    The blocks are one Block whose parameters have a leading axis of n_layers, run by a scan (scan_blocks).
+    `blocks` is one Block whose parameters have a leading axis of n_layers; a scan runs it (scan_blocks).
     """
 
     def __init__(self, config: ModelConfig, is_causal: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.config = config
         self.embedding = Embedding(config, rngs)
         self.blocks = jax.vmap(lambda rngs: Block(config, is_causal, dtype, rngs))(rngs.split(config.n_layers))
-        if not config.first_norm:
+        if not config.first_norm:  # block 0 has no layernorm1, so this stack begins with block 1
             self.blocks.layernorm1 = jax.tree.map(lambda x: x[1:], self.blocks.layernorm1)
         add_adapters(self.blocks, config, rngs)
         if config.final_norm:
@@ -210,19 +212,19 @@ class Transformer(nnx.Module):
         types_BT: Array | None = None,
     ) -> Array:
         is_pad_BT = tokens_BT == self.config.pad_id if self.config.pad_id >= 0 else None
-        places = Places(is_pad_BT, segments_BT, None if segments_BT is None else restarting(segments_BT))
+        places = Places(is_pad_BT, segments_BT, None if segments_BT is None else document_positions(segments_BT))
         embedding_key, dropout_keys = None, None
-        if key is not None:  # at once: to split a key takes 64 operations, however many it gives
+        if key is not None:  # one split for all: it costs 64 operations, however many keys it returns
             all_keys = jax.random.split(key, 1 + DROPOUTS * self.config.n_layers)
             embedding_key, dropout_keys = all_keys[0], all_keys[1:].reshape(-1, DROPOUTS)
         x_BTD = self.embedding(tokens_BT, embedding_key, places.positions_BT, types_BT)
 
-        def run_block(x_BTD: Array, of_block: tuple[Block, Array | None], layer: int) -> tuple[Array, None]:
-            block, block_keys = of_block
+        def run_block(x_BTD: Array, block_and_keys: tuple[Block, Array | None], layer: int) -> tuple[Array, None]:
+            block, block_keys = block_and_keys
             return constrain(block(x_BTD, places, layer, block_keys), BATCH), None
 
         run, n, L = rematerialized(self.config, run_block), self.config.frozen_layers, self.config.n_layers
-        if n:  # in a scan of their own: one has the gradients of all its blocks
+        if n:  # a scan of its own, without gradients: a scan computes the gradients of all its blocks or of none
             frozen = (jax.lax.stop_gradient(self.blocks), dropout_keys)
             x_BTD, _ = scan_blocks(self.config, run, x_BTD, frozen, 0, n, is_unrolled(self.config))
         stacks = (self.blocks, dropout_keys)

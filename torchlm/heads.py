@@ -13,7 +13,7 @@ from jaxlm.config import ModelConfig
 from jaxlm.params.names import has_head_bias, head_layers
 from torchlm.model import Transformer
 from torchlm.ops.activations import gelu
-from torchlm.ops.layers import norm, residual_std, start
+from torchlm.ops.layers import initial_weights, norm, residual_std
 
 # Start value of the scale of a causal model's last norm before a tied output layer, whose logits would grow too slowly
 # from 1 on (measured in configs/RESULTS.md).
@@ -36,7 +36,7 @@ def head_linear(
     if config.initialization == "modernbert":
         std = config.d_model**-0.5 if is_classifier else residual_std(config)
     layer = nn.utils.skip_init(nn.Linear, n_in or config.d_model, n_out, bias=has_bias)
-    start(layer.weight, config, rngs, std)
+    initial_weights(layer.weight, config, rngs, std)
     if has_bias:
         nn.init.zeros_(layer.bias)
     return layer

@@ -90,7 +90,7 @@ ARGUMENTS = {  # (jaxlm's, torchlm's) where they differ otherwise
         ["self", "config", "is_causal", "dtype", "rngs"],
         ["self", "config", "is_causal", "rngs", "layer"],
     ),
-    "ops/layers.start": (["config", "std"], ["x", "config", "rngs", "std"]),
+    "ops/layers.initial_weights": (["config", "std"], ["x", "config", "rngs", "std"]),
     "ops/dropout.dropout": (["x", "rate", "key"], ["x", "rate", "is_training"]),
     "ops/plain_attention.hidden": (["mask", "T", "S"], ["mask", "T", "device"]),
     "optim.make_optimizer": (["config", "rate", "n_layers"], ["config", "model"]),

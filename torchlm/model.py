@@ -1,21 +1,21 @@
 """A transformer, encoder or decoder, in build order: Embedding, Attention, FeedForward, Block, Transformer.
 
-Settings `model.*` choose among, the original design being the first of each:
+What the settings `model.*` choose; the original design comes first in each line:
 - positions: fixed sines and cosines, learned, or rotary
-- attention to all positions, or in local layers to those within a window; causal or to both sides
-- as many heads of keys and values as of queries, or fewer; with or without a norm of queries and keys
-- padding, and several documents in a row: pads and other documents are hidden
-- feed-forward with GELU or squared ReLU, or with a gate: GEGLU, SwiGLU
-- LayerNorm or RMSNorm, before each sublayer or after each sum; with or without a final one and one of the embedding
-- biases in all linear layers, some, or none
+- attention: causal or bidirectional; global, or in a sliding window in some layers; with norms of queries and keys
+- heads: as many of keys and values as of queries (multi-head), or fewer (grouped-query)
+- masks: padding; several documents packed in a row, which do not see each other
+- feed-forward: GELU, squared ReLU, GEGLU or SwiGLU
+- norms: LayerNorm or RMSNorm; before each sublayer, or after each residual sum; also on the embedding and at the end
+- biases: in all linear layers, some, or none
 - frozen blocks, LoRA adapters, rematerialization
-ops/ has the parts: layers.py (linear layers, start values, adapters, norms), plain_attention.py, token_positions.py,
-activations.py, and stacks.py (rematerialization).
+The parts are in ops/: layers.py (linear layers, initialization, adapters, norms), plain_attention.py,
+token_positions.py, activations.py, and stacks.py (rematerialization).
 
 Array names end in their shape: B batch, T positions, D d_model, H heads, G heads of keys and values, K head size,
 F hidden units, V vocabulary.
-The mode of a module turns dropout on (`train()`) or off (`eval()`).
-Parameters are float32; products compute in bfloat16 inside `torch.autocast`, which the models of heads.py open.
+`train()` turns dropout on, `eval()` turns it off.
+Parameters are float32. Matmuls compute in bfloat16 inside `torch.autocast`, which the models of heads.py enter.
 """
 
 from typing import NamedTuple
@@ -29,34 +29,34 @@ from jaxlm.params.names import is_trained
 from torchlm.ops import plain_attention
 from torchlm.ops.activations import activation
 from torchlm.ops.dropout import dropout
-from torchlm.ops.layers import add_adapters, linear, norm, residual_std, start
+from torchlm.ops.layers import add_adapters, initial_weights, linear, norm, residual_std
 from torchlm.ops.plain_attention import Mask
 from torchlm.ops.stacks import rematerialized
-from torchlm.ops.token_positions import restarting, rotate
+from torchlm.ops.token_positions import document_positions, rotate
 
 
 class Places(NamedTuple):
-    """What is known of positions. None: there are no pads, a row is one document, positions are 0 to T - 1."""
+    """Pads, documents and positions in a batch. None: no pads; a row is one document; positions are 0 to T - 1."""
 
     is_pad_BT: Tensor | None = None
-    segments_BT: Tensor | None = None  # the document that each position is of; one follows the other in a row
-    positions_BT: Tensor | None = None  # where in its document each position is
+    segments_BT: Tensor | None = None  # number of the document at each position; documents follow each other in a row
+    positions_BT: Tensor | None = None  # index of each position in its document
 
 
 class Embedding(nn.Module):
-    """Token table plus positions and types, norm, dropout. The row of `pad_id` starts at zero and gets no gradient."""
+    """Embeddings of tokens, positions and token types, added up; norm; dropout. The pad's row stays zero."""
 
     table_TD: Tensor
 
     def __init__(self, config: ModelConfig, rngs: torch.Generator):
         super().__init__()
         self.config = config
-        # A tied table is also the output layer, whose start values are small (GPT-2 does the same). Where a norm takes
-        # away its scale, a small one lets the same steps move it further (BERT does the same).
+        # A tied table is also the output layer, which needs small initial values (as in GPT-2). Before a norm, which
+        # divides by the scale, updates of one size change a small table more (as in BERT).
         is_small = config.tied_embedding or config.embedding_norm or config.initialization != "original"
         pad_id = config.pad_id if config.pad_id >= 0 else None
         self.token = nn.utils.skip_init(nn.Embedding, config.vocab_size, config.d_model, padding_idx=pad_id)
-        start(self.token.weight, config, rngs, 0.02 if is_small else 1.0)
+        initial_weights(self.token.weight, config, rngs, 0.02 if is_small else 1.0)
         if pad_id is not None:
             nn.init.zeros_(self.token.weight[pad_id])
         if config.positions == "learned":
@@ -85,7 +85,7 @@ class Embedding(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention of H queries to G keys and values (arXiv 2305.13245); `is_causal` also masks the future."""
+    """Self-attention with H query heads, and G heads of keys and values (grouped-query attention, arXiv 2305.13245)."""
 
     def __init__(self, config: ModelConfig, is_causal: bool, rngs: torch.Generator):
         super().__init__()
@@ -99,7 +99,7 @@ class Attention(nn.Module):
             self.query_norm, self.key_norm = norm(config, K), norm(config, K)
 
     def forward(self, x_BTD: Tensor, places: Places, layer: int) -> Tensor:
-        """Return [B, T, D]. `layer` is the number of the block."""
+        """Return [B, T, D]. `layer` is the index of the block, from 0."""
         (B, T, _), K = x_BTD.shape, self.config.head_size
         q_BTHK, k_BTGK, v_BTGK = (f(x_BTD).reshape(B, T, -1, K) for f in (self.query, self.key, self.value))
         if self.config.qk_norm:
@@ -118,7 +118,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """D -> F, activation, dropout, F -> D; a gated one (arXiv 2002.05202) multiplies the activation by a second D -> F.
+    """fc2(dropout(activation(fc1(x)))); with a gate, fc2(dropout(activation(fc1(x)) * up(x))) (arXiv 2002.05202).
 
     `fc1`, `up` and `fc2` are Llama's gate_proj, up_proj and down_proj.
     """
@@ -140,7 +140,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each on a residual; a norm before each, or with `post_norm` after each sum."""
+    """x + attention(norm(x)), then x + feed_forward(norm(x)); with `post_norm`, norm(x + sublayer(x)) instead."""
 
     def __init__(self, config: ModelConfig, is_causal: bool, rngs: torch.Generator, layer: int):
         super().__init__()
@@ -163,9 +163,10 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Token ids [B, T] to hidden states float32 [B, T, D].
 
-    `segments_BT` says which document of a row each token is of, and `types_BT` which of two texts (model.segments).
+    `segments_BT` has the number of each token's document in a packed row. `types_BT` has its token type, 0 or 1 for
+    the first or second text of a pair (model.segments).
 
-    The blocks are n_layers modules in a list, run by a loop.
+    `blocks` is a list of n_layers modules; a loop runs them.
     """
 
     def __init__(self, config: ModelConfig, is_causal: bool, rngs: torch.Generator):
@@ -181,7 +182,7 @@ class Transformer(nn.Module):
 
     def forward(self, tokens_BT: Tensor, segments_BT: Tensor | None = None, types_BT: Tensor | None = None) -> Tensor:
         is_pad_BT = tokens_BT == self.config.pad_id if self.config.pad_id >= 0 else None
-        places = Places(is_pad_BT, segments_BT, None if segments_BT is None else restarting(segments_BT))
+        places = Places(is_pad_BT, segments_BT, None if segments_BT is None else document_positions(segments_BT))
         x_BTD = self.embedding(tokens_BT, places.positions_BT, types_BT)
         run_block = rematerialized(self.config, nn.Module.__call__)
         for block in self.blocks:

@@ -1,4 +1,4 @@
-"""Activations of feed-forwards."""
+"""Activation functions of the feed-forward."""
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +8,9 @@ from jaxlm.ops import matmul
 
 
 def gelu(x: Array, kind: str) -> Array:
-    """Return x times the share of a normal distribution below x, exactly or by tanh. Source: arXiv 1606.08415.
+    """Return x Phi(x), where Phi is the normal distribution function, exact or by tanh. Source: arXiv 1606.08415.
 
-    The exact one by erf, as PyTorch does it: jax.nn.gelu takes erfc, which is three times as slow on a CPU.
+    The exact one uses erf, as PyTorch does: the erfc of jax.nn.gelu is three times as slow on a CPU.
     """
     return matmul.elementwise(jax.nn.gelu if kind == "tanh" else _gelu, x)
 
@@ -20,7 +20,7 @@ def _gelu(x: Array) -> Array:
 
 
 def activation(x: Array, mlp: str, kind: str) -> Array:
-    """Return the nonlinearity of a feed-forward: GELU of a `kind`, SiLU, or squared ReLU (arXiv 2109.08668)."""
+    """Apply the activation of model.mlp: GELU (exact or tanh, by `kind`), SiLU, or squared ReLU (arXiv 2109.08668)."""
     if mlp == "swiglu":
         return matmul.elementwise(jax.nn.silu, x)
     return matmul.elementwise(_relu2, x) if mlp == "relu2" else gelu(x, kind)

@@ -1,4 +1,4 @@
-"""Attention by the fastest implementation for a model and a device; all give what plain_attention.py does."""
+"""Attention by the fastest implementation for a model and a device; all compute the same as plain_attention.py."""
 
 from jax import Array
 
@@ -11,7 +11,7 @@ from jaxlm.ops.plain_attention import Mask
 def attend(
     q_BTHK: Array, k_BTGK: Array, v_BTGK: Array, mask: Mask, config: ModelConfig, dropout_key: Array | None
 ) -> Array:
-    """Return what each position takes from the values, [B, T, H, K]; a key turns dropout of the weights on."""
+    """Return the attention output [B, T, H, K]; with a key, attention weights are dropped out."""
     T, is_packed = q_BTHK.shape[1], mask.segments_BT is not None
     if not flash_attention.hindrance(config, q_BTHK.dtype, T, is_packed, mask.window, mask.is_causal):
         return flash_attention.attend(q_BTHK, k_BTGK, v_BTGK, mask)

@@ -1,4 +1,4 @@
-"""Dropout by a hash of the key and of each element's place, which XLA fuses into the operation that drops."""
+"""Dropout by a hash of the key and of each element's index; XLA fuses it into the operations around it."""
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +14,11 @@ def dropout(x: Array, rate: float, key: Array | None) -> Array:
 
 
 def keeps(key: Array, rate: float, shape: tuple[int, ...]) -> Array:
-    """Return which elements dropout keeps: all but a share `rate`, a function of the key and of each element's place.
+    """Return which elements dropout keeps, as bool of this shape: each with probability 1 - rate.
 
-    By MurmurHash3's finalizer (Appleby, 2011), once for each half of the key: a few operations, which XLA fuses into
-    what drops; jax.random.bits takes a tenth of an update on a CPU. Beyond 2^32 elements, places are alike again.
+    A hash of the key and of the element's index: MurmurHash3's finalizer (Appleby, 2011), once for each half of the
+    key. XLA fuses these few operations; jax.random.bits would take a tenth of an update on a CPU. The index is a
+    uint32, so masks repeat after 2^32 elements.
     """
 
     def mix(x: Array) -> Array:

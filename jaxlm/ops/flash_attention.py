@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 
 from jaxlm.config import ModelConfig
 from jaxlm.ops.plain_attention import Mask
-from jaxlm.ops.token_positions import restarting
+from jaxlm.ops.token_positions import document_positions
 from jaxlm.parallel import BATCH, platform
 
 TILE = 128  # the TPU kernel takes multiples of so many positions
@@ -92,8 +92,8 @@ def sees_pads_alone(mask: Mask) -> Array:
     n_right = 0 if mask.is_causal else n_right
     first_BT, last_BT = jnp.maximum(at_BT - n_left, 0), jnp.minimum(at_BT + n_right, at_BT.shape[1] - 1)
     if mask.segments_BT is not None:
-        first_BT = jnp.maximum(first_BT, at_BT - restarting(mask.segments_BT))
-        last_BT = jnp.minimum(last_BT, at_BT + restarting(mask.segments_BT[:, ::-1])[:, ::-1])
+        first_BT = jnp.maximum(first_BT, at_BT - document_positions(mask.segments_BT))
+        last_BT = jnp.minimum(last_BT, at_BT + document_positions(mask.segments_BT[:, ::-1])[:, ::-1])
     n_tokens = jnp.cumsum(jnp.pad(~mask.is_pad_BS, ((0, 0), (1, 0))), axis=1)  # before each position
     return jnp.take_along_axis(n_tokens, first_BT, 1) == jnp.take_along_axis(n_tokens, last_BT + 1, 1)
 

@@ -1,4 +1,4 @@
-"""Linear layers with their start values and adapters, and norms: what blocks and output layers are made of."""
+"""Linear layers with their initialization and adapters, and norms: the parts of blocks and output layers."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from jaxlm.params.names import lora_products
 class Linear(nnx.Linear):
     """nnx.Linear on [..., n_in], with the derivatives of matmul.py; its kernel may have an adapter (add_adapters)."""
 
-    lora_scale = 0.0  # of the adapter; 0: there is none
+    lora_scale = 0.0  # lora_alpha / lora_rank; 0: no adapter
     lora_a: nnx.Param
     lora_b: nnx.Param
 
@@ -30,15 +30,15 @@ class Linear(nnx.Linear):
         return checkpoint_name(y.astype(self.preferred_element_type), "product")
 
 
-def start(config: ModelConfig, std: float = 0.02) -> nnx.Initializer:
-    """Return start values of a matrix: normal(0, std), without its ends for ModernBERT (arXiv 2412.13663, app. A.2)."""
+def initial_weights(config: ModelConfig, std: float = 0.02) -> nnx.Initializer:
+    """Return an initializer: normal(0, std), truncated at 2 std for ModernBERT (arXiv 2412.13663, app. A.2)."""
     if config.initialization == "modernbert":
         return jax.nn.initializers.truncated_normal(std, lower=-2, upper=2)
     return jax.nn.initializers.normal(std)
 
 
 def residual_std(config: ModelConfig) -> float:
-    """Return the std of start values where 2 L sublayers add to the stream: less, so that the sum's does not grow."""
+    """Return the initial std of layers that add to the residual stream: 2 L of them add up, so 0.02 / sqrt(2 L)."""
     return 0.02 if config.initialization == "llama" else 0.02 / (2 * config.n_layers) ** 0.5
 
 
@@ -53,7 +53,8 @@ def linear(
 ) -> Linear:
     """Return a linear layer of a block.
 
-    The original starts with Xavier-uniform weights and PyTorch's default bias; others with `start` and zero.
+    The original's initial weights are Xavier-uniform, and its biases PyTorch's default; the others have
+    `initial_weights`, and zero.
     """
     bound = n_in**-0.5 if config.initialization == "original" else 0.0
     xavier = jax.nn.initializers.xavier_uniform()
@@ -61,7 +62,7 @@ def linear(
         n_in,
         n_out,
         use_bias=has_bias,
-        kernel_init=xavier if config.initialization == "original" else start(config, std),
+        kernel_init=xavier if config.initialization == "original" else initial_weights(config, std),
         bias_init=lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound),
         dtype=dtype,
         preferred_element_type=dtype,
@@ -70,7 +71,7 @@ def linear(
 
 
 def add_adapters(blocks: Any, config: ModelConfig, rngs: nnx.Rngs) -> None:
-    """Let kernels W of stacked blocks be W + alpha / rank A B, where B is zero at first (LoRA, arXiv 2106.09685)."""
+    """Add LoRA adapters to stacked blocks (arXiv 2106.09685): kernels become W + alpha / rank A B; B starts at zero."""
     for name in lora_products(config):
         layer = getattr(blocks.attention if hasattr(blocks.attention, name) else blocks.feed_forward, name)
         L, n_in, n_out = layer.kernel.shape

@@ -1,4 +1,4 @@
-"""Attention in plain JAX, the reference that all other implementations equal, and the mask that all of them take.
+"""Attention in plain JAX: the reference for all other implementations, and the mask that all of them take.
 
 Letters as in model.py; S keys.
 """
@@ -17,22 +17,22 @@ from jaxlm.ops import matmul
 
 
 class Mask(NamedTuple):
-    """What hides keys from queries. None: nothing of the kind does."""
+    """Which keys a query cannot attend to, for each of these reasons. None: there is no such reason."""
 
-    is_pad_BS: Array | None = None  # the keys that are pads
-    segments_BT: Array | None = None  # of keys and queries: those of other documents are hidden
+    is_pad_BS: Array | None = None  # keys that are padding
+    segments_BT: Array | None = None  # documents of keys and queries: other documents are hidden
     is_causal: bool = False  # keys after a query are hidden
-    queries_BT: Array | None = None  # where the queries are among the keys; None: they are 0 to T - 1
-    window: int = 0  # keys that are farther away from a query are hidden; 0: none
+    queries_BT: Array | None = None  # positions of the queries; None: 0 to T - 1
+    window: int = 0  # farther keys are hidden; 0: at any distance, none is
 
 
-Attend = Callable[[Array, Array, Array, Mask], Array]  # queries, keys, values [B, T, H, K] -> what each position takes
+Attend = Callable[[Array, Array, Array, Mask], Array]  # (queries, keys, values, mask) -> output [B, T, H, K]
 
 
 def hidden(mask: Mask, T: int, S: int) -> Any:
-    """Return which of S keys are hidden from each of T queries for another reason than being pads, [B or 1, T, S]."""
+    """Return which of S keys each of T queries cannot attend to, apart from pads: bool [B or 1, T, S], or None."""
     queries_BT: Any = np.arange(T)[None] if mask.queries_BT is None else mask.queries_BT
-    distance_BTS = np.arange(S)[None, None] - queries_BT[:, :, None]  # of each key from each query
+    distance_BTS = np.arange(S)[None, None] - queries_BT[:, :, None]  # key position minus query position
     reasons = []
     if mask.is_causal:
         reasons.append(distance_BTS > 0)
@@ -51,10 +51,10 @@ def attend(
     drop: Callable[[Array], Array] = lambda weights_BHTS: weights_BHTS,
     axes: str = "BSHK",
 ) -> Array:
-    """Return what each of T positions takes from S values, [B, T, H, K]: the plain attention, which all others equal.
+    """Return the attention output [B, T, H, K]: for each of T queries, the weighted mean of S values.
 
-    Keys and values have the given axes, and H or fewer heads: key head g is of the H / G queries from g H / G on.
-    `drop` gets the weights [B, H, T, S], and may change them.
+    Keys and values have the given axes, and H or fewer heads. With G heads, key head g serves query heads g H / G to
+    (g + 1) H / G - 1. `drop` gets the attention weights [B, H, T, S] and returns those to use.
     """
     H, head_axis = q_BTHK.shape[2], axes.index("H")
     if H != k.shape[head_axis]:

@@ -1,4 +1,4 @@
-"""Tables of positions, in NumPy: constants of a program. Both packages use them; neither framework is imported here.
+"""Position tables in NumPy, which compile to constants. Both packages use them; this file imports neither framework.
 
 Letters as in model.py.
 """
@@ -19,10 +19,10 @@ def fixed_positions(seq_len: int, d_model: int) -> np.ndarray:
 
 
 def frequencies(config: ModelConfig, is_local: bool) -> np.ndarray:
-    """Return by how much each pair of a head turns from one position to the next, base^(-2k/K), [K/2].
+    """Return the rotary frequencies base^(-2k/K), in radians per position, [K/2].
 
-    With `rotary_scaling`, pairs that turn less than once in `rotary_scaling_len` positions turn so much slower, those
-    that turn 4 times or more as before, and those between in proportion (Llama 3.1's rope_scaling).
+    `rotary_scaling` divides the frequencies of pairs that turn less than once in `rotary_scaling_len` positions. Pairs
+    that turn 4 times or more keep theirs; those between are interpolated (Llama 3.1's rope_scaling).
     """
     K, base = config.head_size, is_local and config.rotary_base_local or config.rotary_base
     frequency_K = base ** (-np.arange(0, K, 2) / K)

@@ -1,4 +1,4 @@
-"""Blocks whose parameters are stacked along a leading axis: how they are scanned, cut out, and rematerialized."""
+"""Blocks whose parameters are stacked along a leading axis: scan, slices, and rematerialization."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,32 +10,32 @@ from jax import Array
 from jaxlm.config import ModelConfig
 from jaxlm.parallel import is_one_device, platform
 
-REMAT = {  # what is kept of a block for its gradients
+REMAT = {  # which activations of a block are kept for its gradients
     "dots": jax.checkpoint_policies.save_only_these_names("product"),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-RunBlock = Callable[[Array, Any, int], tuple[Array, Any]]  # x, what a block has of the stacks, and its number
+RunBlock = Callable[[Array, Any, int], tuple[Array, Any]]  # (x, slice of the stacks, index of the block) -> (x, output)
 
 
 def rematerialized(config: ModelConfig, run_block: RunBlock) -> RunBlock:
-    """Return what runs a block and keeps less for its gradients, by `model.remat`."""
+    """Return `run_block` with rematerialization as model.remat says: fewer activations are kept for gradients."""
     if config.remat == "none":
         return run_block
     return jax.checkpoint(run_block, policy=REMAT[config.remat], prevent_cse=False, static_argnums=2)
 
 
 def is_unrolled(config: ModelConfig) -> bool:
-    """Return whether a scan that has gradients is compiled block by block.
+    """Return whether to unroll a scan that needs gradients.
 
-    Where one block is compiled, what all keep for their gradients is copied to stacks: a tenth of a step on a CPU, a
-    fifth on a GPU. Not with rematerialization: between blocks XLA would find that it computes things twice, and keep
-    them.
+    A scan that is not unrolled copies the activations of each block to stacks for the gradients: a tenth of an update
+    on a CPU, a fifth on a GPU. With rematerialization there is no unrolling, because XLA would merge the computation
+    that is done twice, and keep its result after all.
     """
     return config.remat == "none" and is_one_device() and platform() in ("cpu", "gpu")
 
 
 def blocks_of(config: ModelConfig, stacks: Any, first: int, last: int) -> Any:
-    """Return the blocks from `first` to before `last`, of stacks of the parameters of all blocks.
+    """Return the slice of blocks `first` to `last` - 1 from stacks of the parameters of all blocks.
 
     Without `first_norm`, block 0 has no layernorm1: that stack begins with block 1, and `first` is at least 1.
     """
@@ -48,7 +48,7 @@ def blocks_of(config: ModelConfig, stacks: Any, first: int, last: int) -> Any:
 
 
 def block_of(config: ModelConfig, stacks: Any, i: int) -> Any:
-    """Return one block of such stacks; block 0 gets that of block 1 where it has none, and does not use it."""
+    """Return block `i` from the stacks. If block 0 has no layernorm1, it gets that of block 1 and does not use it."""
     return jax.tree.map(lambda x: x[max(i - config.n_layers + len(x), 0)], stacks)
 
 
@@ -61,9 +61,10 @@ def scan_blocks(
     last: int,
     is_unrolled: bool = False,
 ) -> tuple[Array, Any]:
-    """Run the blocks from `first` to before `last`; return x, and stacks of what `run_block` returns second.
+    """Run blocks `first` to `last` - 1; return x, and the stacked second outputs of `run_block`.
 
-    The scan is over groups of so many blocks that all groups are alike; those before the first group run one by one.
+    The scan is over groups of `config.period` blocks (local and global layers alternate with that period), so that one
+    traced group serves all. The blocks before the first whole group run one by one.
     """
     n = config.period
     n_groups = (last - max(first, int(not config.first_norm))) // n

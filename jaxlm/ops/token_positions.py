@@ -1,4 +1,4 @@
-"""Positions of queries and keys: rotary ones, and those that start again with each document of a row.
+"""Rotary positions of queries and keys, and positions that start at 0 in each document of a row.
 
 Letters as in model.py; the tables are in position_tables.py.
 """
@@ -10,7 +10,7 @@ from jax import Array
 
 
 def rotate(x_BTHK: Array, frequency_K: np.ndarray, positions_BT: Array | None = None, seq_len: int = 0) -> Array:
-    """Turn each pair (k, k + K/2) by position * frequency. Source: RoFormer, arXiv 2104.09864, eq. 34.
+    """Rotate each pair of columns (k, k + K/2) by position * frequency radians (RoFormer, arXiv 2104.09864, eq. 34).
 
     Positions are 0 to T - 1, or `positions_BT`, each below `seq_len`.
     """
@@ -23,8 +23,8 @@ def rotate(x_BTHK: Array, frequency_K: np.ndarray, positions_BT: Array | None = 
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-def restarting(segments_BT: Array) -> Array:
-    """Return where in its document each position is, [B, T]."""
+def document_positions(segments_BT: Array) -> Array:
+    """Return the index of each position in its document, int [B, T]."""
     index_BT = jnp.broadcast_to(jnp.arange(segments_BT.shape[1], dtype=jnp.int32), segments_BT.shape)
     is_first_BT = segments_BT != jnp.pad(segments_BT, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
     return index_BT - jax.lax.cummax(jnp.where(is_first_BT, index_BT, 0), axis=1)

@@ -174,7 +174,7 @@ MODULES: dict[str, tuple[Any, ...]] = {
     ),
     "feed_forward": (targets.feed_forward, targets.gelu, targets.activation),
     "embedding": (
-        *(targets.embedding, targets.embedding_start, targets.positions, targets.restarting, targets.dropout),
+        *(targets.embedding, targets.embedding_start, targets.positions, targets.document_positions, targets.dropout),
         targets.classifier,  # types of tokens go from there to the embedding
     ),
     "layernorm": (targets.norm, targets.framework_norm, targets.framework_rms_norm),

@@ -19,12 +19,12 @@ from parity_tests.faults.targets import (
     gpt_loss,
     head_linear,
     hidden,
+    initial_weights,
     lm_head,
     lm_loss,
     norm,
     residual_std,
     soft_capped,
-    start,
 )
 
 RMS, GEGLU, SWIGLU, RELU2, CAP, Z = "RMSNorm", "GEGLU", "SwiGLU", "squared ReLU", "soft cap", "z-loss"
@@ -181,7 +181,7 @@ FAULTS = [
     *mirrored(
         "not truncated: ModernBERT's start values with all of the normal distribution",
         START_MODERNBERT,
-        start,
+        initial_weights,
         ("config.initialization == 'modernbert'", "False"),
     ),
     *mirrored(

@@ -5,11 +5,11 @@ from parity_tests.faults.targets import (
     classifier_head,
     cosine_loss,
     distilled,
+    document_positions,
     gpt_loss,
     hidden,
     mlm_loss,
     packed_rows,
-    restarting,
 )
 
 MLM, GPT, SST2, TAUGHT = "packed mlm", "packed gpt", "packed sst2", "packed and distilled mlm"
@@ -35,11 +35,13 @@ FAULTS = [
     ),
     *mirrored("segments dropped: the loss of mlm does not pass them on", MLM, mlm_loss, WHOLE),
     *mirrored("segments dropped for gpt: the loss of gpt does not pass them on", GPT, gpt_loss, WHOLE),
-    *mirrored("positions go on: those of a document follow the one before", GPT, restarting, ("_at - _begin", "_at")),
+    *mirrored(
+        "positions go on: those of a document follow the one before", GPT, document_positions, ("_at - _begin", "_at")
+    ),
     *mirrored(
         "positions from one in packed rows: each document begins at position 1",
         GPT,
-        restarting,
+        document_positions,
         ("_at - _begin", "_at - _begin + 1"),
     ),
     *mirrored(

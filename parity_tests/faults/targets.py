@@ -50,7 +50,7 @@ framework_norm = Pair(nnx.LayerNorm.__call__, LayerNorm.forward)
 framework_rms_norm = Pair(nnx.RMSNorm.__call__, RMSNorm.forward)
 pytorch_adamw_step = AdamW.step
 
-start = Pair(jax_layers.start, torch_layers.start)
+initial_weights = Pair(jax_layers.initial_weights, torch_layers.initial_weights)
 residual_std = Pair(jax_layers.residual_std, torch_layers.residual_std)
 linear = Pair(jax_layers.linear, torch_layers.linear)
 add_adapters = Pair(jax_layers.add_adapters, torch_layers.add_adapters)
@@ -59,7 +59,7 @@ dropout = Pair(jax_dropout.dropout, torch_dropout.dropout)
 gelu = Pair(jax_activations.gelu, torch_activations.gelu)
 activation = Pair(jax_activations.activation, torch_activations.activation)
 rotate = Pair(jax_positions.rotate, torch_positions.rotate)
-restarting = Pair(jax_positions.restarting, torch_positions.restarting)
+document_positions = Pair(jax_positions.document_positions, torch_positions.document_positions)
 hidden = Pair(jax_attention.hidden, torch_attention.hidden)
 attend_in_blocks = local_attention.attend
 attend = Pair(jax_attention.attend, torch_attention.attend)

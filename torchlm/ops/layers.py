@@ -1,4 +1,4 @@
-"""Linear layers with their start values and adapters, and norms: what blocks and output layers are made of."""
+"""Linear layers with their initialization and adapters, and norms: the parts of blocks and output layers."""
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from jaxlm.params.names import lora_products
 class Linear(nn.Linear):
     """nn.Linear on [..., n_in]; its weight may have an adapter (add_adapters)."""
 
-    lora_scale = 0.0  # of the adapter; 0: there is none
+    lora_scale = 0.0  # lora_alpha / lora_rank; 0: no adapter
     lora_a: Tensor
     lora_b: Tensor
 
@@ -22,8 +22,8 @@ class Linear(nn.Linear):
         return y
 
 
-def start(x: Tensor, config: ModelConfig, rngs: torch.Generator, std: float = 0.02) -> None:
-    """Fill a matrix with start values: normal(0, std), without its ends for ModernBERT (arXiv 2412.13663, app. A.2)."""
+def initial_weights(x: Tensor, config: ModelConfig, rngs: torch.Generator, std: float = 0.02) -> None:
+    """Fill a matrix with normal(0, std), truncated at 2 std for ModernBERT (arXiv 2412.13663, app. A.2)."""
     if config.initialization == "modernbert":
         nn.init.trunc_normal_(x, std=std, a=-2 * std, b=2 * std, generator=rngs)
     else:
@@ -31,7 +31,7 @@ def start(x: Tensor, config: ModelConfig, rngs: torch.Generator, std: float = 0.
 
 
 def residual_std(config: ModelConfig) -> float:
-    """Return the std of start values where 2 L sublayers add to the stream: less, so that the sum's does not grow."""
+    """Return the initial std of layers that add to the residual stream: 2 L of them add up, so 0.02 / sqrt(2 L)."""
     return 0.02 if config.initialization == "llama" else 0.02 / (2 * config.n_layers) ** 0.5
 
 
@@ -40,21 +40,22 @@ def linear(
 ) -> Linear:
     """Return a linear layer of a block.
 
-    The original starts with Xavier-uniform weights and PyTorch's default bias; others with `start` and zero.
+    The original's initial weights are Xavier-uniform, and its biases PyTorch's default; the others have
+    `initial_weights`, and zero.
     """
     bound = n_in**-0.5 if config.initialization == "original" else 0.0
     layer: Linear = nn.utils.skip_init(Linear, n_in, n_out, bias=has_bias)
     if config.initialization == "original":
         nn.init.xavier_uniform_(layer.weight, generator=rngs)
     else:
-        start(layer.weight, config, rngs, std)
+        initial_weights(layer.weight, config, rngs, std)
     if has_bias:
         nn.init.uniform_(layer.bias, -bound, bound, generator=rngs)
     return layer
 
 
 def add_adapters(blocks: nn.ModuleList, config: ModelConfig, rngs: torch.Generator) -> None:
-    """Let weights W of blocks be W + alpha / rank B A, where B is zero at first (LoRA, arXiv 2106.09685)."""
+    """Add LoRA adapters to blocks (arXiv 2106.09685): weights become W + alpha / rank B A; B starts at zero."""
     for block in blocks:
         for name in lora_products(config):
             layer = getattr(block.attention if hasattr(block.attention, name) else block.feed_forward, name)

@@ -13,18 +13,18 @@ from torch import Tensor
 
 
 class Mask(NamedTuple):
-    """What hides keys from queries. None: nothing of the kind does."""
+    """Which keys a query cannot attend to, for each of these reasons. None: there is no such reason."""
 
-    is_pad_BS: Tensor | None = None  # the keys that are pads
-    segments_BT: Tensor | None = None  # of keys and queries: those of other documents are hidden
+    is_pad_BS: Tensor | None = None  # keys that are padding
+    segments_BT: Tensor | None = None  # documents of keys and queries: other documents are hidden
     is_causal: bool = False  # keys after a query are hidden
-    window: int = 0  # keys that are farther away from a query are hidden; 0: none
+    window: int = 0  # farther keys are hidden; 0: at any distance, none is
 
 
 def hidden(mask: Mask, T: int, device: torch.device) -> Tensor | None:
-    """Return which keys are hidden from each of T queries for another reason than being pads, [B or 1, T, T]."""
+    """Return which of T keys each of T queries cannot attend to, apart from pads: bool [B or 1, T, T], or None."""
     queries_BT = torch.arange(T, device=device)[None]
-    distance_BTS = queries_BT[:, None, :] - queries_BT[:, :, None]  # of each key from each query
+    distance_BTS = queries_BT[:, None, :] - queries_BT[:, :, None]  # key position minus query position
     reasons = []
     if mask.is_causal:
         reasons.append(distance_BTS > 0)
@@ -42,10 +42,10 @@ def attend(
     mask: Mask,
     drop: Callable[[Tensor], Tensor] = lambda weights_BHTS: weights_BHTS,
 ) -> Tensor:
-    """Return what each of T positions takes from S values, [B, T, H, K].
+    """Return the attention output [B, T, H, K]: for each of T queries, the weighted mean of S values.
 
-    Keys and values are [B, S, H, K], or of fewer heads: key head g is of the H / G queries from g H / G on. `drop` gets
-    the weights [B, H, T, S], and may change them.
+    Keys and values are [B, S, H, K], or have fewer heads. With G heads, key head g serves query heads g H / G to
+    (g + 1) H / G - 1. `drop` gets the attention weights [B, H, T, S] and returns those to use.
     """
     H = q_BTHK.shape[2]
     if H != k.shape[2]:

@@ -1,4 +1,4 @@
-"""Blocks that are rematerialized."""
+"""Rematerialization of blocks."""
 
 import functools
 from collections.abc import Callable
@@ -10,15 +10,15 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from jaxlm.config import ModelConfig
 
-REMAT: dict[str, list[Any]] = {  # what is kept of a block for its gradients
+REMAT: dict[str, list[Any]] = {  # which activations of a block are kept for its gradients
     "dots": [torch.ops.aten.mm.default, torch.ops.aten.addmm.default],
     "full": [],
 }
-RunBlock = Callable[..., Tensor]  # a block, x, and what is known of positions
+RunBlock = Callable[..., Tensor]  # (block, x, places) -> x
 
 
 def rematerialized(config: ModelConfig, run_block: RunBlock) -> RunBlock:
-    """Return what runs a block and keeps less for its gradients, by `model.remat`."""
+    """Return `run_block` with rematerialization as model.remat says: fewer activations are kept for gradients."""
     if config.remat == "none" or not torch.is_grad_enabled():
         return run_block
     kept = functools.partial(create_selective_checkpoint_contexts, REMAT[config.remat])

@@ -1,4 +1,4 @@
-"""Positions of queries and keys: rotary ones, and those that start again with each document of a row.
+"""Rotary positions of queries and keys, and positions that start at 0 in each document of a row.
 
 Letters as in model.py; the tables are in jaxlm/ops/position_tables.py.
 """
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def rotate(x_BTHK: Tensor, frequency_K: np.ndarray, positions_BT: Tensor | None = None) -> Tensor:
-    """Turn each pair (k, k + K/2) by position * frequency. Source: RoFormer, arXiv 2104.09864, eq. 34.
+    """Rotate each pair of columns (k, k + K/2) by position * frequency radians (RoFormer, arXiv 2104.09864, eq. 34).
 
     Positions are 0 to T - 1, or `positions_BT`.
     """
@@ -22,8 +22,8 @@ def rotate(x_BTHK: Tensor, frequency_K: np.ndarray, positions_BT: Tensor | None 
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
-def restarting(segments_BT: Tensor) -> Tensor:
-    """Return where in its document each position is, [B, T]."""
+def document_positions(segments_BT: Tensor) -> Tensor:
+    """Return the index of each position in its document, int [B, T]."""
     index_BT = torch.arange(segments_BT.shape[1], device=segments_BT.device).expand(segments_BT.shape)
     is_first_BT = segments_BT != nn.functional.pad(segments_BT, (1, 0), value=-1)[:, :-1]
     return index_BT - torch.where(is_first_BT, index_BT, 0).cummax(dim=1).values
