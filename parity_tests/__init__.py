@@ -5,6 +5,7 @@ imports neither (errors, io, reporting):
 
     record/          records a run of PyTorch or JAX
     compare/         `python -m parity_tests.compare A B`: compares two runs
+    carry.py         start values and batches of one run for the other
     pytest_plugin.py a fixture, and `pytest --parity FOLDER`
     PROVE_A_PORT.md  how to use it
 

@@ -21,7 +21,7 @@ from structure import ROOT
 
 PACKAGES = ("jaxlm", "torchlm", "parity_tests")
 # Of parity_tests, the tool for any port is in the wheel; the cases of this project are not.
-TOOL = r"parity_tests(\.(compare|record|pytest_plugin)(\..*)?)?$"
+TOOL = r"parity_tests(\.(carry|compare|record|pytest_plugin)(\..*)?)?$"
 FILES = {
     "jaxlm/data/grammar.toml",
     "jaxlm/inference/page.html",

@@ -14,6 +14,7 @@ are joined. `axes`: what numpy.transpose gets. `shape`: what B's array is then r
 import dataclasses
 import itertools
 import json
+import math
 import re
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
@@ -53,7 +54,7 @@ class View:
 
     def of(self, x: np.ndarray) -> np.ndarray:
         x = x if self.index is None else x[self.index]
-        return x if self.part is None else np.take(x, range(*self.part[1:]), axis=self.part[0])
+        return x if self.part is None else x[(slice(None),) * self.part[0] + (slice(*self.part[1:]),)]
 
     def __str__(self) -> str:
         index = "" if self.index is None else f"[{self.index}]"
@@ -76,6 +77,12 @@ class Pair:
         x = self.b.of(x)
         x = x if self.axes is None else x.transpose(self.axes)
         return x if self.shape is None else x.reshape(self.shape)
+
+    def put(self, x: np.ndarray, into: np.ndarray) -> None:
+        """Write A's parameter into B's, in B's layout."""
+        x, y = self.a.of(x), self.b.of(into)  # y is a view of `into`
+        moved = y if self.axes is None else y.transpose(self.axes)
+        moved[...] = x.reshape(moved.shape)
 
 
 @dataclasses.dataclass
@@ -140,22 +147,40 @@ def find(a: Record, b: Record) -> Names:
     return names
 
 
-def _parameters(a: Arrays, b: Arrays, order_a: dict[str, int], order_b: dict[str, int]) -> tuple[list[Pair], list[str]]:
+def by_name(a: Arrays, b: Arrays) -> list[Pair]:
+    """Pair parameters whose values differ, by names and shapes. Raises UserError where two ways are possible."""
+    pairs, _ = _parameters(a, b, {}, {}, ("name",))
+    sizes = [pair.a.of(a[pair.a.name]).size for pair in pairs]
+    for pair, size in zip(pairs, sizes, strict=True):
+        one, two = ([w for w in _words(view) if w.isdecimal()] for view in (pair.a, pair.b))
+        if one and two and one != two and sizes.count(size) > 1:
+            raise UserError(f"names: {pair.a} may be {pair.b}, but its number is another; give names=FILE with a map")
+    return pairs
+
+
+def _parameters(
+    a: Arrays,
+    b: Arrays,
+    order_a: dict[str, int],
+    order_b: dict[str, int],
+    ways: tuple[str, ...] = ("value", "name"),
+) -> tuple[list[Pair], list[str]]:
     """Pair whole arrays, then layers of stacks, then parts of joined ones: by value first, and then by name."""
     pairs: list[Pair] = []
     notes: list[str] = []
     taken: tuple[set[View], set[View]] = (set(), set())
     kinds = [("whole", "whole"), ("whole", "layer"), ("layer", "whole"), ("whole", "part"), ("part", "whole")]
     kinds += [("part", "layer"), ("layer", "part"), ("whole", "layer part"), ("layer part", "whole")]
-    has_values = False
-    for by in ("value", "name"):
+    has_values = "value" not in ways  # of parts, names do not tell which is which
+    for by in ways:
         for kind_a, kind_b in kinds:
             if by == "name" and "part" in kind_a + kind_b and has_values:
                 continue
             groups: dict[Any, tuple[list[View], list[View]]] = {}
             for side, (arrays, kind, others) in enumerate(((a, kind_a, b), (b, kind_b, a))):
                 for view, x in _views(arrays, kind, taken[side], _numbers_of_layers(others)):
-                    key = _fingerprint(x) if by == "value" else (x.size, tuple(sorted(n for n in x.shape if n > 1)))
+                    shape = tuple(sorted(n for n in x.shape if n > 1)) if "value" in ways else ()  # or axes are joined
+                    key = _fingerprint(x) if by == "value" else (x.size, shape)
                     groups.setdefault(key, ([], []))[side].append(view)
             for left, right in sorted((g for g in groups.values() if all(g)), key=lambda g: len(g[0]) * len(g[1])):
                 left = [v for v in left if not _overlaps(v, taken[0])]
@@ -165,7 +190,8 @@ def _parameters(a: Arrays, b: Arrays, order_a: dict[str, int], order_b: dict[str
                     taken[0].add(view_a)
                     taken[1].add(view_b)
                     x, y = view_a.of(a[view_a.name]), view_b.of(b[view_b.name])
-                    pairs.append(Pair(view_a, view_b, *_layout(view_a, view_b, x, y), by=how))
+                    layout = _layout(view_a, view_b, x, y) if "value" in ways else _named_layout(view_a, view_b, x, y)
+                    pairs.append(Pair(view_a, view_b, *layout, by=how))
     places = {name: i for i, name in enumerate(a)}
     pairs.sort(key=lambda pair: (places[pair.a.name], pair.a.index or 0, pair.a.part or ()))
     return pairs, notes
@@ -321,6 +347,37 @@ def _layout(view_a: View, view_b: View, x: np.ndarray, y: np.ndarray) -> tuple[A
         near = [option for option in near if option[2] == (1, 0)] or near
     _, is_moved, axes = min(near, key=lambda option: option[1])
     return axes if is_moved else None, x.shape if x.ndim != y.ndim or y.transpose(axes).shape != x.shape else None
+
+
+def _named_layout(view_a: View, view_b: View, x: np.ndarray, y: np.ndarray) -> tuple[Any, Any]:
+    """Return the axes and the shape that bring y into the layout of x, by their names and shapes.
+
+    A kernel has its output last, as [in, out], [in, heads, size], [heads, size, out] or [height, width, in, out]; a
+    weight has it first. Raises UserError where more than one layout is possible.
+    """
+    n, ends = y.ndim, [view.name.rpartition(".")[2] for view in (view_a, view_b)]
+    plain = tuple(range(n))
+    turns = [(*range(i, n), *range(i)) for i in range(1, n)]
+    if n == x.ndim > 1:
+        turns = [(n - 1, n - 2, *range(n - 2)) if ends[1] == "kernel" else (*range(2, n), 1, 0)]
+    fitting = [axes for axes in dict.fromkeys([plain, *turns]) if _is_merged(y.transpose(axes).shape, x.shape)]
+    if len(fitting) > 1 and _is_turned(view_a, view_b):
+        fitting.remove(plain)
+    elif len(fitting) > 1 and (ends[0] == ends[1] or "embedding" in ends):
+        fitting = [plain]
+    if len(fitting) != 1:
+        raise UserError(
+            f"names: how {view_b} {list(y.shape)} is laid out as {view_a} {list(x.shape)} is not told by name and "
+            "shape; give names=FILE with a map"
+        )
+    return None if fitting[0] == plain else fitting[0], None if x.ndim == y.ndim else x.shape
+
+
+def _is_merged(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Return whether neighbouring axes of the longer shape, multiplied, are the axes of the shorter one."""
+    longer, shorter = sorted((shape, other), key=len, reverse=True)
+    ends = [set(itertools.accumulate(x, lambda n, m: n * m)) for x in (longer, shorter)]
+    return ends[1] <= ends[0] and math.prod(longer) == math.prod(shorter)
 
 
 def _is_turned(a: View, b: View) -> bool:

@@ -15,7 +15,7 @@ from parity_tests.compare.diagnose import Cause
 from parity_tests.compare.divergence import STAGES, Finding, Side
 from parity_tests.compare.pairing import Names
 from parity_tests.compare.rows import Row, table
-from parity_tests.record.files import Record, read
+from parity_tests.record.files import record_of
 
 WORDS = {
     "parameter": "start value of {0}",
@@ -144,7 +144,7 @@ def runs(
     (pairing.py). `rounding` are further records of A's program that differ in rounding alone, from which tolerances
     come: float64, another order of summation. `until` is the number of updates to compare.
     """
-    one, two, *others = (_record(x) for x in (a, b, *rounding))
+    one, two, *others = (record_of(x) for x in (a, b, *rounding))
     if names == "auto":
         names = pairing.find(one, two)
     elif not isinstance(names, Names):
@@ -172,9 +172,3 @@ def assert_same_training(a: Any, b: Any, names: Names | Path | str = "auto", rou
     verdict = runs(a, b, names, rounding)
     assert verdict.passes, f"the runs differ\n{verdict.text()}"
     return verdict
-
-
-def _record(x: Any) -> Record:
-    if isinstance(x, Record):
-        return x
-    return read(x) if isinstance(x, Path | str) else x.read()

@@ -17,7 +17,7 @@ Only NumPy and the framework that is recorded are imported, and of jaxlm what im
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from parity_tests.record.files import Record, read
+from parity_tests.record.files import Record, read, record_of
 from parity_tests.record.recorder import WHOLE
 
 if TYPE_CHECKING:
@@ -39,9 +39,7 @@ def torch(
     """
     from parity_tests.record.torch_hooks import TorchRecorder
 
-    if masks is not None and not isinstance(masks, Record):
-        masks = read(masks) if isinstance(masks, Path | str) else masks.read()
-    return TorchRecorder(model, optimizer, path, whole, masks)
+    return TorchRecorder(model, optimizer, path, whole, None if masks is None else record_of(masks))
 
 
 def jax(model: Any = None, path: Path | str | None = None, whole: int = WHOLE, params: Any = None) -> "JaxRecorder":

@@ -203,6 +203,13 @@ def read(path: Path | str) -> Record:
     return Record(Path(path))
 
 
+def record_of(x: Any) -> Record:
+    """Return the record of a recorder or of a folder; a record as it is."""
+    if isinstance(x, Record):
+        return x
+    return read(x) if isinstance(x, Path | str) else x.read()
+
+
 def _header(path: Path) -> dict[str, Any]:
     try:
         header = json.loads((path / NAMES[0]).read_text(encoding="utf-8"))

@@ -403,12 +403,32 @@ def named(tree: Any) -> dict[str, Any]:
         tree = nnx.to_pure_dict(nnx.state(tree, nnx.Param))
     found = {}
     for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        parts = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path]
-        parts = parts[1:] if parts[:1] == ["params"] else parts
-        parts = parts[:-1] if parts[-1:] in (["value"], ["raw_value"]) else parts
         if isinstance(x, jax.Array | np.ndarray | np.generic | float | int):
-            found[".".join(parts)] = x
+            found[_dotted(path)] = x
     return found
+
+
+def _dotted(path: Any) -> str:
+    """Return the name of a leaf."""
+    parts = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path]
+    parts = parts[1:] if parts[:1] == ["params"] else parts
+    return ".".join(parts[:-1] if parts[-1:] in (["value"], ["raw_value"]) else parts)
+
+
+def replaced(tree: Any, arrays: dict[str, np.ndarray]) -> Any:
+    """Return a tree with other values of the arrays that `named` returns, as they are typed and sharded there."""
+    nnx = sys.modules.get("flax.nnx")
+    if nnx and isinstance(tree, nnx.Module):
+        nnx.update(tree, replaced(nnx.state(tree, nnx.Param), arrays))
+        return tree
+
+    def value(path: Any, x: Any) -> Any:
+        if _dotted(path) not in arrays:
+            return x
+        y = np.asarray(arrays[_dotted(path)]).astype(x.dtype)
+        return jax.device_put(y, x.sharding) if isinstance(x, jax.Array) else y
+
+    return jax.tree_util.tree_map_with_path(value, tree)
 
 
 def _base(module: Any) -> type | None:

@@ -302,7 +302,7 @@ def test_bad_records_are_told(tmp_path: Path) -> None:
 def test_the_tool_imports_numpy_and_the_framework_that_it_records() -> None:
     own = {"jax_taps": {"jax"}, "torch_hooks": {"torch"}, "pytest_plugin": {"pytest"}}
     files = [*ROOT.glob("parity_tests/record/*.py"), *ROOT.rglob("parity_tests/compare/**/*.py")]
-    files.append(ROOT / "parity_tests" / "pytest_plugin.py")
+    files += [ROOT / "parity_tests" / name for name in ("carry.py", "pytest_plugin.py")]
     plain = {"errors", "io", "reporting"}
     for path in files:
         if path.name.endswith("_test.py"):
@@ -312,5 +312,5 @@ def test_the_tool_imports_numpy_and_the_framework_that_it_records() -> None:
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             for name in (name.split(".") for name in names):
                 allowed = sys.stdlib_module_names | {"numpy"} | own.get(path.stem, set())
-                is_ours = name[0] == "parity_tests" and (name[1:2] or ["record"])[0] in ("record", "compare")
+                is_ours = name[0] == "parity_tests" and (name[1:2] or ["record"])[0] in ("record", "compare", "carry")
                 assert name[0] in allowed or is_ours or (name[0] == "jaxlm" and name[1] in plain), (path, name)
