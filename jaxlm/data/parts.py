@@ -76,8 +76,10 @@ class Part:
 
     def rows(self) -> Iterator[Row]:
         """Yield the rows. Raises UserError where the libraries that read them raise anything."""
-        failure = f"{self.name}: cannot be read" + (f" as {self.format}" if self.format != "hub" else "")
-        return guarded(self.table.rows, failure)
+        if self.format == "hub":
+            mend = "run again, which goes on where this ended, or use a local file with --data.path FILE"
+            return guarded(self.table.rows, f"{self.name}: cannot be read", mend)
+        return guarded(self.table.rows, f"{self.name}: cannot be read as {self.format}")
 
     def place(self, number: int) -> str:
         return f"{self.name}, {'row' if self.format in ('parquet', 'hub') else 'line'} {number}"
@@ -87,15 +89,17 @@ class Part:
         return UserError(f"{self.place(number)}: {what}")
 
 
-def guarded(rows: Callable[[], Iterator[Any]], failure: str) -> Iterator[Any]:
-    """Yield `rows()`. Raises UserError, which begins with `failure`, where that raises anything else."""
+def guarded(
+    rows: Callable[[], Iterator[Any]], failure: str, mend: str = "mend the file or set data.format"
+) -> Iterator[Any]:
+    """Yield `rows()`. Raises UserError, of `failure` and `mend`, where that raises anything else."""
     try:
         yield from rows()
     except UserError:
         raise
     except Exception as error:  # the libraries pass on errors of pyarrow and the system, of many types
         reason = " ".join(str(error).split())
-        raise UserError(f"{failure}: {reason[:200]}; mend the file or set data.format") from error
+        raise UserError(f"{failure}: {reason[:200]}; {mend}") from error
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from jaxlm.config import DataConfig
-from jaxlm.data import files
+from jaxlm.data import files, hub
 from jaxlm.data.parts import ANNOTATED, Part, Reads, Row, Table, Wanted
 from jaxlm.errors import UserError, note, os_errors
 from jaxlm.io import temporary, utf8
@@ -32,10 +32,10 @@ WAIT_S = 0.25  # between the first two; it doubles each time
 TIMEOUT_S = 30  # without a byte
 BLOCK = 1 << 20  # bytes written at once
 RANGE = 1 << 23  # bytes of one request to what fsspec reads
-GROWTH = 3  # times of its size that a compressed file has when it is decompressed, about
 PASSING = (408, 425, 429, 500, 502, 503, 504)  # HTTP statuses after which the same request may succeed
 VERSIONS = ("ETag", "etag", "md5Hash", "blob_id", "sha256", "LastModified", "last_modified", "mtime")  # fsspec's keys
 FETCH_AGAIN = "run again, which goes on where this ended"
+HUB_FORM = "write hf://datasets/OWNER/NAME/FILE"
 T = TypeVar("T")
 
 
@@ -75,7 +75,7 @@ def open_parts(config: DataConfig, reads: Reads, splits: dict[str, str], cache_d
             columns = [getattr(config, name) for name, _, _ in own.choices] + [config.header, own.config.documents]
             table = Table(partial(_rows, spool, i, own), (columns, None, False))
             is_packed = kind == "parquet" or Path(file.url).suffix in utf8.COMPRESSED
-            size = max(file.size, 0) * (GROWTH if is_packed else 1)
+            size = max(file.size, 0) * (hub.GROWTH if is_packed else 1)
             parts.append(Part(file.url, split, kind, f"{file.version} {file.size}", size, table, True))
     return parts
 
@@ -132,7 +132,7 @@ def _expanded(setting: str, pattern: str) -> list[str]:
     if "*" not in pattern or pattern.startswith("http"):
         return [pattern]
     fs, path = _filesystem(setting, pattern)
-    urls = [fs.unstrip_protocol(found) for found in sorted(_tried(pattern, partial(fs.glob, path)))]
+    urls = [fs.unstrip_protocol(found) for found in sorted(_asked(setting, pattern, partial(fs.glob, path)))]
     if not urls:
         raise UserError(f"{setting}={pattern}: there is no such file; check the name")
     return urls
@@ -141,10 +141,7 @@ def _expanded(setting: str, pattern: str) -> list[str]:
 def _file(setting: str, url: str) -> File:
     if not url.startswith("http"):
         fs, path = _filesystem(setting, url)
-        try:
-            info = _tried(url, partial(fs.info, path))
-        except FileNotFoundError as error:
-            raise UserError(f"{setting}={url}: there is no such file; check the name") from error
+        info = _asked(setting, url, partial(fs.info, path))
         version = next((str(info[name]) for name in VERSIONS if info.get(name)), "")
         return File(url, info["size"] if info["size"] is not None else -1, version)
 
@@ -159,6 +156,8 @@ def _file(setting: str, url: str) -> File:
         if error.code in (401, 403):
             mend = "it is not public: fetch it with your account, and give the path of the file"
         raise UserError(f"{setting}={url}: the server answers {error.code} ({error.reason}); {mend}") from error
+    except ValueError as error:
+        raise UserError(f"{setting}={url}: is no URL ({error}); write it as a browser copies it") from error
 
 
 def _filesystem(setting: str, url: str) -> tuple[Any, str]:
@@ -167,8 +166,35 @@ def _filesystem(setting: str, url: str) -> tuple[Any, str]:
     try:
         fs, path = fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
-        raise UserError(f"{setting}={url}: {' '.join(str(error).split())}; or give http(s), or a local file") from error
+        mend = HUB_FORM if url.startswith("hf:") else "or give http(s), or a local file"
+        raise UserError(f"{setting}={url}: {_one_line(error)}; {mend}") from error
     return fs, path
+
+
+def _asked(setting: str, url: str, request: Callable[[], T]) -> T:
+    """Return what a request to fsspec returns. Raises UserError."""
+    try:
+        return _tried(url, request)
+    except UserError:
+        raise
+    except Exception as error:
+        is_missing = isinstance(error, FileNotFoundError) and not error.__cause__
+        rule = "there is no such file" if is_missing else _one_line(error)
+        raise UserError(f"{setting}={url}: {rule}; {_mend(url, error)}") from error
+
+
+def _mend(url: str, error: Exception) -> str:
+    """Return what helps with a file that cannot be had, whatever is tried again."""
+    if url.startswith("hf:") and not url.startswith(("hf://datasets/", "hf://buckets/")):
+        return HUB_FORM
+    if hub.CLOSED.search(str(error)) or isinstance(error, PermissionError):
+        log_in = hub.LOG_IN if url.startswith("hf:") else "give your account as its package documents"
+        return f"check the name; if it is not public, ask for access, and {log_in}"
+    return HUB_FORM if isinstance(error, ValueError) and url.startswith("hf:") else "check the name"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 # HTTP
@@ -197,15 +223,15 @@ def _tried(url: str, request: Callable[[], T]) -> T:
                 raise
             reason = error
         time.sleep(WAIT_S * 2**i)
-    raise UnreachableError(
-        f"{url}: cannot be reached ({' '.join(str(reason).split())[:200]}); {FETCH_AGAIN}"
-    ) from reason
+    raise UnreachableError(f"{url}: cannot be reached ({_one_line(reason)}); {FETCH_AGAIN}") from reason
 
 
 def _may_pass(error: Exception) -> bool:
-    if isinstance(error, UserError | FileNotFoundError | PermissionError | _DiskError):
-        return False
-    return not isinstance(error, urllib.error.HTTPError) or error.code in PASSING
+    lasting = (UserError, FileNotFoundError, PermissionError, NotImplementedError, ValueError, _DiskError)
+    # As urllib, gcsfs, aiohttp and the client of the hub tell it.
+    status = getattr(error, "code", None) or getattr(error, "status", None)
+    status = status or getattr(getattr(error, "response", None), "status_code", None)
+    return not isinstance(error, lasting) and (not isinstance(status, int) or status in PASSING)
 
 
 def _http_blocks(file: File, start: int) -> Iterator[bytes]:
@@ -242,8 +268,12 @@ def fetch(file: File, target: Path) -> None:
                     break
                 reason: Exception = OSError(f"{place} of {file.size} bytes came")
             except Exception as error:
-                if not _may_pass(error):
+                if isinstance(error, UserError | _DiskError):
                     raise
+                if not _may_pass(error):
+                    raise UserError(
+                        f"{file.url}: cannot be fetched ({_one_line(error)}); {_mend(file.url, error)}"
+                    ) from error
                 reason = error
             n_failures += 1
             if place > file.size >= 0:

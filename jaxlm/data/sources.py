@@ -62,9 +62,10 @@ def open_source(config: DataConfig, reads: Reads, classes: Sequence[str] = ()) -
     found, notes = files.find(config, tree)
     found = [(split, path) for split, path in found if split not in urls]
     named = {split for split, _ in found} | urls.keys()
-    parts = hub.open_parts(config, reads, named, notes) if config.hub else []
+    cache_dir = temporary.user_cache_dir(config.cache_dir)
+    parts = hub.open_parts(config, reads, named, notes, cache_dir) if config.hub else []
     parts += [files.open_part(path, Wanted(config, reads, split)) for split, path in found]
-    parts += remote.open_parts(own, reads, urls, temporary.user_cache_dir(config.cache_dir)) if urls else []
+    parts += remote.open_parts(own, reads, urls, cache_dir) if urls else []
     parts.sort(key=lambda part: SPLITS.index(part.split))
     given = {part.split for part in parts}
     if "train" not in given:
@@ -119,6 +120,8 @@ def _fingerprint(config: DataConfig, parts: list[Part], reading: "_Reading") -> 
     """Return a hash by which token caches are found: what it is of must not change."""
     seed = config.split_seed if reading.shares else 0
     contents = [(part.split, part.format, part.table.columns, part.content) for part in parts]
+    if config.hub:  # the same whether a split is read whole or by its shards
+        contents = list(dict.fromkeys(contents))
     settings: list[Any] = [
         config.hub,
         config.hub_config,
