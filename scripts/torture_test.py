@@ -9,6 +9,7 @@ import torture
 
 
 @pytest.mark.slow
+@pytest.mark.longest
 @pytest.mark.parametrize("trial", torture.TRIALS)
 def test_a_trial_ends_as_it_should(trial: str) -> None:
     environment = os.environ | {"PYTHONPATH": str(torture.ROOT)}

@@ -83,7 +83,7 @@ def ask_server(run: Path) -> None:
     command = [sys.executable, "-m", "jaxlm.serve", "--checkpoint", str(run), "--port", "0"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
         assert server.stderr
-        port = next(int(found[1]) for line in server.stderr if (found := re.match(r"serves .*:(\d+)/", line)))
+        port = next(int(found[1]) for line in server.stderr if (found := re.search(r"serving http://.*:(\d+)/", line)))
         connection = http.client.HTTPConnection("127.0.0.1", port)
         body = json.dumps({"prompt": "The statement", "max_new_tokens": 20})
         connection.request("POST", "/generate", body, {"Content-Type": "application/json"})
