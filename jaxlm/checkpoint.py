@@ -39,9 +39,9 @@ logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs its progress,
 class Checkpoints:
     """The checkpoints of one folder, by step. `close`, or the end of the `with` block, waits for the last save.
 
-    Keeps the `keep` latest checkpoints and the best one. If a save fails, `warn` gets the reason and older checkpoints
-    stay; in a run of several processes, all of them end. Every process calls the same methods, and process 0 decides.
-    `record` gets the step of each complete checkpoint. Files of other programs in the folder are not touched.
+    Keeps the `keep` latest checkpoints and the best one. If a save fails, `warn` gets the reason, older checkpoints
+    stay, and the run continues; with several processes, all of them end. Every process calls the same methods; process
+    0 checks, records and removes. `record` gets the step of each complete checkpoint. Other files in the folder stay.
     """
 
     def __init__(
@@ -53,13 +53,13 @@ class Checkpoints:
     ):
         self.folder, self.keep, self.warn, self.record = storage.absolute(folder), keep, warn, record
         self.closing = contextlib.ExitStack()
-        self.place = self.closing.enter_context(storage.plain(self.folder))  # for Orbax
+        self.place = self.closing.enter_context(storage.plain(self.folder))  # the same folder, as a path for Orbax
         silence_failed_saves()
         self.checkpointer = new_checkpointer()
         self.finishing: threading.Thread | None = None
-        self.n_saved, self.stalled_s = 0, 0.0  # complete saves, and how long training waited for all of them
+        self.n_saved, self.stalled_s = 0, 0.0  # complete saves, and the seconds that training waited for them
         self.failed: tuple[int, str] | None = None  # step and reason, if the latest save failed
-        self.failure: UserError | None = None  # ends the run
+        self.failure: UserError | None = None  # if set, `wait` and `save` raise it and so end the run
         self.own: set[int] = set()  # steps saved by this run
         self.device = storage.device(self.folder)
         if processes.is_first():
@@ -87,7 +87,7 @@ class Checkpoints:
                 needs_frozen = self._start(step, state, info | {"val_loss": losses.get(step)})
                 self.finishing = threading.Thread(target=self._finish, args=(step, dict(losses), needs_frozen))
                 self.finishing.start()
-            except Exception as error:  # of Orbax or the system: the run continues
+            except Exception as error:  # from Orbax or the system; the run continues
                 self._failed(step, error)
                 if self.failure:
                     raise self.failure from error
@@ -142,7 +142,7 @@ class Checkpoints:
     def close(self) -> None:
         """Wait for the last save, and release Orbax's threads."""
         self.wait()
-        with contextlib.suppress(Exception):  # of a failed save, which was reported before
+        with contextlib.suppress(Exception):  # the error of a failed save, which was reported before
             self.checkpointer.close()
         self.closing.close()
 
@@ -220,7 +220,7 @@ class Checkpoints:
     def _failed(self, step: int, error: Exception) -> None:
         failed = step, re.sub(r" \[(os_error_code|tensorstore_spec|source locations)=.*", "", reason(error))
         is_new, self.failed = failed != self.failed, failed
-        if jax.process_count() > 1:  # the other processes wait for this one's share of the arrays
+        if jax.process_count() > 1:  # the other processes wait for this one's shards
             self.failure = UserError(
                 f"{self.folder}: the checkpoint of step {step} could not be saved ({failed[1]}); free some space, and "
                 "resume with --resume auto"
@@ -273,7 +273,7 @@ def frozen_of(state: TrainState) -> dict[str, Any]:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove incomplete checkpoints."""
+    """Remove checkpoints that a killed process left incomplete."""
     for path in storage.children(folder):
         if checksums.DAMAGED not in path.name and checksums.is_cut_short(path):
             storage.remove(path)
@@ -289,12 +289,12 @@ def restore(
     """Return `like` with the given parts of a jaxlm checkpoint; other parts are not read.
 
     `like` has arrays, or for restored parts jax.ShapeDtypeStruct with shardings. The update number is `step`, by
-    default the checkpoint's. Raises UserError if a part has other shapes or types, or if it is damaged (not looked for
-    if `is_checked`).
+    default the checkpoint's. Raises UserError if a part has other shapes or types, or if it is damaged. With
+    `is_checked`, the caller has verified the checksums already.
     """
     if not is_checked:
         layout.check_run(path, (*parts, "info"))
-    trees = restored(path, {name: tree for name, tree in parts_of(like).items() if name in parts})
+    trees = read_parts(path, {name: tree for name, tree in parts_of(like).items() if name in parts})
     if step is None:
         step = int(utf8.read_json(path / "info" / "metadata")["step"])
     state = with_parts(like, trees, step)
@@ -313,7 +313,7 @@ def with_parts(state: TrainState, parts: Mapping[str, Any], step: int) -> TrainS
     return TrainState(counts[0], params, optim.at_step(opt_state, counts[1]))
 
 
-def restored(path: Path, like: Mapping[str, Any]) -> dict[str, Any]:
+def read_parts(path: Path, like: Mapping[str, Any]) -> dict[str, Any]:
     """Return parts of a jaxlm checkpoint by name, with the shapes, types and shardings of the trees in `like`.
 
     If the checkpoint has more learned positions than `like`, the first ones are returned. Raises UserError if a part

@@ -33,14 +33,14 @@ from jaxlm.weights import formats, snapshots
 
 
 class Compiled(NamedTuple):
-    """The jitted functions of a run, and what they need."""
+    """The jitted functions of a run, and their mesh, shardings and teacher."""
 
     mesh: Mesh
     update: Callable[..., Any]  # (state, batches, key, teacher) -> (state, metrics)
     totals: Callable[..., Any]  # (params, batch) -> totals, without dropout
     predict: Callable[..., Any]  # (params, batch) -> predictions, for the samples that are shown
     shardings: TrainState  # a sharding for each array of a state
-    model: str  # name of its class
+    model: str  # class name of the model
     teacher: nnx.Module | None = None
 
 
@@ -170,7 +170,7 @@ def fit(
 ) -> TrainState:
     """Train until the run is over, a signal, or a file `stop` in the run folder; return the state.
 
-    `status` returns the exit status: not 0 after a signal.
+    `status` returns the exit status of the process so far: 0, or after a signal another number.
     """
     train, samples, mesh = run.config.train, run.data.samples["train"], compiled.mesh
     position = run.start.position()
@@ -180,8 +180,8 @@ def fit(
     take = parallel.any_process(mesh, signals.FileWatch(run.dir).take)
     i = position.step
     if i and (i % train.eval_interval == 0 or i == train.max_steps) and i not in run.validation:
-        evaluate_and_show(run, compiled, state, i, status)  # an interrupt prevented it before
-    if run.is_over(i) and i not in checkpoints.steps():  # a new folder for a run that has no updates left
+        evaluate_and_show(run, compiled, state, i, status)  # a signal came before this evaluation
+    if run.is_over(i) and i not in checkpoints.steps():  # no updates left, but a new run folder
         checkpoints.save_last(state, _info(run, i, position), run.losses())
     run.log.say("compiling the first update ...")
     tracer = profile.Tracer(run.dir / "trace", run.config.profile, run.log.say, run.log.warn)
@@ -225,14 +225,14 @@ def fit(
 def roll_back(
     run: Run, state: TrainState, checkpoints: Checkpoints, position: Position, bad: int
 ) -> tuple[TrainState, Position]:
-    """Return the last state saved before update `bad`, and its position in the data without that update's samples."""
+    """Return the last state saved before update `bad`, and a position in the data that skips that update's samples."""
     checkpoints.wait()
     step = rollback.step_to_return_to(run, checkpoints.steps(), position, bad)
     return checkpoints.restore(step, state), rollback.without(run, position, step, bad)
 
 
 def evaluate(run: Run, compiled: Compiled, params: Any, name: str, status: Callable[[], int]) -> dict[str, Any] | None:
-    """Return the totals over the samples run.chosen[name], by source, summed in float64 on the host.
+    """Return the totals of a split (`name`) by source, over the samples that run.chosen lists; summed in float64.
 
     Returns None after a signal.
     """
@@ -240,19 +240,19 @@ def evaluate(run: Run, compiled: Compiled, params: Any, name: str, status: Calla
     train = run.config.train
     for source, chosen in run.chosen[name].items():
         sums: dict[str, Any] = {}
-        ahead: list[Any] = []
+        pending: list[Any] = []  # totals of the batch before, which the device may still compute
         samples = mixture.parts_of(run.data.samples[chosen.split])[source]
         local = parallel.local_samples(compiled.mesh, train.batch_size)
         with run.log.pass_bar(f"scoring {chosen.split} {source}".strip(), len(chosen.indices)) as show:
             batches = loader.evaluation_batches(samples, train.batch_size, local, train.group_by_length, chosen.indices)
             for i, batch in enumerate(batches):
-                ahead.append(compiled.totals(params, parallel.put_batch(compiled.mesh, batch)))
-                if len(ahead) > 1:
-                    metrics.add(sums, jax.device_get(ahead.pop(0)))
+                pending.append(compiled.totals(params, parallel.put_batch(compiled.mesh, batch)))
+                if len(pending) > 1:
+                    metrics.add(sums, jax.device_get(pending.pop(0)))
                 show(i * train.batch_size)
                 if status():
                     return None
-        for totals in ahead:
+        for totals in pending:
             metrics.add(sums, jax.device_get(totals))
         by_source[source] = sums | chosen.constants(samples)
     return by_source
@@ -288,7 +288,7 @@ def finish(run: Run, compiled: Compiled, state: TrainState, checkpoints: Checkpo
 
 
 def _describe(mesh: Mesh, config: Config) -> str:
-    """Return a line about the devices and their use. Raises UserError if the settings ask for unavailable kernels."""
+    """Return a line about devices, mesh and attention kernel. Raises UserError if the kernel asked for cannot run."""
     model, dtype, attention = config.model, TASKS[config.task](config).dtype, "; fused attention"
     is_causal = parameters.model_kind(config.task) == "causal" or model.pooling == "last"
     is_packed = config.data.pack == "documents"

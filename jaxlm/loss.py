@@ -6,24 +6,24 @@ from jax import Array
 
 from jaxlm.ops import matmul
 
-# Sums over samples or tokens: "loss" and "count", and what a task adds, such as "correct". Quotients are taken last.
+# Sums over samples or tokens: "loss", "count", and those that a task adds, such as "correct". Division comes last.
 Totals = dict[str, Array]
 
 
 @jax.named_scope("output layer")
 def cross_entropy(logits: Array, labels: Array, z_loss: float = 0.0) -> Totals:
-    """Return the summed cross-entropy, the number of labels, and how often the largest logit is the label.
+    """Return the summed cross-entropy in nats, the number of labels, and how often the largest logit is the label's.
 
-    logits [..., V], labels [...]; a negative label counts nothing. With `z_loss`, the loss has as much of the squared
-    logarithm of the softmax's denominator, which keeps logits small (PaLM, arXiv 2204.02311, section 5).
+    logits [..., V], labels [...]; negative labels are ignored. `z_loss` is the weight of a term that keeps logits
+    small: the squared logarithm of the softmax's denominator (PaLM, arXiv 2204.02311, section 5).
     """
     is_counted = labels >= 0
     labels = jnp.maximum(labels, 0)
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     indices = jnp.arange(logits.shape[-1]).reshape((1,) * (logits.ndim - 1) + (-1,))
-    # A sum rather than an index, whose derivative is a scatter.
+    # A masked sum, because the derivative of indexing is a scatter, which is slow.
     label_logits = jnp.sum(jnp.where(indices == labels[..., None], logits, 0), axis=-1)
-    # logsumexp minus the logit would round a small loss as coarsely as the logits; this is exact to the rounding of 1.
+    # Subtracting the label's logit from a logsumexp would round a small loss as coarsely as the logits.
     largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
     log_sums = jnp.log(jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1))
     losses = log_sums + (largest - label_logits)

@@ -1,4 +1,4 @@
-"""One optimizer update, as a pure function of the training state; read after model.py and loss.py."""
+"""One optimizer update, as a pure function of the training state. Read model.py and loss.py first."""
 
 import dataclasses
 from collections.abc import Callable
@@ -22,7 +22,7 @@ _ALL_TRAINED = ModelConfig()
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that changes in training. Dropout keys are derived from `step`: a restored state continues identically."""
+    """All that training changes. Dropout keys are derived from `step`, so a restored state continues identically."""
 
     step: Array  # updates made so far, int32
     params: Any
@@ -36,7 +36,7 @@ def init_state(params: Any, optimizer: optax.GradientTransformation, model: Mode
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """How updates are made: everything but the loss that stays the same from one to the next."""
+    """What is the same in every update of a run, apart from the loss."""
 
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
@@ -48,8 +48,8 @@ class Rule:
 def train_step(rule: Rule, loss_fn: LossFn, state: TrainState, batches: Any, key: Array) -> tuple[TrainState, Totals]:
     """Make one update from `batches`, arrays [A, B, ...] of A accumulated batches.
 
-    The loss is the mean over everything that the A batches count, as if they were one batch. Returns the new state and
-    the totals, with the learning rate of this update (`rate`) and the gradient norm before clipping (`grad_norm`).
+    The loss is the mean over all labels that the A batches count, as if they were one batch. Returns the new state, and
+    the totals with the learning rate of this update (`rate`) and the gradient norm before clipping (`grad_norm`).
     """
 
     def loss(trained: Any, batch: Any, key: Array) -> tuple[Array, Totals]:
@@ -70,8 +70,8 @@ def train_step(rule: Rule, loss_fn: LossFn, state: TrainState, batches: Any, key
     grads, totals = sums
 
     with jax.named_scope("optimizer"):
-        share = 1 / jnp.maximum(totals["count"], 1)  # XLA fuses a multiplication into every use, but not a division
-        grads = jax.tree.map(lambda x: x * share.astype(x.dtype), grads)
+        scale = 1 / jnp.maximum(totals["count"], 1)  # XLA fuses a multiplication into every use, but not a division
+        grads = jax.tree.map(lambda x: x * scale.astype(x.dtype), grads)
         grads, grad_norm = optim.clip_by_global_norm(grads, rule.clip_norm)
         updates, opt_state = rule.optimizer.update(grads, state.opt_state, trained)
         params = frozen.with_trained(state.params, optax.apply_updates(trained, updates))

@@ -37,15 +37,15 @@ KEYS = (
     *("version", "task_type", "iter", "sample_iter", "base_model", "lm_head"),
     *("optimizer", "lr", "val_loss", "config"),
 )
-# What the original's files do not tell.
+# Metadata that the original's format lacks.
 OWN = ("tokenizer", "data", "classes", "teacher", "rewarmed", "skipped", "version")
 
 
 class Checkpoints:
     """The checkpoints in one folder, by step.
 
-    Keeps the `keep` latest checkpoints and the best one. If a save fails, `warn` gets the reason and older checkpoints
-    stay. `record` gets the step of each complete checkpoint. Files of other programs in the folder are not touched.
+    Keeps the `keep` latest checkpoints and the best one. If a save fails, `warn` gets the reason, older checkpoints
+    stay, and the run continues. `record` gets the step of each complete checkpoint. Other files in the folder stay.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Checkpoints:
         record: Callable[[int], None] = lambda step: None,
     ):
         self.folder, self.keep, self.warn, self.record = folder, keep, warn, record
-        self.n_saved, self.stalled_s = 0, 0.0  # complete saves, and how long training waited for all of them
+        self.n_saved, self.stalled_s = 0, 0.0  # complete saves, and the seconds that training waited for them
         self.failed: tuple[int, str] | None = None  # step and reason, if the latest save failed
         self.own = {step for step, path in checksums.checkpoints_in(folder) if path.is_file()}
         self.device = storage.device(folder)
@@ -180,9 +180,9 @@ def with_snapshot(
 
 
 def model_for(snapshot: Snapshot, source: str) -> torch.nn.Module:
-    """Return a model that the weights fit; of a task that torchlm lacks, the one of heads.py that its kind has.
+    """Return a model for the weights. For a task that torchlm lacks, it is the model of heads.py for that kind of task.
 
-    Raises UserError, which begins with `source`, if that is another than the weights are of.
+    Raises UserError, which begins with `source`, if the weights do not fit it.
     """
     from torchlm.tasks import TASKS
 
@@ -199,14 +199,14 @@ def model_for(snapshot: Snapshot, source: str) -> torch.nn.Module:
         model = LanguageModel(config.model, kind == "causal", torch.float32, rngs)
     if {name: x.shape for name, x in model.named_parameters()} != {n: x.shape for n, x in snapshot.weights.items()}:
         raise UserError(
-            f"{source}: the model of task={config.task} is none of heads.py, so torchlm cannot have it; "
+            f"{source}: the model of task={config.task} is none of heads.py, so torchlm cannot load it; "
             "convert it to safetensors"
         )
     return model
 
 
 def content(state: TrainState, info: dict[str, Any], validation_loss: float) -> dict[str, Any]:
-    """Return what a checkpoint file holds; `info` has the step, task, rate, settings and tokenizer."""
+    """Return the content of a checkpoint file; `info` has the step, task, rate, settings and tokenizer."""
     model, settings = parallel.single(state.model), info["config"]
     own = {name: info[name] for name in OWN if name in info}
     parts: dict[str, dict[str, Tensor]] = {"base": {}, "head": {}}
@@ -237,7 +237,7 @@ def write(path: Path, checkpoint: dict[str, Any]) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Return a checkpoint file's content. Raises UserError if it is none."""
+    """Return the content of a checkpoint file. Raises UserError if the file is not one."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
@@ -267,7 +267,7 @@ def weights(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _buffers(model: Any) -> dict[str, Tensor]:
-    """Return what the original's state dict has beside the parameters: position table and masks of the future."""
+    """Return the buffers of the original's state dict: the position table and the causal masks."""
     base, buffers = model.base, {}
     if base.config.positions == "fixed":
         buffers["embedding.position.pe"] = base.embedding.table_TD[None]

@@ -31,7 +31,7 @@ from torchlm.tasks import TASKS, Task
 
 
 class Compiled(NamedTuple):
-    """The functions of a run, and what they need. jaxlm compiles them; here they run eagerly."""
+    """The functions of a run, and their mesh and teacher. jaxlm compiles them; here they run eagerly."""
 
     mesh: Mesh
     update: Callable[..., Any]  # (state, batches, key, teacher) -> (state, metrics)
@@ -144,7 +144,7 @@ def fit(
 ) -> TrainState:
     """Train until the run is over, a signal, or a file `stop` in the run folder; return the state.
 
-    `status` returns the exit status: not 0 after a signal.
+    `status` returns the exit status of the process so far: 0, or after a signal another number.
     """
     train, samples, mesh = run.config.train, run.data.samples["train"], compiled.mesh
     position = run.start.position()
@@ -154,9 +154,9 @@ def fit(
     take = parallel.any_process(mesh, signals.FileWatch(run.dir).take)
     i = position.step
     if i and (i % train.eval_interval == 0 or i == train.max_steps) and i not in run.validation:
-        evaluate_and_show(run, compiled, state, i, status)  # an interrupt prevented it before
+        evaluate_and_show(run, compiled, state, i, status)  # a signal came before this evaluation
     if run.is_over(i) and not mesh.rank and i not in checkpoints.steps():
-        checkpoints.save_last(state, _info(run, i, position), run.losses())  # a new folder, and no updates left
+        checkpoints.save_last(state, _info(run, i, position), run.losses())  # no updates left, but a new run folder
     with run.log.training_bar(train.max_steps) as show:
         meter = Meter(run, _read, show, chips.peak_flops(parallel.device_kind(mesh), mesh.size))
         while not run.is_over(i):
@@ -194,7 +194,7 @@ def fit(
 def roll_back(
     run: Run, state: TrainState, checkpoints: Checkpoints, position: Position, bad: int
 ) -> tuple[TrainState, Position]:
-    """Return the last state saved before update `bad`, and its position in the data without that update's samples."""
+    """Return the last state saved before update `bad`, and a position in the data that skips that update's samples."""
     folder = parallel.from_first(checkpoints.folder)  # every process reads there
     step = rollback.step_to_return_to(run, Checkpoints(folder).steps(), position, bad)
     return restored(Checkpoints(folder).path(step), state), rollback.without(run, position, step, bad)
@@ -203,7 +203,7 @@ def roll_back(
 def evaluate(
     run: Run, compiled: Compiled, model: nn.Module, name: str, status: Callable[[], int]
 ) -> dict[str, Any] | None:
-    """Return the totals over the samples run.chosen[name], by source, summed in float64 on the host.
+    """Return the totals of a split (`name`) by source, over the samples that run.chosen lists; summed in float64.
 
     Returns None after a signal.
     """
@@ -211,19 +211,19 @@ def evaluate(
     train = run.config.train
     for source, chosen in run.chosen[name].items():
         sums: dict[str, Any] = {}
-        ahead: list[Any] = []
+        pending: list[Any] = []  # totals of the batch before, which the device may still compute
         samples = mixture.parts_of(run.data.samples[chosen.split])[source]
         local = parallel.local_samples(compiled.mesh, train.batch_size)
         with run.log.pass_bar(f"scoring {chosen.split} {source}".strip(), len(chosen.indices)) as show:
             batches = loader.evaluation_batches(samples, train.batch_size, local, train.group_by_length, chosen.indices)
             for i, batch in enumerate(batches):
-                ahead.append(compiled.totals(model, parallel.put_batch(compiled.mesh, batch)))
-                if len(ahead) > 1:
-                    metrics.add(sums, _read(ahead.pop(0)))
+                pending.append(compiled.totals(model, parallel.put_batch(compiled.mesh, batch)))
+                if len(pending) > 1:
+                    metrics.add(sums, _read(pending.pop(0)))
                 show(i * train.batch_size)
                 if status():
                     return None
-        for totals in ahead:
+        for totals in pending:
             metrics.add(sums, _read(totals))
         by_source[source] = sums | chosen.constants(samples)
     return by_source

@@ -3,15 +3,15 @@
 import torch
 from torch import Tensor, nn
 
-# Sums over samples or tokens: "loss" and "count", and what a task adds, such as "correct". Quotients are taken last.
+# Sums over samples or tokens: "loss", "count", and those that a task adds, such as "correct". Division comes last.
 Totals = dict[str, Tensor]
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, z_loss: float = 0.0) -> Totals:
-    """Return the summed cross-entropy, the number of labels, and how often the largest logit is the label.
+    """Return the summed cross-entropy in nats, the number of labels, and how often the largest logit is the label's.
 
-    logits [..., V], labels [...]; a negative label counts nothing. With `z_loss`, the loss has as much of the squared
-    logarithm of the softmax's denominator, which keeps logits small (PaLM, arXiv 2204.02311, section 5).
+    logits [..., V], labels [...]; negative labels are ignored. `z_loss` is the weight of a term that keeps logits
+    small: the squared logarithm of the softmax's denominator (PaLM, arXiv 2204.02311, section 5).
     """
     is_counted = labels >= 0
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -1,4 +1,4 @@
-"""One optimizer update, made in place on the training state; read after model.py and loss.py."""
+"""One optimizer update, made in place on the training state. Read model.py and loss.py first."""
 
 import dataclasses
 from collections.abc import Callable, Hashable
@@ -16,7 +16,7 @@ LossFn = Callable[[Any, Any, None], Totals]
 
 @dataclasses.dataclass
 class TrainState:
-    """All that changes in training. Dropout seeds are derived from `step`: a restored state continues identically."""
+    """All that training changes. Dropout seeds are derived from `step`, so a restored state continues identically."""
 
     step: int  # updates made so far
     model: nn.Module
@@ -30,7 +30,7 @@ def init_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """How updates are made: everything but the loss that stays the same from one to the next."""
+    """What is the same in every update of a run, apart from the loss."""
 
     schedule: Callable[[int], float]
     clip_norm: float
@@ -42,8 +42,8 @@ def train_step(
 ) -> tuple[TrainState, Totals]:
     """Make one update from `batches`, arrays [A, B, ...] of A accumulated batches.
 
-    The loss is the mean over everything that the A batches count, as if they were one batch. Returns the state, changed
-    in place, and the totals, with the learning rate of this update (`rate`) and the gradient norm before clipping
+    The loss is the mean over all labels that the A batches count, as if they were one batch. Returns the state, changed
+    in place, and the totals with the learning rate of this update (`rate`) and the gradient norm before clipping
     (`grad_norm`). `key` seeds dropout.
     """
     state.model.train()

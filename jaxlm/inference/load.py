@@ -122,7 +122,7 @@ def model_of(start: Start, config: Config) -> nnx.Module:
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), nnx.to_pure_dict(variables))
     if start.form == formats.RUN and configs.is_whole(start.settings()):
-        params = checkpoint.restored(start.path, like)
+        params = checkpoint.read_parts(start.path, like)
     else:
         params = jax.device_put(snapshots.parts_of_file(start.path, config, tuple(like)), device)
     return nnx.merge(graphdef, params)

@@ -1,6 +1,7 @@
 """Runs of several processes: how they join, exchange values, and end together. SHARDING.md has examples.
 
-Process 0 owns the run folder and prints all output, also errors of the others. With one process, nothing happens here.
+Process 0 owns the run folder and prints all output, also errors of the others. With one process, these functions do
+nothing.
 """
 
 import contextlib
@@ -34,7 +35,7 @@ from jaxlm.runtime.rendezvous import variable
 
 FOREVER_MS = 7 * 24 * 3600 * 1000  # waits need no timeout: if another process fails, _Watch ends this one
 HEARTBEAT_S, SILENT_S = 1.0, 30.0  # between heartbeats; a process without one for SILENT_S is lost
-GRACE_S = 5.0  # for the other processes to notice that this one ends
+GRACE_S = 5.0  # how long an ending process waits for the others to notice
 _calls = itertools.count()  # all processes make the same calls in the same order
 
 
@@ -85,7 +86,7 @@ def is_first() -> bool:
 
 
 def is_first_here() -> bool:
-    """Return whether this process was the first on its host to call this, and so builds caches for the others."""
+    """Return whether this process was the first on its host to call this. It then builds the caches for that host."""
     if global_state.client is None:
         return True
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process was first
@@ -94,7 +95,7 @@ def is_first_here() -> bool:
 
 
 def from_first(value: Any) -> Any:
-    """Return the value of process 0, which must be JSON."""
+    """Return the `value` of process 0, in every process. It must be JSON."""
     if global_state.client is None:
         return value
     key = f"first/{next(_calls)}"
@@ -277,23 +278,23 @@ class _Watch:
 @slow("joining the other processes")
 def _initialize(config: Config) -> bool:
     """Join the other processes; return whether there are any."""
-    place = _place(config)
-    if place is None:
+    arguments = _arguments(config)
+    if arguments is None:
         return False
     jax.config.update("jax_enable_preemption_service", False)  # its SIGTERM handler would replace ours
-    if place:
-        address, n_processes, process = (place[x] for x in ("coordinator_address", "num_processes", "process_id"))
+    if arguments:
+        address, n_processes, process = (arguments[x] for x in ("coordinator_address", "num_processes", "process_id"))
         rendezvous.meet(address, n_processes, process, config.distributed.timeout_s)
     try:
-        jax.distributed.initialize(**place)
+        jax.distributed.initialize(**arguments)
     except ValueError as error:
-        if not place:  # a single TPU VM
+        if not arguments:  # a single TPU VM
             return False
         raise UserError(
             f"JAX cannot join the processes ({error}); check the variables JAX_* in the environment"
         ) from error
     except RuntimeError as error:
-        where = place.get("coordinator_address", "process 0")
+        where = arguments.get("coordinator_address", "process 0")
         raise UserError(
             f"{where}: the processes of the run cannot find each other ({str(error).splitlines()[0]}); "
             "start all of them with the address of process 0, and make sure that it is reachable"
@@ -301,7 +302,7 @@ def _initialize(config: Config) -> bool:
     return global_state.num_processes > 1
 
 
-def _place(config: Config) -> dict[str, Any] | None:
+def _arguments(config: Config) -> dict[str, Any] | None:
     """Return the arguments for jax.distributed.initialize; None if this process is the only one."""
     given = config.distributed
     if given.coordinator:
@@ -311,22 +312,22 @@ def _place(config: Config) -> dict[str, Any] | None:
     if "MASTER_ADDR" in os.environ and (size := variable("WORLD_SIZE", 1)) > 1:
         # torchrun's agent listens at MASTER_PORT itself.
         port = variable("MASTER_PORT") + ("TORCHELASTIC_RUN_ID" in os.environ)
-        place = _explicit(rendezvous.of_torchrun(port), size, variable("RANK"))
+        arguments = _explicit(rendezvous.of_torchrun(port), size, variable("RANK"))
         if variable("LOCAL_WORLD_SIZE", 1) > 1:
-            place["local_device_ids"] = variable("LOCAL_RANK")
-        return place
+            arguments["local_device_ids"] = variable("LOCAL_RANK")
+        return arguments
     has_tpu = importlib.util.find_spec("libtpu") and (os.path.exists("/dev/accel0") or os.path.exists("/dev/vfio/0"))
     if has_tpu and os.environ.get("JAX_PLATFORMS", "tpu") != "cpu":
         return {}  # JAX detects everything itself
     if variable("SLURM_STEP_NUM_TASKS", 1) > 1 and SlurmCluster.is_env_present():
         address = SlurmCluster.get_coordinator_address(None, os.environ.get("JAX_COORDINATOR_PORT"))
-        place = _explicit(address, variable("SLURM_NTASKS"), variable("SLURM_PROCID"))
+        arguments = _explicit(address, variable("SLURM_NTASKS"), variable("SLURM_PROCID"))
         if "JAX_LOCAL_DEVICE_IDS" not in os.environ:
-            place["local_device_ids"] = variable("SLURM_LOCALID")
-        return place
+            arguments["local_device_ids"] = variable("SLURM_LOCALID")
+        return arguments
     return None
 
 
 def _explicit(address: str, n_processes: int, process: int) -> dict[str, Any]:
-    place: dict[str, Any] = {"coordinator_address": address, "num_processes": n_processes, "process_id": process}
-    return place | {"cluster_detection_method": "deactivate"}
+    arguments: dict[str, Any] = {"coordinator_address": address, "num_processes": n_processes, "process_id": process}
+    return arguments | {"cluster_detection_method": "deactivate"}

@@ -236,7 +236,7 @@ def test_a_packed_mix_that_is_killed_takes_the_same_samples_in_another_number_of
 
 def test_wrong_places_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     def place(**given: Any) -> Any:
-        return processes._place(configs.build({"task": "gpt"} | {f"distributed.{k}": x for k, x in given.items()}))
+        return processes._arguments(configs.build({"task": "gpt"} | {f"distributed.{k}": x for k, x in given.items()}))
 
     for name in (*VARIABLES, "JAX_COORDINATOR_ADDRESS", "JAX_COORDINATOR_PORT", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)

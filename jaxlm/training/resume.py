@@ -57,18 +57,18 @@ class Start:
 
     kind: Literal["new", "resume", "base"] = "new"
     path: Path | None = None  # of a checkpoint
-    form: str = ""  # of formats.py
+    form: str = ""  # file format of the checkpoint (formats.py)
     info: dict[str, Any] = dataclasses.field(default_factory=dict)  # metadata of the checkpoint
-    parts: tuple[str, ...] = ()  # of PARTS: that are restored; the others are new
+    parts: tuple[str, ...] = ()  # which of PARTS are restored; the others are new
     run: Path | None = None  # folder of the run that made the checkpoint, if known
-    run_dir: str = ""  # the same folder if the run continues in it; "": the run has a new folder
+    run_dir: str = ""  # the same folder if the run continues in it; "": this run gets a new folder
     is_retry: bool = False  # the run folder may have files of a run without a checkpoint
     damaged: tuple[tuple[Path, str], ...] = ()  # newer checkpoints that cannot be used, and why
     teacher: "Start | None" = None  # the model to distil
     is_student: bool = False  # the run starts from layers of its teacher
 
     def is_public(self) -> bool:
-        """Return whether it is a model of transformers, in a folder with its tokenizer."""
+        """Return whether the start is a model folder of transformers."""
         return self.form.startswith(formats.TRANSFORMERS)
 
     def config(self) -> Config:
@@ -76,7 +76,7 @@ class Start:
         return snapshots.config_of(self.info["config"], self.path or Path())
 
     def settings(self) -> dict[str, Any]:
-        """Return these settings by their dotted names."""
+        """Return the settings of `config()` by their dotted names."""
         return configs.flat(self.config())
 
     def classes(self) -> tuple[str, ...]:
@@ -264,7 +264,7 @@ def find(given: Mapping[str, Any], form: str) -> Start:
     if base:
         source = huggingface.find(base)
         start = _newest(source, layout.PARTS[:1])
-        if (parts := _parts_of_base(given, start)) != start.parts:  # its output layer is used, too, so check both
+        if (parts := _parts_of_base(given, start)) != start.parts:  # its output layer is used, too: verify both
             start = _newest(source, parts)
     elif teacher_name:
         start = dataclasses.replace(_teacher(teacher_name), is_student=True)
@@ -339,7 +339,7 @@ def _resume_auto(run_dir: Path, given: Mapping[str, Any], form: str) -> Start | 
 
 
 def _resume(source: Path, given: Mapping[str, Any], form: str) -> Start:
-    """Return the start of `--resume PATH`: a base if the task differs or train.switch_training is set."""
+    """Return the start of `--resume PATH`. It is a base model if the task differs or train.switch_training is set."""
     start = _newest(source)
     path, run, task = start.path, start.run, start.info["task"]
     assert path is not None, "_newest returns a checkpoint"
@@ -365,9 +365,9 @@ def _resume(source: Path, given: Mapping[str, Any], form: str) -> Start:
 
 
 def _parts_of_base(given: Mapping[str, Any], start: Start) -> tuple[str, ...]:
-    """Return what a new run takes from a model: its base, and its output layer if both are of the same kind.
+    """Return the parts that a new run takes from a model: the base, and in two cases the output layer.
 
-    Output layers are kept between causal language models, and from a public model for its own task.
+    These are: both tasks are causal language models; or the model is public, and the task is its own.
     """
     task, stored = given.get("task", Config().task), start.info["task"]
     has_head = (start.is_public() and task == stored != EMBED) or model_kind(task) == model_kind(stored) == "causal"
@@ -382,7 +382,7 @@ class _AllDamagedError(UserError):
 
 
 def _newest(source: Path, parts: tuple[str, ...] = layout.PARTS) -> Start:
-    """Return the newest checkpoint whose `parts` are undamaged by their checksums, and the damaged newer ones.
+    """Return the newest checkpoint whose `parts` match their checksums; its `damaged` lists newer ones that do not.
 
     `source` is a run, a folder of checkpoints, or a checkpoint.
     """
@@ -399,7 +399,7 @@ def _newest(source: Path, parts: tuple[str, ...] = layout.PARTS) -> Start:
 
 
 def _candidates(source: Path) -> list[Path]:
-    """Return the checkpoints of a path, the newest first. Raises UserError if there is none."""
+    """Return the paths of all checkpoints of a run, newest first. Raises UserError if there is none."""
     if not source.exists():
         raise UserError(f"{source}: there is no such run or checkpoint")
     if source.is_file() or (source / "info").is_dir() or huggingface.is_model(source):
