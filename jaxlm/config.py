@@ -50,30 +50,30 @@ class DataConfig:
     validation_path: str = ""  # file of the validation split; "": split off from the source
     test_path: str = ""  # file of the test split; "": split off from the source
     hub: str = ""  # data set on the Hugging Face hub, such as wikitext or nyu-mll/glue
-    hub_config: str = ""  # its configuration, such as wikitext-2-raw-v1 or sst2
+    hub_config: str = ""  # configuration of that data set, such as wikitext-2-raw-v1 or sst2
     # Several sources at once, NAME=PATH:WEIGHT, each by a flag of its own; more in [[data.sources]] of a file.
     sources: tuple[dict[str, Any], ...] = ()
-    temperature: Annotated[float, Meta(gt=0, le=1000)] = 1.0  # weights of sources are raised to the power of 1 / this
-    weights_after: Count = 0  # update after which each source has its weight_after; 0: none has
+    temperature: Annotated[float, Meta(gt=0, le=1000)] = 1.0  # source weights are raised to the power 1 / temperature
+    weights_after: Count = 0  # update after which sources use their weight_after; 0: never
     format: Literal["auto", "text", "wikitext", "csv", "tsv", "jsonl", "parquet"] = "auto"  # auto: by name and content
-    # What separates documents in plain text; file: nothing, each file is one; auto: what the files look like.
+    # What separates documents in plain text. file: nothing, each file is one document; auto: detected from the files.
     documents: Literal["auto", "file", "blank_line", "line", "wikitext", "column"] = "auto"
-    unique: bool = False  # leave out texts that are equal to one before, in the same split; told by a hash
-    stride: Count = 0  # gpt, mlm: tokens between the starts of training windows of a document; 0: a window's
+    unique: bool = False  # drop exact duplicates within a split; texts are compared by a hash
+    stride: Count = 0  # gpt, mlm: tokens from one training window of a document to the next; 0: no overlap
     header: Literal["auto", "yes", "no"] = "auto"  # whether the first row of CSV and TSV files names the columns
-    text_column: str = ""  # name, or number from 0, of the column with the text; "": by usual names
-    pair_column: str = ""  # name, or number from 0, of the column with a second text; auto: by usual names; "": none
-    label_column: str = ""  # name, or number from 0, of the column with the label; "": by usual names
-    prompt_column: str = ""  # name, or number from 0, of the column with the prompt; "": by usual names
-    answer_column: str = ""  # name, or number from 0, of the column with the answer; "": by usual names
+    text_column: str = ""  # name, or number from 0, of the column with the text; "": detected by its name
+    pair_column: str = ""  # name, or number from 0, of the column with a second text; auto: detected; "": none
+    label_column: str = ""  # name, or number from 0, of the column with the label; "": detected by its name
+    prompt_column: str = ""  # name, or number from 0, of the column with the prompt; "": detected
+    answer_column: str = ""  # name, or number from 0, of the column with the answer; "": detected
     n_labels: Count = 0  # number of classes; 0: as many as the training split has
     validation_fraction: Share = 0.1  # share of articles for validation, if the source has no such split
     test_fraction: Share = 0.1  # share of articles for the test, if the source has no such split
-    split_seed: Count = 0  # seed of the hash that assigns articles to splits, and of what validation_tokens chooses
-    validation_tokens: Count = 100_000  # gpt, mlm, pairs: tokens that a validation in training scores; 0: all
-    final_tokens: Count = 0  # the same of the last validation and the test, at the end; 0: all
+    split_seed: Count = 0  # seed that assigns articles to splits, and chooses samples for validation_tokens
+    validation_tokens: Count = 100_000  # gpt, mlm, pairs: tokens scored at each evaluation in training; 0: all
+    final_tokens: Count = 0  # tokens of validation and test scored at the end; 0: all
     mask_fraction: Annotated[float, Meta(gt=0, lt=1)] = 0.15  # share of positions that mlm masks
-    pack: Literal["none", "documents", "stream"] = "none"  # documents: several in a row; stream: cut anywhere (gpt)
+    pack: Literal["none", "documents", "stream"] = "none"  # documents: several per row; stream: cut anywhere (gpt)
     n_maskings: Count = 0  # number of distinct maskings, one per epoch in turn; 0: a new one each epoch
     cache_dir: str = ""  # folder of token caches and trained tokenizers; "": the user's cache folder
 
@@ -86,13 +86,13 @@ class DataConfig:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenizerConfig:
     path: str = ""  # tokenizer.json, vocab.txt, folder with vocab.json and merges.txt, or hub name; "": train one
-    # Kind to make. wordpiece and bpe (byte-level) are trained; bytes has 256 tokens, characters those of the text.
+    # Kind of a new one. wordpiece and bpe (byte-level) are trained; bytes has 256 tokens, characters those of the text.
     kind: Literal["wordpiece", "bpe", "bytes", "characters"] = "wordpiece"
     vocab_size: Annotated[int, Meta(ge=300, le=MOST)] = 4096  # largest size of a trained vocabulary
     lowercase: bool = True  # whether a trained WordPiece ignores case and accents
-    # Special tokens around a text. task: those of the task; file: those that tokenizer.json puts there, perhaps none.
+    # Special tokens around a text. task: those of the task; file: those that tokenizer.json adds, if any.
     marks: Literal["task", "file"] = "task"
-    end_ids: str = ""  # ids of tokens that end a continuation, besides the end of the text, as in 7,9
+    end_ids: str = ""  # ids of further tokens that end a continuation, besides the end of text, as in 7,9
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,18 +103,18 @@ class ModelConfig:
     n_kv_heads: Count = 0  # heads of keys and values, each shared by n_heads / n_kv_heads queries; 0: n_heads
     head_dim: Count = 0  # dimensions of a head; 0: d_model / n_heads
     qk_norm: bool = False  # norm of the queries and keys of each head, as in Qwen3
-    window: Count = 0  # local layers attend to so many positions on either side (causal: before); 0: all are global
-    global_every: Count = 0  # with a window, each n-th layer is global; 0: none is
+    window: Count = 0  # positions on either side that local layers attend to (causal: before); 0: all are global
+    global_every: Count = 0  # with a window, every n-th layer is global; 0: none
     global_first: bool = True  # global layers are 0, n, 2 n ... as in ModernBERT; false: n - 1, 2 n - 1 ...
-    # Tokens of one sample. Unless set, of a classifier or a regression with data.path or data.hub: from the data.
+    # Tokens per sample. If not set, classifiers and regressions with data.path or data.hub take it from the data.
     seq_len: Annotated[int, Meta(ge=4, le=MOST)] = 64
     vocab_size: Count = 0  # rows of the token embedding; 0: the size of the tokenizer
-    dropout: Share = 0.1  # rate, on embeddings, attention weights and outputs, and in the feed-forward
-    positions: Literal["fixed", "learned", "rotary"] = "fixed"  # fixed: the original's sines and cosines
+    dropout: Share = 0.1  # dropout rate of embeddings, attention weights and outputs, and in the feed-forward
+    positions: Literal["fixed", "learned", "rotary"] = "fixed"  # how positions are encoded; fixed: sines and cosines
     rotary_base: Annotated[float, Meta(gt=1, le=1e12)] = 10000.0  # base of rotary positions; larger: for longer texts
-    rotary_base_local: Annotated[float, Meta(ge=0, le=1e12)] = 0.0  # that of local layers; 0: rotary_base
-    rotary_scaling: Annotated[float, Meta(ge=1, le=1e6)] = 1.0  # slows the slow turns, as in Llama 3.1 (8) and 3.2 (32)
-    rotary_scaling_len: Positive = 8192  # positions before that scaling
+    rotary_base_local: Annotated[float, Meta(ge=0, le=1e12)] = 0.0  # base of local layers; 0: rotary_base
+    rotary_scaling: Annotated[float, Meta(ge=1, le=1e6)] = 1.0  # divides low frequencies: 8 in Llama 3.1, 32 in 3.2
+    rotary_scaling_len: Positive = 8192  # longest context before rotary_scaling, in tokens
     tied_embedding: bool = False  # whether the output layer shares the token embedding
     norm: Literal["layernorm", "layernorm_no_bias", "rmsnorm", "rmsnorm_no_scale"] = "layernorm"  # kind of all norms
     final_norm: bool = False  # norm after the last block
@@ -126,19 +126,19 @@ class ModelConfig:
     gelu: Literal["exact", "tanh"] = "exact"  # tanh: its approximation, as in GPT-2
     d_ff: Count = 0  # hidden units of the feed-forward; 0: 4 x d_model
     biases: Literal["all", "attention", "feed_forward", "none"] = "all"  # which linear layers of a block have a bias
-    initialization: Literal["original", "gpt2", "modernbert", "llama"] = "original"  # distribution of start values
+    initialization: Literal["original", "gpt2", "modernbert", "llama"] = "original"  # initial weights
     # Layers before the output. none: a norm (mlm); bert: dense, GELU, norm (mlm) or dense, tanh (classes); distilbert:
     # likewise with ReLU; modernbert: dense, GELU, norm; eurobert: dense, GELU (classes); ultrabert: two of these (mlm).
     head_dense: Literal["none", "bert", "distilbert", "modernbert", "eurobert", "ultrabert"] = "none"
     head_hidden: Count = 0  # hidden units between the two layers of head_dense=ultrabert; 0: d_model
     output_bias: bool = True  # bias of the vocabulary's logits; false: it stays zero, as GPT-2 and Llama have none
-    logit_softcap: Annotated[float, Meta(ge=0, le=1e6)] = 0.0  # c: the vocabulary's logits are c tanh(x / c); 0: x
+    logit_softcap: Annotated[float, Meta(ge=0, le=1e6)] = 0.0  # c of c tanh(x / c), for logits x of words; 0: no cap
     z_loss: Rate = 0.0  # weight in training of the squared logarithm of the softmax's denominator; PaLM: 1e-4
     pad_id: Annotated[int, Meta(ge=-1, le=MOST)] = 0  # token id of padding, which attention and loss ignore; -1: none
-    segments: Count = 0  # token types with an embedding each: 2 tell two texts apart, as in BERT; 0: there are none
-    head_outputs: Literal["labels", "vocabulary"] = "labels"  # one per class, or per token, a bug of the original
-    # What a classifier, or embed, reads: the first token; the last, in a causal model; mean: the mean of all; late: the
-    # mean of the logits of all.
+    segments: Count = 0  # number of token types; 2 distinguish two texts, as in BERT; 0: none
+    head_outputs: Literal["labels", "vocabulary"] = "labels"  # vocabulary: one per token, a bug of the original
+    # Hidden states that a classifier, or embed, uses. first: of the first token; last: of the last, for causal models;
+    # mean: the mean over all tokens; late: the mean of the logits of all tokens.
     pooling: Literal["first", "last", "mean", "late"] = "first"
     classifier_bias: bool = True  # bias of the logits of classes; false: none, as in Llama
     attention: Literal["auto", "plain", "fused"] = "auto"  # fused: one kernel; auto: fused where possible
@@ -194,9 +194,9 @@ class TrainConfig:
     layer_decay: Annotated[float, Meta(gt=0, le=1)] = 1.0  # rate of a block relative to the block above; the head has 1
     weight_decay: Rate = 0.01  # decoupled weight decay, on matrices only
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: Muon for the matrices of blocks, AdamW for all else
-    muon_momentum: Share = 0.95  # Muon, decay of the mean gradient, with Nesterov's look ahead
+    muon_momentum: Share = 0.95  # Muon, decay of the momentum, which is Nesterov's
     muon_scale: Literal["rms", "spectral"] = "rms"  # rms: Moonshot's, for AdamW's rates; spectral: Keller Jordan's
-    muon_coefficients: Literal["newton_schulz", "polar_express"] = "newton_schulz"  # of its five iterations
+    muon_coefficients: Literal["newton_schulz", "polar_express"] = "newton_schulz"  # of Muon's five iterations
     muon_rate: Annotated[float, Meta(gt=0, le=1000)] = 1.0  # rate of Muon's matrices, as a multiple of learning_rate
     beta1: Share = 0.9  # AdamW, decay of the first moment
     beta2: Share = 0.999  # AdamW, decay of the second moment
@@ -204,10 +204,10 @@ class TrainConfig:
     group_by_length: bool = False  # batch samples of similar length, padded to the longest of the batch, not to seq_len
     clip_norm: Annotated[float, Meta(gt=0)] = 1.0  # largest global gradient norm
     eval_interval: Positive = 100  # updates between evaluations; each writes a checkpoint and samples
-    patience: Count = 0  # evaluations in a row without a new lowest validation loss that end a run; 0: none do
+    patience: Count = 0  # stop after so many evaluations without a lower validation loss; 0: never
     log_interval: Positive = 10  # updates between rows of metrics.jsonl
     seed: Count = 0  # seed of initial weights, sample order, masking and dropout
-    precision: Literal["float32", "bfloat16"] = "float32"  # of matmuls; weights, moments and norms stay float32
+    precision: Literal["float32", "bfloat16"] = "float32"  # type of matmuls; weights, moments and norms stay float32
     on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"  # on NaN or infinity: stop, skip the update, or go back
     reset_optimizer: bool = False  # with --resume PATH: start with zero moments
     switch_training: bool = False  # with --resume PATH or --init-from: load only the base; new output layer
@@ -216,7 +216,7 @@ class TrainConfig:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DistillConfig:
     teacher: str = ""  # run, checkpoint, or public model to distill; "": none
-    temperature: Annotated[float, Meta(gt=0, le=1000)] = 2.0  # of the softmax of teacher and student
+    temperature: Annotated[float, Meta(gt=0, le=1000)] = 2.0  # of the softmax of teacher and of student
     soft_weight: Rate = 5.0  # weight of their KL divergence in the loss
     hard_weight: Rate = 2.0  # weight of the cross-entropy with the labels
     cosine_weight: Rate = 1.0  # weight of 1 - cosine similarity of the last hidden states
@@ -252,7 +252,7 @@ class Config:
     resume: str = ""  # run or checkpoint to resume; auto: the run in run.dir, or a new one if there is none
     init_from: str = ""  # run, checkpoint, or public model (folder or hub name) whose base model the run starts from
     debug: bool = False  # show the traceback of input errors
-    profile: Count = 0  # updates to trace, 5 without a number; writes a trace, and prints a table of where time goes
+    profile: Count = 0  # updates to trace, 5 without a number; writes a trace, and prints where time goes
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -668,7 +668,7 @@ def check_model(config: Config) -> None:
 
 
 def _check(config: Config) -> None:
-    """Raise UserError for settings that are fine alone but do not go together."""
+    """Raise UserError for settings that are valid alone but conflict with each other."""
     train, data, distill, distributed = config.train, config.data, config.distill, config.distributed
     shown = functools.partial(_shown, config)
     for name in SETTINGS:
@@ -713,7 +713,7 @@ def _check(config: Config) -> None:
 
 
 def _check_sources(data: DataConfig) -> None:
-    """Raise UserError for sources that do not go together."""
+    """Raise UserError for sources that conflict with each other."""
     what, names = "data.sources", [source.get("name", "") for source in data.sources]
     if names and (root := data.path or data.hub):
         raise UserError(f"{what} and {root} both name what to train on; give it as one of the sources, or leave it out")
@@ -735,7 +735,7 @@ def _check_sources(data: DataConfig) -> None:
 
 
 def warnings(config: Config, origins: dict[str, str], of_other_tasks: Iterable[str]) -> list[str]:
-    """Return a line for each setting that the user gave and that cannot do in this run what it says."""
+    """Return a line for each setting that the user gave and that has no effect in this run."""
     data, tokenizer, model, train = config.data, config.tokenizer, config.model, config.train
     distill, shown = config.distill, functools.partial(_shown, config)
     has_files = data.path or data.validation_path or data.test_path or data.sources
@@ -782,7 +782,7 @@ def warnings(config: Config, origins: dict[str, str], of_other_tasks: Iterable[s
     reasons = {name: reason for names, reason in without_effect.items() if reason for name in names.split()}
     lines = []
     if not is_whole(flat(config)) and not config.init_from and not config.resume:
-        lines.append("what is frozen keeps its random start values: there is no base to start from (--init-from)")
+        lines.append("frozen parameters keep random initial values: there is no base model; give one by --init-from")
     if train.warmup_steps >= train.max_steps:
         effect = "the rate never reaches train.learning_rate"
         lines.append(f"{shown('train.warmup_steps')} is not below {shown('train.max_steps')}: {effect}")
@@ -798,7 +798,7 @@ def warnings(config: Config, origins: dict[str, str], of_other_tasks: Iterable[s
 
 
 def _shown(config: Config, name: str) -> str:
-    """Return a setting as messages have it."""
+    """Return a setting as messages show it: name=value."""
     return f"{name}={get(config, name)}"
 
 

@@ -49,7 +49,7 @@ ONLY_JAX = {
         "parameters in parts, which DDP has not",
     ),
     "checkpoint": dict.fromkeys(
-        ("CONTENTS", "parts_of", "frozen_of", "remove_unfinished", "with_parts", "restored"), "parts of an array tree"
+        ("CONTENTS", "parts_of", "frozen_of", "remove_unfinished", "with_parts", "read_parts"), "parts of an array tree"
     )
     | dict.fromkeys(("silence_failed_saves", "new_checkpointer", "Checkpoints.new_checkpointer"), "threads of Orbax")
     | dict.fromkeys(("restore", "Checkpoints.restore"), "jaxlm.weights reads files of torchlm, and is above both"),
