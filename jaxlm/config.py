@@ -206,11 +206,28 @@ class TrainConfig:
     eval_interval: Positive = 100  # updates between evaluations; each writes a checkpoint and samples
     patience: Count = 0  # stop after so many evaluations without a lower validation loss; 0: never
     log_interval: Positive = 10  # updates between rows of metrics.jsonl
+    label_smoothing: Share = 0.0  # share of each label that all classes get alike, in training
+    # Weights of classes in training: balanced, NAME=WEIGHT,... (others 1), or a number for each in order; "": none.
+    class_weights: str = ""
+    # How texts are drawn. weighted: with repetition, by class_weights, which then do not weigh the loss.
+    sampling: Literal["shuffled", "weighted"] = "shuffled"
     seed: Count = 0  # seed of initial weights, sample order, masking and dropout
     precision: Literal["float32", "bfloat16"] = "float32"  # type of matmuls; weights, moments and norms stay float32
     on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"  # on NaN or infinity: stop, skip the update, or go back
     reset_optimizer: bool = False  # with --resume PATH: start with zero moments
     switch_training: bool = False  # with --resume PATH or --init-from: load only the base; new output layer
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """The weight of each class; () where there is none, or where the data have not been read."""
+        is_read = re.fullmatch(r"[-+.,e0-9]+", self.class_weights)
+        return tuple(map(float, self.class_weights.split(","))) if is_read else ()
+
+    def label_rule(self, is_training: bool) -> dict[str, Any]:
+        """Return what the cross-entropy of classes is told, by the names of its arguments."""
+        if not is_training:
+            return {}
+        return {"smoothing": self.label_smoothing, "weights": self.weights if self.sampling == "shuffled" else ()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -685,6 +702,12 @@ def _check(config: Config) -> None:
         rule = f"end after the decay, at update {getattr(train, end)}"
         steps = f"{shown('train.stable_steps')} and {shown('train.warmup_steps')}"
         raise UserError(f"{steps} {rule}; lower them, or raise train.{end}")
+    if (train.label_smoothing or train.class_weights) and config.model.head_outputs == "vocabulary":
+        name = "train.label_smoothing" if train.label_smoothing else "train.class_weights"
+        raise UserError(f"{shown(name)}: model.head_outputs=vocabulary has outputs that are no class; set it to labels")
+    if train.sampling == "weighted" and (not train.class_weights or data.pack != "none"):
+        mend = "set data.pack=none" if train.class_weights else "give them, such as --train.class-weights balanced"
+        raise UserError(f"train.sampling=weighted: single texts are drawn by train.class_weights; {mend}")
     if not (distill.soft_weight or distill.hard_weight or distill.cosine_weight):
         raise UserError("distill.soft_weight, .hard_weight and .cosine_weight are all 0; raise one of them")
     axes = {f"mesh.{name}": getattr(config.mesh, name) for name in AXES}
@@ -762,6 +785,7 @@ def warnings(config: Config, origins: dict[str, str], of_other_tasks: Iterable[s
         "tokenizer.vocab_size": has_path or is_untrained,
         "tokenizer.lowercase": keeps_case and (has_path or f"{shown('tokenizer.kind')} keeps case"),
         "model.rotary_base model.rotary_base_local model.rotary_scaling": no_rotary,
+        "train.label_smoothing train.class_weights": distill.teacher and "the loss is that of distill.*",
         "model.rotary_scaling_len": no_rotary or model.rotary_scaling == 1 and shown("model.rotary_scaling"),
         "model.rotary_base_local model.global_every": not model.window and shown("model.window"),
         "model.global_first": not (model.window and model.global_every) and shown("model.global_every"),

@@ -119,7 +119,7 @@ def test_dump_is_read_back_to_the_same_settings(tmp_path):
             "model.rotary_scaling": 8.0,
         }
         choices |= {"train.optimizer": "muon", "train.muon_scale": "spectral"}
-        choices |= {"train.muon_coefficients": "polar_express"}
+        choices |= {"train.muon_coefficients": "polar_express", "train.sampling": "shuffled", "train.class_weights": ""}
         choices |= {"model.initialization": "gpt2", "model.logit_softcap": 15.0, "model.z_loss": 1e-4}
         if name in choices:
             return choices[name]
@@ -137,6 +137,9 @@ def test_dump_is_read_back_to_the_same_settings(tmp_path):
         "model.n_heads",
         "model.first_norm",
         "train.group_by_length",
+        "train.label_smoothing",
+        "train.class_weights",
+        "train.sampling",
     ]
     path = write(tmp_path / "config.toml", configs.dump(config))
     again, origins = configs.load(["--config", path])

@@ -1,5 +1,7 @@
 """The loss: cross-entropy."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -11,11 +13,14 @@ Totals = dict[str, Array]
 
 
 @jax.named_scope("output layer")
-def cross_entropy(logits: Array, labels: Array, z_loss: float = 0.0) -> Totals:
+def cross_entropy(
+    logits: Array, labels: Array, z_loss: float = 0.0, smoothing: float = 0.0, weights: Sequence[float] = ()
+) -> Totals:
     """Return the summed cross-entropy in nats, the number of labels, and how often the largest logit is the label's.
 
     logits [..., V], labels [...]; negative labels are ignored. `z_loss` is the weight of a term that keeps logits
-    small: the squared logarithm of the softmax's denominator (PaLM, arXiv 2204.02311, section 5).
+    small: the squared logarithm of the softmax's denominator (PaLM, arXiv 2204.02311, section 5). `smoothing` gives
+    all V a share of each label (arXiv 1512.00567, section 7); `weights` [V] are those of the terms of the classes.
     """
     is_counted = labels >= 0
     labels = jnp.maximum(labels, 0)
@@ -27,6 +32,10 @@ def cross_entropy(logits: Array, labels: Array, z_loss: float = 0.0) -> Totals:
     largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
     log_sums = jnp.log(jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1))
     losses = log_sums + (largest - label_logits)
+    if smoothing or weights:
+        weights_V = jnp.array(weights or (1,) * logits.shape[-1], logits.dtype)
+        apart = weights_V[indices] * (log_sums[..., None] + (largest[..., None] - logits))
+        losses = (1 - smoothing) * weights_V[labels] * losses + smoothing * jnp.mean(apart, axis=-1)
     if z_loss:
         losses = losses + z_loss * jnp.square(log_sums + largest)
     return {

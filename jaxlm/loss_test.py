@@ -5,6 +5,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 from jaxlm.loss import cross_entropy
 
@@ -29,3 +30,16 @@ def test_the_small_loss_of_a_sure_prediction_is_exact_among_large_logits() -> No
     logits = jnp.full((1, V), 200.0).at[0, 3].set(212.0)
     totals = cross_entropy(logits, jnp.array([3]))
     assert totals["loss"] == pytest.approx(math.log1p((V - 1) * math.exp(-12)), abs=1e-6)  # 200 has 1.5e-5
+
+
+def test_smoothed_and_weighted_labels_are_those_of_pytorch() -> None:
+    random = np.random.default_rng(2)
+    logits, labels = random.normal(size=(7, 4)).astype(np.float32), np.array([0, 3, 1, 1, -1, 2, 0])
+    for smoothing, weights in ((0.3, ()), (0.0, (2.0, 0.0, 1.0, 0.5)), (0.1, (2.0, 0.3, 1.0, 0.5))):
+        found = cross_entropy(jnp.asarray(logits), jnp.asarray(labels), 0.0, smoothing, weights)
+        expected = torch.nn.functional.cross_entropy(
+            *(torch.tensor(logits), torch.tensor(labels), torch.tensor(weights) if weights else None),
+            **{"ignore_index": -1, "reduction": "sum", "label_smoothing": smoothing},
+        )
+        assert float(found["loss"]) == pytest.approx(float(expected), rel=1e-5)
+        assert found["count"] == 6

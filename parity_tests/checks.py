@@ -209,6 +209,8 @@ def _checks() -> dict[str, Callable[[], list[Row]]]:
     for task in ("classify", "regress"):
         for name in ("two texts", "two texts, the last token", "rotary positions"):
             add(f"{name}: {task}", inputs.option, task, name)
+    for task in ("classify", "tag"):
+        add(f"smoothed, weighted: {task}", inputs.option, task, "smoothed, weighted")
     add("finite differences: regress", references.finite_differences, "regress")
     for name, (task, is_distilled, changes) in _PACKED.items():
         add(f"packed: {name}", packed.packed, task, is_distilled, **changes)
@@ -234,6 +236,6 @@ FAST = {
         "rotary, no pad: gpt",
     ),
     *("packed: mlm, rotary positions", "packed: sst2"),
-    *("two texts: classify", "two texts, the last token: regress"),
+    *("smoothed, weighted: classify", "two texts: classify", "two texts, the last token: regress"),
     *("distillation: mlm", "layer decay, frozen: gpt", "Muon: gpt", "LoRA of rank 1 everywhere: gpt"),
 }

@@ -137,6 +137,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         **{"data.pair_column": "auto", "model.segments": 3, "model.positions": "learned"},
         **{"model.pooling": "last", "model.pad_id": -1},
     },
+    "smoothed, weighted": {"train.label_smoothing": 0.2, "train.class_weights": "0.5,3,1", "data.n_labels": 3},
     "z-loss": {"model.z_loss": 0.05, "model.tied_embedding": True},
 }
 # Settings that train a part.

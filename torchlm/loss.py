@@ -1,5 +1,7 @@
 """The loss: cross-entropy."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -7,16 +9,22 @@ from torch import Tensor, nn
 Totals = dict[str, Tensor]
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, z_loss: float = 0.0) -> Totals:
+def cross_entropy(
+    logits: Tensor, labels: Tensor, z_loss: float = 0.0, smoothing: float = 0.0, weights: Sequence[float] = ()
+) -> Totals:
     """Return the summed cross-entropy in nats, the number of labels, and how often the largest logit is the label's.
 
     logits [..., V], labels [...]; negative labels are ignored. `z_loss` is the weight of a term that keeps logits
-    small: the squared logarithm of the softmax's denominator (PaLM, arXiv 2204.02311, section 5).
+    small: the squared logarithm of the softmax's denominator (PaLM, arXiv 2204.02311, section 5). `smoothing` gives
+    all V a share of each label (arXiv 1512.00567, section 7); `weights` [V] are those of the terms of the classes.
     """
     is_counted = labels >= 0
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     ignored = torch.where(is_counted, labels, -1).flatten()
-    loss = nn.functional.cross_entropy(logits.flatten(0, -2), ignored, ignore_index=-1, reduction="sum")
+    weights_V = logits.new_tensor(weights) if weights else None
+    loss = nn.functional.cross_entropy(
+        logits.flatten(0, -2), ignored, weights_V, ignore_index=-1, reduction="sum", label_smoothing=smoothing
+    )
     if z_loss:
         loss = loss + z_loss * torch.where(is_counted, logits.logsumexp(dim=-1).square(), 0).sum()
     return {

@@ -205,6 +205,36 @@ class Labels:
         )
 
 
+def weights(text: str, classes: Sequence[str], counts: Sequence[int]) -> tuple[float, ...]:
+    """Return the weight of each class by train.class_weights; `counts` are the texts of each in the training part.
+
+    If they are balanced, all classes weigh the same together, and a text weighs 1 on average. Raises UserError.
+    """
+    n_used, total = sum(n > 0 for n in counts), sum(counts)
+    if text == "balanced":
+        return tuple(total / (n_used * n) if n else 1.0 for n in counts)
+    found, rule = dict.fromkeys(classes, 1.0), f"train.class_weights={text}"
+    parts = text.split(",")
+    named = all("=" in part for part in parts)
+    if not named and len(parts) != len(classes):
+        raise UserError(
+            f"{rule}: there are {len(classes)} classes, {listed(classes)}; write NAME=WEIGHT,... or balanced"
+        )
+    for part, own in zip(parts, parts if named else classes, strict=True):
+        name, weight = (part.rpartition("=")[0].strip(), part.rpartition("=")[2]) if named else (own, part)
+        if name not in found:
+            raise UserError(f"{rule}: {name!r} is none of the classes {listed(classes)}{nearest(name, classes)}")
+        try:
+            found[name] = float(weight)
+        except ValueError:
+            found[name] = -1.0
+        if not 0 <= found[name] < math.inf:
+            raise UserError(f"{rule}: the weight of {name}, {weight!r}, is no number of 0 or more; correct it")
+    if not any(found.values()):
+        raise UserError(f"{rule}: all weights are 0; raise one")
+    return tuple(found.values())
+
+
 def unknown(place: str, label: str, classes: Iterable[str]) -> UserError:
     """Return the error for a label that is no class."""
     classes = list(classes)

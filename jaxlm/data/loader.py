@@ -60,6 +60,15 @@ def order_of(samples: Samples, train: TrainConfig, position: Position = START) -
     shuffled = [grain.MapDataset.range(n).seed(train.seed).shuffle().repeat() for n in sizes.tolist()]
     sources = samples.order(train, position) if isinstance(samples, Mix) else lambda places: (0 * places, places)
 
+    if train.sampling == "weighted":
+        n, ends = len(samples), np.cumsum(np.array(train.weights)[samples.labels.astype(int)])
+
+        def drawn(places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            random = uniform(train.seed, places // n, places % n, 1)[:, 0]
+            return np.searchsorted(ends, random * ends[-1], side="right"), places // n
+
+        return drawn
+
     def order(places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         source, number = sources(places)
         inside = np.array([shuffled[i][n] for i, n in zip(source.tolist(), number.tolist(), strict=True)])

@@ -279,3 +279,17 @@ def test_cut_evaluation_has_every_sample_once_and_in_order(kind: type, ragged: S
         assert stream([{k: x[None] for k, x in one.items()}]) == stream([{k: x[None] for k, x in other.items()}])
     for one, other in zip(cut, evaluation_batches(samples, 2, np.array([1]), are_cut=True), strict=True):
         assert all(np.array_equal(one[name][[1]], other[name]) for name in one)
+
+
+def test_weighted_samples_come_as_often_as_their_class_weighs(samples: Samples) -> None:
+    weights = ",".join(str(i % 3) for i in range(N))  # a third of the samples never comes
+    train = TrainConfig(batch_size=50, sampling="weighted", class_weights=weights)
+
+    def drawn(first: int, n: int) -> np.ndarray:
+        position = Position(first, Position().first(first, train))
+        return np.array([batch["labels"] for batch in islice(training_batches(samples, train, position), n)]).ravel()
+
+    found = drawn(0, 200)
+    shares = np.bincount(found, minlength=N) * sum(i % 3 for i in range(N)) / len(found)
+    assert np.all(shares[::3] == 0) and np.allclose(shares, np.arange(N) % 3, atol=0.35)
+    assert np.array_equal(drawn(150, 50), found[150 * 50 :])  # by the position alone

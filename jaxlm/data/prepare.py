@@ -114,6 +114,7 @@ def prepare(
             of_splits = ", ".join(f"{n:,} of {split}" for split, n in n_left_out.items())
             notes.append(f"{prefix}documents left out, as equal to one before (data.unique): {of_splits}")
         notes.append(prefix + document_note(own, splits["train"], found["train"]))
+    config = _with_weights(config, samples_class, source.classes, samples["train"])
     if not config.data.sources:
         return config, Data(
             source, tokenizer, {split: of_source[""] for split, of_source in samples.items()}, (*notes,)
@@ -124,6 +125,20 @@ def prepare(
         raise UserError("data.sources: no source has a validation part; give one a validation_fraction above 0")
     mixed["train"] = mixture.Mix(samples["train"], config.data, fingerprints)
     return config, Data(source, tokenizer, mixed, (*notes,))
+
+
+def _with_weights(
+    config: Config, samples_class: type[Any], classes: Sequence[str], samples: Mapping[str, Any]
+) -> Config:
+    """Return the settings with train.class_weights as a number for each class. Raises UserError."""
+    if config.train.sampling == "weighted" and samples_class.reads != "labels":
+        raise UserError(f"train.sampling=weighted: a sample of task={config.task} has no class; leave it out")
+    if not config.train.class_weights or samples_class.reads not in WITH_CLASSES:
+        return config
+    found = np.asarray(samples[""].labels)
+    counts = np.bincount(found[found >= 0].astype(np.int64), minlength=len(classes))
+    numbers = labels.weights(config.train.class_weights, classes, counts.tolist())
+    return configs.replace(config, "train.class_weights", ",".join(f"{x:.6g}" for x in numbers))
 
 
 def _with_seq_len(

@@ -24,6 +24,7 @@ class Classify(Task):
     settings: ClassVar[tuple[str, ...]] = (
         *("data.text_column", "data.pair_column", "data.label_column", "data.n_labels"),
         *("model.head_outputs", "model.pooling", "model.classifier_bias"),
+        *("train.label_smoothing", "train.class_weights", "train.sampling"),
     )
     baseline_name = "always the most frequent class"
     scored: ClassVar[tuple[str, ...]] = ("accuracy", "f1")  # of metrics.OF_CLASSES, the most telling first
@@ -41,14 +42,14 @@ class Classify(Task):
         return Classifier(self.config.model, self.config.data.n_classes, self.dtype, rngs)
 
     def loss(self, model: "Classifier", batch: dict[str, "Array"], key: "Array | None") -> "Totals":
-        return self.totals(self.logits(model, batch, key), batch["labels"])
+        return self.totals(self.logits(model, batch, key), batch["labels"], key is not None)
 
     def logits(self, model: Any, batch: dict[str, Any], key: Any = None) -> Any:
         """Return the logits of each text, or pair of texts, of a batch."""
         positions = batch.get("positions", batch.get("last"))
         return model(batch["tokens"], key, positions, False, batch.get("segments"), batch.get("types"))
 
-    def totals(self, logits: "Array", labels: "Array") -> "Totals":
+    def totals(self, logits: "Array", labels: "Array", is_training: bool = False) -> "Totals":
         """Return what `loss` does, of logits [..., C] and labels [...], one for each text."""
         import jax
         import jax.numpy as jnp
@@ -61,7 +62,10 @@ class Classify(Task):
         # The row of an ignored label, -1, is zero.
         rows_BC = jax.nn.one_hot(labels_B, C, dtype=jnp.int32)
         columns_BC = jax.nn.one_hot(predictions_B, C + 1, dtype=jnp.int32)
-        return {**cross_entropy(logits_BC, labels_B), "confusion": rows_BC.T @ columns_BC}
+        return {
+            **cross_entropy(logits_BC, labels_B, **self.config.train.label_rule(is_training)),
+            "confusion": rows_BC.T @ columns_BC,
+        }
 
     def predict(self, model: "Classifier", batch: dict[str, "Array"]) -> "Array":
         return self.logits(model, batch).argmax(axis=-1)

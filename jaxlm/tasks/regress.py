@@ -28,7 +28,7 @@ class Regress(Classify):
 
         return Classifier(self.config.model, 1, self.dtype, rngs)
 
-    def totals(self, logits: "Array", labels: "Array") -> "Totals":
+    def totals(self, logits: "Array", labels: "Array", is_training: bool = False) -> "Totals":
         """Return what `loss` does, of logits [..., 1] and labels [...]; NaN counts nothing."""
         import jax.numpy as jnp
 

@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 
 class Tag(Task):
     samples = TaggedSamples
-    settings = ("data.text_column", "data.label_column", "data.n_labels", "model.pooling")
+    settings = (
+        *("data.text_column", "data.label_column", "data.n_labels", "model.pooling"),
+        *("train.label_smoothing", "train.class_weights"),
+    )
     baseline_name = "no span, at the loss of the tags' frequencies"
     has_probabilities = True
 
@@ -64,9 +67,9 @@ class Tag(Task):
         return Classifier(model, self.config.data.n_classes, self.dtype, rngs, kind="tagger")
 
     def loss(self, model: "Classifier", batch: dict[str, "Array"], key: "Array | None") -> "Totals":
-        return self.totals(model(batch["tokens"], key, batch["positions"]), batch["labels"])
+        return self.totals(model(batch["tokens"], key, batch["positions"]), batch["labels"], key is not None)
 
-    def totals(self, logits_BNC: "Array", labels_BN: "Array") -> "Totals":
+    def totals(self, logits_BNC: "Array", labels_BN: "Array", is_training: bool = False) -> "Totals":
         """Return what `loss` does, of logits; `spans` [K, 3] are by type how many are right, predicted, and labelled.
 
         Spans are read as seqeval does by default, and right if type, begin and end are.
@@ -96,7 +99,10 @@ class Tag(Task):
             jnp.sum(jax.nn.one_hot(kind_BN, K, dtype=jnp.int32) * is_BN[..., None], axis=(0, 1))
             for kind_BN, is_BN in ((labelled[0], right_BN), predicted[:2], labelled[:2])
         ]
-        return {**cross_entropy(logits_BNC, labels_BN), "spans": jnp.stack(of_kind, axis=1)}
+        return {
+            **cross_entropy(logits_BNC, labels_BN, **self.config.train.label_rule(is_training)),
+            "spans": jnp.stack(of_kind, axis=1),
+        }
 
     def predict(self, model: "Classifier", batch: dict[str, "Array"]) -> "Array":
         return model(batch["tokens"], None, batch["positions"]).argmax(axis=-1)

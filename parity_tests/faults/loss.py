@@ -4,6 +4,7 @@ from parity_tests.faults.planting import both, edit, mirrored
 from parity_tests.faults.targets import cosine_loss, cross_entropy, gpt_loss, regression, soft_loss
 
 MLM, GPT, COLA, DISTILLATION = "batch 0 of mlm", "batch 0 of gpt", "replay of cola", "distillation"
+SMOOTHED = "smoothed and weighted classes"
 
 FAULTS = [
     *both(
@@ -53,6 +54,30 @@ FAULTS = [
             cross_entropy.torchlm,
             ("_f(*_args, reduction='sum', **_rest)", "_f(*_args, reduction='sum', label_smoothing=0.1, **_rest)"),
         ),
+    ),
+    *both(
+        "smoothing lost: what a smoothed label gives up goes to no class",
+        SMOOTHED,
+        edit(cross_entropy.jaxlm, ("_x + smoothing * jnp.mean(_apart, axis=-1)", "_x")),
+        None,
+    ),
+    *both(
+        "unsmoothed: labels are not smoothed",
+        SMOOTHED,
+        None,
+        edit(cross_entropy.torchlm, ("_f(*_args, label_smoothing=smoothing, **_rest)", "_f(*_args, **_rest)")),
+    ),
+    *both(
+        "weights of the labels alone: what smoothing gives to a class is not weighed",
+        SMOOTHED,
+        edit(cross_entropy.jaxlm, ("_weights[indices] * _x", "_x")),
+        None,
+    ),
+    *both(
+        "all classes alike: labels are not weighed",
+        SMOOTHED,
+        edit(cross_entropy.jaxlm, ("(1 - smoothing) * _weights[labels]", "1 - smoothing")),
+        edit(cross_entropy.torchlm, ("logits.new_tensor(weights)", "logits.new_ones(len(weights))")),
     ),
     *mirrored(
         "no square of the temperature: soft loss not times T^2", DISTILLATION, soft_loss, ("temperature**2 * _x", "_x")

@@ -16,9 +16,9 @@ class Classify(Task, classify.Classify):
         return Classifier(self.config.model, self.config.data.n_classes, self.dtype, rngs)
 
     def loss(self, model: Classifier, batch: dict[str, Tensor], key: None) -> Totals:
-        return self.totals(self.logits(model, batch, key), batch["labels"])
+        return self.totals(self.logits(model, batch, key), batch["labels"], model.training)
 
-    def totals(self, logits: Tensor, labels: Tensor) -> Totals:
+    def totals(self, logits: Tensor, labels: Tensor, is_training: bool = False) -> Totals:
         """Return what `loss` does, of logits [..., C] and labels [...], one for each text."""
         C, logits_BC, labels_B = self.config.data.n_classes, logits.flatten(0, -2), labels.flatten()
         # The original's head has an output for each token of the vocabulary: those are no class.
@@ -26,7 +26,10 @@ class Classify(Task, classify.Classify):
         # Sums of zeros and ones in float32 are exact; GPUs have no product of integers.
         rows_BC = (labels_B[:, None] == torch.arange(C, device=labels_B.device)).float()
         columns_BC = (predictions_B[:, None] == torch.arange(C + 1, device=labels_B.device)).float()
-        return {**cross_entropy(logits_BC, labels_B), "confusion": (rows_BC.T @ columns_BC).long()}
+        return {
+            **cross_entropy(logits_BC, labels_B, **self.config.train.label_rule(is_training)),
+            "confusion": (rows_BC.T @ columns_BC).long(),
+        }
 
     def predict(self, model: Classifier, batch: dict[str, Tensor]) -> Tensor:
         return self.logits(model, batch).argmax(dim=-1)

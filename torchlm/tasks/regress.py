@@ -13,7 +13,7 @@ class Regress(Classify, regress.Regress):
     def build_model(self, rngs: torch.Generator) -> Classifier:
         return Classifier(self.config.model, 1, self.dtype, rngs)
 
-    def totals(self, logits: Tensor, labels: Tensor) -> Totals:
+    def totals(self, logits: Tensor, labels: Tensor, is_training: bool = False) -> Totals:
         """Return what `loss` does, of logits [..., 1] and labels [...]; NaN counts nothing."""
         predictions_B, labels_B = logits[..., 0].flatten(), labels.flatten()
         is_counted_B = ~labels_B.isnan()

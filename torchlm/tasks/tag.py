@@ -17,9 +17,9 @@ class Tag(Task, tag.Tag):
         return Classifier(model, self.config.data.n_classes, self.dtype, rngs, kind="tagger")
 
     def loss(self, model: Classifier, batch: dict[str, Tensor], key: None) -> Totals:
-        return self.totals(model(batch["tokens"], key, batch["positions"]), batch["labels"])
+        return self.totals(model(batch["tokens"], key, batch["positions"]), batch["labels"], model.training)
 
-    def totals(self, logits_BNC: Tensor, labels_BN: Tensor) -> Totals:
+    def totals(self, logits_BNC: Tensor, labels_BN: Tensor, is_training: bool = False) -> Totals:
         """Return what `loss` does, of logits; `spans` [K, 3] are by type how many are right, predicted, and labelled.
 
         Spans are read as seqeval does by default, and right if type, begin and end are.
@@ -44,7 +44,10 @@ class Tag(Task, tag.Tag):
             torch.sum((kind_BN[..., None] == numbers_K) & is_BN[..., None], dim=(0, 1))
             for kind_BN, is_BN in ((labelled[0], right_BN), predicted[:2], labelled[:2])
         ]
-        return {**cross_entropy(logits_BNC, labels_BN), "spans": torch.stack(of_kind, dim=1)}
+        return {
+            **cross_entropy(logits_BNC, labels_BN, **self.config.train.label_rule(is_training)),
+            "spans": torch.stack(of_kind, dim=1),
+        }
 
     def predict(self, model: Classifier, batch: dict[str, Tensor]) -> Tensor:
         return model(batch["tokens"], None, batch["positions"]).argmax(dim=-1)
