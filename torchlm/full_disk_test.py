@@ -271,11 +271,11 @@ def test_a_run_whose_reader_has_gone_saves(texts: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torchlm.train", *settings.split()]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stderr is not None
-        while not process.stdout.readline().startswith("step 2  validation"):
-            pass
+        assert any(line.startswith("step 2  validation") for line in process.stdout)
         process.stdout.close()
-        errors = process.stderr.read()
-    assert (process.returncode, errors) == (141, "")
+        errors = process.stderr.read().splitlines()
+    # A step that takes more than 5 s on a busy machine says so.
+    assert process.returncode == 141 and [line for line in errors if not line.startswith("making or")] == []
     assert "interrupted: saving" in (run / "log.txt").read_text()
     assert max(steps_on_disk(run)) == run_reader.read(run).last_step
 
