@@ -60,6 +60,7 @@ def test_transformers_still_computes_what_was_recorded(name: str, tmp_path: Path
 
 
 @pytest.mark.slow
+@pytest.mark.longest
 @pytest.mark.parametrize("name", checks.RECORDED)
 def test_rounding_is_still_what_was_measured(name: str) -> None:
     found: dict[str, float] = {}

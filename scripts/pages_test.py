@@ -219,7 +219,13 @@ def test_marked_commands_are_understood() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", sorted({c.page for c in COMMANDS if not c.is_marked and runner(c.text) is None}))
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=pytest.mark.longest if page == "jaxlm/params/TUNING.md" else [])
+        for page in sorted({c.page for c in COMMANDS if not c.is_marked and runner(c.text) is None})
+    ],
+)
 def test_the_commands_of_a_page_run(page: str, clone: Path, tmp_path: Path) -> None:
     folder = tmp_path / "clone"
     shutil.copytree(clone, folder, symlinks=True)
