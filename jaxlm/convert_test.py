@@ -223,7 +223,7 @@ def assert_same_update(config: Config, jax_result: tuple[Any, Any], torch_result
     assert int(jax_state.step) == torch_state.step == 4
     weights = torch_state.model.state_dict()
     for name, x in names.to_torch(jax.device_get(jax_state.params)).items():
-        # The gradient of a key's bias is rounding and nothing else, of which Adam makes whole steps.
+        # The gradient of a key's bias is only rounding error, which Adam turns into full steps.
         atol = 2 * config.train.learning_rate if name.endswith("key.bias") else 1e-7
         np.testing.assert_allclose(x, weights[name].numpy(), rtol=1e-6, atol=atol, err_msg=name)
 
@@ -458,7 +458,7 @@ def test_bare_safetensors_need_settings_and_then_are_a_start(folder: Path, tmp_p
 def test_inspect_tells_names_shapes_types_norms_and_counts(
     name: str, form: str, step_: str, row: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # With weights of which a norm can be taken.
+    # With weights whose norm is defined.
     snapshot = snapshot_of(config_of("mlm"))
     random = np.random.default_rng(2)
     arrays = [

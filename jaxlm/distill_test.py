@@ -1,4 +1,4 @@
-"""Distillation: losses against those of PyTorch, where a student begins, what it refuses, how it goes on."""
+"""Distillation: losses against those of PyTorch, the student's initial weights, errors, and resuming."""
 
 import shutil
 from pathlib import Path

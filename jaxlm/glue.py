@@ -1,7 +1,7 @@
 """The command `python -m jaxlm.glue`: fine-tunes a model on tasks of GLUE with several seeds, and makes one table.
 
-Each run is one of `jaxlm.train` in a process and a folder of its own. Called again, the command goes on: a run that has
-ended is not made again, and one that was stopped resumes.
+Each run is one of `jaxlm.train` in a process and a folder of its own. Called again, the command skips runs that have
+ended, and resumes those that were stopped.
 """
 
 import argparse
@@ -138,7 +138,7 @@ def make_parser() -> Parser:
     parser = Parser(
         prog=command("glue"),
         description="Fine-tunes a model on each task of GLUE for which a folder has data, and makes one table.",
-        epilog="Further options are settings of jaxlm.train, for all runs. Called again, it goes on where it stopped.",
+        epilog="Further options are settings of jaxlm.train, for all runs. Called again, it resumes where it stopped.",
     )
     parser.add_argument(
         "--checkpoint", required=True, metavar="RUN", help="run, checkpoint, or public model to start from"

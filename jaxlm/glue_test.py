@@ -1,4 +1,4 @@
-"""The command jaxlm.glue: which data it finds, its table, and that it goes on where it was stopped."""
+"""The command jaxlm.glue: which data it finds, its table, and that it continues where it was stopped."""
 
 from pathlib import Path
 

@@ -131,7 +131,7 @@ def test_a_causal_classifier_reads_the_last_token_and_nothing_behind_it(pad_id: 
     for b in range(B):  # each text alone, without what fills it up
         alone = run(graphdef, params, tokens[b : b + 1, : last[b] + 1], None, last[b : b + 1])
         np.testing.assert_allclose(alone[0], logits[b], rtol=0, atol=1e-6)
-    for place in range(3):  # it sees all that is before
+    for place in range(3):  # it attends to all earlier positions
         other = tokens.copy()
         other[1, place] = 10
         moved = np.asarray(run(graphdef, params, other, None, last)) - logits

@@ -25,7 +25,7 @@ TINY = (
 
 
 class Poisoned(Sst2):
-    """SST-2 with a loss that is no number for a batch with the label 1 in every row, which is rare."""
+    """SST-2 with a loss of NaN for a batch with the label 1 in every row, which is rare."""
 
     def loss(self, model: Any, batch: dict[str, jax.Array], key: jax.Array | None) -> Any:
         totals = super().loss(model, batch, key)

@@ -57,7 +57,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two runs of a task, of which one was evaluated, and was started twice."""
+    """Two runs of a task; one was evaluated, and was started twice."""
     path = tmp_path_factory.mktemp("runs")
     first, _ = write(path / "first", "sst2"), write(path / "second", "sst2", **{"train.learning_rate": 0.5})
     (first / "evaluation_test.json").write_text(json.dumps(EVALUATION))

@@ -32,7 +32,7 @@ def warmed_up(config: TrainConfig) -> optax.Schedule:
         start = max(warmup_steps, 1)
         return jnp.maximum(peak * jnp.sqrt(start / (start + i)), minimum)
 
-    # Optax refuses a piece of length 0: a warmup that is none lies before its boundary, whatever its length.
+    # Optax refuses a piece of length 0. Without warmup, this piece has length 1, and the boundary at 0 skips it.
     warmup = optax.linear_schedule(0.0, peak, max(warmup_steps, 1))
     rest: optax.Schedule
     if config.schedule == "constant":

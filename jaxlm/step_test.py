@@ -44,7 +44,7 @@ def batches(n: int) -> dict[str, np.ndarray]:
 
 
 def only(i: int, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return accumulated batches of which batch i alone counts."""
+    """Return accumulated batches; only batch i has labels that count."""
     is_other = np.arange(len(batch["labels"])) != i
     return batch | {"labels": np.where(is_other[:, None, None], -1, batch["labels"])}
 
@@ -215,7 +215,7 @@ def test_bfloat16_keeps_weights_moments_and_sums_in_float32(trained: tuple, plai
 GOOD = {"x": np.ones((1, 4), np.float32), "root": np.ones((1, 4), np.float32)}
 
 
-# A batch whose loss is no number, and one whose loss is fine, but at a root of 0 not its gradient.
+# A batch with a loss of NaN, and one with a finite loss whose gradient is NaN, by a square root of 0.
 @pytest.mark.parametrize("bad", [{"x": np.full((1, 4), np.nan, np.float32)}, {"root": np.zeros((1, 4), np.float32)}])
 def test_an_update_that_is_no_number_changes_nothing_but_the_count(bad: dict[str, np.ndarray]) -> None:
     def loss(params: Any, batch: Any, key: Any) -> dict[str, jax.Array]:

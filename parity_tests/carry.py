@@ -5,7 +5,7 @@
     for batch in carry.batches(a): ...       # what a.batch(...) was given
 
 Parameters are paired by their names and shapes, since values differ. Linear and convolution kernels of Flax are
-transposed to the weights of PyTorch, stacked layers are numbered. Where two ways are possible, a map is wanted.
+transposed to the weights of PyTorch, stacked layers are numbered. If names are ambiguous, a map is required.
 """
 
 from pathlib import Path

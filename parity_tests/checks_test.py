@@ -35,7 +35,7 @@ def test_bounds_are_four_to_twenty_times_what_rounding_does() -> None:
     for field in dataclasses.fields(FLOAT32):
         measured, bound = getattr(ROUNDING, field.name), getattr(FLOAT32, field.name)
         if field.name in ("rates", "used_rates", "moments_of_key_biases", "key_biases"):
-            assert measured <= bound, field.name  # by another reason, which is told there
+            assert measured <= bound, field.name  # for another reason, which is given there
         else:
             assert 4 * measured <= bound <= 20 * measured, field.name
 

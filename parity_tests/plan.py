@@ -15,7 +15,7 @@ CYCLE_AMPLITUDE = 0.03  # of the original's rate
 
 @dataclass(frozen=True)
 class Resume:
-    """A checkpoint before update `step`, from which the run goes on with `train` and a re-warmup of `n_steps`."""
+    """A checkpoint before update `step`, from which the run resumes with `train` and a re-warmup of `n_steps`."""
 
     step: int
     n_steps: int

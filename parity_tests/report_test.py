@@ -55,7 +55,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def pairs() -> dict[str, tuple[Pair, Pair]]:
-    """Short runs of one package against itself, of which losses are changed."""
+    """Short runs of one package against itself, with changed losses."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(packages, "PACKAGES", (packages.Torchlm, packages.Torchlm))
         single, double = (report.pair("gpt", precision, 6) for precision in ("float32", "float64"))

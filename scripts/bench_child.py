@@ -1,4 +1,4 @@
-"""One of the systems that benchmark.py compares, in a process that does what it is told and reports.
+"""One of the systems that benchmark.py compares, in a process that runs commands and reports.
 
     python scripts/bench_child.py '{"system": "jaxlm", "settings": {"task": "mlm"}, ...}'
 

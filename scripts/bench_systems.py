@@ -214,7 +214,7 @@ class Torchlm(InTorch):
 
 
 def _loss_everywhere(model: Any, batch: dict[str, Any], key: None) -> Any:
-    """Return torchlm's loss of mlm as the original has it: logits at every position, few of which have a label."""
+    """Return torchlm's loss of mlm as the original has it: logits at every position, though few have a label."""
     import torch
 
     from torchlm.loss import cross_entropy

@@ -63,7 +63,7 @@ def test_ratios_are_of_single_rounds() -> None:
     bf16, float32, compiled, memory = benchmark.ratios_to_reach("mlm", ROWS)
     assert (bf16["against"], bf16["ratio"], bf16["low"], bf16["high"]) == ("original float32", 9.0, 7.0, 10.0)
     assert bf16["reached"] and float32["ratio"] == 3.3 and float32["note"] == "of jaxlm float32"
-    # The eager one is none of this target's.
+    # The target does not include the eager one.
     assert compiled["against"] == "transformers bfloat16 compiled" and compiled["ratio"] == 1.6
     assert not compiled["reached"]
     assert memory["ratio"] == 0.5 and memory["at_most"] and memory["reached"]

@@ -76,7 +76,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     jobset: JobSet
 
     def training(self, python: str, run_dir: str = "") -> list[str]:
-        """Return the command of one process of training, which starts a run or goes on with it."""
+        """Return the command of one process of training, which starts or resumes a run."""
         command = [python, "-m", "jaxlm.train", *self.train, "--run.dir", run_dir or self.run_dir]
         if self.checkpoint_dir:
             command += ["--run.checkpoint-dir", self.checkpoint_dir]

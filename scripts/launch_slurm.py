@@ -2,7 +2,7 @@
 
     python scripts/launch_slurm.py COMMAND [--dry-run] [--section.key VALUE ...] [-- SETTINGS OF jaxlm.train]
 
-submit   queue the job; where its time is up, it saves a checkpoint, is queued again, and goes on
+submit   queue the job; when its time is up, it saves a checkpoint, is requeued, and resumes
 logs     follow its output, slurm-NAME.log in the repository
 cancel   end it and take it off the queue; SIGTERM first, so that it saves a checkpoint
 

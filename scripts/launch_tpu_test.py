@@ -162,7 +162,7 @@ def test_loop_wants_checkpoints_that_outlive_the_tpu(folder: Path, launch: Launc
 
 
 def test_training_outlives_the_launcher_and_stop_ends_it(folder: Path, launch: Launch, tmp_path: Path) -> None:
-    """The steps one by one; training goes on while nobody follows, a second `run` joins it, and `stop` ends it."""
+    """The steps one by one; training continues while nobody follows, a second `run` joins it, and `stop` ends it."""
     for verb in ("create", "setup"):
         assert launch(verb, ["wait", 0]).returncode == 0
     launcher = [sys.executable, str(tmp_path / "repository" / "scripts" / "launch_tpu.py"), "run", *shlex.split(FLAGS)]

@@ -21,12 +21,12 @@ class _Order:
 
 
 class NGram:
-    """A model of articles, each of which begins and ends with the token `end`; a token sees order - 1 before it."""
+    """A model of articles, each between two `end` tokens; a token sees order - 1 before it."""
 
     def __init__(self, articles: Sequence[np.ndarray], vocab_size: int, end: int, order: int = 5):
         self.V, self.end, self.order = vocab_size, end, order
         tokens, is_label = self._stream(articles)
-        # Where a token is none to be predicted, its k-gram is not counted.
+        # The k-gram of a token that is not predicted is not counted.
         numbers, keys = [tokens], [np.arange(vocab_size)]
         for _ in range(1, order):
             pairs = np.where(np.arange(len(tokens)) > 0, np.roll(numbers[-1], 1) * vocab_size + tokens, tokens)

@@ -1,6 +1,6 @@
 """Makes the tables of jaxlm/cost/PLAN.md: compiles each step that they have, and keeps what it has found in a folder.
 
-    JAX_OPTIMIZATION_LEVEL=O1 python scripts/plan_table.py plans/     # an hour; goes on where it was stopped
+    JAX_OPTIMIZATION_LEVEL=O1 python scripts/plan_table.py plans/     # an hour; continues where it was stopped
 
 Needs the extra `tpu`. Without O1 it takes several times as long.
 """

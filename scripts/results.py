@@ -1,6 +1,6 @@
 """Trains what configs/RESULTS.md tells of on real data, and writes that page from the run folders.
 
-    python scripts/results.py FOLDER --data DATA                 # hours; goes on where it was stopped
+    python scripts/results.py FOLDER --data DATA                 # hours; continues where it was stopped
     python scripts/results.py FOLDER --write configs/RESULTS.md  # trains nothing: the page, of what is there
 
 DATA has the folders prose (*.txt.xz), wikitext-2 (test.txt), sst2 (train.tsv, dev.tsv: GLUE's) and cola
@@ -353,7 +353,7 @@ def not_attempted(results: Results) -> str:
 
 
 def page(results: Results, text: str) -> str:
-    """Return the page with its tables made anew: what is between `<!-- name -->` and `<!-- end -->`."""
+    """Return the page with new tables: what is between `<!-- name -->` and `<!-- end -->`."""
     commands = [*(Trial(name, arguments) for name, arguments in LANGUAGE.items())]
     for task in DATA:
         for kind in KINDS:

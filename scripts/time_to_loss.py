@@ -6,8 +6,8 @@
 
 NANOGPT is a clone of github.com/karpathy/nanoGPT, whose train.py runs as it is, in a copy. Each system has the best of
 three rates, by its loss after a tenth of the updates. Systems take turns: first all of the first rate, and so on. Each
-training is a process of its own with an empty compile cache. FOLDER keeps what is done: the same command goes on. After
---minutes nothing new is begun, and what is there is shown.
+training is a process of its own with an empty compile cache. FOLDER keeps the results; the same command continues. With
+--minutes, it starts nothing more after that time, and shows the results so far.
 
 Seconds are counted from the start of the process, compilation and evaluations included, unless a column says otherwise.
 CPU seconds are those of all threads: other work on the machine changes them less.

@@ -1,4 +1,4 @@
-"""The comparison runs, tiny, goes on where it stopped, and computes its shares right."""
+"""The comparison runs, tiny, continues where it stopped, and computes its shares right."""
 
 import json
 import subprocess

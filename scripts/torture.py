@@ -244,7 +244,7 @@ def damaged_bytes(folder: Path, is_quick: bool) -> Iterator[Trial]:
                 wrong.append(f"{file} {what}: {found.path}")
             shutil.copyfile(whole / file, run / file)
     (run / files[0]).unlink()
-    # Once as a process: the damaged one is told and set aside, and the run ends as the undisturbed one.
+    # Once as a process: the damaged one is reported and set aside, and the run ends like the undisturbed one.
     status = finish(command("jaxlm", f"{settings} --resume auto"), folder / "log2")
     if status or not list(run.glob("checkpoints/*.damaged")) or "renamed to" not in (folder / "log2").read_text():
         wrong.append("not renamed")

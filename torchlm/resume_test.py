@@ -1,4 +1,4 @@
-"""A run that was interrupted and went on is the run that was not, byte for byte; and the loss that is no number."""
+"""A resumed run equals an uninterrupted one, byte for byte; and what happens on a loss of NaN."""
 
 import json
 import shlex
@@ -78,7 +78,7 @@ def test_a_run_interrupted_anywhere_goes_on_alike(
 
 
 class Poisoned(Sst2):
-    """SST-2 with a loss that is no number for a batch with the label 1 in almost every row, which is rare."""
+    """SST-2 with a loss of NaN for a batch with the label 1 in almost every row, which is rare."""
 
     def loss(self, model: Any, batch: dict[str, torch.Tensor], key: None) -> Any:
         totals = super().loss(model, batch, key)

@@ -153,7 +153,7 @@ def test_confusion_counts_predictions_that_are_no_class() -> None:
 GOOD = {"x": torch.ones(1, 4), "root": torch.ones(1, 4)}
 
 
-# A batch whose loss is no number, and one whose loss is fine, but at a root of 0 not its gradient.
+# A batch with a loss of NaN, and one with a finite loss whose gradient is NaN, by a square root of 0.
 @pytest.mark.parametrize("bad", [{"x": torch.full((1, 4), math.nan)}, {"root": torch.zeros(1, 4)}])
 def test_an_update_that_is_no_number_changes_nothing_but_the_count(bad: dict[str, torch.Tensor]) -> None:
     def loss(model: Any, batch: Any, key: None) -> Totals:

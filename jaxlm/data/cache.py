@@ -323,9 +323,7 @@ def _taken_over(folder: Path, unfinished: Path) -> tuple[_Progress, dict[str, tu
                     for name, (_, expected) in done.files.items():
                         if hashes[name][1].hexdigest() != expected:
                             raise ValueError(f"{name} is not as it was written")
-                note(
-                    f"{folder}: the token cache was begun before; it goes on after {done.n_bytes / 1e6:,.0f} MB of text"
-                )
+                note(f"{folder}: continues an unfinished token cache, after {done.n_bytes / 1e6:,.0f} MB of text")
                 return done, hashes
             except (OSError, ValueError, TypeError) as error:
                 warn(f"{other}: a token cache that was begun before is damaged ({error}); it begins anew")
@@ -459,7 +457,7 @@ def _write(
 
 
 def _ahead(items: Iterator[T]) -> Iterator[T]:
-    """Yield items, each of which a thread makes while the one before is used."""
+    """Yield items; a thread makes the next one while the caller uses the last."""
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
         following = thread.submit(next, items, None)
         while (item := following.result()) is not None:

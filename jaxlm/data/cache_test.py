@@ -1,4 +1,4 @@
-"""The token cache: what it holds, when it is made anew, and that nothing half written stays."""
+"""The token cache: its content, when it is rebuilt, and that no incomplete file stays."""
 
 import contextlib
 import dataclasses

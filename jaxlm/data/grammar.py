@@ -104,7 +104,7 @@ SENTIMENTS, OPINIONS = ("bad", "good"), ("despised", "admired")  # by label
 
 
 def _review(w: Writer) -> list[tuple[str, int]]:
-    """Return one review: one clause, two clauses of which the main one decides, or a negated clause."""
+    """Return one review: one clause; two clauses, whose main clause decides the label; or a negated clause."""
     label = w.rng.randrange(2)
     main, kind = _clause(w, label, w.chance(0.25)), w.rng.random()
     if kind < 0.3:

@@ -58,7 +58,7 @@ def test_a_streamed_file_that_is_damaged_is_told(tmp_path: Path, monkeypatch: py
     path = tmp_path / "set" / f"train-00002-of-{N_SHARDS:05}.parquet"
     path.write_bytes(path.read_bytes()[:-100])
     monkeypatch.setattr(hub, "DOWNLOADED", 0)
-    with pytest.raises(sources.UserError, match="train, shard 3 of 6: cannot be read: .*; run again, which goes on"):
+    with pytest.raises(sources.UserError, match="train, shard 3 of 6: cannot be read: .*; run again, which continues"):
         built(config)
 
 

@@ -166,7 +166,7 @@ class Mix(MixedSamples):
                 found.append(stretch)
 
     def state(self, train: TrainConfig, position: Position, place: int) -> dict[str, Any]:
-        """Return what a checkpoint at a place needs, so that the order goes on from there: Position.mix."""
+        """Return the state of the order at a place, which a checkpoint stores to resume from there: Position.mix."""
         stretch = next(x for x in reversed(self.stretches(train, position)) if x.place <= place)
         rows = zip(self.parts, self.fingerprints, stretch.rates, stretch.before, stretch.counts(place), strict=True)
         stored = {

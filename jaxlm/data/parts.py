@@ -42,13 +42,13 @@ PAIRS = (
     ("answer_column", ("answer", "completion", "response", "output", "reply")),
 )
 
-# What of a source is used: texts, these with the name of a class or with a number, prompts and answers, words with
-# tags, or texts in twos.
+# What a task reads from a source: texts; texts with a class or with a number; prompts and answers; words with tags;
+# pairs of texts.
 Reads = Literal["text", "labels", "values", "pairs", "tags", "couples"]
 OF_TWO = ("pairs", "couples")
 WITH_CLASSES = ("labels", "tags")
 LABELLED = ("labels", "values")  # one label a row
-ANNOTATED = (*LABELLED, "tags")  # of which all samples are scored
+ANNOTATED = (*LABELLED, "tags")  # tasks whose evaluations score all samples
 Row = tuple[Any, ...]  # its number, then text and label, or prompt and answer, as found; a second text is last
 
 
@@ -77,7 +77,7 @@ class Part:
     def rows(self) -> Iterator[Row]:
         """Yield the rows. Raises UserError where the libraries that read them raise anything."""
         if self.format == "hub":
-            mend = "run again, which goes on where this ended, or use a local file with --data.path FILE"
+            mend = "run again, which continues where this ended, or use a local file with --data.path FILE"
             return guarded(self.table.rows, f"{self.name}: cannot be read", mend)
         return guarded(self.table.rows, f"{self.name}: cannot be read as {self.format}")
 

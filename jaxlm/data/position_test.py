@@ -47,7 +47,7 @@ def test_skipped_samples_are_passed_over() -> None:
     found = [(position.first(i, train), position.after(i, train)) for i in range(N_STEPS)]
     assert found == spans(train, position)
     assert all(end <= first or begin >= last for begin, end in found for first, last in position.skipped)
-    # From a later checkpoint it goes on alike, with ranges before it and after it.
+    # From a later checkpoint it continues in the same way, with ranges before and after it.
     for step in (5, 9, 15, 30):
         later = Position(step, position.after(step - 1, train), position.skipped)
         assert [later.first(i, train) for i in range(step, N_STEPS)] == [first for first, _ in found[step:]]

@@ -20,7 +20,7 @@ from jaxlm.data.sources import SPLITS, Source
 from jaxlm.errors import UserError, slow
 from jaxlm.io import temporary
 
-# Told a title and the bytes of text to come; inside the context, the returned function is told those done so far.
+# Called with a title and the number of bytes to read; inside the context, call the result with the bytes read so far.
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 
@@ -81,7 +81,7 @@ def prepare(
             n_bytes += len(last)
             if source.is_remote and n_bytes > TOKENIZER_BYTES:
                 return  # what follows would be fetched for a few articles of it
-            # The seed is none of a split, so that the choice does not depend on which articles are for training.
+            # Not the seed of a split, so that the choice does not depend on which articles are for training.
             if article.split == "train" and (share >= 1 or sources.hash_of(article.text, seed=-1) < share):
                 yield article.text
 

@@ -2,7 +2,7 @@
 
 A file is known by its size and by what the server has for its content (ETag or the like), so that a token cache is
 found without reading it again. Several threads fetch a few files ahead of the one that is read, into the cache folder.
-A connection that is cut goes on where it was; a file that has changed meanwhile is refused.
+A download resumes after a lost connection; a file that has changed meanwhile is refused.
 """
 
 import concurrent.futures
@@ -34,7 +34,7 @@ BLOCK = 1 << 20  # bytes written at once
 RANGE = 1 << 23  # bytes of one request to what fsspec reads
 PASSING = (408, 425, 429, 500, 502, 503, 504)  # HTTP statuses after which the same request may succeed
 VERSIONS = ("ETag", "etag", "md5Hash", "blob_id", "sha256", "LastModified", "last_modified", "mtime")  # fsspec's keys
-FETCH_AGAIN = "run again, which goes on where this ended"
+FETCH_AGAIN = "run again, which continues where this ended"
 HUB_FORM = "write hf://datasets/OWNER/NAME/FILE"
 T = TypeVar("T")
 
@@ -58,7 +58,7 @@ def is_url(path: str) -> bool:
 
 
 def open_parts(config: DataConfig, reads: Reads, splits: dict[str, str], cache_dir: Path) -> list[Part]:
-    """Return the files of URLs by split as parts, of which nothing is fetched yet. Raises UserError."""
+    """Return the files of URLs by split as parts, without fetching them yet. Raises UserError."""
     if reads in ANNOTATED:
         url = next(iter(splits.values()))
         raise UserError(f"{url}: a classifier looks at all labels first; fetch the file, and give its path")

@@ -162,7 +162,7 @@ def test_faults_that_pass_change_nothing(server: Server, tmp_path: Path) -> None
     assert built(config_of(server, tmp_path)) == expected()
     assert not any(server.faults.values())
     sizes = {path.name: path.stat().st_size for path in server.folder.iterdir()}
-    assert dict(server.sent) == sizes, "a connection that was cut goes on where it was"
+    assert dict(server.sent) == sizes, "a lost connection resumes where it was"
 
 
 def test_parquet_with_faults_and_one_that_is_truncated(server: Server, tmp_path: Path) -> None:
@@ -189,7 +189,7 @@ def test_what_does_not_pass_is_told_in_one_line(server: Server, tmp_path: Path, 
     assert built(config_of(server, tmp_path)) == expected(), "a new run takes the new file"
     server.faults = {"part-03.jsonl": [busy] * 99}
     with pytest.raises(
-        UserError, match=r"part-03.jsonl: cannot be fetched \(HTTP Error 503.*; run again, which goes on"
+        UserError, match=r"part-03.jsonl: cannot be fetched \(HTTP Error 503.*; run again, which continues"
     ):
         built(config_of(server, tmp_path, "part-03.jsonl"))
     with pytest.raises(
@@ -275,7 +275,7 @@ def check_killed_builds(tmp_path: Path, **settings: Any) -> None:
                     break
             n_tokenized.append(n)
             err = process.stderr.read()
-        assert ("was begun before; it goes on" in err) == (len(n_tokenized) > 1), err
+        assert ("continues an unfinished token cache" in err) == (len(n_tokenized) > 1), err
         (left, *_) = [*(tmp_path / "cache" / "tokens").glob("*.tmp"), None]
         if left and len(n_tokenized) == 2:
             (left / "train.tokens").write_bytes((left / "train.tokens").read_bytes() + b"torn")

@@ -88,10 +88,10 @@ class _Samples:
 
 
 class CausalSamples(_Samples):
-    """Windows of seq_len + 1 ids, one the first seq_len of which are `tokens` [B, T], the last seq_len `labels`.
+    """Windows of seq_len + 1 ids: the first seq_len are `tokens` [B, T], the last seq_len are `labels`.
 
-    An article is [end of text] ids [end of text]: its first token is predicted too, and so is that it ends. Each id
-    is a label once.
+    An article is [end of text] ids [end of text]: its first token and its end are predicted, too. Each id is a label
+    once.
     """
 
     def __init__(self, split: Split, config: Config, specials: dict[str, int], vocab_size: int):
@@ -129,7 +129,7 @@ class CausalSamples(_Samples):
 
 
 class MaskedSamples(_Samples):
-    """Windows [CLS] ids [SEP] of which some positions are masked: `tokens` [B, T], `positions` and `labels` [B, M].
+    """Windows [CLS] ids [SEP] with some positions masked: `tokens` [B, T], `positions` and `labels` [B, M].
 
     Of the masked positions 80% become [MASK], 10% a random id and 10% stay (arXiv 1810.04805, section 3.1). A mask is
     a function of seed, epoch and sample only. Short windows have fewer masks; the rest of their M labels is ignored.

@@ -254,7 +254,7 @@ class _Reading:
             yield number, self._split(part, texts[0]), texts[0], name, *texts[1:]
 
     def _pairs(self, part: Part) -> Iterator[Article]:
-        """Yield a prompt and its answer, or two texts, in turn. Raises UserError for one that is none."""
+        """Yield a prompt and its answer, or two texts, in turn. Raises UserError for one that is not a text."""
         names = ("prompt", "answer") if self.reads == "pairs" else ("text", "pair")
         for number, *texts in part.rows():
             for name, text in zip(names, texts, strict=True):

@@ -840,7 +840,7 @@ def test_names_that_a_data_set_declares_are_its_classes(tmp_path):
         source = open_source(DataConfig(**settings, **WHOLE), "labels")
         assert source.classes == ("pos", "neg")
         assert [article.label for article in source.articles()] == [1, 0, 0, 1]
-        # A checkpoint from before there were names goes on.
+        # A checkpoint of a version without names can resume.
         other = open_source(DataConfig(**settings, **WHOLE), "labels", ["0", "1"])
         assert other.fingerprint == source.fingerprint and other.classes == ("0", "1")
         assert list(other.articles()) == list(source.articles())

@@ -247,7 +247,7 @@ class Look(Predictor):
 
 
 class Embed(Look):
-    """Tells the embedding of a text: of any model with a base, of which no output layer is used.
+    """Returns the embedding of a text, by any model with a base; its output layer is not used.
 
     `pooling` is as in model.pooling, "": that of the model, and where it has none, the last token of a causal model and
     else the mean. What is longer than the model takes is cut.
@@ -424,7 +424,7 @@ class Continuation:
     text: str
     prompt: list[int]
     options: dict[str, Any]  # all there are
-    told: str = ""  # what is told of it already
+    told: str = ""  # the text that was sent already
 
 
 class Continue(Predictor):

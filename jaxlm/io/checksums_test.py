@@ -1,4 +1,4 @@
-"""Damage to each file of a real checkpoint is told by the name of the file."""
+"""Damage to any file of a real checkpoint is reported with the name of the file."""
 
 import json
 import shutil

@@ -28,7 +28,7 @@ def test_a_run_with_checkpoints_elsewhere_goes_on_alike(
 ) -> None:
     folder, elsewhere = tmp_path / "run", tmp_path / "some" / "where"
     elsewhere.mkdir(parents=True)
-    (elsewhere / "2024").mkdir()  # a folder of the user's, which is none of an unfinished save
+    (elsewhere / "2024").mkdir()  # a folder of the user's, not of an unfinished save
     (elsewhere / "2024" / "photo").touch()
     named = f"--run.checkpoint-dir {elsewhere}"
     with interrupted_at(17, monkeypatch):

@@ -353,4 +353,4 @@ def test_each_whole_checkpoint_is_recorded(tmp_path: Path) -> None:
     assert seen == [3, 7]
     run_dir.record_saved(tmp_path, 7)
     assert history.last_saved(tmp_path) == 7
-    run_dir.record_saved(tmp_path / "gone", 9)  # the run folder: training goes on
+    run_dir.record_saved(tmp_path / "gone", 9)  # the run folder is gone: training continues

@@ -148,7 +148,7 @@ def test_the_log_file_has_what_is_printed_without_control_codes(tmp_path: Path) 
 
 
 class Kept:
-    """A logger that keeps what it is told."""
+    """A logger that keeps the values it gets."""
 
     def __init__(self) -> None:
         self.rows: list[tuple[int, str, dict[str, float]]] = []

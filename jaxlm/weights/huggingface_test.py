@@ -624,7 +624,7 @@ def test_a_name_on_the_hub_is_found_in_its_cache(make: Make, tmp_path: Path, mon
     assert resume.to_use("someone/small").path == cached / "snapshots" / "abc"
     with pytest.raises(UserError, match="^someone/other: there is no such run or checkpoint, and no model on the hub"):
         resume.to_use("someone/other")
-    (tmp_path / "someone").mkdir()  # a folder here is none of the hub's
+    (tmp_path / "someone").mkdir()  # a local folder, not a name on the hub
     with pytest.raises(UserError, match="^someone/other: there is no such run or checkpoint$"):
         resume.to_use("someone/other")
 

@@ -88,7 +88,7 @@ def read(path: Path) -> Arrays:
 
 
 def read_names(path: Path) -> Names:
-    """Return a map of names. Raises UserError if a rule is none."""
+    """Return a map of names. Raises UserError if a rule is invalid."""
     try:
         names = utf8.from_json(utf8.read(path))
     except (OSError, ValueError) as error:

@@ -84,5 +84,5 @@ def test_a_model_with_the_modern_block_is_jaxlms(family: str) -> None:
         jax.jit(lambda params: nnx.merge(ours.graphdef, params)(tokens))(ours.params)
     found = compare.runs(a, b)
     assert found.passes, found.text()
-    for i in range(config.model.n_layers):  # layers are told apart, whatever scans and groups of scans they are in
+    for i in range(config.model.n_layers):  # layers are recorded separately, also in scans and nested scans
         assert found.names.modules[f"model.layers.{i}"] == f"base.blocks.{i}"

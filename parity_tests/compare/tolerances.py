@@ -4,7 +4,7 @@ The measure is what rounding does to one package: its float32 against its own fl
 (`python -m parity_tests.rounding`; the tests check that it still holds). Two packages round differently, so that they
 may be twice that far apart. Another size rounds otherwise: a sum of n products is off by about the root of n roundings
 of 6e-8, and the sums here have 24 to 128 of them (4,096 in the long inputs). Each bound is therefore 4 to 20 times the
-measure, where no other reason is told.
+measure, unless another reason is given.
 
 Training can blow up rounding: after fifty updates that learn fast, the norm of a gradient may be off by 1e-4, in one
 package alone. And a loss of 1e-5 is the logarithm of a sum near 1, so that it is off by up to 1e-2. A replay therefore

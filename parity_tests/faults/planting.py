@@ -193,7 +193,7 @@ def _keywords(entries: ast.Dict) -> list[ast.keyword]:
 
 
 def _wildcard(node: ast.AST) -> str:
-    """Return the name of a wildcard, or "" for what is none."""
+    """Return the name of a wildcard, or "" if the node is not one."""
     is_wildcard = isinstance(node, ast.Name) and node.id[:1] == "_" and node.id.strip("_") and node.id[:2] != "__"
     return node.id if is_wildcard else ""  # type: ignore[attr-defined]
 

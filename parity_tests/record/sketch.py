@@ -1,7 +1,7 @@
-"""What is kept of an array that is too large to keep: a sample of it, its norm, and random projections of all of it.
+"""The sketch of an array that is too large to store: a sample, the norm, and random projections of all elements.
 
 The sample is `x[i, j, ...]` for sorted numbers i, j, ... that depend on the lengths of the axes alone: a transposed
-array has the transposed sample, and so all that is found out about small arrays is found out about samples. The
+array has the transposed sample, so samples reveal the same differences as small arrays. The
 projections multiply every element by a sign that is a product of one sign an axis: no change goes unseen.
 """
 

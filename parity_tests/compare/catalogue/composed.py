@@ -11,7 +11,7 @@ from parity_tests.compare.catalogue.place import Divergence
 from parity_tests.compare.divergence import Side
 
 Labelled = list[tuple[str, np.ndarray]]
-MOST = 20_000  # elements of an array, of which nothing that takes long is computed
+MOST = 20_000  # elements of an array; slow formulas skip larger ones
 
 
 def arrays_before(d: Divergence) -> Iterator[Cause]:
