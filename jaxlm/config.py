@@ -263,8 +263,8 @@ class LogConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
-    # mlm, gpt, sst2, cola, pairs, tag, embed, classify, regress, a task of GLUE (mrpc, qqp, stsb, mnli, qnli, rte,
-    # wnli), or your own (jaxlm/tasks/README.md)
+    # mlm, gpt, sst2, cola, pairs, tag, embed, classify, multilabel, regress, a task of GLUE (mrpc, qqp, stsb, mnli,
+    # qnli, rte, wnli), or your own (jaxlm/tasks/README.md)
     task: str = "mlm"
     resume: str = ""  # run or checkpoint to resume; auto: the run in run.dir, or a new one if there is none
     init_from: str = ""  # run, checkpoint, or public model (folder or hub name) whose base model the run starts from
@@ -487,7 +487,7 @@ def _preset(task: Any) -> list[Layer]:
     is_own = str(task).isidentifier() and (Path(__file__).parent / "tasks" / f"{task}.py").is_file()
     if is_own or task == BASE:
         return []
-    names = sorted({*presets, *GLUE, "classify", "regress"})  # the last two need no preset
+    names = sorted({*presets, *GLUE, "classify", "multilabel", "regress"})  # the last three need no preset
     hint = f"{nearest(str(task), names)}; there are {', '.join(names)}; to add one: jaxlm/tasks/README.md"
     raise UserError(f"task={task}: unknown task{hint}")
 
@@ -705,6 +705,8 @@ def _check(config: Config) -> None:
     if (train.label_smoothing or train.class_weights) and config.model.head_outputs == "vocabulary":
         name = "train.label_smoothing" if train.label_smoothing else "train.class_weights"
         raise UserError(f"{shown(name)}: model.head_outputs=vocabulary has outputs that are no class; set it to labels")
+    if config.task == "multilabel" and distill.teacher:
+        raise UserError(f"{shown('distill.teacher')}: task=multilabel has no softmax to learn from; leave it out")
     if train.sampling == "weighted" and (not train.class_weights or data.pack != "none"):
         mend = "set data.pack=none" if train.class_weights else "give them, such as --train.class-weights balanced"
         raise UserError(f"train.sampling=weighted: single texts are drawn by train.class_weights; {mend}")

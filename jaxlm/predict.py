@@ -21,7 +21,7 @@ from jaxlm.terminal import command, dumps
 if TYPE_CHECKING:  # the command line is parsed before slow imports
     from jaxlm.inference.predictors import Answer, Continue, Predictor
 
-OPTIONS = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
+OPTIONS = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "threshold")
 Numbered = tuple[str, str]  # a label such as "line 3: ", and the text
 
 
@@ -45,6 +45,8 @@ def load(checkpoint: str | Path, tokenizer: str = "", embeds: bool = False, chat
         raise UserError(f"--chat: {trained} does not continue texts; leave --chat out")
     if chat:
         return predictors.Chat(trained)
+    if samples.reads == "sets":
+        return predictors.Labels(trained)
     if samples.model_kind == "classifier":
         return predictors.Classify(trained) if trained.has_probabilities() else predictors.Predict(trained)
     if samples.model_kind in ("tagger", "embedder"):
@@ -205,6 +207,7 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--top-k", type=int, metavar="K", help="mlm: guesses for each mask (5); --query: texts (10); gpt: see below"
     )
+    parser.add_argument("--threshold", type=float, metavar="P", help="multilabel: least probability of a label (0.5)")
     group = parser.add_argument_group(
         "gpt", "each token is drawn from the K likeliest, and of these from the fewest whose probabilities sum to P"
     )

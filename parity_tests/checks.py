@@ -209,6 +209,7 @@ def _checks() -> dict[str, Callable[[], list[Row]]]:
     for task in ("classify", "regress"):
         for name in ("two texts", "two texts, the last token", "rotary positions"):
             add(f"{name}: {task}", inputs.option, task, name)
+    add("two texts: multilabel", inputs.option, "multilabel", "two texts")
     for task in ("classify", "tag"):
         add(f"smoothed, weighted: {task}", inputs.option, task, "smoothed, weighted")
     add("finite differences: regress", references.finite_differences, "regress")
@@ -236,6 +237,11 @@ FAST = {
         "rotary, no pad: gpt",
     ),
     *("packed: mlm, rotary positions", "packed: sst2"),
-    *("smoothed, weighted: classify", "two texts: classify", "two texts, the last token: regress"),
+    *(
+        "smoothed, weighted: classify",
+        "two texts: multilabel",
+        "two texts: classify",
+        "two texts, the last token: regress",
+    ),
     *("distillation: mlm", "layer decay, frozen: gpt", "Muon: gpt", "LoRA of rank 1 everywhere: gpt"),
 }

@@ -91,6 +91,8 @@ def random_batch(config: Config, random: np.random.Generator, batch_size: int, p
     batch = {"tokens": tokens, "labels": random.integers(0, config.data.n_classes, batch_size, dtype=np.int32)}
     if TASKS[config.task].samples.reads == "values":
         batch["labels"] = random.normal(size=batch_size).astype(np.float32)
+    if TASKS[config.task].samples.reads == "sets":
+        batch["labels"] = random.integers(0, 2, (batch_size, config.data.n_classes), dtype=np.int32)
     if config.data.pair_column and model.segments:
         begin = random.integers(1, lengths + 1)[:, None]  # of the second text
         batch["types"] = ((np.arange(T) >= begin) & ~is_pad).astype(np.int32)

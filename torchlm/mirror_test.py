@@ -24,7 +24,7 @@ MIRRORED = (
     *("ops/__init__", "ops/layers", "ops/activations", "ops/token_positions", "ops/dropout"),
     *("ops/plain_attention", "ops/stacks"),
     *("tasks/__init__", "tasks/base", "tasks/mlm", "tasks/gpt", "tasks/classify", "tasks/sst2", "tasks/cola"),
-    *("tasks/pairs", "tasks/regress", "tasks/tag", "tasks/embed"),
+    *("tasks/pairs", "tasks/multilabel", "tasks/regress", "tasks/tag", "tasks/embed"),
 )
 
 # What one framework needs and the other does not, with the reason. All else must be in both.
@@ -146,7 +146,7 @@ def test_public_names_their_order_and_arguments_are_the_same(name: str) -> None:
         # Inherited from jaxlm; a task of torchlm has its model, loss and prediction only, and says what its loss takes.
         assert {own for own in ours if "." in own} <= {
             f"{kind}.{method}"
-            for kind in ("Task", "Mlm", "Gpt", "Classify", "Pairs", "Regress", "Tag", "Embed")
+            for kind in ("Task", "Mlm", "Gpt", "Classify", "Pairs", "Multilabel", "Regress", "Tag", "Embed")
             for method in ("packs", "dtype", "build_model", "loss", "totals", "predict")
         }
         assert not extra

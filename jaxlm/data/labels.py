@@ -50,6 +50,30 @@ def label_of(part: Part, number: int, value: Any) -> str:
     return name
 
 
+def set_of(part: Part, number: int, value: Any) -> tuple[str, ...]:
+    """Return the classes of a text that may have several: those of a list, or of a text with , ; or | between them."""
+    if value is None or value != value:
+        return ()
+    parts = (
+        re.split("[,;|]", value) if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+    )
+    return tuple(dict.fromkeys(label_of(part, number, x) for x in parts if not isinstance(x, str) or x.strip()))
+
+
+def classes_of_sets(part: Part, rows: Iterable[tuple[Any, ...]], n: int) -> Sequence[str]:
+    """Return the names of the classes that rows for training have; `n` is data.n_labels. Raises UserError."""
+    found = {name for _, split, _, names, *_ in rows if split == "train" for name in names}
+    known = part.table.names or numbered(n)
+    if found and found <= set(known) and n in (0, len(known)):
+        return known
+    if len(found) < 2 or n and n != len(found):
+        rule = f"the labels make {len(found)} classes, {listed(sorted(found))}" + (
+            f", not data.n_labels={n}" if n else ""
+        )
+        raise UserError(f"{part.name}: {rule}; correct the labels, or set data.label_column or data.n_labels")
+    return sorted(found, key=int if all(map(INTEGER.fullmatch, found)) else None)
+
+
 def value_of(part: Part, number: int, value: Any) -> str:
     """Return a number to predict, as text. Raises UserError for what is not a finite number."""
     text = "" if value is None else str(value).strip()

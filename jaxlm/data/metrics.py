@@ -5,7 +5,7 @@ prediction, the last for predictions that are no class; for regression `values` 
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -38,6 +38,17 @@ def accuracy(totals: Mapping) -> float:
 def ratio(part: float, whole: float) -> float:
     """Return part / whole as precision and recall have it: 0 of nothing is 0."""
     return float(part / whole) if whole else 0.0
+
+
+def of_marks(names: Sequence[str], marks_K3: np.ndarray) -> Scores:
+    """Return F1, precision and recall, and the F1 of each kind, of how many are right, predicted, and labelled."""
+    marks_K3 = np.asarray(marks_K3, np.float64)
+    right, predicted, labelled = marks_K3.sum(axis=0)
+    scores = {"f1": ratio(2 * right, predicted + labelled)}
+    scores |= {"precision": ratio(right, predicted), "recall": ratio(right, labelled)}
+    for name, (right, predicted, labelled) in zip(names, marks_K3, strict=True):
+        scores[f"f1_{name}"] = ratio(2 * right, predicted + labelled)
+    return scores
 
 
 def perplexity(totals: Mapping) -> float:

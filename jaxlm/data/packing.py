@@ -20,6 +20,8 @@ def samples_of(samples_class: type[Any], split: Split, config: Config, specials:
     pack = config.data.pack
     if pack == "stream" and samples_class is not CausalSamples:
         raise UserError(f"data.pack=stream: only task=gpt reads one; set data.pack=documents for task={config.task}")
+    if pack == "documents" and samples_class.reads == "sets":
+        raise UserError(f"data.pack=documents: task={config.task} reads a text a row; leave it out")
     if pack == "stream":
         return StreamSamples(split, config, specials, n_ids)
     samples = samples_class(split, config, specials, n_ids)

@@ -42,12 +42,12 @@ PAIRS = (
     ("answer_column", ("answer", "completion", "response", "output", "reply")),
 )
 
-# What a task reads from a source: texts; texts with a class or with a number; prompts and answers; words with tags;
-# pairs of texts.
-Reads = Literal["text", "labels", "values", "pairs", "tags", "couples"]
+# What a task reads from a source: texts; texts with a class, a set of classes, or a number; prompts and answers; words
+# with tags; pairs of texts.
+Reads = Literal["text", "labels", "sets", "values", "pairs", "tags", "couples"]
 OF_TWO = ("pairs", "couples")
-WITH_CLASSES = ("labels", "tags")
-LABELLED = ("labels", "values")  # one label a row
+WITH_CLASSES = ("labels", "sets", "tags")
+LABELLED = ("labels", "sets", "values")  # rows with labels
 ANNOTATED = (*LABELLED, "tags")  # tasks whose evaluations score all samples
 Row = tuple[Any, ...]  # its number, then text and label, or prompt and answer, as found; a second text is last
 
@@ -114,7 +114,7 @@ class Wanted:
     def choices(self) -> list[tuple[str, str, tuple[str, ...]]]:
         """The setting, its value ("": by a usual name) and the usual names of each column."""
         columns: Any = {"pairs": PAIRS, "tags": TAGS, "couples": COUPLES}.get(self.reads, ARTICLES)
-        if self.reads in ("labels", "values") and self.config.pair_column:
+        if self.reads in LABELLED and self.config.pair_column:
             columns = SENTENCES
         if self.reads == "values":
             more = {"label_column": ("score", "similarity", "value")}

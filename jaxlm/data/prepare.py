@@ -133,7 +133,7 @@ def _with_weights(
     """Return the settings with train.class_weights as a number for each class. Raises UserError."""
     if config.train.sampling == "weighted" and samples_class.reads != "labels":
         raise UserError(f"train.sampling=weighted: a sample of task={config.task} has no class; leave it out")
-    if not config.train.class_weights or samples_class.reads not in WITH_CLASSES:
+    if not config.train.class_weights or samples_class.reads not in ("labels", "tags"):
         return config
     found = np.asarray(samples[""].labels)
     counts = np.bincount(found[found >= 0].astype(np.int64), minlength=len(classes))

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from jaxlm.config import DataConfig
 from jaxlm.data import documents, files, hub, labels, remote, tags
-from jaxlm.data.parts import LABELLED, OF_TWO, SPLITS, WHOLE, Part, Reads, Wanted, no_article
+from jaxlm.data.parts import LABELLED, OF_TWO, SPLITS, WHOLE, WITH_CLASSES, Part, Reads, Wanted, no_article
 from jaxlm.errors import UserError
 from jaxlm.io import temporary
 
@@ -80,8 +80,11 @@ def open_source(config: DataConfig, reads: Reads, classes: Sequence[str] = ()) -
     counts: Counter[str] = Counter()
     if reads == "labels":
         classes, reading.ids = _classes(reading, parts, config, classes, counts, notes)
-    elif reads == "tags":
-        classes = classes or tags.classes(parts, notes)
+    elif reads in WITH_CLASSES:
+        train = [part for part in parts if part.split == "train"]
+        rows = (row for part in train for row in reading.rows(part)) if reads == "sets" and not classes else ()
+        new = labels.classes_of_sets(train[0], rows, config.n_labels) if rows else classes
+        classes = new or tags.classes(parts, notes)
         reading.ids = {name: i for i, name in enumerate(classes)}
     refusal = _check(reading, parts, counts, notes)
     n_bytes = sum(part.size for part in parts)
@@ -130,8 +133,8 @@ def _fingerprint(config: DataConfig, parts: list[Part], reading: "_Reading") -> 
         reading.shares,
         contents,
     ]
-    if reading.reads == "values":
-        settings.append("values")
+    if reading.reads in ("sets", "values"):
+        settings.append(reading.reads)
     if pairs := [part.table.pair for part in parts if part.table.pair is not None]:
         settings.append(pairs)
     # Labels that are such numbers already were all that could be read once, and token caches of them are kept.
@@ -211,6 +214,9 @@ class _Reading:
         if self.reads == "tags":
             yield from self._words(part)
             return
+        if self.reads == "sets":
+            yield from self._sets(part)
+            return
         if self.are_divided and part.split == "train":
             for _, _, text, _ in self.rows(part):
                 yield from (Article(split, block, -1) for split, block in documents.divided(text, self.shares))
@@ -239,7 +245,7 @@ class _Reading:
         Raises UserError for a bad row.
         """
         is_labelled = self.reads in LABELLED and part.table.columns[1] is not None
-        read_label = labels.label_of if self.reads == "labels" else labels.value_of
+        read_label: Any = {"labels": labels.label_of, "sets": labels.set_of}.get(self.reads, labels.value_of)
         for number, *cells in part.rows():
             label = cells.pop(1)
             texts = ["" if text is None else text for text in cells]
@@ -276,6 +282,15 @@ class _Reading:
                     raise labels.unknown(part.place(number), tag, self.ids)
             tagged = [(word, self.ids[tag]) for word, tag in zip(words, bio, strict=True)]
             yield from sentence(self._split(part, " ".join(words)), tagged)
+
+    def _sets(self, part: Part) -> Iterator[Article]:
+        """Yield each text, or two, and behind it an empty article for each of its labels. Raises UserError."""
+        for number, split, text, names, *pair in self.rows(part):
+            yield from (Article(split, one, -1) for one in (text, *pair))
+            for name in names:
+                if name not in self.ids:
+                    raise labels.unknown(part.place(number), name, self.ids)
+                yield Article(split, "", self.ids[name])
 
     def _split(self, part: Part, text: str) -> str:
         return part.split if part.split != "train" else _split(text, self.seed, self.shares)
@@ -341,8 +356,9 @@ def _check(reading: _Reading, parts: list[Part], counts: Counter[str], notes: li
         articles, n_before = reading.articles(part), counts.total()
         for article in articles if part.size <= CHECK_LIMIT else islice(articles, 1):
             counts[article.split] += 1
-            if reading.reads in LABELLED and (math.isnan(article.label) or reading.ids and article.label == -1):
-                is_there = part.table.columns[1] is not None
+            is_there = part.table.columns[1] is not None
+            is_none = reading.reads != "sets" and (math.isnan(article.label) or reading.ids and article.label == -1)
+            if reading.reads in LABELLED and (is_none or not is_there):
                 why = (
                     f"the test labels of {part.name} are hidden (-1)"
                     if is_there

@@ -311,7 +311,10 @@ def _worst(trained: LoadedModel, samples: Any, totals: Totals) -> list[Mistake]:
     mistakes = []
     for i in wrong[np.argsort(order[wrong], kind="stable")][:N_WORST]:
         text = samples.text(int(i), trained.tokenizer)
-        label, predicted, loss = labels[i].item(), predictions[i].tolist(), float(losses[i])
+        is_set, loss = labels.ndim == 2, float(losses[i])  # of several labels a text
+        label, predicted = (
+            map(task.named, (labels[i], predictions[i])) if is_set else (labels[i].item(), predictions[i].tolist())
+        )
         if probabilities is None:
             mistakes.append(Mistake(text, label, predicted, None, loss))
         else:

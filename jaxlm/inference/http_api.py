@@ -46,6 +46,7 @@ from jaxlm.inference.predictors import (
     Continue,
     Embed,
     FillMasks,
+    Labels,
     Look,
     Predict,
     Predictor,
@@ -107,6 +108,14 @@ class Classified(BaseModel):
     probabilities: dict[str, float] | list[float] = Field(description="by name of the class, or in order without names")
 
 
+class Labelled(BaseModel):
+    model_config = ConfigDict(extra="allow")  # `pair`, of a model of two texts
+
+    text: str
+    labels: list[str] = Field(description="those with a probability above 0.5")
+    probabilities: dict[str, float] = Field(description="by name of the label; each is of its own")
+
+
 class Span(BaseModel):
     type: str
     start: int = Field(description="number of its first character in the text, from 0")
@@ -157,6 +166,7 @@ KINDS: dict[type[Predictor], tuple[str, str, type[BaseModel]]] = {
     Continue: ("continue", "Continue a text", Continued),
     Reply: ("answer", "Answer a prompt", Continued),
     Classify: ("classify", "Classify a text", Classified),
+    Labels: ("classify", "Label a text", Labelled),
     Predict: ("predict", "Predict", Predicted),
     Tag: ("tag", "Find names", Tagged),
     Embed: ("predict", "Embed a text", Embedded),

@@ -359,6 +359,24 @@ class Classify(Predict):
         return f"label {label}  ({told})  {_shown_texts(answer)}"
 
 
+class Labels(Predict):
+    """Tells which labels a text has: those whose probability is above the threshold."""
+
+    wants = "a text to label"
+    options = {"threshold": 0.5}
+
+    def __call__(self, texts: Sequence[str], threshold: float = 0.5) -> list[Answer]:
+        check("threshold", threshold, 0 <= threshold <= 1, "0 to 1")
+        answers = super().__call__(texts)
+        for answer in answers:
+            answer["labels"] = [name for name, p in answer["probabilities"].items() if p > threshold]
+        return answers
+
+    def shown(self, answer: Answer) -> str:
+        told = "  ".join(f"{name}: {x:.3f}" for name, x in answer["probabilities"].items())
+        return f"labels {', '.join(answer['labels']) or 'none'}  ({told})  {_shown_texts(answer)}"
+
+
 class Tag(Look):
     """Finds the spans that a tagger is trained to mark. A text of any length is read in windows."""
 

@@ -7,6 +7,7 @@ from jaxlm.tasks.cola import Cola
 from jaxlm.tasks.embed import Embed
 from jaxlm.tasks.gpt import Gpt
 from jaxlm.tasks.mlm import Mlm
+from jaxlm.tasks.multilabel import Multilabel
 from jaxlm.tasks.pairs import Pairs
 from jaxlm.tasks.regress import Regress
 from jaxlm.tasks.sst2 import Sst2
@@ -21,6 +22,7 @@ TASKS: dict[str, type[Task]] = {
     "tag": Tag,
     "embed": Embed,
     "classify": Classify,
+    "multilabel": Multilabel,
     "regress": Regress,
     **glue.tasks(Classify, Regress),
 }

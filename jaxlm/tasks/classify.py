@@ -62,10 +62,8 @@ class Classify(Task):
         # The row of an ignored label, -1, is zero.
         rows_BC = jax.nn.one_hot(labels_B, C, dtype=jnp.int32)
         columns_BC = jax.nn.one_hot(predictions_B, C + 1, dtype=jnp.int32)
-        return {
-            **cross_entropy(logits_BC, labels_B, **self.config.train.label_rule(is_training)),
-            "confusion": rows_BC.T @ columns_BC,
-        }
+        totals = cross_entropy(logits_BC, labels_B, **self.config.train.label_rule(is_training))
+        return totals | {"confusion": rows_BC.T @ columns_BC}
 
     def predict(self, model: "Classifier", batch: dict[str, "Array"]) -> "Array":
         return self.logits(model, batch).argmax(axis=-1)
@@ -79,14 +77,17 @@ class Classify(Task):
     def show(self, batch: Batch, predictions: Any, tokenizer: Tokenizer) -> str:
         """Return each sentence with its label and the predicted one, wrong ones marked."""
         lines = []
-        for tokens, label, guess in zip(batch["tokens"], batch["labels"], predictions, strict=True):
+        for tokens, *pair in zip(batch["tokens"], batch["labels"], predictions, strict=True):
+            label, guess = map(self.named, pair)
             mark = " " if guess == label else "*"
-            said = f"label {self.label(int(label))}, predicted {self.label(int(guess))}"
-            lines.append(f"{mark} {said}: {tokenizer.decode(tokens.tolist())}")
+            lines.append(f"{mark} label {label}, predicted {guess}: {tokenizer.decode(tokens.tolist())}")
         return "\n".join(lines)
 
+    def named(self, x: Any) -> str:
+        return str(self.label(int(x)))
+
     def warning(self, totals: Any) -> str:
-        confusion = np.asarray(totals["confusion"])
+        confusion = np.asarray(totals.get("confusion", np.zeros((1, 2))))
         predicted = confusion.sum(axis=0)
         guess = int(predicted.argmax())
         n_right = confusion[guess, guess] if guess < len(confusion) else 0

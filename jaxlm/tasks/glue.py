@@ -9,10 +9,7 @@ SCORED = {  # of metrics.OF_CLASSES, the most telling first; stsb has those of R
     "mrpc": ("f1", "accuracy"),
     "qqp": ("f1", "accuracy"),
     "stsb": (),
-    "mnli": ("accuracy",),
-    "qnli": ("accuracy",),
-    "rte": ("accuracy",),
-    "wnli": ("accuracy",),
+    **dict.fromkeys(("mnli", "qnli", "rte", "wnli"), ("accuracy",)),
 }
 
 

@@ -9,7 +9,7 @@ from jaxlm.params.names import Prefixes, Shapes
 from jaxlm.tasks import TASKS, Task
 
 # Tasks whose models heads.py has; those of other tasks are built to look.
-BUILT_IN = ("mlm", "gpt", "sst2", "cola", "pairs", "tag", "embed", "classify", "regress", *GLUE)
+BUILT_IN = ("mlm", "gpt", "sst2", "cola", "pairs", "tag", "embed", "classify", "multilabel", "regress", *GLUE)
 
 
 def model_kind(task: str) -> str:

@@ -62,6 +62,3 @@ class Regress(Classify):
 
     def answer(self, prediction: Any) -> dict[str, Any]:
         return {"value": float(prediction)}
-
-    def warning(self, totals: Any) -> str:
-        return ""

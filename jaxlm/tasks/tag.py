@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -99,24 +98,14 @@ class Tag(Task):
             jnp.sum(jax.nn.one_hot(kind_BN, K, dtype=jnp.int32) * is_BN[..., None], axis=(0, 1))
             for kind_BN, is_BN in ((labelled[0], right_BN), predicted[:2], labelled[:2])
         ]
-        return {
-            **cross_entropy(logits_BNC, labels_BN, **self.config.train.label_rule(is_training)),
-            "spans": jnp.stack(of_kind, axis=1),
-        }
+        totals = cross_entropy(logits_BNC, labels_BN, **self.config.train.label_rule(is_training))
+        return totals | {"spans": jnp.stack(of_kind, axis=1)}
 
     def predict(self, model: "Classifier", batch: dict[str, "Array"]) -> "Array":
         return model(batch["tokens"], None, batch["positions"]).argmax(axis=-1)
 
     def scores(self, totals: Any) -> metrics.Scores:
-        spans_K3 = np.asarray(totals["spans"], np.float64)
-        right, predicted, labelled = spans_K3.sum(axis=0)
-        scores = {
-            "f1": metrics.ratio(2 * right, predicted + labelled),
-            "precision": metrics.ratio(right, predicted),
-            "recall": metrics.ratio(right, labelled),
-        }
-        for kind, (right, predicted, labelled) in zip(self.kinds, spans_K3, strict=True):
-            scores[f"f1_{kind}"] = metrics.ratio(2 * right, predicted + labelled)
+        scores = metrics.of_marks(self.kinds, totals["spans"])
         return scores | {"accuracy": metrics.accuracy(totals), "loss": metrics.loss(totals)}
 
     def baseline(self, samples: Any) -> metrics.Scores:
@@ -132,20 +121,12 @@ class Tag(Task):
         ):
             n = int(np.sum(labels >= 0))
             ends = [*positions[1:n], len(tokens)]
-
-            def told(
-                numbers: Sequence[int], tokens: Any = tokens, positions: Any = positions, ends: Any = ends
-            ) -> list[str]:
-                found = tags.spans([self.tags[i] for i in numbers])
-                return [
-                    f"{kind} {tokenizer.decode(tokens[positions[a] : ends[b - 1]].tolist())}" for kind, a, b in found
-                ]
-
-            labelled, predicted = told(labels[:n]), told(guesses[:n])
+            spans = [tags.spans([self.tags[i] for i in numbers[:n]]) for numbers in (labels, guesses)]
+            texts = {
+                (a, b): tokenizer.decode(tokens[positions[a] : ends[b - 1]].tolist()) for _, a, b in sum(spans, [])
+            }
+            labelled, predicted = ("; ".join(f"{kind} {texts[a, b]}" for kind, a, b in some) for some in spans)
             mark = " " if labelled == predicted else "*"
             lines.append(f"{mark} {tokenizer.decode(tokens.tolist())}")
-            lines += [
-                f"    {name}: {'; '.join(x) or 'none'}"
-                for name, x in (("labelled", labelled), ("predicted", predicted))
-            ]
+            lines += [f"    labelled: {labelled or 'none'}", f"    predicted: {predicted or 'none'}"]
         return "\n".join(lines)

@@ -245,7 +245,8 @@ def _announce(run: Run, origins: dict[str, str], device: str, task_settings: set
     say(f"samples {sizes}; of {config.model.seq_len} tokens, vocabulary {config.model.vocab_size:,}")
     if data.source.classes:
         labels = data.samples["train"].labels  # type: ignore[union-attr]
-        counts = np.bincount(labels[labels >= 0], minlength=len(data.source.classes))
+        counts = labels.sum(axis=0) if labels.ndim == 2 else None  # a text may have several
+        counts = np.bincount(labels[labels >= 0], minlength=len(data.source.classes)) if counts is None else counts
         shown = [f"{name} ({n:,})" for name, n in zip(data.source.classes, counts, strict=True)]
         say(f"classes {listed(shown, N_CLASSES)}")
     if isinstance(data.samples["train"], mixture.Mix):

@@ -10,6 +10,7 @@ from jaxlm.config import BASE
 
 CLASSES = "sst2"  # the task of a model that classifies, whatever its classes are
 VALUE = "regress"  # likewise, if it predicts a number: its one output is called as those of classes
+SETS = "multilabel"  # likewise, if a text may have several classes
 TAGS = "tag"
 CLASS_NAMES = {
     **{"mlm": "ForMaskedLM", "gpt": "ForCausalLM", CLASSES: "ForSequenceClassification"},

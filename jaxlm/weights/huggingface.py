@@ -33,6 +33,7 @@ from jaxlm.weights.families import (
     FIXED,
     GELU,
     OTHER_CLASSES,
+    SETS,
     TAGS,
     UNUSED,
     UNUSED_KEYS,
@@ -42,6 +43,7 @@ from jaxlm.weights.families import (
 from jaxlm.weights.formats import StoredFile
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+MULTILABEL = "multi_label_classification"  # a problem_type
 PICKLE = "pytorch_model.bin"
 FILES = (
     WEIGHTS,
@@ -137,6 +139,8 @@ def load(path: Path) -> StoredFile:
             tensors[name] = tensors[name][: n + family.first_position(settings["model.pad_id"])]
     class_names = _class_names(family, task, values, tensors, path / CONFIG) if task in (CLASSES, TAGS) else []
     settings["task"] = VALUE if task == CLASSES and not class_names else task
+    if task == CLASSES and values.get("problem_type") == MULTILABEL:
+        settings["task"] = SETS
     if class_names:
         settings["data.n_labels"] = len(class_names)
     if task == CLASSES:
@@ -450,7 +454,7 @@ def _class_names(family: Family, task: str, values: Mapping[str, Any], tensors: 
     kind, n = values.get("problem_type"), len(tensors[f"{family.heads[task]['head.linear']}.weight"])
     if task == CLASSES and n == 1 and kind in (None, "regression"):
         return []
-    if kind not in (None, "single_label_classification") or n < 2:
+    if kind not in (None, "single_label_classification", *([MULTILABEL] if task == CLASSES else [])) or n < 2:
         what = "only classes, or one number, can be read"
         raise UserError(f"{source}: problem_type={json.dumps(kind)} with {n} outputs: {what}")
     stored = values.get("id2label") or dict(enumerate(_unnamed(n)))
@@ -676,6 +680,8 @@ def write(path: Path, snapshot: Snapshot, family: Family, tokenizer: Tokenizer |
         n, class_names = parameters.n_outputs(config), snapshot.info.get("classes") or ()
         if n == 1:
             values["problem_type"] = "regression"
+        if config.task == SETS:
+            values["problem_type"] = MULTILABEL
         if tuple(class_names) in ((), numbered(n)):
             class_names = _unnamed(n)
         values["id2label"] = {str(i): name for i, name in enumerate(class_names)}

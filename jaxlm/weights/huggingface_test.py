@@ -491,11 +491,6 @@ CONFIGS: dict[str, tuple[str, dict[str, Any], str]] = {
     "epsilon": ("bert", {"layer_norm_eps": "small"}, "in its settings: Expected `float`, got `str`"),
     "pad": ("bert", {"pad_token_id": 1000}, "pad_token_id=1000: has to be a token of the vocabulary"),
     "regression": ("bert classes", {"problem_type": "regression"}, 'problem_type="regression" with 3 outputs: only'),
-    "labels": (
-        "bert classes",
-        {"problem_type": "multi_label_classification"},
-        'problem_type="multi_label_classification" with 3 outputs: only classes, or one number, can be read',
-    ),
     "layers": ("bert", {"num_hidden_layers": 2}, "encoder.layer.2.attention.output.LayerNorm.bias [24] is not in"),
     "more layers": ("gpt2", {"n_layer": 4}, "transformer.h.3.ln_1.weight [24] is missing"),
     "vocabulary": (

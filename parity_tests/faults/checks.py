@@ -96,6 +96,7 @@ CHECKS: dict[str, Callable[[type[Package]], list[Row]]] = {
     },
     "window to both sides": of_two(lambda: inputs.option("mlm", "window", n_updates=1)),
     "two texts": of_two(lambda: inputs.option("classify", "two texts", n_updates=1)),
+    "several labels": of_two(lambda: inputs.option("multilabel", "two texts", n_updates=1)),
     "smoothed and weighted classes": of_two(lambda: inputs.option("classify", "smoothed, weighted", n_updates=1)),
     "a number for two texts": of_two(lambda: inputs.option("regress", "two texts, the last token", n_updates=1)),
     "LoRA": of_two(lambda: inputs.option("gpt", "LoRA", n_updates=2)),

@@ -227,6 +227,7 @@ PLANS: dict[str, Callable[[], Plan]] = {
     },
     "window to both sides": lambda: _option("mlm", "window"),
     "two texts": lambda: _option("classify", "two texts"),
+    "several labels": lambda: _option("multilabel", "two texts"),
     "smoothed and weighted classes": lambda: _option("classify", "smoothed, weighted"),
     "a number for two texts": lambda: _option("regress", "two texts, the last token"),
     "mean of ModernBERT": lambda: _option("sst2", "parts of ModernBERT"),

@@ -1,7 +1,7 @@
 """Faults of the losses: cross-entropy, and what a student learns from its teacher."""
 
 from parity_tests.faults.planting import both, edit, mirrored
-from parity_tests.faults.targets import cosine_loss, cross_entropy, gpt_loss, regression, soft_loss
+from parity_tests.faults.targets import cosine_loss, cross_entropy, gpt_loss, label_sets, regression, soft_loss
 
 MLM, GPT, COLA, DISTILLATION = "batch 0 of mlm", "batch 0 of gpt", "replay of cola", "distillation"
 SMOOTHED = "smoothed and weighted classes"
@@ -12,6 +12,18 @@ FAULTS = [
         "a number for two texts",
         edit(regression.jaxlm, ("_errors**2", "abs(_errors)")),
         edit(regression.torchlm, ("_errors.square()", "_errors.abs()")),
+    ),
+    *mirrored(
+        "sum over labels: the loss of a text is the sum of its labels', not their mean",
+        "several labels",
+        label_sets,
+        ("_x / labels.shape[1]", "_x"),
+    ),
+    *mirrored(
+        "all or nothing: a text whose labels are partly right counts as right",
+        "several labels",
+        label_sets,
+        ("_is & (_a == _b)", "_is & (_a | (_a == _b))"),
     ),
     *both(
         "mean over all positions: ignored labels are in the count",

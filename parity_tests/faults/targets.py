@@ -24,6 +24,7 @@ from jaxlm.params import frozen, names
 from jaxlm.tasks.embed import Embed as JaxEmbed
 from jaxlm.tasks.gpt import Gpt as JaxGpt
 from jaxlm.tasks.mlm import Mlm as JaxMlm
+from jaxlm.tasks.multilabel import Multilabel as JaxMultilabel
 from jaxlm.tasks.regress import Regress as JaxRegress
 from jaxlm.tasks.tag import Tag as JaxTag
 from jaxlm.weights import huggingface
@@ -43,6 +44,7 @@ from torchlm.ops import token_positions as torch_positions
 from torchlm.tasks.embed import Embed as TorchEmbed
 from torchlm.tasks.gpt import Gpt as TorchGpt
 from torchlm.tasks.mlm import Mlm as TorchMlm
+from torchlm.tasks.multilabel import Multilabel as TorchMultilabel
 from torchlm.tasks.regress import Regress as TorchRegress
 from torchlm.tasks.tag import Tag as TorchTag
 
@@ -83,6 +85,7 @@ classifier_start = Pair(jax_heads.Classifier.__init__, torch_heads.Classifier.__
 at = Pair(jax_heads._at, torch_heads._at)
 
 cross_entropy = Pair(jax_loss.cross_entropy, torch_loss.cross_entropy)
+label_sets = Pair(JaxMultilabel.totals, TorchMultilabel.totals)
 regression = Pair(JaxRegress.totals, TorchRegress.totals)
 gpt_loss = Pair(JaxGpt.loss, TorchGpt.loss)
 lm_loss = jax_heads.LanguageModel.loss

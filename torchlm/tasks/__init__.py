@@ -7,6 +7,7 @@ from torchlm.tasks.cola import Cola
 from torchlm.tasks.embed import Embed
 from torchlm.tasks.gpt import Gpt
 from torchlm.tasks.mlm import Mlm
+from torchlm.tasks.multilabel import Multilabel
 from torchlm.tasks.pairs import Pairs
 from torchlm.tasks.regress import Regress
 from torchlm.tasks.sst2 import Sst2
@@ -21,6 +22,7 @@ TASKS: dict[str, type[Task]] = {
     "tag": Tag,
     "embed": Embed,
     "classify": Classify,
+    "multilabel": Multilabel,
     "regress": Regress,
     **glue.tasks(Classify, Regress),
 }

@@ -26,10 +26,8 @@ class Classify(Task, classify.Classify):
         # Sums of zeros and ones in float32 are exact; GPUs have no product of integers.
         rows_BC = (labels_B[:, None] == torch.arange(C, device=labels_B.device)).float()
         columns_BC = (predictions_B[:, None] == torch.arange(C + 1, device=labels_B.device)).float()
-        return {
-            **cross_entropy(logits_BC, labels_B, **self.config.train.label_rule(is_training)),
-            "confusion": (rows_BC.T @ columns_BC).long(),
-        }
+        totals = cross_entropy(logits_BC, labels_B, **self.config.train.label_rule(is_training))
+        return totals | {"confusion": (rows_BC.T @ columns_BC).long()}
 
     def predict(self, model: Classifier, batch: dict[str, Tensor]) -> Tensor:
         return self.logits(model, batch).argmax(dim=-1)

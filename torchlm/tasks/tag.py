@@ -44,10 +44,8 @@ class Tag(Task, tag.Tag):
             torch.sum((kind_BN[..., None] == numbers_K) & is_BN[..., None], dim=(0, 1))
             for kind_BN, is_BN in ((labelled[0], right_BN), predicted[:2], labelled[:2])
         ]
-        return {
-            **cross_entropy(logits_BNC, labels_BN, **self.config.train.label_rule(is_training)),
-            "spans": torch.stack(of_kind, dim=1),
-        }
+        totals = cross_entropy(logits_BNC, labels_BN, **self.config.train.label_rule(is_training))
+        return totals | {"spans": torch.stack(of_kind, dim=1)}
 
     def predict(self, model: Classifier, batch: dict[str, Tensor]) -> Tensor:
         return model(batch["tokens"], None, batch["positions"]).argmax(dim=-1)
