@@ -68,7 +68,7 @@ def mesh(found: dict[str, Any]) -> str:
 
 def main(folder: Path) -> None:
     folder.mkdir(exist_ok=True)
-    heads = ["memory, GB", "compute, ms", "memory, ms", "interconnect, ms", "bound", "utilization"]
+    heads = ["GB", "compute", "memory", "links", "bound", "utilization"]
     lines = [row(["configuration", "topology", "chips", "batch", "remat", *heads]), row(["---"] * 11)]
     for name, settings in BEST.items():
         for topology in (f"{kind}:{shape}" for kind, shapes in SHAPES.items() for shape in shapes):
