@@ -38,6 +38,7 @@ def test_the_command_tells_what_is_apart_and_exits_1(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.longest  # .ci/run does the same with the newest versions
 def test_the_command_passes_on_all_recorded_cases_with_all_optimizations() -> None:
     done = run_replay(without=["XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS"])
     assert done.returncode == 0, done.stdout
