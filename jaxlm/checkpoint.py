@@ -280,11 +280,7 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def restore(
-    path: Path,
-    like: TrainState,
-    parts: Sequence[str] = PARTS,
-    step: int | None = None,
-    is_checked: bool = False,
+    path: Path, like: TrainState, parts: Sequence[str] = PARTS, step: int | None = None, is_checked: bool = False
 ) -> TrainState:
     """Return `like` with the given parts of a jaxlm checkpoint; other parts are not read.
 

@@ -22,6 +22,8 @@ def main(argv: list[str] | None = None) -> int:
             texts = list(utf8.lines(utf8.opened(Path(args.file))))
     except (ValueError, *utf8.DAMAGED) as error:
         raise UserError(f"--file {args.file}: cannot be read ({error}); give a file of text") from error
+    if not texts:
+        raise UserError(f"--file {args.file}: is empty; write a text in each line")
     import numpy as np
 
     from jaxlm.inference import load, predictors

@@ -74,11 +74,7 @@ def run(config: Config, origins: dict[str, str], start: Start, started_s: float)
 
 
 def build(
-    config: Config,
-    task: Task,
-    mesh: Mesh,
-    rewarmed: tuple[int, float] | None = None,
-    teacher: Teacher | None = None,
+    config: Config, task: Task, mesh: Mesh, rewarmed: tuple[int, float] | None = None, teacher: Teacher | None = None
 ) -> tuple[Callable[[], TrainState], Compiled]:
     """Return a function that makes the initial state on the mesh, and the jitted functions of a task.
 
@@ -140,9 +136,7 @@ def begin(run: Run, fresh: Callable[[], TrainState], shardings: TrainState) -> T
     if start.path is None:
         return fresh()
     state: Any = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        jax.eval_shape(fresh),
-        shardings,
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), jax.eval_shape(fresh), shardings
     )
     if start.parts != layout.PARTS:
         state = fresh()

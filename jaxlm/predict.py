@@ -223,6 +223,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.texts and args.file:
         parser.error("--text and --file name two sources; give one")
+    if args.pairs and args.query is not None:
+        parser.error("--query compares single texts; leave --pair out")
     if args.pairs and len(args.pairs) != len(args.texts or ()):
         parser.error("--pair is the second text of a --text; give as many of each")
     return args

@@ -43,6 +43,8 @@ def _serve(listening: socket.socket, args: argparse.Namespace, token: str) -> No
     from jaxlm.inference.batching import Engine
 
     predictor = predict.load(args.checkpoint, getattr(args, "tokenizer.path"))
+    if args.pair:
+        predictor.take_two()
     limits = Limits(args.max_requests, args.max_body, args.max_new_tokens, args.timeout)
     _report(f"{predictor.trained}: compiling")
     with contextlib.closing(Engine(predictor)) as engine, _kept_from_ending():
@@ -127,6 +129,7 @@ def make_parser() -> Parser:
         "--checkpoint", required=True, metavar="RUN", help="run (its best checkpoint), checkpoint, or public model"
     )
     parser.add_argument("--tokenizer.path", default="", metavar="FILE", help="tokenizer, if the run has none")
+    parser.add_argument("--pair", action="store_true", help="a public classifier compares two texts")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1: only this host)")
     parser.add_argument("--port", type=int, default=8000, help="0: any free port, which is printed (8000)")
     group = parser.add_argument_group("limits")

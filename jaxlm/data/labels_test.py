@@ -72,3 +72,19 @@ def test_settings_that_do_not_go_together_are_said(argv: str, said: str) -> None
     with pytest.raises(UserError) as error:
         configs.load(["--task", "sst2", *argv.split()])
     assert said in str(error.value)
+
+
+def test_data_of_another_task_and_empty_texts_are_noted(tmp_path: Path) -> None:
+    rows = "".join(f"text {i}\t{'pair' * (i > 1)}\t{i % 2}\n" for i in range(80))
+    (tmp_path / "train.tsv").write_text(f"sentence1\tsentence2\tlabel\n{rows}")
+    data = {"data.path": str(tmp_path / "train.tsv"), "data.cache_dir": str(tmp_path), "tokenizer.vocab_size": 300}
+    noted = {}
+    for task in ("rte", "wnli"):
+        config = configs.build({"task": task, "data.pair_column": "auto", "train.batch_size": 4, **data})
+        kind = TASKS[task]
+        noted[task] = prepare.prepare(config, kind.samples, kind(config).embedded, RunLog(stderr=True).pass_bar)[
+            1
+        ].notes
+    other = "the classes 0, 1 are not those of rte: are these the data of another task?"
+    assert other in noted["rte"] and not any("another task" in note for note in noted["wnli"])
+    assert any(note.startswith("2 texts are empty") for note in noted["wnli"])

@@ -24,10 +24,7 @@ ARTICLES = (
     ("text_column", ("text", "sentence", "content", "document", "article", "review")),
     ("label_column", ("label", "labels", "acceptability", "target")),
 )
-TAGS = (
-    ("text_column", ("tokens", "words", "text")),
-    ("label_column", ("tags", "ner_tags", "labels", "ner", "label")),
-)
+TAGS = (("text_column", ("tokens", "words", "text")), ("label_column", ("tags", "ner_tags", "labels", "ner", "label")))
 SENTENCES = (  # two texts with a label
     ("text_column", ("sentence1", "premise", "question1", "#1 string", "text1", "text_a", "question", "text")),
     ("label_column", ("label", "labels", "gold_label", "quality", "is_duplicate", "score", "similarity", "target")),
@@ -129,11 +126,7 @@ class Wanted:
         return not names.isdisjoint(cell.strip().lower() for cell in cells)
 
     def columns(
-        self,
-        name: str,
-        names: Sequence[str],
-        usual: Sequence[tuple[str, ...]] | None = None,
-        shown: Sequence[str] = (),
+        self, name: str, names: Sequence[str], usual: Sequence[tuple[str, ...]] | None = None, shown: Sequence[str] = ()
     ) -> tuple[int, int | None, int | None]:
         """Return which of the columns `names` are used: of the text, the label and the second text.
 

@@ -14,7 +14,7 @@ from jaxlm import config as configs
 from jaxlm.config import Config, DataConfig
 from jaxlm.data import cache, labels, mixture, packing, sources, tokenization
 from jaxlm.data.cache import Split
-from jaxlm.data.parts import ANNOTATED, OF_TWO, WITH_CLASSES
+from jaxlm.data.parts import ANNOTATED, LABELLED, OF_TWO, WITH_CLASSES
 from jaxlm.data.samples import Samples
 from jaxlm.data.sources import SPLITS, Source
 from jaxlm.errors import UserError, slow
@@ -91,7 +91,7 @@ def prepare(
     tokenizer = tokenization.cached(config.tokenizer, training_texts, source.fingerprint, cache_dir, on_long_word)
     config = _with_vocab_size(config, tokenizer)
     specials = _specials(config, tokenizer, samples_class)
-    notes = [*source.notes, *_long_words_note(long_words)]
+    notes = [*_other_task_note(config.task, source.classes), *source.notes, *_long_words_note(long_words)]
     samples: dict[str, dict[str, Samples]] = {split: {} for split in SPLITS}
     for name, own in configs.source_configs(config).items():
         with progress(f"tokenizing {name}".strip(), sources_of[name].n_bytes) as on_progress:
@@ -296,6 +296,12 @@ def _notes(config: Config, samples: dict[str, Samples], source: Source) -> Itera
     yield from length_notes(config, samples.values())
 
 
+def _other_task_note(task: str, classes: Sequence[str]) -> Iterator[str]:
+    has_entailment = any("entailment" in name for name in classes)
+    if classes and task in ("mnli", "qnli", "rte") and not has_entailment or task in ("mrpc", "qqp") and has_entailment:
+        yield f"the classes {labels.listed(classes)} are not those of {task}: are these the data of another task?"
+
+
 def _long_words_note(words: list[tuple[str, int]]) -> Iterator[str]:
     if words:
         others = f", and {len(words) - 1:,} more words were" if len(words) > 1 else " was"
@@ -336,6 +342,8 @@ def length_notes(config: Config, samples: Collection[Samples]) -> Iterator[str]:
     """Yield a line on texts that are longer than a sample, if there are any."""
     if n_divided := sum(getattr(part, "n_divided", 0) for part in samples):
         yield f"{n_divided} sentences are longer than model.seq_len={config.model.seq_len} and read in several windows"
+    if n_empty := sum(int(np.sum(np.diff(x.split.offsets) == 0)) for x in samples if x.reads in LABELLED):
+        yield f"{n_empty} texts are empty, or have nothing that the tokenizer knows; they count like any other"
     n = sum(map(len, samples))
     for name, kind, what in (("n_cut", "texts", "are cut"), ("n_left_out", "pairs", "are left out")):
         if n_longer := sum(getattr(part, name, 0) for part in samples):

@@ -230,13 +230,7 @@ def _csv_table(path: Path, kind: str, head: str, wanted: Wanted) -> Table:
 
 
 def _csv_rows(
-    path: Path,
-    dialect: dict[str, Any],
-    n_columns: int,
-    is_header: bool,
-    text: int,
-    label: int | None,
-    pair: int | None,
+    path: Path, dialect: dict[str, Any], n_columns: int, is_header: bool, text: int, label: int | None, pair: int | None
 ) -> Iterator[Row]:
     start, size = 1, 0  # of the row that is being read: its first line, and its characters so far
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
-from jaxlm import evaluate, predict
+from jaxlm import convert, evaluate, predict
 from jaxlm.data.samples import ClassifiedSamples
 from jaxlm.errors import UserError
 from jaxlm.inference import http_api, predictors
@@ -102,6 +102,33 @@ def test_served_answers_and_attention_are_those_of_the_predictor(runs: dict[str,
         assert '"takesTwo": true' in client.get("/").text
     finally:
         engine.close()
+
+
+def test_a_public_classifier_is_served_with_two_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bert = {
+        "positions": "learned",
+        "embedding_norm": True,
+        "post_norm": True,
+        "head_dense": "bert",
+        "norm_epsilon": 1e-12,
+    }
+    settings = SETTINGS | {f"model.{name}": x for name, x in bert.items()}
+    run = tiny_runs.write(tmp_path / "rte", "rte", classes=("no", "yes"), **settings)
+    assert convert.main([str(run), str(tmp_path / "public"), "--as", "bert"]) == 0
+    predictor = predict.load(tmp_path / "public")
+    predictor.take_two()  # as serve --pair
+    engine = Engine(predictor)
+    try:
+        client = TestClient(http_api.make(engine, http_api.Limits()), base_url="http://localhost")
+        answer = client.post("/predict", json={"text": A, "pair": B}).json()
+        (expected,) = predict.load(run)([f"{A}\t{B}"])
+        assert answer["probabilities"] == pytest.approx(expected["probabilities"], rel=1e-5) and answer["pair"] == B
+        assert '"takesTwo": true' in client.get("/").text
+    finally:
+        engine.close()
+    with pytest.raises(SystemExit):
+        predict.main(["--checkpoint", str(run), "--text", A, "--pair", B, "--query", A])
+    assert "--query compares single texts; leave --pair out" in capsys.readouterr().err
 
 
 def test_attention_is_of_the_types_of_both_texts(runs: dict[str, Path]) -> None:

@@ -53,13 +53,7 @@ def block_of(config: ModelConfig, stacks: Any, i: int) -> Any:
 
 
 def scan_blocks(
-    config: ModelConfig,
-    run_block: RunBlock,
-    x: Array,
-    stacks: Any,
-    first: int,
-    last: int,
-    is_unrolled: bool = False,
+    config: ModelConfig, run_block: RunBlock, x: Array, stacks: Any, first: int, last: int, is_unrolled: bool = False
 ) -> tuple[Array, Any]:
     """Run blocks `first` to `last` - 1; return x, and the stacked second outputs of `run_block`.
 

@@ -79,6 +79,13 @@ def test_a_wrong_name_leaves_nothing(run: Path, tmp_path: Path, out: str, messag
     assert [path.name for path in tmp_path.iterdir()] == ["texts.txt"]
 
 
+def test_an_empty_file_has_no_vectors(run: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "none.txt").write_text("")
+    with pytest.raises(SystemExit) as caught:
+        embed.main(["--checkpoint", str(run), "--file", str(tmp_path / "none.txt"), "--out", str(tmp_path / "a.npy")])
+    assert caught.value.code == 2 and "none.txt: is empty; write a text in each line" in capsys.readouterr().err
+
+
 def test_a_query_finds_the_nearest_lines(run: Path, tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "texts.txt").write_text("\n".join(text for text in TEXTS if text))
     argv = ["--checkpoint", str(run), "--file", str(tmp_path / "texts.txt"), "--query", "a dog", "--top-k", "2"]
