@@ -69,6 +69,8 @@ class DataConfig:
     n_labels: Count = 0  # number of classes; 0: as many as the training split has
     validation_fraction: Share = 0.1  # share of articles for validation, if the source has no such split
     test_fraction: Share = 0.1  # share of articles for the test, if the source has no such split
+    folds: Count = 0  # parts of all but the test articles, of which one is for validation; 0: validation_fraction
+    fold: Count = 0  # which one, from 0
     split_seed: Count = 0  # seed that assigns articles to splits, and chooses samples for validation_tokens
     validation_tokens: Count = 100_000  # gpt, mlm, pairs: tokens scored at each evaluation in training; 0: all
     final_tokens: Count = 0  # tokens of validation and test scored at the end; 0: all
@@ -550,7 +552,8 @@ def _print_help(config: Config, prog: str) -> None:
         "--arch NAME (a design of the model, such as modernbert), then --config FILE (TOML, or the name of a preset; "
         "repeatable) and --section.key VALUE in the order given. The "
         f"defaults below are those of task {config.task}; for others, name another with --task. "
-        "Several sources at once: --data.sources NAME=PATH:WEIGHT, once for each.",
+        "Several sources at once: --data.sources NAME=PATH:WEIGHT, once for each. "
+        "Several runs with their mean: --seeds N --folds N --run.dir FOLDER.",
         width,
     )
     options = (tyro.conf.FlagConversionOff,)
@@ -727,6 +730,12 @@ def _check(config: Config) -> None:
         raise UserError(f"model.pooling=late: task={config.task} has no logits of a text; use first, last or mean")
     if data.n_labels == 1:
         raise UserError("data.n_labels=1: a classifier has two classes or more; leave it out to have those of the data")
+    if data.folds and not (data.path or data.hub or data.sources):
+        raise UserError(f"{shown('data.folds')}: the embedded data has parts of its own; give a file with data.path")
+    if data.folds == 1 or data.fold >= max(data.folds, 1):
+        raise UserError(
+            f"{shown('data.fold')} is none of {shown('data.folds')}; give 2 folds or more, and one from 0 on"
+        )
     if data.path and data.hub:
         raise UserError(f"{shown('data.path')} and {shown('data.hub')} name two sources; give one of them")
     _check_sources(data)

@@ -84,7 +84,13 @@ def test_each_file_of_the_presets_folder_can_be_read(path):
 def test_dump_is_read_back_to_the_same_settings(tmp_path):
     def other(name: str) -> object:
         value = configs.get(Config(), name)
-        choices = {"data.format": "tsv", "data.header": "no", "data.documents": "file", "data.stride": 3}
+        choices = {
+            "data.format": "tsv",
+            "data.header": "no",
+            "data.documents": "file",
+            "data.stride": 3,
+            "data.fold": 2,
+        }
         choices |= {"data.pack": "documents", "train.group_by_length": False}  # one of the two
         choices |= {"model.positions": "rotary", "tokenizer.kind": "bpe"}
         choices |= {"tokenizer.marks": "file", "tokenizer.end_ids": "7,9"}

@@ -5,18 +5,15 @@ ended, and resumes those that were stopped.
 """
 
 import argparse
-import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from jaxlm import repeat
 from jaxlm.cli import Parser
 from jaxlm.config import GLUE
 from jaxlm.errors import UserError, reported
 from jaxlm.io import temporary
-from jaxlm.reporting import run_reader
 from jaxlm.terminal import command
 
 NAMES = ("cola", "sst2", *GLUE)
@@ -40,19 +37,20 @@ def main(argv: list[str] | None = None) -> int:
     """Fine-tune as the command line says; return the exit status: that of the first run that fails."""
     args, settings = _parse(sys.argv[1:] if argv is None else argv)
     folders = find(Path(args.data), args.tasks)
-    for task, data in folders.items():
-        for seed in range(args.seeds):
-            folder = _folder(Path(args.out), task, seed)
-            if has_ended(folder):
-                continue
-            print(f"{task}, seed {seed}: {folder}", flush=True)
-            run = ["--task", task, "--data.path", str(data), "--init-from", args.checkpoint, "--train.seed", str(seed)]
-            resumed = ["--run.dir", str(folder), "--resume", "auto"]
-            done = subprocess.run([sys.executable, "-m", "jaxlm.train", *run, *settings, *resumed])
-            if done.returncode:
-                return done.returncode
-    runs = {task: [_folder(Path(args.out), task, seed) for seed in range(args.seeds)] for task in folders}
-    text = table(args.checkpoint, {task: list(map(scores, some)) for task, some in runs.items()})
+    common = ["--init-from", args.checkpoint, *settings]
+    runs = {
+        task: {
+            Path(args.out) / f"{task}-{seed}": [
+                *("--task", task, "--data.path", str(data), "--train.seed", str(seed), *common)
+            ]
+            for seed in range(args.seeds)
+        }
+        for task, data in folders.items()
+    }
+    for some in runs.values():
+        if status := repeat.run_all(some):
+            return status
+    text = table(args.checkpoint, {task: list(map(repeat.scores, some)) for task, some in runs.items()})
     temporary.replace_text(Path(args.out) / TABLE, text)
     print(text, end="")
     return 0
@@ -80,33 +78,7 @@ def _has_train(folder: Path) -> bool:
     return any("train" in file.name.lower() for file in folder.iterdir())
 
 
-def _folder(out: Path, task: str, seed: int) -> Path:
-    return out / f"{task}-{seed}"
-
-
-def has_ended(folder: Path) -> bool:
-    """Return whether a run has made all its updates, and scored what it scores at its end."""
-    if not (folder / "config.toml").is_file():
-        return False
-    run = run_reader.read(folder)
-    last = max((row["step"] for row in _rows(run, "validation")), default=0)
-    return run.is_over and last == run.last_step and ("test" not in run.baseline or bool(_rows(run, "test")))
-
-
-def _rows(run: run_reader.RunRecord, split: str) -> list[dict[str, Any]]:
-    return [row for row in run.rows if row["split"] == split]
-
-
-def scores(folder: Path) -> dict[str, dict[str, float]]:
-    """Return the scores of a run by split: those of its best checkpoint by validation loss, and of the test part."""
-    run = run_reader.read(folder)
-    best = min(_rows(run, "validation"), key=lambda row: row["loss"])
-    found = {"validation": best} | ({"test": rows[-1]} if (rows := _rows(run, "test")) else {})
-    names = [name for name in run.baseline.get("validation", best) if name != "loss"]
-    return {split: {name: row[name] for name in names} for split, row in found.items()}
-
-
-def table(checkpoint: str, results: dict[str, list[dict[str, dict[str, float]]]]) -> str:
+def table(checkpoint: str, results: dict[str, list[repeat.Scores]]) -> str:
     """Return the table of tasks and scores, in Markdown: mean and standard deviation over the seeds, in percent."""
     lines = [
         f"# GLUE of {checkpoint}",
@@ -119,18 +91,11 @@ def table(checkpoint: str, results: dict[str, list[dict[str, dict[str, float]]]]
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for task, runs in results.items():
-        for i, name in enumerate(runs[0]["validation"]):
-            cells = [_cell([run[split][name] for run in runs if split in run]) for split in ("validation", "test")]
+        for i, name in enumerate(x for x in runs[0]["validation"] if x != "loss"):
+            cells = [repeat.cell(runs, split, name, 100, 1) for split in ("validation", "test")]
             published = PUBLISHED.get(task, "") if i == 0 else ""
             lines.append(f"| {task} | {name} | {' | '.join(cells)} | {len(runs)} | {published} |")
     return "\n".join(lines) + "\n"
-
-
-def _cell(values: Sequence[float]) -> str:
-    if not values:
-        return ""
-    spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{100 * statistics.mean(values):.1f}{spread}"
 
 
 def make_parser() -> Parser:

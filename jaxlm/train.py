@@ -16,9 +16,12 @@ def main(argv: list[str] | None = None) -> int:
     with interruptible():
         with reported(debug="--debug" in argv):
             # Imported here, because huge_pages restarts the process before this line.
+            from jaxlm import repeat
             from jaxlm.training import resume
             from jaxlm.weights import formats
 
+            if repeat.is_asked(argv):
+                return repeat.main(argv, "jaxlm.train")
             config, origins, start = resume.load(argv, command("train"), formats.RUN)
         print(f"jaxlm: task {config.task}; loading JAX", flush=True)
         with reported(config.debug):

@@ -29,7 +29,7 @@ FLOORS = (
     ("distill",),
     ("loop",),
     ("cost", "reporting"),
-    ("inference",),
+    ("inference", "repeat"),
     ("cache", "convert", "embed", "evaluate", "glue", "plan", "predict", "report", "runs", "train"),
     ("serve", "__main__"),
     ("completion",),

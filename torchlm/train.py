@@ -7,6 +7,7 @@ import os
 import sys
 import time
 
+from jaxlm import repeat
 from jaxlm.errors import UserError, interruptible, outlive_full_disks, reported
 from jaxlm.training import resume
 from jaxlm.weights import formats
@@ -19,6 +20,8 @@ def main(argv: list[str] | None = None) -> int:
     outlive_full_disks()
     with interruptible():
         with reported(debug="--debug" in argv):
+            if repeat.is_asked(argv):
+                return repeat.main(argv, "torchlm.train")
             config, origins, start = resume.load(argv, "python -m torchlm.train", formats.CHECKPOINT_1_2)
         if os.environ.get("RANK", "0") == "0":
             print(f"torchlm: task {config.task}; loading PyTorch", flush=True)

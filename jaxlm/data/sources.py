@@ -76,7 +76,10 @@ def open_source(config: DataConfig, reads: Reads, classes: Sequence[str] = ()) -
     are_divided = documents.are_divided(parts, shares)
     notes += _notes(config, parts, shares, are_divided)
     notes += documents.notes(parts, why, shares)
-    reading = _Reading(reads, shares, config.split_seed, are_divided=are_divided)
+    if config.folds and ("validation" in given or are_divided):
+        why = "its documents are divided" if are_divided else "it has a validation part"
+        raise UserError(f"{root}: {why}, but data.folds={config.folds} splits texts by hash; leave it out")
+    reading = _Reading(reads, shares, config.split_seed, are_divided=are_divided, fold=config.fold)
     counts: Counter[str] = Counter()
     if reads == "labels":
         classes, reading.ids = _classes(reading, parts, config, classes, counts, notes)
@@ -143,6 +146,8 @@ def _fingerprint(config: DataConfig, parts: list[Part], reading: "_Reading") -> 
         settings.append(other)
     if reading.are_divided:
         settings.append("divided")
+    if config.folds:
+        settings.append(["fold", config.fold])
     if config.unique and reading.reads == "text":
         settings.append("unique")
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
@@ -169,19 +174,22 @@ def _notes(config: DataConfig, parts: list[Part], shares: dict[str, float], are_
 
 def split_of(text: str, config: DataConfig, given: Iterable[str] = ()) -> str:
     """Return the split an article falls into, by a hash of its text, where those in `given` come from elsewhere."""
-    return _split(text, config.split_seed, _shares(config, given))
+    return _split(text, config.split_seed, _shares(config, given), config.fold)
 
 
 def _shares(config: DataConfig, given: Iterable[str]) -> dict[str, float]:
     shares = {"test": config.test_fraction, "validation": config.validation_fraction}
+    if config.folds:
+        shares["validation"] = (1 - ("test" not in given) * config.test_fraction) / config.folds
     return {split: share for split, share in shares.items() if split not in given}
 
 
-def _split(text: str, seed: int, shares: dict[str, float]) -> str:
+def _split(text: str, seed: int, shares: dict[str, float], fold: int = 0) -> str:
     # By content, never by position: an article keeps its split when lines move, and equal articles share one.
     u = hash_of(text, seed)
     for split, share in shares.items():
-        if u < share:
+        u -= fold * share if split == "validation" else 0.0
+        if 0 <= u < share:
             return split
         u -= share
     return "train"
@@ -205,6 +213,7 @@ class _Reading:
     seed: int
     ids: Mapping[str, int] = field(default_factory=dict)  # number of each label
     are_divided: bool = False  # documents for training into splits
+    fold: int = 0  # the validation part is this one of several of its size
 
     def articles(self, part: Part) -> Iterator[Article]:
         """Yield the articles of a part. Raises UserError for a bad row."""
@@ -293,7 +302,7 @@ class _Reading:
                 yield Article(split, "", self.ids[name])
 
     def _split(self, part: Part, text: str) -> str:
-        return part.split if part.split != "train" else _split(text, self.seed, self.shares)
+        return part.split if part.split != "train" else _split(text, self.seed, self.shares, self.fold)
 
 
 def pair(split: str, prompt: str, answer: str) -> tuple[Article, Article]:
