@@ -50,15 +50,15 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--checkpoint", required=True, metavar="RUN", help="run (its best checkpoint), checkpoint, or public model"
     )
-    parser.add_argument("--file", help="a text in each line", **options)
-    parser.add_argument("--out", help="file of NumPy to write, NAME.npy", **options)
+    parser.add_argument("--file", help="file with a text in each line", **options)
+    parser.add_argument("--out", help="NumPy file to write, NAME.npy", **options)
     parser.add_argument(
         "--pooling",
         default="",
         choices=("mean", "first", "last"),
-        help="what a vector is of: the mean over all tokens, or one (as trained; else mean, or last of a causal model)",
+        help="mean over all tokens, or one token (as trained; untrained: mean, or last for a causal model)",
     )
-    parser.add_argument("--tokenizer.path", default="", metavar="FILE", help="where the run has none of its own")
+    parser.add_argument("--tokenizer.path", default="", metavar="FILE", help="tokenizer, if the run has none")
     return parser
 
 

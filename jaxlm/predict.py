@@ -197,11 +197,13 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--checkpoint", required=True, metavar="RUN", help="run (its best checkpoint), checkpoint, or public model"
     )
-    parser.add_argument("--text", "--prompt", action="append", dest="texts", metavar="TEXT", help="may be repeated")
-    parser.add_argument("--pair", action="append", dest="pairs", metavar="TEXT", help="the second of two texts")
-    parser.add_argument("--file", metavar="FILE", help="a text in each line, or two with a tab between them")
+    parser.add_argument(
+        "--text", "--prompt", action="append", dest="texts", metavar="TEXT", help="input text; may be repeated"
+    )
+    parser.add_argument("--pair", action="append", dest="pairs", metavar="TEXT", help="second text of a pair")
+    parser.add_argument("--file", metavar="FILE", help="file with a text in each line, or two with a tab between")
     parser.add_argument("--query", metavar="TEXT", help="print the texts most like this one, by their embeddings")
-    parser.add_argument("--json", action="store_true", help="one JSON object a text")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per text")
     parser.add_argument("--chat", action="store_true", help="answer messages, by the chat template of a public model")
     parser.add_argument("--tokenizer.path", default="", metavar="FILE", help="tokenizer, if the run has none")
     parser.add_argument(
@@ -211,10 +213,10 @@ def make_parser() -> Parser:
     group = parser.add_argument_group(
         "gpt", "each token is drawn from the K likeliest, and of these from the fewest whose probabilities sum to P"
     )
-    group.add_argument("--max-new-tokens", type=int, metavar="N", help="(100)")
-    group.add_argument("--temperature", type=float, metavar="X", help="divides the logits; 0: greedy (0.8)")
-    group.add_argument("--top-p", type=float, metavar="P", help="1: all (0.95)")
-    group.add_argument("--seed", type=int, metavar="N", help="(random, and printed)")
+    group.add_argument("--max-new-tokens", type=int, metavar="N", help="most new tokens (100)")
+    group.add_argument("--temperature", type=float, metavar="X", help="divides the logits; 0: greedy decoding (0.8)")
+    group.add_argument("--top-p", type=float, metavar="P", help="see above; 1: all tokens (0.95)")
+    group.add_argument("--seed", type=int, metavar="N", help="seed of sampling (random, and printed)")
     return parser
 
 

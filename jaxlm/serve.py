@@ -131,7 +131,7 @@ def make_parser() -> Parser:
     parser.add_argument("--tokenizer.path", default="", metavar="FILE", help="tokenizer, if the run has none")
     parser.add_argument("--pair", action="store_true", help="a public classifier compares two texts")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1: only this host)")
-    parser.add_argument("--port", type=int, default=8000, help="0: any free port, which is printed (8000)")
+    parser.add_argument("--port", type=int, default=8000, help="port; 0: any free one, which is printed (8000)")
     group = parser.add_argument_group("limits")
     for flag, default, metavar, text in (
         ("--max-requests", Limits.requests, "N", "concurrent requests; further ones are refused with 429"),

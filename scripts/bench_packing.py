@@ -41,7 +41,7 @@ class Trained:
         self.n_tokens = self.n_positions = 0
 
     def speed(self) -> tuple[float, ...]:
-        """Make some updates; return the tokens that are no padding a second of each clock."""
+        """Make some updates; return the tokens per second that are not padding, by each clock."""
         batches = [next(self.batches) for _ in range(UPDATES)]
         n_tokens, started_s = sum(map(self.samples.n_tokens, batches)), [clock() for clock in CLOCKS]
         metrics: Any = None

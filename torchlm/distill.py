@@ -1,6 +1,6 @@
 """The loss of a student that learns from a teacher. Source: DistilBERT, arXiv 1910.01108, section 2.
 
-Letters as in model.py; N positions that have labels, or samples. Logits are there as a whole, but only at these.
+Letters as in model.py; N positions that have labels, or samples. Logits are computed only at these.
 """
 
 import copy
@@ -16,7 +16,7 @@ from torchlm.parallel import Mesh
 
 
 def model_of(teacher: Teacher, task: Any, mesh: Mesh) -> nn.Module:
-    """Return the model of a teacher, with products as the task's, on the device."""
+    """Return the model of a teacher on the device; its matmuls compute in the task's type."""
     own = copy.copy(task)
     own.config = dataclasses.replace(task.config, model=teacher.config.model)
     model = own.build_model(torch.Generator())
@@ -25,10 +25,10 @@ def model_of(teacher: Teacher, task: Any, mesh: Mesh) -> nn.Module:
 
 
 def loss(task: Any, student: Any, teacher: Any, batch: dict[str, Tensor], key: None) -> Totals:
-    """Return the task's totals of the student, but `loss` is the weighted sum that is trained.
+    """Return the task's totals for the student, with the training loss as `loss`, a weighted sum of three:
 
-    It has the cross-entropy with the labels, that with the teacher's distribution, and 1 - cosine of hidden states.
-    The teacher has no dropout.
+    the cross-entropy with the labels, the KL divergence from the teacher, and 1 - cosine of the last hidden states. The
+    teacher has no dropout.
     """
     settings, positions = task.config.distill, batch.get("positions", batch.get("last"))
     segments_BT, types = batch.get("segments"), (batch["types"],) if "types" in batch else ()
@@ -50,10 +50,10 @@ def loss(task: Any, student: Any, teacher: Any, batch: dict[str, Tensor], key: N
 
 
 def soft_loss(logits: Tensor, target_logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    """Return the sum of KL(teacher || student) of distributions at a temperature, times its square.
+    """Return the sum of KL(teacher || student) at a temperature, times its square.
 
-    logits [..., V], labels [...]; a negative label counts nothing. The square keeps gradients at the scale of those of
-    the labels (arXiv 1503.02531, section 2).
+    logits [..., V], labels [...]; negative labels are ignored. The square keeps gradients at the scale of those of the
+    labels (arXiv 1503.02531, section 2).
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
     log_p, log_q = ((x.to(dtype) / temperature).log_softmax(dim=-1) for x in (target_logits, logits))
@@ -69,10 +69,10 @@ def cosine_loss(
     positions_BM: Tensor | None = None,
     segments_BT: Tensor | None = None,
 ) -> Tensor:
-    """Return the sum over samples of the mean of 1 - cosine over their tokens, weighed by the labels they count.
+    """Return the sum over samples of the mean of 1 - cosine over their tokens, times their number of labels.
 
-    labels [B] or [B, M]. So the sum over what is counted is a mean over tokens, however a batch is split. In packed
-    rows, samples are their documents, and labels are at `positions_BM`.
+    labels [B] or [B, M]. Divided by the number of all labels, this is a mean that does not depend on how a batch is
+    split. In packed rows, samples are the documents, and labels are at `positions_BM`.
     """
     norms_BT = torch.sqrt(torch.sum(x_BTD**2, dim=-1) * torch.sum(target_BTD**2, dim=-1))
     apart_BT = 1 - torch.sum(x_BTD * target_BTD, dim=-1) / norms_BT.clamp(min=1e-8)

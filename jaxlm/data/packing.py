@@ -93,7 +93,7 @@ class PackedSamples:
         }
 
     def lengths(self, indices: np.ndarray) -> np.ndarray:
-        """Return how many positions of each row are no padding, which is the same in all epochs."""
+        """Return how many positions of each row are not padding, which is the same in all epochs."""
         members, rows = self.members(indices, np.zeros_like(indices))
         return np.bincount(rows, self.unpacked.lengths(members), minlength=len(indices)).astype(np.int64)
 

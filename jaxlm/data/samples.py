@@ -3,8 +3,8 @@
 A samples object knows its length and makes any batch of samples: `batch(indices, epochs)` returns the arrays of a
 model's input by name, each with a leading axis of samples. A label of -1 is ignored by the loss. Nothing depends on
 which samples share a batch, so that order, batch size and number of processes are free. `lengths(indices)` are the
-positions of samples that are no padding, `n_tokens(batch)` is their number in a batch, and `cut(batch, length)` a batch
-without what lies beyond. Packed rows (packing.py) have labels at all positions, or, if it is not 0, room for `n_slots`
+numbers of positions without padding, `n_tokens(batch)` is their sum in a batch, and `cut(batch, length)` a batch cut to
+that length. Packed rows (packing.py) have labels at all positions, or, if it is not 0, room for `n_slots`
 of them, and `slots(lengths)` is how many each sample takes. The tokenizer must have the special tokens `roles(model)`.
 `model_kind` is the kind of model that they are for, as tasks.parameters.model_kind returns it.
 """

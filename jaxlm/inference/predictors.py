@@ -1,4 +1,4 @@
-"""What a trained model makes of texts: masks filled, texts continued, prompts answered, texts classified."""
+"""Predictors, which answer texts with a trained model: they fill masks, continue, reply, classify, tag and embed."""
 
 import dataclasses
 import itertools
@@ -26,16 +26,16 @@ from jaxlm.io import utf8
 from jaxlm.model import Transformer
 from jaxlm.tasks.parameters import model_kind
 
-N_ROWS = 16  # texts that go through the model together, at most
-N_MASKS = 16  # masks that are guessed together, whatever texts they are of
-MOST_PADDED = 1024  # positions that every text is padded to, at most; beyond, halves of model.seq_len
-STREAMED = 4  # tokens made between looks at what has been made
+N_ROWS = 16  # largest batch of texts
+N_MASKS = 16  # masks that are predicted together, from any of the texts
+MOST_PADDED = 1024  # texts are padded to model.seq_len up to this length; longer models also have halves of it
+STREAMED = 4  # tokens that are decoded before the next piece is streamed
 ENDINGS = {
     "article": "the end of the text",
     "length": "as many tokens as asked for",
     "positions": "the model has no more positions",
 }
-Answer = dict[str, Any]  # what --json prints of a text
+Answer = dict[str, Any]  # what --json prints for a text
 
 
 class Predictor:
@@ -44,7 +44,7 @@ class Predictor:
     Raises UserError for a text that it cannot take, and for an option out of range.
     """
 
-    wants = ""  # what it takes, for a person
+    wants = ""  # what it needs, for messages
     options: dict[str, Any] = {}  # with their defaults
     __call__: Callable[..., list[Answer]]
 
@@ -59,11 +59,11 @@ class Predictor:
         self.compiled_attention = jax.jit(attention_maps.weights)
 
     def encode(self, text: str) -> list[int]:
-        """Return the token ids of a text as the model is given them."""
+        """Return the token ids of a text, as the model gets them."""
         raise NotImplementedError
 
     def attention(self, text: str, layer: int, head: int) -> Answer:
-        """Return the tokens of a text, and for each how much it looks at each; `layer` and `head` count from 0."""
+        """Return the tokens of a text, and the attention weights from each to each; `layer` and `head` count from 0."""
         if not self.has_attention:
             raise UserError(f"{self.trained}: its base is no Transformer of model.py, so it has no attention to show")
         check("layer", layer, 0 <= layer < self.model.n_layers, f"0 to {self.model.n_layers - 1}")
@@ -77,7 +77,7 @@ class Predictor:
         return {**self.named(text), "layer": layer, "head": head, "tokens": tokens, "weights": weights}
 
     def texts(self, text: str) -> list[str]:
-        """Return the text that is asked about, or the two, which a tab divides, of a model of two. Raises UserError."""
+        """Return the input text, or for a model of two texts both of them, split at the tab. Raises UserError."""
         if not self.takes_two:
             return [text]
         first, tab, second = text.partition(utf8.TAB)
@@ -86,7 +86,7 @@ class Predictor:
         return [first, second]
 
     def take_two(self) -> None:
-        """Read two texts from now on: a public model does not say whether it has learned on one or two.
+        """Read two texts from now on: a public model does not say whether it was trained on one or two.
 
         Raises UserError for a run of one text.
         """
@@ -95,19 +95,19 @@ class Predictor:
         self.takes_two, self.empty = True, utf8.TAB
 
     def named(self, text: str) -> Answer:
-        """Return the text, or the two, as answers have them."""
+        """Return the text, or both texts, as they are in answers."""
         return dict(zip(("text", "pair"), self.texts(text), strict=False))
 
     def _types(self, texts: Sequence[str], ids_BT: np.ndarray) -> dict[str, np.ndarray]:
-        """Return the token types of some texts, as a part of the batch of their ids; none where the model has none."""
+        """Return the token types of texts, as an entry of the batch; empty if the model has no types."""
         return {}
 
     def encode_any(self, text: str) -> list[int]:
-        """Return the token ids of a text that may lack what there is to answer."""
+        """Return the token ids of a text, also of one that cannot be answered, such as one without a mask."""
         return self.encode(text)
 
     def shown(self, answer: Answer) -> str:
-        """Return an answer for a person."""
+        """Return an answer as readable text."""
         raise NotImplementedError
 
     def _ids(self, text: str) -> list[int]:
@@ -126,7 +126,7 @@ class Predictor:
         return ids
 
     def _batches(self, texts: Sequence[str]) -> Iterator[tuple[Sequence[str], np.ndarray, np.ndarray]]:
-        """Yield some texts at a time, their ids [B, T] and last positions [B], filled up to one of few shapes."""
+        """Yield batches of texts: ids [B, T] and last positions [B], padded to one of few shapes."""
         all_ids = [self.encode(text) for text in texts]
         for first in range(0, len(texts), N_ROWS):
             rows = _filled_up(all_ids[first : first + N_ROWS])
@@ -147,7 +147,7 @@ class Predictor:
 
 
 class FillMasks(Predictor):
-    """Guesses the words that [MASK] stands for."""
+    """Predicts the words at [MASK]."""
 
     wants = "a text with [MASK] for each word to guess"
     options = {"top_k": 5}
@@ -190,7 +190,7 @@ class FillMasks(Predictor):
         return "\n".join(lines)
 
     def _parts(self, text: str) -> list[str]:
-        """Return the text around its masks, by whichever name the user calls them."""
+        """Return the parts of the text between its masks, which may have the tokenizer's name or [MASK]."""
         first, *others = tokenization.NAMES["mask"]
         for name in others:
             text = text.replace(name, first)
@@ -200,7 +200,7 @@ class FillMasks(Predictor):
         return [part.rstrip() if has_space else part for part in before] + [last]
 
     def _guesses(self, x_BTD: Array, places_N2: np.ndarray, top_k: int) -> Iterator[list[Answer]]:
-        """Yield the likeliest tokens at each place, a row and a position."""
+        """Yield the likeliest tokens at each place (row, position)."""
         for first in range(0, len(places_N2), N_MASKS):
             some = places_N2[first : first + N_MASKS]
             filled_up = np.resize(some, (N_MASKS, 2)).astype(np.int32)
@@ -217,7 +217,7 @@ class FillMasks(Predictor):
 
 
 class Look(Predictor):
-    """Shows where a model without an output layer looks: it has attention, but no answers."""
+    """Shows the attention of a model without an output layer, which cannot answer."""
 
     wants = "a text"
 
@@ -306,7 +306,7 @@ class Embed(Look):
 
 
 class Predict(Look):
-    """Tells what the task makes of a text."""
+    """Returns the prediction of a task for a text."""
 
     def __init__(self, trained: LoadedModel):
         super().__init__(trained)
@@ -333,13 +333,13 @@ class Predict(Look):
         return self.trained.task.predict(model, batch)
 
     def _answer(self, output: np.ndarray) -> Answer:
-        # A task may answer with numbers and arrays of NumPy, which JSON does not have.
+        # A task may answer with NumPy numbers and arrays, which JSON lacks.
         answer = json.dumps(self.trained.task.answer(output), default=lambda x: np.asarray(x).tolist())
         return dict(json.loads(answer))
 
 
 class Classify(Predict):
-    """Tells which class a text is of."""
+    """Classifies a text."""
 
     wants = "a text to classify"
 
@@ -347,7 +347,7 @@ class Classify(Predict):
         return jax.nn.softmax(self.trained.task.logits(model, batch))
 
     def _answer(self, output: np.ndarray) -> Answer:
-        # The original's head has an output for each token of the vocabulary: those are no class.
+        # The original's head has an output for each token of the vocabulary; the others are not classes.
         task, i, p = self.trained.task, int(output.argmax()), output[: len(self.trained.task.classes)].tolist()
         named = p if task.has_numbers() else dict(zip(task.classes, p, strict=True))
         return {"label": task.label(i) if i < len(p) else None, "probabilities": named}
@@ -360,7 +360,7 @@ class Classify(Predict):
 
 
 class Labels(Predict):
-    """Tells which labels a text has: those whose probability is above the threshold."""
+    """Predicts the labels of a text: those whose probability is above the threshold."""
 
     wants = "a text to label"
     options = {"threshold": 0.5}
@@ -391,7 +391,7 @@ class Tag(Look):
     def __call__(self, texts: Sequence[str]) -> list[Answer]:
         words = [list(tags.WORD.finditer(text)) for text in texts]
         windows = [window for some in words for window in self._windows([match[0] for match in some])]
-        p_NC: list[np.ndarray] = []  # of all words
+        p_NC: list[np.ndarray] = []  # one for each window of words
         for first in range(0, len(windows), N_ROWS):
             rows = _filled_up(windows[first : first + N_ROWS])
             ids_BT, at_BT = (self._padded([list(row[i]) for row in rows]) for i in (0, 1))
@@ -441,7 +441,7 @@ class Continuation:
 
     text: str
     prompt: list[int]
-    options: dict[str, Any]  # all there are
+    options: dict[str, Any]  # all of them, with defaults
     told: str = ""  # the text that was sent already
 
 
@@ -449,7 +449,7 @@ class Continue(Predictor):
     """Continues prompts."""
 
     wants = "the beginning of a text"
-    between = ""  # what stands between a prompt and what continues it
+    between = ""  # text between a prompt and its continuation
     options = {"max_new_tokens": 100, "temperature": 0.8, "top_k": 0, "top_p": 0.95, "seed": None}
 
     def __init__(self, trained: LoadedModel):
@@ -462,7 +462,7 @@ class Continue(Predictor):
         self.decoder = Decoder(trained.model, self.stops)
 
     def __call__(self, texts: Sequence[str], **options: Any) -> list[Answer]:
-        """Continue each text as it would be alone. `options` as in `stream`; the default seed is another each time."""
+        """Continue each text as if it were alone. `options` as in `stream`; the default seed is random."""
         options = self.checked(options)
         begun = [Continuation(text, self.encode(text), options) for text in texts]
         answers = []
@@ -473,7 +473,7 @@ class Continue(Predictor):
         return answers
 
     def stream(self, text: str, **options: Any) -> Iterator[str | Answer]:
-        """Yield the continuation of a text in pieces, as it is made, and at last its answer.
+        """Yield the continuation of a text in pieces while it is decoded, and then the answer.
 
         `max_new_tokens`: most tokens to make. `temperature`: what logits are divided by; 0 is the likeliest token,
         always. `top_k`: draw from so many likeliest tokens; 0: from all. `top_p`: draw from the fewest likeliest tokens
@@ -490,7 +490,7 @@ class Continue(Predictor):
         return f"{answer['prompt']}{self.between}{answer['continuation']}"
 
     def pieces(self, begun: Continuation, ids: list[int], is_over: bool) -> Iterator[str | Answer]:
-        """Yield the text that is new and final now that a continuation has come to `ids`, and at its end the answer."""
+        """Yield the new final text of a continuation whose tokens so far are `ids`; at its end, also the answer."""
         text = self._text(begun, ids)
         ready = text if is_over else self._ready(text)
         if ready.startswith(begun.told) and ready != begun.told:
@@ -500,7 +500,7 @@ class Continue(Predictor):
             yield self._answer(begun, ids)
 
     def _made(self, begun: Sequence[Continuation], n_at_once: int) -> Iterator[tuple[list[list[int]], bool]]:
-        """Yield what has been made so far of each continuation, all with the same options, and whether that is all."""
+        """Yield the tokens so far of each continuation, and whether it has ended. All have the same options."""
         prompts, options = [one.prompt for one in begun], begun[0].options
         sampling = Sampling(*([options[name]] * len(prompts) for name in Sampling._fields))
         most_new = options["max_new_tokens"]
@@ -523,17 +523,17 @@ class Continue(Predictor):
         }
 
     def _text(self, begun: Continuation, ids: list[int]) -> str:
-        # What stands between two tokens is known only from both of them.
+        # The text between two tokens depends on both of them.
         before, whole = (self.tokenizer.decode(begun.prompt[len(self.before) :] + more) for more in ([], ids))
         return whole[len(before) :] if whole.startswith(before) else self.tokenizer.decode(ids)
 
     def _ready(self, text: str) -> str:
-        """Return what of a text stays as it is, whatever comes next."""
+        """Return the part of a text that later tokens cannot change."""
         if self.is_byte_level:
-            return text.rstrip("\ufffd")  # a character has several bytes, and a token may have the first of them
+            return text.rstrip("\ufffd")  # the last token may end inside a character of several bytes
         if self.is_single:
             return text
-        return text[: max(text.rfind(" "), 0)]  # a piece of a word, or a point, is put to the word before
+        return text[: max(text.rfind(" "), 0)]  # the next token may be a piece of the last word, or punctuation
 
     def checked(self, given: dict[str, Any]) -> dict[str, Any]:
         """Return all options, with a seed. Raises UserError for one out of range."""
@@ -551,7 +551,7 @@ class Continue(Predictor):
 
 
 class Reply(Continue):
-    """Answers prompts, by default with the likeliest tokens."""
+    """Answers prompts, by default greedily."""
 
     wants = "a prompt to answer"
     between = PROMPT_END
@@ -559,7 +559,7 @@ class Reply(Continue):
 
 
 class Chat(Continue):
-    """Answers a message as a public model's chat template puts it; special tokens in the message count as such."""
+    """Answers a message by the chat template of a public model. Special tokens in the message count as such."""
 
     wants = "a message"
 
@@ -570,7 +570,7 @@ class Chat(Continue):
         self.reads_specials.encode_special_tokens = False
 
     def encode(self, text: str) -> list[int]:
-        self._ids(text)  # refuses what is no text
+        self._ids(text)  # raises UserError if it is not a text
         ids = self.reads_specials.encode(chat.rendered(self.template, text, self.tokens), add_special_tokens=False).ids
         return self._checked(ids or [self.stop])
 
@@ -594,5 +594,5 @@ def check(name: str, value: Any, is_fine: bool, rule: str) -> None:
 
 
 def _filled_up(rows: list[Any]) -> list[Any]:
-    """Return rows, the last of them repeated, so that there are few numbers of rows to compile for."""
+    """Return rows, padded by copies of the last one, so that few batch sizes are compiled."""
     return rows + rows[-1:] * ((1 << (len(rows) - 1).bit_length()) - len(rows))

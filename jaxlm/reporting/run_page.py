@@ -22,7 +22,7 @@ TRAINING = {  # charts of training metrics: title, and whether the scale is loga
     "rate": ("learning rate", False),
     "grad_norm": ("gradient norm, before clipping", True),
     "tokens_per_s": ("throughput, tokens/s", False),
-    "real_share": ("share of positions that are no padding", False),
+    "real_share": ("share of positions that are not padding", False),
 }
 STARTS = ("started", "step", "command", "device", "host", "cores", "system", "python", "packages", "commit")
 Runs = Mapping[str, RunRecord]
@@ -67,7 +67,7 @@ def _head(run: RunRecord) -> str:
             beside = "" if baseline is None else f"; baseline {metrics.number(name, baseline)}"
             figures.append((f"{split} {name}, step {at:,}{beside}", metrics.number(name, value)))
     if speed := run.speed():
-        figures.append(("tokens/s, the median", f"{speed:,.0f}"))
+        figures.append(("tokens/s, median", f"{speed:,.0f}"))
     if step is None:
         return html_page.totals(figures)
     splits = [split for split in ("validation", *history.ENDING) if run.scores(split)]
