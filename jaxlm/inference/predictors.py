@@ -149,7 +149,7 @@ class Predictor:
 class FillMasks(Predictor):
     """Predicts the words at [MASK]."""
 
-    wants = "a text with [MASK] for each word to guess"
+    wants = "a text with [MASK] for each word to predict"
     options = {"top_k": 5}
 
     def __init__(self, trained: LoadedModel):
