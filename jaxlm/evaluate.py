@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,7 +31,9 @@ def main(argv: list[str] | None = None) -> int:
     from jaxlm.inference import evaluation, load
 
     tokenizer, batch_size = given.pop("tokenizer.path", ""), given.pop("train.batch_size", evaluation.BATCH_SIZE)
-    trained = load.load(args.checkpoint, tokenizer)
+    trained = load.load(args.checkpoint, tokenizer, "float32" if args.benchmark else "")
+    if args.benchmark:
+        return _benchmark(trained, args)
     source, samples = evaluation.samples_of(trained, args.split, given)
     for text in prepare.length_notes(trained.config, [samples]):
         note(text)
@@ -49,6 +52,29 @@ def main(argv: list[str] | None = None) -> int:
             warn(f"{path}: cannot be written ({error.strerror})")
         else:
             print(f"saved as {path}", file=sys.stderr)
+    return 0
+
+
+def _benchmark(trained: Any, args: argparse.Namespace) -> int:
+    """Print the scores of a benchmark; return the exit status."""
+    from jaxlm.inference import benchmarks
+    from jaxlm.io.console import Console
+
+    if args.path is None:
+        raise UserError(f"--benchmark {args.benchmark}: name its rows, a file of JSON Lines, with --data.path")
+    result = benchmarks.score(trained, args.benchmark, Path(args.path))
+    if args.json:
+        print(dumps(_finite(result)))
+        return 0
+    console = Console()
+    console.print(f"{trained}: {args.benchmark}, {result['n']:,} rows of {args.path}")
+    rows = [
+        [name, number(name, x), f"{number(name, low)} to {number(name, high)}"]
+        for name, (x, low, high) in result["scores"].items()
+    ]
+    console.print(_table("", ["", "score", "interval"], rows))
+    if result["kinds"]:
+        console.print(_table("accuracy by kind", ["", "score"], [[k, f"{x:.4f}"] for k, x in result["kinds"].items()]))
     return 0
 
 
@@ -133,6 +159,9 @@ def make_parser() -> Parser:
     )
     parser.add_argument("--split", choices=("validation", "test"), default="test", help="split to score (test)")
     parser.add_argument("--data.path", dest="path", metavar="FILE", help="score all of this file instead")
+    parser.add_argument(
+        "--benchmark", choices=("blimp", "lambada"), help="gpt: score the minimal pairs, or last words, of data.path"
+    )
     parser.add_argument("--train.batch-size", dest="size", metavar="N", help="samples per device at a time (16)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser

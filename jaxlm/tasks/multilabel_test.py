@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -108,14 +109,14 @@ def test_a_run_learns_labels_and_is_used(
 
 def test_transformers_reads_and_is_read(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    model = {
+    model: dict[str, Any] = {
         "positions": "learned",
         "embedding_norm": True,
         "post_norm": True,
         "head_dense": "bert",
         "norm_epsilon": 1e-12,
     }
-    settings = {"data.n_labels": 3, **{f"model.{name}": x for name, x in model.items()}}
+    settings: dict[str, Any] = {"data.n_labels": 3, **{f"model.{name}": x for name, x in model.items()}}
     run = tiny_runs.write(tmp_path / "run", "multilabel", classes=("x", "y", "z"), **settings)
     assert convert.main([str(run), str(tmp_path / "out"), "--as", "bert"]) == 0
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
@@ -129,7 +130,6 @@ def test_transformers_reads_and_is_read(tmp_path: Path) -> None:
         (answer,) = predictor(["the cat sat"])
         np.testing.assert_allclose(list(answer["probabilities"].values()), found.logits.sigmoid()[0], atol=1e-5)
         assert answer["labels"] == [name for name, x in zip("xyz", found.logits[0], strict=True) if x > 0]
-    totals = ours.trained.task.loss(
-        ours.trained.model, {"tokens": ids.numpy().astype(np.int32), "labels": labels.numpy().astype(np.int32)}, None
-    )
+    batch = {"tokens": jnp.asarray(ids.numpy(), jnp.int32), "labels": jnp.asarray(labels.numpy(), jnp.int32)}
+    totals = ours.trained.task.loss(ours.trained.model, batch, None)
     assert float(totals["loss"]) == pytest.approx(float(found.loss), rel=1e-4)
