@@ -128,8 +128,14 @@ def draw(path: Path, found: dict[str, Any]) -> None:
             of_work.setdefault(row["work"], []).append(row)
     if not of_work:
         raise UserError(f"--plot {path}: nothing that trains was measured; leave out --only, or take mlm or gpt")
-    figure = Figure(figsize=(4.5 * len(of_work), 4.2), layout="constrained")
-    for axes, (work, rows) in zip(figure.subplots(1, len(of_work), squeeze=False)[0], of_work.items(), strict=True):
+    works = list(of_work.items())
+    lines = [works[i : i + 2] for i in range(0, len(works), 2)]
+    heights = [2 + max(len(rows) for _, rows in line) for line in lines]  # bars of about one height in all panels
+    figure = Figure(figsize=(11, 0.27 * sum(heights)), layout="constrained")
+    grid = figure.subplots(len(lines), 2, squeeze=False, height_ratios=heights)
+    for axes in grid.flat[len(works) :]:
+        axes.set_visible(False)
+    for axes, (work, rows) in zip(grid.flat, works, strict=False):
         rows = sorted(rows, key=lambda row: row["tokens_per_s"]["median"])
         medians = [row["tokens_per_s"]["median"] for row in rows]
         errors = [
@@ -137,9 +143,10 @@ def draw(path: Path, found: dict[str, Any]) -> None:
             [row["tokens_per_s"]["max"] - median for median, row in zip(medians, rows, strict=True)],
         ]
         colors = ["tab:orange" if row["system"].startswith("jaxlm") else "tab:blue" for row in rows]
-        axes.barh([label(row) for row in rows], medians, xerr=errors, color=colors, ecolor="0.3")
-        axes.set_title(work)
-        axes.set_xlabel("tokens per second")
+        labels = [label(row).replace("original", "the original's design") for row in rows]
+        axes.barh(labels, medians, xerr=errors, color=colors, ecolor="0.3")
+        axes.set_title(f"{work}, tokens per second")
+        axes.locator_params(axis="x", nbins=6)
     try:
         figure.savefig(path, dpi=110)
     except (OSError, ValueError) as error:
