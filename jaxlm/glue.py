@@ -6,9 +6,11 @@ ended, and resumes those that were stopped.
 
 import argparse
 import sys
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from jaxlm import config as configs
 from jaxlm import repeat
 from jaxlm.cli import Parser
 from jaxlm.config import GLUE
@@ -30,6 +32,12 @@ PUBLISHED = {
     "rte": "66.4",
 }
 TABLE = "glue.md"
+# Names that GLUE's server has for its files of predictions.
+SERVED = {"cola": "CoLA", "sst2": "SST-2", "mrpc": "MRPC", "qqp": "QQP", "stsb": "STS-B", "qnli": "QNLI", "rte": "RTE"}
+SERVED |= {"wnli": "WNLI"}
+TESTS = ("test", "msr_paraphrase_test", "sts-test")  # stems of their test files
+OF_MNLI = {"test_matched": "MNLI-m", "test_mismatched": "MNLI-mm"}
+ZIP = "submission.zip"
 
 
 @reported(debug=False)
@@ -53,7 +61,45 @@ def main(argv: list[str] | None = None) -> int:
     text = table(args.checkpoint, {task: list(map(repeat.scores, some)) for task, some in runs.items()})
     temporary.replace_text(Path(args.out) / TABLE, text)
     print(text, end="")
+    if args.submission:
+        with zipfile.ZipFile(Path(args.out) / ZIP, "w", zipfile.ZIP_DEFLATED) as packed:
+            for task, some in runs.items():
+                first = next(iter(repeat.scores(next(iter(some)))["validation"]))
+                best = max(some, key=lambda folder: repeat.scores(folder)["validation"][first])
+                for name, content in submission(best, folders[task], task).items():
+                    packed.writestr(name, content)
+        print(f"{Path(args.out) / ZIP} is for gluebenchmark.com, which wants files of all tasks and of AX")
     return 0
+
+
+def submission(run: Path, data: Path, task: str) -> dict[str, str]:
+    """Return the content of each file that GLUE's server takes of a task, by name: a prediction for each test row.
+
+    Raises UserError if `data` has no file of test rows.
+    """
+    import jax
+    import numpy as np
+
+    from jaxlm.data import loader, prepare
+    from jaxlm.inference import evaluation, load
+    from jaxlm.training.log import RunLog
+
+    stems = OF_MNLI if task == "mnli" else dict.fromkeys(TESTS, SERVED[task])
+    by_stem = {path.name.lower().partition(".")[0]: path for path in sorted(data.iterdir())}
+    files = {name: by_stem[stem] for stem, name in stems.items() if stem in by_stem}
+    if not files:
+        raise UserError(f"{data}: has no test file, {' or '.join(stems)}.tsv, to predict; leave --submission out")
+    trained = load.load(run)
+    own, compiled, found = trained.task, jax.jit(trained.task.predict), {}
+    for name, file in files.items():
+        config = configs.replace(trained.config, "data.test_path", str(file.absolute()))
+        progress = RunLog(stderr=True).pass_bar
+        _, samples = prepare.part(config, own.samples, own.embedded, trained.tokenizer, "test", progress, own.classes)
+        batches = loader.evaluation_batches(samples, evaluation.BATCH_SIZE)
+        values = np.concatenate([np.asarray(compiled(trained.model, batch)) for batch in batches])[: len(samples)]
+        shown = [f"{np.clip(x, 0, 5):.3f}" if task == "stsb" else str(own.label(int(x))) for x in values]
+        found[f"{name}.tsv"] = "index\tprediction\n" + "".join(f"{i}\t{x}\n" for i, x in enumerate(shown))
+    return found
 
 
 def find(folder: Path, tasks: Sequence[str] = ()) -> dict[str, Path]:
@@ -116,6 +162,9 @@ def make_parser() -> Parser:
     )
     parser.add_argument(
         "--seeds", type=int, default=1, metavar="N", help="runs of each task, with seeds 0 to N - 1 (1)"
+    )
+    parser.add_argument(
+        "--submission", action="store_true", help="also predict the test files, by the best seed on validation"
     )
     parser.add_argument("--tasks", nargs="+", default=[], choices=NAMES, metavar="TASK", help="only these tasks")
     return parser

@@ -104,7 +104,7 @@ def test_a_run_learns_labels_and_is_used(
     assert {name: score.value for name, score in result.scores.items()} == pytest.approx(
         {name: row[name] for name in result.scores}, abs=1e-5
     )
-    assert all(set(error.label.split(", ")) <= {"age", "animal", "thing", "none"} for error in result.worst)
+    assert all(set(str(error.label).split(", ")) <= {"age", "animal", "thing", "none"} for error in result.worst)
 
 
 def test_transformers_reads_and_is_read(tmp_path: Path) -> None:
