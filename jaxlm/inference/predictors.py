@@ -195,8 +195,11 @@ class FillMasks(Predictor):
         for name in others:
             text = text.replace(name, first)
         *before, last = text.split(first)
-        # A byte-level token has the space before its word in it, and a mask stands for the whole token.
+        # A byte-level token has the space before its word in it, and a mask stands for the whole token; but a public
+        # tokenizer may say that the space is a token of its own.
         has_space = self.is_byte_level and not self.is_single
+        if self.trained.config.tokenizer.marks == "file":
+            has_space = has_space and self.tokenizer.get_added_tokens_decoder()[self.mask].lstrip
         return [part.rstrip() if has_space else part for part in before] + [last]
 
     def _guesses(self, x_BTD: Array, places_N2: np.ndarray, top_k: int) -> Iterator[list[Answer]]:

@@ -1,4 +1,4 @@
-"""Tokenizers of Llama, Qwen3, ModernBERT and SmolLM2, small ones trained here, against transformers.AutoTokenizer."""
+"""Tokenizers as Llama, Qwen3, ModernBERT, EuroBERT and SmolLM2 have them, trained here, against AutoTokenizer."""
 
 import itertools
 import json
@@ -66,6 +66,11 @@ KINDS = {  # special tokens, class, template of what is around a text, and the t
     "llama 2": (("<unk>", "<s>", "</s>"), "PreTrainedTokenizerFast", "<s> $A"),
     "qwen3": (("<|endoftext|>", "<|im_start|>", "<|im_end|>"), "Qwen2Tokenizer", ""),
     "smollm2": (("<|endoftext|>", "<|im_start|>", "<|im_end|>"), "GPT2Tokenizer", ""),
+    "eurobert": (  # its pad ends texts as well
+        ("<|begin_of_text|>", "<|end_of_text|>", "<|mask|>", "<|reserved_special_token_0|>"),
+        "PreTrainedTokenizerFast",
+        "<|begin_of_text|> $A <|end_of_text|>",
+    ),
     "modernbert": (
         ("<|endoftext|>", "[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]"),
         "PreTrainedTokenizerFast",
@@ -82,8 +87,8 @@ def write(kind: str, folder: Path) -> None:
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     if kind == "llama 2":
         letters = [f"<0x{i:02X}>" for i in range(256)]
-    elif kind in ("llama 3", "qwen3"):
-        split = pre_tokenizers.Split(Regex(LLAMA3 if kind == "llama 3" else QWEN), "isolated")
+    elif kind in ("llama 3", "eurobert", "qwen3"):
+        split = pre_tokenizers.Split(Regex(QWEN if kind == "qwen3" else LLAMA3), "isolated")
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, in_bytes])
     elif kind == "smollm2":
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), in_bytes])
@@ -117,6 +122,7 @@ def write(kind: str, folder: Path) -> None:
     }
     roles |= {
         "llama 3": {"bos": 0, "eos": 1},
+        "eurobert": {"bos": 0, "eos": 1, "pad": 1, "mask": 2},
         "qwen3": {"eos": 2, "pad": 0},
         "smollm2": {"bos": 1, "eos": 2, "pad": 2, "unk": 0},
     }

@@ -93,15 +93,21 @@ def inputs_of(tokenizer: Any, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
     return {**batch, "labels": labels_BT}
 
 
-def fine_tune(model: Any, batches: Iterator[dict[str, torch.Tensor]]) -> list[float]:
+def fine_tune(
+    model: Any,
+    batches: Iterator[dict[str, torch.Tensor]],
+    n_updates: int = UPDATES,
+    n_warmup: int = WARMUP,
+    rate: float = RATE,
+) -> list[float]:
     """Train a model as its users do, with a warmup and a linear decay; return the loss of each update."""
     import transformers
 
     groups: list[dict[str, Any]] = [{"params": [], "weight_decay": decay} for decay in (0.0, DECAY)]
     for x in model.parameters():
         groups[x.ndim == 2 and len(x) > 1]["params"].append(x)
-    optimizer = torch.optim.AdamW(groups, lr=RATE)
-    schedule = transformers.get_linear_schedule_with_warmup(optimizer, WARMUP, UPDATES)
+    optimizer = torch.optim.AdamW(groups, lr=rate)
+    schedule = transformers.get_linear_schedule_with_warmup(optimizer, n_warmup, n_updates)
     losses = []
     for batch in batches:
         loss = model.train()(**batch).loss

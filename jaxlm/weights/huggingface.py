@@ -190,11 +190,12 @@ def _settings(family: Family, values: dict[str, Any], source: Path) -> dict[str,
         if not is_right:
             raise UserError(f"{source}: {key}={json.dumps(values.get(key))[:80]}: {rule}")
 
-    keys, fixed = family.keys, {key: x for key, x in FIXED.items() if key not in family.keys.values()} | family.fixed
+    keys, unused = family.keys, family.unused.split()
+    fixed = {key: x for key, x in FIXED.items() if key not in (*keys.values(), *unused)} | family.fixed
     for key, value in fixed.items():
         check(key, values.get(key, value) == value, f"can be read with {json.dumps(value)} only")
     unknown = f"is not known here for model_type={family.type}; remove it if it does not change what the model computes"
-    known = {*UNUSED_KEYS, *family.unused.split(), *keys.values(), *family.dropouts, *fixed, *_keys_in_code(family)}
+    known = {*UNUSED_KEYS, *unused, *keys.values(), *family.dropouts, *fixed, *_keys_in_code(family)}
     for key in sorted(values.keys() - known):
         check(key, False, unknown)
     values = family.defaults | values
@@ -377,15 +378,14 @@ def _tensors(family: Family, is_tied: bool, stored: Mapping[str, np.ndarray], so
     """
     prefix, table = family.prefix, f"{family.modules['embedding.token']}.weight"
     stored = names.without_wrappers(stored, str(source))
+    starts = (prefix, *(old.removeprefix("^") for old, new in family.renamed.items() if new == prefix))
+    for name in stored:  # an attribute by which another model has held this one
+        if name.endswith(f".{table}"):
+            start = next((x for x in starts if f".{name}".endswith(f".{x}{table}")), "")
+            stored = names.without_prefix(stored, name.removesuffix(f"{start}{table}"), str(source))
+            break
     for pattern, new in family.renamed.items():
         stored = {re.sub(pattern, new, name): x for name, x in stored.items()}
-    for name in stored:  # an attribute by which another model has held this one
-        if name.endswith(f".{table}") and not name.endswith(f".{prefix}{table}") and name != f"{prefix}{table}":
-            stored = names.without_prefix(stored, name.removesuffix(table), str(source))
-            break
-        if name.endswith(f".{prefix}{table}"):
-            stored = names.without_prefix(stored, name.removesuffix(f"{prefix}{table}"), str(source))
-            break
     is_bare = not any(name.startswith(prefix) for name in stored)  # as openai-community/gpt2 is
     heads = (family.output, *(x for task in family.heads.values() for x in task.values() if not x.startswith(prefix)))
     tensors: Arrays = {}

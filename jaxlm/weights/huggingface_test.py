@@ -666,24 +666,3 @@ def test_a_classifier_of_gpt2_is_read_and_written_without_a_bias(make: Make, tmp
     assert not any(report.values())
     for name, x in theirs.state_dict().items():
         np.testing.assert_array_equal(again.state_dict()[name], x)
-
-
-@pytest.mark.slow
-def test_a_pipeline_continues_from_what_is_written_back_as_from_the_folder(make: Make, tmp_path: Path) -> None:
-    import transformers
-
-    folder, _ = make("gpt2")
-    back = written(written(folder, tmp_path / "run"), tmp_path / "back", "--as", "gpt2")
-    text, options = "the cat sat", {"do_sample": False, "max_new_tokens": 5}
-    tokenizer = transformers.AutoTokenizer.from_pretrained(back)
-    want, got = (
-        transformers.pipeline("text-generation", model=str(path), tokenizer=tokenizer)(text, **options)
-        for path in (folder, back)
-    )
-    assert want == got and want
-    (answer,) = predict.load(back)([text], temperature=0, max_new_tokens=5)
-    begun = predict.load(back).encode(text)
-    made = transformers.GPT2LMHeadModel.from_pretrained(back).generate(
-        torch.tensor([begun]), attention_mask=torch.ones(1, len(begun)), **options
-    )
-    assert answer["continuation"] == predict.load(back).tokenizer.decode(made[0, len(begun) :].tolist())
