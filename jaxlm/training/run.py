@@ -295,13 +295,13 @@ def _cost(run: Run) -> Iterator[str]:
         shown = f"{n:,} of {n_all:,}" if n < n_all else f"all {n_all:,}"
         return f"{shown} {parts[0].split} samples ({n_tokens:,} tokens)"
 
-    often = f"every {train.eval_interval:,} updates, in the time of about {updates(['validation']):,}"
+    often = f"every {train.eval_interval:,} updates, which takes as long as about {updates(['validation']):,}"
     yield f"{counted('validation')} {often}"
     if run.ending:
         n = updates(run.ending)
         is_bounded = n > train.max_steps and run.task.samples.reads not in ANNOTATED
         bound = " (data.final_tokens bounds it)" if is_bounded else ""
-        yield f"{' and '.join(map(counted, run.ending))} at the end, in the time of about {n:,}{bound}"
+        yield f"{' and '.join(map(counted, run.ending))} at the end, which takes as long as about {n:,}{bound}"
 
 
 def _baseline_json(run: Run) -> str:
