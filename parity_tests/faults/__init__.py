@@ -8,11 +8,12 @@ embeddings.py packed.py checkpoint.py reading.py
                  FAULTS, by subject: lists of what goes wrong in ports
 diagnosis.py     `python -m parity_tests.faults.diagnosis`: what parity_tests.compare says of each
 expected.py      what it should say: the cause and the module of each
-__main__.py      `python -m parity_tests.faults [--only TEXT] [--package NAME] [--sample N] [--json FILE]`
+__main__.py      `python -m parity_tests.faults [--only TEXT] [--package NAME] [--sample N] [--shard I/N] [--json FILE]`
 """
 
 import argparse
 import random
+import re
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -130,11 +131,24 @@ def command(program: str, description: str, argv: list[str]) -> tuple[list[Fault
     parser.add_argument("--only", help="only faults with this in their name")
     parser.add_argument("--package", choices=[x.name for x in PACKAGES], help="only faults in this package")
     parser.add_argument("--sample", type=int, help="so many of them, drawn with a fixed seed")
+    parser.add_argument("--shard", type=_shard, default=(1, 1), metavar="I/N", help="the I-th of N parts of them")
     parser.add_argument("--json", type=Path, help="file to keep the table in")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     jax.config.update("jax_disable_most_optimizations", True)  # tiny models take longer to compile than to run
-    return chosen(args.only, args.sample, args.package), args.json
+    return part(chosen(args.only, args.sample, args.package), *args.shard), args.json
+
+
+def part(found: list[Fault], i: int, n: int) -> list[Fault]:
+    """Return the i-th of n stretches: neighbours share what they are compared with, which is computed once."""
+    return found[len(found) * (i - 1) // n : len(found) * i // n]
+
+
+def _shard(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise argparse.ArgumentTypeError(f"{text} is no part of a whole; give 2/8 for the second of eight")
+    return int(match[1]), int(match[2])
 
 
 def chosen(only: str | None, n: int | None, package: str | None = None) -> list[Fault]:

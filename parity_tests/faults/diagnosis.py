@@ -1,7 +1,8 @@
-"""`python -m parity_tests.faults.diagnosis [--only TEXT] [--sample N] [--json FILE]`: does the tool name each fault?
+"""`python -m parity_tests.faults.diagnosis [--only TEXT] [--package NAME] [--json FILE]`: does the tool name a fault?
 
 Each fault is planted in one package, both do the same plan with a recorder on, and compare.runs says where they part
-first and why.
+first and why. All faults take an hour or two. `--shard I/N --json FILE` takes a part of them, in several processes, on
+several machines, or later; `table FILE...` prints the table of such files.
 """
 
 import dataclasses
@@ -9,6 +10,7 @@ import functools
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -18,6 +20,7 @@ import torch
 
 from jaxlm import optim as jax_optim
 from jaxlm.config import Config
+from jaxlm.errors import UserError, reported
 from jaxlm.training.teacher import Teacher
 from parity_tests import compare, drift, faults, inputs, packed, randomness, record, references, trajectory
 from parity_tests.compare import Verdict
@@ -357,8 +360,30 @@ def summary(results: list[Result]) -> str:
     return "\n".join(lines)
 
 
+def read_results(paths: list[str]) -> list[Result]:
+    """Return the results in files of `--json`, of each fault the one in the last file, in the order of FAULTS.
+
+    Raises UserError if a file has none.
+    """
+    found: dict[tuple[str, str], Result] = {}
+    for path in paths:
+        try:
+            results = [Result(**row) for row in json.loads(Path(path).read_text(encoding="utf-8"))]
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{path}: no file of python -m parity_tests.faults.diagnosis --json: {error}") from error
+        found |= {(result.name, result.package): result for result in results}
+    places = {(fault.name, fault.package): i for i, fault in enumerate(faults.FAULTS)}
+    known = sorted(found.keys() & places.keys(), key=lambda key: places[key])
+    print(f"{len(known)} of {len(places)} faults")
+    return [found[key] for key in known]
+
+
 def main(argv: list[str]) -> int:
     """Diagnose the faults of a command line; print what is said of each, and the table of the page."""
+    if argv[:1] == ["table"]:
+        with reported(debug=False):
+            print(summary(read_results(argv[1:])))
+        return 0
     planted, file = faults.command("python -m parity_tests.faults.diagnosis", "Diagnose planted faults.", argv)
     results = []
     with faults.operation_by_operation():
