@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from parity_tests.compare.catalogue import forward, gradient, loss, optimizer, rate, start
+from parity_tests.compare.catalogue import forward, gradient, loss, muon, optimizer, rate, start
 from parity_tests.compare.catalogue.evidence import Cause, Rule
 from parity_tests.compare.catalogue.place import Divergence
 from parity_tests.compare.divergence import Finding, Side
@@ -14,8 +14,8 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "loss": loss.RULES,
     "gradient": gradient.RULES,
     "rate": rate.RULES,
-    "moment": optimizer.MOMENT_RULES,
-    "update": optimizer.RULES,
+    "moment": muon.MOMENT_RULES + optimizer.MOMENT_RULES,
+    "update": muon.RULES + optimizer.RULES,
 }
 MOST = 5
 

@@ -63,6 +63,10 @@ class Side:
                 name = (modules.get(name, f"?{name}" if is_b else name)) + mark + number
             self.entries[e.update, e.kind, name, e.call] = e
         self.n_updates = 1 + max((e.update for e in record.all("gradient", "loss", "rate")), default=-1)
+        self.rates: dict[str, dict[int, float]] = {}  # of each group of parameters
+        for e in record.all("rate"):
+            self.rates.setdefault(e.name, {})[e.update] = float(e.array())
+        self.group = next(iter(self.rates), "")  # whose rate is compared
         moment = {e.name.partition("/")[0] for e in record.all("moment")}
         self.slots = [
             next((s for s in moment if s.rpartition(".")[2] in known), "") for known in (FIRST_MOMENTS, SECOND_MOMENTS)
@@ -84,9 +88,22 @@ class Side:
             return None
 
     def rate(self, update: int) -> float:
-        """Return the highest learning rate of an update's groups; NaN if there is none."""
-        found = [float(e.array()) for (u, kind, *_), e in self.entries.items() if u == update and kind == "rate"]
-        return max(found, default=math.nan)
+        """Return the learning rate of an update; NaN if there is none."""
+        return self.rates.get(self.group, {}).get(update, math.nan)
+
+
+def choose_groups(a: Side, b: Side) -> None:
+    """Compare the rates of those groups that are nearest: one side may list more, as layers with rates of their own.
+
+    What else a group has shows in its updates.
+    """
+
+    def difference(pair: tuple[str, str]) -> float:
+        one, two = a.rates[pair[0]], b.rates[pair[1]]
+        return sum(abs(one[i] - two[i]) for i in one.keys() & two.keys())
+
+    pairs = list(itertools.product(a.rates, b.rates))
+    a.group, b.group = min(pairs, key=difference, default=(a.group, b.group))
 
 
 def apart(a: np.ndarray, b: np.ndarray) -> float:

@@ -150,6 +150,7 @@ def runs(
     elif not isinstance(names, Names):
         names = pairing.read_names(names)
     sides = Side(one, names, False), Side(two, names, True)
+    divergence.choose_groups(*sides)
     bounds = divergence.bounds_of(*sides, others)
     found = [x for x in divergence.findings(*sides, bounds) if until is None or x.update < until]
     if not found:

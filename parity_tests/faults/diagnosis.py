@@ -132,7 +132,8 @@ def run(package: type[Package], plan: Plan, precision: Any = "float64") -> Recor
 
 def _kept(recorder: Any, kinds: tuple[str, ...] = ()) -> Record:
     found = recorder.read()
-    found.entries = [e for e in found.entries if e.kind in kinds or not kinds]
+    for entry in found.entries:  # they are numbered
+        entry.line["kind"] = entry.kind if entry.kind in kinds or not kinds else "left out"
     found.recorder = recorder  # whose folder is there as long as it is
     return found
 
@@ -201,6 +202,12 @@ def _packed(task: str, positions: str = "fixed", is_distilled: bool = False) -> 
     return Plan(f"{task}, packed", config, random_weights(config, seed=3), batches, batch, teacher=teacher)
 
 
+MUON = {
+    "model.frozen_layers": 0,
+    "model.tied_embedding": False,
+    "train.muon_scale": "spectral",
+    "train.muon_coefficients": "polar_express",
+}
 PLANS: dict[str, Callable[[], Plan]] = {
     "batch 0 of mlm": lambda: _recorded("mlm"),
     "batch 0 of gpt": lambda: _recorded("gpt"),
@@ -212,8 +219,7 @@ PLANS: dict[str, Callable[[], Plan]] = {
     "GPT-2 of transformers that answers": lambda: _gpt2("pairs"),
     "inputs at the edges": _edges,
     "AdamW of NumPy and PyTorch": _adamw,
-    "Muon of NumPy": lambda: _option("gpt", "Muon"),
-    "Muon of layers": lambda: _option("gpt", "Muon"),
+    **dict.fromkeys(("Muon of NumPy", "Muon of layers"), lambda: _option("gpt", "Muon", MUON)),
     "gpt in float64": _accumulated,
     "distillation": _distilled,
     "LoRA": lambda: _option("gpt", "LoRA"),

@@ -8,5 +8,6 @@ start.py         start values and batches          forward.py     activations: w
 modules.py       formulas of one module            composed.py    formulas of several arrays before
 attention.py     settings of attention             embedding.py   tokens and positions
 loss.py          losses and metrics                gradient.py    gradients
-optimizer.py     moments and updates               rate.py        learning rates
+optimizer.py     moments and updates               muon.py        updates of Muon
+rate.py          learning rates
 """
