@@ -38,12 +38,23 @@ class _Recorded:
     """What records a package while trajectory.run uses it."""
 
     recorders: list[Any] = []
+    has_teacher = False  # then only updates are recorded: without a teacher, the packages call the head otherwise
 
     def __init__(self, config: Config, weights: Any, precision: Any, seed: int = 0):
         super().__init__(config, weights, precision, seed)  # type: ignore[call-arg]
+        self.recorder: Any = None
+        self.n_forward = int(self.has_teacher)
+        if not self.has_teacher:
+            self._record()
+
+    def _record(self) -> None:
         self.recorder = self._open().__enter__()  # type: ignore[attr-defined]
         self.recorders.append(self.recorder)
-        self.n_forward = 0
+
+    def start(self, *args: Any) -> None:
+        if self.has_teacher:
+            self._record()
+        super().start(*args)  # type: ignore[misc]
 
     def forward(self, batch: Batch) -> Any:
         if self.n_forward:  # the evaluation at the end
@@ -83,6 +94,8 @@ class RecordedTorchlm(_Recorded, Torchlm):
         self.recorder.watch(self.state.optimizer)
 
     def forward(self, batch: Batch) -> Any:
+        if self.n_forward:
+            return super().forward(batch)
         self.recorder.is_loss_given = True
         result = super().forward(batch)
         self.recorder.losses.clear()
@@ -116,6 +129,7 @@ _RECORDED: dict[str, Any] = {"jaxlm": RecordedJaxlm, "torchlm": RecordedTorchlm}
 def run(package: type[Package], plan: Plan, precision: Any = "float64") -> Record:
     """Return the record of what a package computes of a plan."""
     _Recorded.recorders.clear()
+    _Recorded.has_teacher = plan.teacher is not None
     try:
         with jax.disable_jit(len(plan.batches) < 4):  # compiling pays for more updates
             trajectory.run(_RECORDED[package.name], plan, precision)

@@ -140,6 +140,7 @@ class JaxRecorder(Recorder):
         self.paths: dict[int, tuple[Any, str]] = {}
         self.seen: dict[int, tuple[Any, Tap, tuple[int, ...]]] = {}
         self.used: dict[Any, int] = {}
+        self.is_muted = False  # while another model is called
         self.exits = contextlib.ExitStack()
         params = model if params is None and _base(model) else params
         self.start = {} if params is None else named(params)
@@ -227,6 +228,9 @@ class JaxRecorder(Recorder):
         return jax.tree.map(lambda leaf: self._tapped(kind, name, leaf, info, numbers), x)
 
     def _tapped(self, kind: str, name: str, x: Any, info: dict[str, Any], numbers: Iterator[int]) -> Any:
+        if isinstance(x, np.ndarray):  # outside of jit; the module gets it as it is
+            self._tapped(kind, name, jnp.asarray(x), info, numbers)
+            return x
         if not isinstance(x, jax.Array) or jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             return x
         is_number = jnp.issubdtype(x.dtype, jnp.floating)
@@ -293,8 +297,14 @@ class JaxRecorder(Recorder):
 
     def _called(self, module: Any, path: str | None, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Call a module, with taps on what it gets and returns. `path` is None where the model has to tell."""
-        if self.calls and self.calls[-1][0] is module:
-            return function(*args, **kwargs)  # a method of a base class
+        if self.is_muted or (self.calls and self.calls[-1][0] is module):
+            return function(*args, **kwargs)  # the latter: a method of a base class
+        if not self.calls and self._is_another(module):
+            self.is_muted = True
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.is_muted = False
         if not self.calls:
             self.seen.clear()
             self.used.clear()
@@ -319,6 +329,13 @@ class JaxRecorder(Recorder):
             if not self.calls:
                 self.seen.clear()
                 self.paths.clear()
+
+    def _is_another(self, module: Any) -> bool:
+        """Return whether a module is of the model's class, and not the model: a teacher of other sizes."""
+        if type(module) is not type(self.model) or _base(module) is None:
+            return False
+        one, two = ({name: np.shape(x) for name, x in named(y).items()} for y in (module, self.model))
+        return one != two
 
     def _layers(self, module: Any, path: str, parent_depth: int, is_in_model: bool) -> tuple[Layer, ...]:
         """Return which layer of its stack a call is: one more than the call before, also where scans run groups."""

@@ -68,6 +68,29 @@ def test_stacked_layers_in_a_scan_are_told_apart_and_recorded_as_they_are() -> N
     np.testing.assert_allclose(gradients["output.kernel"], grads["output"]["kernel"][...], rtol=1e-5)
 
 
+class Taught(nnx.Module):
+    def __init__(self, n: int, rngs: nnx.Rngs):
+        self.layers = nnx.List([nnx.Linear(4, 4, rngs=rngs) for _ in range(n)])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_a_teacher_of_the_same_class_is_not_the_model_and_inputs_of_numpy_are_recorded() -> None:
+    student, teacher = Taught(1, nnx.Rngs(0)), Taught(2, nnx.Rngs(1))
+    with record.jax(student) as b:
+        for scale in (1.0, 2.0):
+            student(scale * X), teacher(X)
+    found = [(e.kind, e.name, e.call) for e in b.read().all("input", "activation")]
+    assert found == [(*place, i) for i in (0, 1) for place in (
+        ("input", ""), ("input", "layers.0"), ("activation", "layers.0"), ("activation", "")
+    )]  # fmt: skip
+    inputs = [e.array() for e in b.read().all("input") if e.name == ""]
+    np.testing.assert_array_equal(inputs[1], 2 * X)
+
+
 class Grouped(Stacked):
     """The same five blocks: one apart, and two scanned groups of two."""
 
