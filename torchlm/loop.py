@@ -165,8 +165,9 @@ def fit(
             # This reads the metrics of the previous update, so that a GPU never waits for the host.
             A, _, T = batch["tokens"].shape
             n_flops = A * train.batch_size * flops.flops_per_sample(run.config, T)
-            n_tokens = samples.n_tokens(batch) * train.batch_size // len(local)
-            bad = meter.add(i, metrics, n_tokens, A * train.batch_size * T, n_flops)
+            n_positions = sum(batch[name].size for name in ("tokens", "pair_tokens") if name in batch)
+            real = parallel.mean_of_processes(mesh, samples.n_tokens(batch) / n_positions)
+            bad = meter.add(i, metrics, real, n_positions * train.batch_size // len(local), n_flops)
 
             is_interrupted = bool(status())  # read once: a signal between two reads would skip an evaluation
             is_last = is_interrupted or take("stop") or i == train.max_steps

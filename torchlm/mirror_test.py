@@ -68,7 +68,7 @@ ONLY_TORCH = {
     "parallel": {
         name: "processes that work as one have to say so"
         for name in (
-            *("Mesh", "Mesh.rank", "Mesh.size", "Mesh.device", "n_processes", "single"),
+            *("Mesh", "Mesh.rank", "Mesh.size", "Mesh.device", "mean_of_processes", "n_processes", "single"),
             *("gradients_exchanged", "sum_over_processes", "from_first", "copy_from_first"),
             *("wait", "joined"),
         )

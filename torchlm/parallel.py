@@ -113,6 +113,15 @@ def any_process(mesh: Mesh, function: Callable[..., int]) -> Callable[..., int]:
     return ask
 
 
+def mean_of_processes(mesh: Mesh, value: float) -> float:
+    """Return the mean of a number over all processes; all have to call it."""
+    if mesh.size == 1:
+        return value
+    total = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(total)
+    return float(total) / mesh.size
+
+
 def n_processes() -> int:
     """Return how many processes share a batch."""
     return dist.get_world_size() if dist.is_initialized() else 1

@@ -33,6 +33,7 @@ with parallel.joined(mesh, Config()) as config:
         {"a": torch.tensor(mesh.rank + 1), "b": torch.tensor(0.5)}).items()}
     is_told = parallel.any_process(mesh, lambda rank: mesh.rank == rank)
     told["any"] = [is_told(rank) for rank in (0, 1, 2)]
+    told["mean"] = parallel.mean_of_processes(mesh, 0.25 + mesh.rank)
     told["first"] = parallel.from_first(f"told by {mesh.rank}")
 
     torch.manual_seed(mesh.rank)
@@ -74,6 +75,7 @@ def test_totals_and_flags_are_of_all_processes(told: list[dict]) -> None:
         assert one["sizes"] == [2, 2]
         assert one["sums"] == {"a": 3, "b": 1.0}
         assert one["any"] == [True, True, False]
+        assert one["mean"] == 0.75
         assert one["first"] == "told by 0"
         assert [name for name in one["threads"] if "gloo" in name] == []  # they would abort a process that ends
 

@@ -6,7 +6,6 @@ A corpus larger than memory works: building streams, and training touches only t
 import concurrent.futures
 import contextlib
 import errno
-import functools
 import hashlib
 import itertools
 import json
@@ -14,7 +13,7 @@ import os
 import random
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from io import BufferedReader
 from pathlib import Path
@@ -36,7 +35,7 @@ T = TypeVar("T")
 HASHES = "hashes"  # of the texts so far, while a cache without duplicates is built
 META, CHECKED = "meta.json", "checked.json"
 OTHER_FOLDER = "choose another folder with --data.cache-dir"
-BLOCK = 2**24  # bytes that have one checksum
+BLOCK, PIECE = 2**24, 2**20  # bytes that have one checksum, and that are read at once for it
 LARGE, KEPT_EVERY = 2**30, 2**25  # bytes of text: of a source whose progress is kept, and between two times
 CHECKED_BYTES = 2**30  # of a file that has not changed since it was checked in full: so much of it at each start
 
@@ -228,7 +227,6 @@ def _check_sums(
         checked = utf8.read_json(folder / CHECKED)
     except (OSError, ValueError):
         checked = {}
-    buffer = memoryview(bytearray(BLOCK))
     for name, file in files.items():
         size, sums = expected[name]
         if os.fstat(file.fileno()).st_size != size:
@@ -237,12 +235,21 @@ def _check_sums(
         if checked.get(name) == _state(file) and not is_full:
             blocks = sorted(random.sample(blocks, min(len(sums), CHECKED_BYTES // BLOCK)))
         for i in blocks:
-            file.seek(i * BLOCK)
-            if xxhash.xxh3_64_hexdigest(buffer[: file.readinto(buffer)]) != sums[i]:
+            if _sum_of_block(file, i) != sums[i]:
                 raise ValueError(f"{name} is not as it was written")
     if checked != (states := {name: _state(file) for name, file in files.items()}):
         with contextlib.suppress(OSError):  # read-only: it is checked in full each time
             (folder / CHECKED).write_text(json.dumps(states))
+
+
+def _sum_of_block(file: BinaryIO, i: int) -> str:
+    """Return the checksum of a block of a file, read in small pieces, so that no file is larger in memory."""
+    file.seek(i * BLOCK)
+    found, left = xxhash.xxh3_64(), BLOCK
+    while left and (piece := file.read(min(PIECE, left))):
+        found.update(piece)
+        left -= len(piece)
+    return found.hexdigest()
 
 
 def _state(file: BinaryIO) -> list[int]:
@@ -335,9 +342,9 @@ def _hashed(path: Path, size: int) -> xxhash.xxh3_64:
     """Return the running hash of the first bytes of a file."""
     found = xxhash.xxh3_64()
     with open(path, "rb") as file:
-        while size and (block := file.read(min(BLOCK, size))):
-            found.update(block)
-            size -= len(block)
+        while size and (piece := file.read(min(PIECE, size))):
+            found.update(piece)
+            size -= len(piece)
     return found
 
 
@@ -376,8 +383,9 @@ def _write_meta(folder: Path, meta: dict[str, Any], names: Iterable[str]) -> Non
     states = {}
     for name in names:
         with open(folder / name, "rb") as file:
-            blocks = [xxhash.xxh3_64_hexdigest(block) for block in iter(functools.partial(file.read, BLOCK), b"")]
-            sums[name], states[name] = (file.tell(), blocks), _state(file)
+            size = os.fstat(file.fileno()).st_size
+            blocks = [_sum_of_block(file, i) for i in range(-(-size // BLOCK))]
+            sums[name], states[name] = (size, blocks), _state(file)
     meta = json.loads(json.dumps(meta | {"files": sums}))
     temporary.replace_text(folder / META, json.dumps(meta | {"sum": _sum_of(meta)}))
     (folder / CHECKED).write_text(json.dumps(states))
@@ -439,12 +447,7 @@ def _write(
             files[HASHES].write(hashes[is_new])
             left_out.update(x.split for x, new in zip(found, is_new, strict=True) if not new)
             found = [x for x, new in zip(found, is_new, strict=True) if new]
-        encodings = tokenizer.encode_batch_fast([article.text for article in found], add_special_tokens=False)
-        rows: dict[str, list[tuple[Article, list[int]]]] = {}
-        for article, encoding in zip(found, encodings, strict=True):
-            rows.setdefault(article.split, []).append((article, encoding.ids))
-        for split, of_split in rows.items():
-            n_bytes += _append(split, of_split, source.has_values, files)
+        n_bytes += _tokenize(found, tokenizer, source.has_values, files)
         if n_kept == done.n_bytes:
             _check_room(folder, source.n_bytes - n_bytes, sum(file.size for file in files.values()) / max(n_bytes, 1))
         if (source.is_remote or source.n_bytes >= LARGE) and n_bytes - n_kept >= KEPT_EVERY:
@@ -454,6 +457,15 @@ def _write(
             n_kept = n_bytes
         on_progress(n_bytes)
     return dict(left_out)
+
+
+def _tokenize(articles: Sequence[Article], tokenizer: Tokenizer, has_values: bool, files: Mapping[str, _File]) -> int:
+    """Append articles to the files of their splits; return the bytes of their texts."""
+    encodings = tokenizer.encode_batch_fast([article.text for article in articles], add_special_tokens=False)
+    rows: dict[str, list[tuple[Article, list[int]]]] = {}
+    for article, encoding in zip(articles, encodings, strict=True):
+        rows.setdefault(article.split, []).append((article, encoding.ids))
+    return sum(_append(split, of_split, has_values, files) for split, of_split in rows.items())
 
 
 def _ahead(items: Iterator[T]) -> Iterator[T]:

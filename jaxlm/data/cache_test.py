@@ -520,8 +520,14 @@ def test_of_a_large_file_a_share_is_checked_at_each_start_and_all_once_it_has_mo
     monkeypatch.setattr(cache, "BLOCK", 64)
     counted, _, folder = built(tmp_path, tokenizer)
     read: list[int] = []
-    real = cache.xxhash.xxh3_64_hexdigest
-    monkeypatch.setattr(cache.xxhash, "xxh3_64_hexdigest", lambda block: (read.append(len(block)), real(block))[1])
+    real = cache._sum_of_block
+
+    def counted_sum(file, i):
+        found = real(file, i)
+        read.append(file.tell() - 64 * i)
+        return found
+
+    monkeypatch.setattr(cache, "_sum_of_block", counted_sum)
     size = sum(path.stat().st_size for path in folder.iterdir() if path.suffix != ".json")
     monkeypatch.setattr(cache, "CHECKED_BYTES", 128)
     open_cache(counted.source, tokenizer, tmp_path)

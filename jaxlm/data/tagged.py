@@ -71,7 +71,8 @@ class TaggedSamples(ClassifiedSamples):
         return np.minimum(sizes, self.content) + self.n_start + self.n_end
 
     def n_tokens(self, batch: Batch) -> int:
-        n_marks = len(batch["tokens"]) * (self.n_start + self.n_end) if self.is_last else 0  # which are the pad there
+        n_rows = batch["tokens"][..., 0].size
+        n_marks = n_rows * (self.n_start + self.n_end) if self.is_last else 0  # which are the pad there
         return int(np.count_nonzero(batch["tokens"] != self.pad)) + n_marks
 
     def cut(self, batch: Batch, length: int) -> Batch:

@@ -19,11 +19,14 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlm import config as configs
 from jaxlm.config import Config, LogConfig
@@ -106,6 +109,23 @@ def from_first(value: Any) -> Any:
 
 
 @slow("waiting for the other processes")
+def mean(value: float) -> Any:
+    """Return the mean of a number over all processes, a JAX array that no device waits for; all have to call it."""
+    if jax.process_count() == 1:
+        return value
+    sharding, reduced = _reduced_mean()
+    array = jax.make_array_from_callback((jax.device_count(),), sharding, lambda index: np.full(1, value, np.float32))
+    return reduced(array)
+
+
+@functools.cache
+def _reduced_mean() -> tuple[NamedSharding, Callable[[jax.Array], jax.Array]]:
+    mesh = Mesh(np.array(jax.devices()), ("devices",))
+    return NamedSharding(mesh, PartitionSpec("devices")), jax.jit(
+        jnp.mean, out_shardings=NamedSharding(mesh, PartitionSpec())
+    )
+
+
 def wait() -> None:
     """Wait until every process calls this."""
     if global_state.client is not None:

@@ -76,7 +76,7 @@ def finished(started: list[subprocess.Popen]) -> str:
 
 def metrics(run: Path) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: x for name, x in row.items() if name not in ("tokens_per_s", "real_share")} for row in rows]
+    return [{name: x for name, x in row.items() if name != "tokens_per_s"} for row in rows]
 
 
 def weights(run: Path, step: int = 12) -> dict[str, np.ndarray]:

@@ -26,30 +26,29 @@ class Meter:
         self, run: Run, read: Callable[[Any], dict[str, Any]], show: Callable[[int, str], None], peak_flops: float = 0.0
     ):
         self.run, self.read, self.show, self.peak_flops = run, read, show, peak_flops
-        self.pending: tuple[int, Any, float] | None = None
+        self.pending: tuple[int, Any, Any, int, int] | None = None
         self.is_first = True
         self.last_finite = 0
         self.norms: deque[float] = deque(maxlen=SPIKE_WINDOW)
         self._restart_clock()
 
     def _restart_clock(self) -> None:
-        self.tokens, self.flops, self.clock_s = 0, 0.0, time.monotonic()
+        self.tokens, self.flops, self.clock_s = 0.0, 0.0, time.monotonic()
 
-    def add(self, i: int, metrics: Any, n_tokens: int, n_positions: int, n_flops: int) -> int:
+    def add(self, i: int, metrics: Any, real: Any, n_positions: int, n_flops: int) -> int:
         """Read the metrics of the previous update, and keep those of update `i`; return what `flush` returns.
 
-        `n_tokens` counts the positions of update `i` without padding, `n_positions` all; `n_flops` is for all.
+        `real` is the share of the `n_positions` of update `i` that is no padding, a number that may still be on its
+        way from other processes; `n_flops` is for all positions.
         """
         bad = self.flush()
-        self.pending = (i, metrics, n_tokens / n_positions)
+        self.pending = (i, metrics, real, n_positions, n_flops)
         if self.is_first:
             # The first update includes the compilation: wait for it, show it, and do not time it.
             bad = self.flush()
             self.is_first = False
             self._restart_clock()
         else:
-            self.tokens += n_tokens
-            self.flops += n_flops * n_tokens / n_positions  # those of padding are of no use
             self.show(i, "")
         return bad
 
@@ -61,8 +60,10 @@ class Meter:
         """
         if self.pending is None:
             return 0
-        (i, metrics, real), self.pending = self.pending, None
-        metrics = self.read(metrics)
+        (i, metrics, real, n_positions, n_flops), self.pending = self.pending, None
+        metrics, real = self.read(metrics), float(real)
+        self.tokens += real * n_positions
+        self.flops += n_flops * real  # those of padding are of no use
         self.run.undo.clear()  # the first update is done: the run folder stays
         train, scores, norm = self.run.config.train, self.run.task.scores(metrics), float(metrics["grad_norm"])
         bad = [x for x in (scores["loss"], norm) if not math.isfinite(x)]

@@ -99,17 +99,17 @@ def test_metrics_are_read_one_update_late_and_speed_leaves_out_pauses(tmp_path: 
         return metrics
 
     meter = Meter(run, device_get, lambda step, text: shown.append((step, text)), peak_flops=1e9)
-    meter.add(1, update(7.0), 1000, 2000, 4)
+    meter.add(1, update(7.0), 0.5, 2000, 4)
     assert read == [7.0]  # the first is waited for
-    meter.add(2, update(6.0), 1000, 2000, 4)
+    meter.add(2, update(6.0), 0.5, 2000, 4)
     assert read == [7.0]
     time.sleep(0.1)
     with meter.paused():
         time.sleep(0.5)
-    meter.add(3, update(5.0), 1000, 2000, 4)
+    meter.add(3, update(5.0), 0.5, 2000, 4)
     assert read == [7.0, 6.0]  # now that 3 is under way
-    meter.add(4, update(4.0), 1000, 2000, 4)
-    meter.add(5, update(3.0), 1000, 2000, 4)
+    meter.add(4, update(4.0), 0.5, 2000, 4)
+    meter.add(5, update(3.0), 0.5, 2000, 4)
     meter.flush()
     assert read == [7.0, 6.0, 5.0, 4.0, 3.0]
     rows = (tmp_path / "metrics.jsonl").read_text().splitlines()
@@ -132,18 +132,18 @@ def test_metrics_are_read_one_update_late_and_speed_leaves_out_pauses(tmp_path: 
 def test_a_loss_that_is_not_finite_ends_the_run_with_its_steps(tmp_path: Path) -> None:
     run = a_run(tmp_path, log_interval=5)
     meter = Meter(run, lambda metrics: metrics, lambda step, text: None)
-    meter.add(1, update(7.0), 1, 2, 4)
-    meter.add(2, update(6.0), 1, 2, 4)
-    meter.add(3, update(float("nan")), 1, 2, 4)
+    meter.add(1, update(7.0), 0.5, 2, 4)
+    meter.add(2, update(6.0), 0.5, 2, 4)
+    meter.add(3, update(float("nan")), 0.5, 2, 4)
     with pytest.raises(UserError, match="rate=0.001: the loss or gradient is nan at step 3, .* finite at step 2;"):
-        meter.add(4, update(float("nan")), 1, 2, 4)
+        meter.add(4, update(float("nan")), 0.5, 2, 4)
 
 
 @pytest.mark.parametrize("first", [1, 41])
 def test_weights_that_never_were_finite_are_not_called_so(tmp_path: Path, first: int) -> None:
     meter = Meter(a_run(tmp_path, log_interval=1), lambda x: x, lambda step, text: None)
     with pytest.raises(UserError, match=f"nan at step {first}, and was never finite; check the initial weights"):
-        meter.add(first, update(float("nan")), 10, 20, 4)
+        meter.add(first, update(float("nan")), 0.5, 20, 4)
     with pytest.raises(UserError, match="nan at step 3, and was never finite"):
         summary.log_scores(a_run(tmp_path), 3, {"": {"loss": float("nan"), "count": 10, "correct": 0, "bytes": 9}})
 
@@ -198,12 +198,12 @@ with interrupts(RunLog()):
 
 def test_a_rollback_is_asked_for_from_the_first_bad_update_on(tmp_path: Path) -> None:
     meter = Meter(a_run(tmp_path, log_interval=1, on_nonfinite="rollback"), lambda x: x, lambda step, text: None)
-    assert [meter.add(i, update(7.0), 1, 2, 4) for i in (1, 2, 3)] == [0, 0, 0]
-    assert meter.add(4, update(float("inf")), 1, 2, 4) == 0
-    assert meter.add(5, update(float("nan")), 1, 2, 4) == 4  # found while 5 is under way
+    assert [meter.add(i, update(7.0), 0.5, 2, 4) for i in (1, 2, 3)] == [0, 0, 0]
+    assert meter.add(4, update(float("inf")), 0.5, 2, 4) == 0
+    assert meter.add(5, update(float("nan")), 0.5, 2, 4) == 4  # found while 5 is under way
     meter.forget()
     assert meter.flush() == 0
-    assert meter.add(3, update(6.0), 1, 2, 4) == 0 and meter.flush() == 0
+    assert meter.add(3, update(6.0), 0.5, 2, 4) == 0 and meter.flush() == 0
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 3]  # what was rolled back is dropped by history.restore_to
 
@@ -212,7 +212,7 @@ def test_a_bad_norm_counts_as_a_bad_loss(tmp_path: Path, capsys: pytest.CaptureF
     run = a_run(tmp_path, log_interval=10, on_nonfinite="skip")
     meter = Meter(run, lambda metrics: metrics, lambda step, text: None)
     for i in range(1, 6):
-        assert meter.add(i, update(7.0) | {"grad_norm": math.inf if i in (1, 4) else 2.0}, 1, 2, 4) == 0
+        assert meter.add(i, update(7.0) | {"grad_norm": math.inf if i in (1, 4) else 2.0}, 0.5, 2, 4) == 0
     assert run.skipped == [1, 4]
     assert "step 4: the loss is 7.0 and the gradient norm inf; this update is skipped" in capsys.readouterr().err
 
@@ -221,7 +221,7 @@ def test_gradient_spikes_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[
     meter = Meter(a_run(tmp_path), lambda metrics: metrics, lambda step, text: None)
     norms = {30: 900.0, 70: 21.0, 71: 19.9, 72: 25.0}  # too early, more than ten times 2, not so, and again
     for i in range(1, 80):
-        meter.add(i, update(7.0) | {"grad_norm": norms.get(i, 2.0)}, 1, 2, 4)
+        meter.add(i, update(7.0) | {"grad_norm": norms.get(i, 2.0)}, 0.5, 2, 4)
     told = capsys.readouterr().err.splitlines()
     assert [line.partition(":")[0] + line.partition(":")[2].partition(":")[0] for line in told] == [
         "warning step 70",
@@ -268,7 +268,7 @@ def test_a_run_that_fails_lets_go_of_its_folder_and_removes_it_before_its_first_
     with pytest.raises(MemoryError), run:
         if is_first_update_done:
             meter = Meter(run, lambda metrics: metrics, lambda step, text: None)
-            meter.add(1, update(7.0), 1, 2, 4)
+            meter.add(1, update(7.0), 0.5, 2, 4)
         raise MemoryError
     assert {path.name for path in tmp_path.glob("run/*")} == left
     assert run.lock is not None and run.lock.closed
