@@ -9,16 +9,19 @@ import numpy as np
 import pytest
 import torch
 from sklearn.metrics import accuracy_score, f1_score
+from starlette.testclient import TestClient
 
 import jaxlm.train
 import torchlm.train
 from jaxlm import config as configs
 from jaxlm import convert, predict
-from jaxlm.data import label_sets, metrics, sources
+from jaxlm.data import label_sets, metrics, packing, sources
 from jaxlm.errors import UserError
-from jaxlm.inference import evaluation, load
+from jaxlm.inference import evaluation, http_api, load
+from jaxlm.inference.batching import Engine
 from jaxlm.testing import tiny_runs
 
+THREE: dict[str, Any] = {"data.n_labels": 3}
 WORDS = {"cat": "animal", "dog": "animal", "log": "thing", "mat": "thing", "old": "age"}
 TINY = (
     "--task multilabel --model.d-model 12 --model.n-heads 3 --model.n-layers 1 --tokenizer.vocab-size 300 "
@@ -133,3 +136,25 @@ def test_transformers_reads_and_is_read(tmp_path: Path) -> None:
     batch = {"tokens": jnp.asarray(ids.numpy(), jnp.int32), "labels": jnp.asarray(labels.numpy(), jnp.int32)}
     totals = ours.trained.task.loss(ours.trained.model, batch, None)
     assert float(totals["loss"]) == pytest.approx(float(found.loss), rel=1e-4)
+
+
+def test_it_is_served_and_two_ways_to_train_it_are_refused(tmp_path: Path) -> None:
+    run = tiny_runs.write(tmp_path / "run", "multilabel", classes=("x", "y", "z"), **THREE)
+    predictor = predict.load(run)
+    engine = Engine(predictor)
+    try:
+        client = TestClient(http_api.make(engine, http_api.Limits()), base_url="http://localhost")
+        answer = client.post("/predict", json={"text": "the cat sat"})
+        assert answer.status_code == 200 and answer.json() == predictor(["the cat sat"])[0]
+        assert answer.json().keys() == {"text", "labels", "probabilities"} and "Label a text" in client.get("/").text
+        assert "probabilities" in client.get("/openapi.json").json()["components"]["schemas"]["Labelled"]["properties"]
+    finally:
+        engine.close()
+    with pytest.raises(UserError, match="threshold 2: has to be 0 to 1"):
+        predictor(["the cat"], threshold=2)
+    with pytest.raises(UserError, match="task=multilabel has no softmax to learn from"):
+        configs.load(["--task", "multilabel", "--distill.teacher", "runs/x"])
+    with pytest.raises(UserError, match="task=multilabel reads a text a row"):
+        packing.samples_of(
+            label_sets.LabelSetSamples, None, configs.build({"task": "multilabel", "data.pack": "documents"}), {}, 0
+        )  # type: ignore[arg-type]
