@@ -34,7 +34,7 @@ def cross_entropy(
     losses = log_sums + (largest - label_logits)
     if smoothing or weights:
         weights_V = jnp.array(weights or (1,) * logits.shape[-1], logits.dtype)
-        apart = weights_V[indices] * (log_sums[..., None] + (largest[..., None] - logits))
+        apart = weights_V[indices] * ((log_sums + largest)[..., None] - logits)
         losses = (1 - smoothing) * weights_V[labels] * losses + smoothing * jnp.mean(apart, axis=-1)
     if z_loss:
         losses = losses + z_loss * jnp.square(log_sums + largest)

@@ -64,7 +64,7 @@ FAULTS = [
         ),
         edit(
             cross_entropy.torchlm,
-            ("_f(*_args, reduction='sum', **_rest)", "_f(*_args, reduction='sum', label_smoothing=0.1, **_rest)"),
+            ("_f(*_args, label_smoothing=smoothing, **_rest)", "_f(*_args, label_smoothing=0.1, **_rest)"),
         ),
     ),
     *both(
