@@ -20,6 +20,7 @@ All else is the project's own cases, which are not in the wheel:
     drift.py         float64, dropout and bfloat16 over many updates
     inputs.py        long, padded and extreme inputs, and every optional setting of the model
     packed.py        packed rows against the same documents unpacked
+    mixture.py       the order of several sources, and the loss of each, against plain counts
     references.py    PyTorch's own attention, layers and optimizer, NumPy, transformers, finite differences
     families.py      recorded models of transformers with the modern block, over 12 updates (family_cases/)
     checks.py        all checks by name; checks_test.py asserts that they pass

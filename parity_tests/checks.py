@@ -11,7 +11,7 @@ import torch
 
 from jaxlm.tasks import parameters
 from parity_tests import case as cases
-from parity_tests import drift, families, inputs, original, packed, references, replay, trajectory
+from parity_tests import drift, families, inputs, mixture, original, packed, references, replay, trajectory
 from parity_tests.compare.rows import Row
 from parity_tests.compare.tolerances import FLOAT32
 
@@ -215,6 +215,7 @@ def _checks() -> dict[str, Callable[[], list[Row]]]:
     add("finite differences: regress", references.finite_differences, "regress")
     for name, (task, is_distilled, changes) in _PACKED.items():
         add(f"packed: {name}", packed.packed, task, is_distilled, **changes)
+    add("mixture of sources", mixture.mixture)
     return found
 
 
@@ -236,7 +237,7 @@ FAST = {
         "dropout statistics",
         "rotary, no pad: gpt",
     ),
-    *("packed: mlm, rotary positions", "packed: sst2"),
+    *("packed: mlm, rotary positions", "packed: sst2", "mixture of sources"),
     *(
         "smoothed, weighted: classify",
         "two texts: multilabel",

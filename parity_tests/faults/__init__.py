@@ -4,7 +4,7 @@ planting.py      how a mistake gets into a function of jaxlm or torchlm, in memo
 targets.py       the functions, which planting replaces or edits; where one moves, only its import changes
 checks.py        the checks, with their own tolerances
 model.py modern.py heads.py loss.py optimizer.py muon.py schedule.py tuning.py randomness.py data.py tags.py
-embeddings.py packed.py checkpoint.py reading.py
+embeddings.py packed.py mixture.py checkpoint.py reading.py
                  FAULTS, by subject: lists of what goes wrong in ports
 diagnosis.py     `python -m parity_tests.faults.diagnosis`: what parity_tests.compare says of each
 expected.py      what it should say: the cause and the module of each
@@ -30,6 +30,7 @@ from parity_tests.faults import (
     embeddings,
     heads,
     loss,
+    mixture,
     model,
     modern,
     muon,
@@ -53,6 +54,7 @@ SUBJECTS = (
     tags,
     embeddings,
     packed,
+    mixture,
     checkpoint,
     reading,
     loss,

@@ -9,7 +9,7 @@ from unittest import mock
 import jax
 
 from parity_tests import case as cases
-from parity_tests import drift, families, inputs, packed, randomness, references, trajectory
+from parity_tests import drift, families, inputs, mixture, packed, randomness, references, trajectory
 from parity_tests.compare.rows import Row
 from parity_tests.compare.tolerances import FLOAT32
 from parity_tests.faults.planting import Function
@@ -107,6 +107,7 @@ CHECKS: dict[str, Callable[[type[Package]], list[Row]]] = {
     "packed gpt": of_one(packed, lambda: packed.packed("gpt", False, **{"model.positions": "learned"})),
     "packed sst2": of_one(packed, lambda: packed.packed("sst2")),
     "packed and distilled mlm": of_one(packed, lambda: packed.packed("mlm", is_distilled=True)),
+    "mixture of sources": of_one(mixture, mixture.mixture),
     "head of DistilBERT": of_two(lambda: inputs.option("sst2", "parts of DistilBERT", n_updates=1)),
     "mean of ModernBERT": of_two(lambda: inputs.option("sst2", "parts of ModernBERT", n_updates=1)),
     "mean of EuroBERT": of_two(lambda: inputs.option("sst2", "parts of EuroBERT", n_updates=1)),

@@ -11,6 +11,7 @@ from jaxlm import model as jax_model
 from jaxlm import optim as jax_optim
 from jaxlm import schedule as jax_schedule
 from jaxlm import step as jax_step
+from jaxlm.data.mixture import Mix, MixedSamples
 from jaxlm.data.packing import PackedSamples
 from jaxlm.data.samples import PairSamples
 from jaxlm.data.tagged import TaggedSamples
@@ -27,6 +28,7 @@ from jaxlm.tasks.mlm import Mlm as JaxMlm
 from jaxlm.tasks.multilabel import Multilabel as JaxMultilabel
 from jaxlm.tasks.regress import Regress as JaxRegress
 from jaxlm.tasks.tag import Tag as JaxTag
+from jaxlm.training.run import Run
 from jaxlm.weights import huggingface
 from parity_tests.faults.planting import Pair
 from torchlm import distill as torch_distill
@@ -121,6 +123,11 @@ frequencies = Pair(position_tables.frequencies, position_tables.frequencies)
 pairs = Pair(PairSamples.batch, PairSamples.batch)
 tagged_rows = Pair(TaggedSamples.batch, TaggedSamples.batch)
 packed_rows = Pair(PackedSamples.batch, PackedSamples.batch)
+mixed_rows = Pair(MixedSamples.batch, MixedSamples.batch)
+mix_rates = Pair(Mix._rates, Mix._rates)
+mix_stretches = Pair(Mix.stretches, Mix.stretches)
+mix_state = Pair(Mix.state, Mix.state)
+mixed_scores = Pair(Run.scores, Run.scores)
 read_weights = Pair(huggingface._weights, huggingface._weights)
 read_positions = Pair(huggingface._rotary, huggingface._rotary)
 read_pooling = Pair(huggingface._pooling, huggingface._pooling)
