@@ -28,6 +28,9 @@ os.environ |= {
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "error")
+    # Of the oldest transformers and datasets that pyproject.toml allows.
+    config.addinivalue_line("filterwarnings", "ignore:numpy.core is deprecated:DeprecationWarning")
+    config.addinivalue_line("filterwarnings", "ignore:Deprecated in 0.9.0:DeprecationWarning")
 
 
 def pytest_collection_finish() -> None:
