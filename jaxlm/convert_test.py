@@ -493,6 +493,11 @@ def test_inspect_tells_names_shapes_types_norms_and_counts(
     assert len(lines) == 7 + n_tensors[form]
 
 
+def errors_in(stderr: str) -> list[str]:
+    """Return the lines but those of steps that take more than 5 s, which a busy machine has."""
+    return [line for line in stderr.splitlines() if not line.endswith(" ...")]
+
+
 def python(code: str, *args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, timeout=300)
 
@@ -507,7 +512,7 @@ def _():
 convert.main(["--help"])
 """
     result = python(code)
-    assert (result.returncode, result.stderr) == (0, "")
+    assert (result.returncode, errors_in(result.stderr)) == (0, [])
     assert "SOURCE TARGET" in result.stdout and "--inspect FILE" in result.stdout
     assert result.stdout.splitlines()[-1] == "set()"
 
@@ -515,7 +520,7 @@ convert.main(["--help"])
 def test_without_pytorch_all_but_its_files_convert(folder: Path, tmp_path: Path) -> None:
     code = "import sys; sys.modules['torch'] = None; from jaxlm.convert import main; sys.exit(main(sys.argv[1:]))"
     result = python(code, str(folder / "run"), str(tmp_path / "x.safetensors"))
-    assert (result.returncode, result.stderr) == (0, "")
+    assert (result.returncode, errors_in(result.stderr)) == (0, [])
     assert (tmp_path / "x.safetensors").read_bytes() == (folder / "all.safetensors").read_bytes()
     for source, target in ((folder / "all.safetensors", tmp_path / "x.pt"), (folder / "all.pt", tmp_path / "x")):
         result = python(code, str(source), str(target))
