@@ -82,7 +82,7 @@ FAULTS = [
     *both(
         "weights of the labels alone: what smoothing gives to a class is not weighed",
         SMOOTHED,
-        edit(cross_entropy.jaxlm, ("_weights[indices] * _x", "_x")),
+        edit(cross_entropy.jaxlm, ("_weights[_indices] * _x", "_x")),
         None,
     ),
     *both(
