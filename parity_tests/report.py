@@ -1,8 +1,8 @@
 """`python -m parity_tests.report`: one page that shows how near the two packages are, readable anywhere.
 
-Curves of both frameworks on top of each other, their difference against the update number with the tolerance, each
-tensor, the recorded cases, the planted faults (`--faults FILE`, which `python -m parity_tests.faults --json FILE`
-writes), and versions. The page is one file without scripts; `--png FILE` writes one of its pictures for the README.
+Loss curves of both frameworks, their difference by update with the tolerance, each tensor, the recorded cases, the
+planted faults (`--faults FILE`, which `python -m parity_tests.faults --json FILE` writes), and versions. The
+page is one file without scripts; `--png FILE` writes one of its pictures for the README.
 
 It takes about 12 minutes on 2 cores, and says on standard error what it computes. `--quick` takes one or two: fewer
 updates, tasks and cases, and no bfloat16.
@@ -199,19 +199,19 @@ def both_packages(
         figures += [svg(*losses(task, single)), svg(*differences(task, single, double), is_log=True)]
     parts = [
         *([f"<p><b>{html.escape(note)}</b></p>"] if note else []),
-        "<p>Two implementations of one trainer, from the same weights, on the same batches: every number that one "
-        "computes is compared with the other's, and with what the original recorded.</p>",
+        "<p>Two implementations of one trainer, with the same weights and batches: every number is compared between "
+        "them, and with recorded runs of the original.</p>",
         html_page.totals(totals.items()),
-        f"<h2>{n_updates} updates</h2><p>For each task the losses of both on top of each other, and "
-        "how far they are apart. In float64 only the mathematics is left: what is seen in float32 is rounding.</p>",
+        f"<h2>{n_updates} updates</h2><p>For each task, the losses of both packages and their relative "
+        "difference. In float64 it nearly vanishes: the difference in float32 is rounding.</p>",
         f'<div class="figures">{"".join(figures)}</div>',
         *_bfloat16(drifted),
-        f"<h2>Each tensor</h2><p>Of {first}: norm of the difference over the norm; of weights, over how far the tensor "
-        "has moved.</p>",
+        f"<h2>Each tensor</h2><p>For {first}: the norm of the difference, divided by the norm of the tensor, or for "
+        "weights by the norm of their change.</p>",
         f"<details open><summary>float32, {len(short.jaxlm.losses)} updates</summary>{tensors(short.rows)}</details>",
         f"<details><summary>float64, {n_updates} updates</summary>{tensors(pairs[first][1].rows)}</details>",
-        '<p class="soft">* Of the bias of the keys only rounding is left, since it shifts all scores of a query alike: '
-        "over the norm of all tensors, and of weights over the sum of the rates.</p>",
+        '<p class="soft">* Key biases shift all scores of a query equally, so their gradient is only rounding error. '
+        "It is divided by the norm of all tensors; for weights, by the sum of the rates.</p>",
     ]
     if replayed:
         shown = of_rows(
