@@ -1,5 +1,6 @@
 """A two-layer network ported to JAX, rightly and wrongly: passes, names by themselves, first divergence, causes."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -215,6 +216,27 @@ def test_stacked_and_joined_parameters_are_paired() -> None:
         np.testing.assert_array_equal(pair.a.of(a[pair.a.name]), pair.laid_out(b[pair.b.name]))
     reversed_ = pairing.find(of_parameters(a), of_parameters({name: x[::-1] for name, x in b.items()}))
     assert any("fc.weight has the values of blocks.fc.kernel[1]" in text for text in reversed_.moved)
+
+
+def test_the_map_of_renamed_split_and_stacked_parameters_is_a_file_to_keep(tmp_path: Path) -> None:
+    """A has queries, keys and values apart and its layers in a stack; B has them in one matrix, and layers apart."""
+    random = np.random.default_rng(2)
+    q, k, v, gate, up, out = (random.normal(size=(2, 6, 6)).astype(np.float32) for _ in range(6))
+    stacked = {"query": q, "key": k, "value": v, "gate": gate, "up": up, "out": out}
+    a = {f"blocks.{name}.kernel": x for name, x in stacked.items()}
+    b = {f"h.{i}.in_proj.weight": np.concatenate([x[i].T for x in (q, k, v)]) for i in range(2)}
+    b |= {f"h.{i}.gated.weight": np.concatenate([x[i].T for x in (gate, up)]) for i in range(2)}
+    b |= {f"h.{i}.o.weight": out[i].T for i in range(2)}
+    found = pairing.find(of_parameters(a), of_parameters(b))
+    assert found.lonely == ([], []) and len(found.pairs) == 12
+    (tmp_path / "names.json").write_text(found.json())
+    kept = pairing.read_names(tmp_path / "names.json").pairs
+    assert [dataclasses.replace(pair, by="map") for pair in found.pairs] == kept
+    for pair in kept:
+        np.testing.assert_array_equal(pair.a.of(a[pair.a.name]), pair.laid_out(b[pair.b.name]))
+        into = np.zeros_like(b[pair.b.name])
+        pair.put(a[pair.a.name], into)  # the other way
+        np.testing.assert_array_equal(pair.b.of(into), pair.b.of(b[pair.b.name]))
 
 
 def test_two_ways_are_refused() -> None:
