@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import jaxlm.train
-from jaxlm import glue
+from jaxlm import repeat
 from jaxlm.data import grammar
 from jaxlm.reporting import run_reader
 from torchlm import checkpoint, tasks, train
@@ -173,26 +173,46 @@ def test_the_file_stop_ends_a_run_with_its_scores(
     assert not (run_dir / "stop").exists()
 
 
-@pytest.mark.parametrize("package", [jaxlm.train, train], ids=["jaxlm", "torchlm"])
-def test_patience_ends_a_run_also_one_that_was_interrupted(
-    package: Any, labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    folder, calls = tmp_path / "run", [0]
-    program = f"python -m {package.__name__}"
+def interrupted_at(call: int) -> Any:
+    """Return a context in which a signal comes at the n-th time that a run looks for one."""
+    calls = [0]
 
     @contextlib.contextmanager
     def interrupts(log: Any) -> Iterator[Any]:
         def status() -> int:
             calls[0] += 1
-            return 0 if calls[0] < 10 else 130
+            return 0 if calls[0] < call else 130
 
         yield status
 
+    return interrupts
+
+
+@pytest.mark.parametrize("package", [jaxlm.train, train], ids=["jaxlm", "torchlm"])
+def test_a_run_without_its_last_scores_is_said_to_resume(
+    package: Any, labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    folder = tmp_path / "run"
+    settings = f"{TINY} {data_of('sst2', labelled, labelled)} --run.dir {folder} --train.max-steps 2 --resume auto"
+    with monkeypatch.context() as patch:
+        patch.setattr("jaxlm.training.signals.interrupts", interrupted_at(3))  # in the evaluation after update 2
+        assert package.main(settings.split()) == 130
+    assert f"Next, resume it: python -m {package.__name__} --resume {folder}" in capsys.readouterr().out
+    assert not list(rows_of(folder, "validation"))
+    assert package.main(settings.split()) == 0 and "Next, train for longer" in capsys.readouterr().out
+    assert len(list(rows_of(folder, "validation"))) == len(list(rows_of(folder, "test"))) == 1
+
+
+@pytest.mark.parametrize("package", [jaxlm.train, train], ids=["jaxlm", "torchlm"])
+def test_patience_ends_a_run_also_one_that_was_interrupted(
+    package: Any, labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    folder, program = tmp_path / "run", f"python -m {package.__name__}"
     # At a rate of 0, no evaluation after the first finds a lower loss.
     rates = "--train.learning-rate 0 --train.min-learning-rate 0 --train.eval-interval 2 --train.max-steps 20"
     settings = f"{TINY} {data_of('sst2', labelled, labelled)} --run.dir {folder} {rates} --resume auto"
     with monkeypatch.context() as patch:
-        patch.setattr("jaxlm.training.signals.interrupts", interrupts)
+        patch.setattr("jaxlm.training.signals.interrupts", interrupted_at(10))
         assert package.main([*settings.split(), "--train.patience", "2"]) == 130
     steps = [row["step"] for row in rows_of(folder, "validation")]
     assert steps in ([], [2], [2, 4]) and not run_reader.read(folder).is_over
@@ -204,7 +224,7 @@ def test_patience_ends_a_run_also_one_that_was_interrupted(
         assert [row["step"] for row in rows_of(folder, "train")] == [*range(1, 7)]
         assert [row["step"] for row in rows_of(folder, "validation")] == [2, 4, 6]
         assert len(list(rows_of(folder, "test"))) == 1
-        assert glue.has_ended(folder) and run_reader.read(folder).state == run_reader.FINISHED
+        assert repeat.has_ended(folder) and run_reader.read(folder).state == run_reader.FINISHED
     other = ["--resume", str(folder), "--run.dir", str(tmp_path / "other"), *rates.split()]
     assert package.main([*other, "--train.patience", "0", "--train.max-steps", "7"]) == 0
     assert [row["step"] for row in rows_of(tmp_path / "other", "validation")] == [2, 4, 6, 7]
