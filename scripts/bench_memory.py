@@ -3,8 +3,7 @@
     python scripts/bench_memory.py vocab.txt --megabytes 1000 5000
 
 Each size is built in a process of its own, from shards of JSON Lines of 25 MB that are generated as they are asked for,
-so that the disk holds the cache and a few shards. `vocab.txt` gives the words, some of which are rare; `--tokenizer` is
-by default WordPiece with these.
+so that the disk holds the cache and a few shards. `vocab.txt` is of WordPiece, and gives the words, too.
 """
 
 import argparse
@@ -13,7 +12,6 @@ import json
 import multiprocessing
 import multiprocessing.connection
 import random
-import resource
 import shutil
 import tempfile
 import threading
@@ -93,9 +91,8 @@ def build(url: str, vocabulary: Path, has_trace: bool, sender: multiprocessing.c
     def on_progress(n: int) -> None:
         nonlocal n_bytes
         if has_trace and n // 5_000_000 > n_bytes // 5_000_000:
-            status = dict(x.split(":", 1) for x in Path("/proc/self/status").read_text().splitlines())
             print(
-                f"{n / 1e6:,.0f} MB", *(f"{x} {status[x].strip()}" for x in ("VmRSS", "RssAnon", "VmHWM")), flush=True
+                f"{n / 1e6:,.0f} MB: {memory('VmRSS') / 1e6:,.0f} MB, {memory('VmHWM') / 1e6:,.0f} at most", flush=True
             )
         n_bytes = n
 
@@ -104,10 +101,15 @@ def build(url: str, vocabulary: Path, has_trace: bool, sender: multiprocessing.c
         source = sources.open_source(DataConfig(path=url, cache_dir=str(folder)), "text")
         tokenizer = tokenization.read(TokenizerConfig(path=str(vocabulary)))
         cache.open_cache(source, tokenizer, folder, on_progress)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        sender.send((peak, n_bytes, time.perf_counter() - began_s, time.process_time() - cpu_s))
+        sender.send((memory("VmHWM"), n_bytes, time.perf_counter() - began_s, time.process_time() - cpu_s))
     finally:
         shutil.rmtree(folder)
+
+
+def memory(name: str) -> int:
+    """Return a size of this process in bytes: not that of getrusage, which begins with the parent's."""
+    status = dict(x.split(":", 1) for x in Path("/proc/self/status").read_text().splitlines())
+    return int(status[name].split()[0]) * 1024
 
 
 if __name__ == "__main__":
