@@ -50,6 +50,7 @@ ELSEWHERE = {
     r"python scripts/benchmark\.py": "scripts/benchmark_test.py",
     r"python scripts/torture\.py": "scripts/torture_test.py",
     r"python scripts/load_server\.py": "scripts/load_server_test.py",
+    r"python scripts/real_weights\.py --random": "scripts/real_weights_test.py",
 }
 TASKS = ("mlm", "gpt", "sst2", "cola", "pairs", "embed")
 TINY = {
