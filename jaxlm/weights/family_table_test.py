@@ -38,6 +38,7 @@ NAMES = {
 # Models of masked words fill masks, which `predict` has; they have nothing to decode.
 CELLS = {family: [x for x in COLUMNS if x != "decode" or FAMILIES[family].is_causal] for family in NAMES}
 QUICK = {("llama", "load"), ("qwen3", "decode"), ("modernbert", "gradients"), ("gpt2", "predict")}
+SOONER = {"bert", "modernbert", "llama"}  # not among the longest tests, as the others are
 PAGE = Path(__file__).with_name("PUBLIC_WEIGHTS.md")
 T, N, B, UPDATES, RATE = 24, 30, 6, 3, 1e-3
 ROOM = 1e-5  # of the largest, float32; 5e-6 is what the tests of logits alone have, for smaller vocabularies
@@ -54,8 +55,9 @@ Make = Callable[[str], tuple[Path, Any]]
 def cells(column: str) -> pytest.MarkDecorator:
     """Return the mark by which a test is that of a column, for each family that has the cell."""
     family = [name for name, columns in CELLS.items() if column in columns]
-    slow = [x if (x, column) in QUICK else pytest.param(x, marks=pytest.mark.slow) for x in family]
-    return pytest.mark.parametrize("family", slow)
+    rest = [pytest.mark.slow, pytest.mark.longest]
+    marked = [x if (x, column) in QUICK else pytest.param(x, marks=rest[: 1 if x in SOONER else 2]) for x in family]
+    return pytest.mark.parametrize("family", marked)
 
 
 def test_the_page_has_the_table_of_these_tests() -> None:
