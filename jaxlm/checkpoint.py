@@ -60,7 +60,7 @@ class Checkpoints:
         self.n_saved, self.stalled_s = 0, 0.0  # complete saves, and the seconds that training waited for them
         self.failed: tuple[int, str] | None = None  # step and reason, if the latest save failed
         self.failure: UserError | None = None  # if set, `wait` and `save` raise it and so end the run
-        self.own: set[int] = set()  # steps saved by this run
+        self.own: set[int] = set()  # in process 0: steps of this run, also those found at the start
         self.device = storage.device(self.folder)
         if processes.is_first():
             remove_unfinished(self.folder)
@@ -177,7 +177,7 @@ class Checkpoints:
             n_free = shutil.disk_usage(self.folder).free
             if n_free < 1.05 * n_bytes + 1e5:  # with a margin for the small files
                 raise OSError(f"it needs {n_bytes / 1e6:,.1f} MB, and {n_free / 1e6:,.1f} MB are free")
-        # Frozen weights of a folder without checkpoints come from a run that failed before its first one.
+        # In a folder without checkpoints, an earlier, failed run left the frozen weights: save them again.
         has_frozen = self.steps() and processes.from_first(checksums.is_finished(self.folder / checksums.FROZEN))
         if frozen_weights and not has_frozen:
             self._save_frozen(frozen_weights)

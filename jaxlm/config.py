@@ -782,6 +782,7 @@ def warnings(config: Config, origins: dict[str, str], of_other_tasks: Iterable[s
     no_base, no_teacher = is_new and not config.init_from, not distill.teacher and "there is no distill.teacher"
     no_rotary = model.positions != "rotary" and shown("model.positions")
     no_muon = train.optimizer != "muon" and shown("train.optimizer")
+    no_fraction = data.validation_path and "data.validation_path is given" or data.folds and shown("data.folds")
     without_effect = {  # settings, and why they have no effect if they have none
         "data.hub_config": not data.hub and "there is no data.hub",
         "data.unique": is_embedded and "the data is the embedded default",
@@ -790,7 +791,7 @@ def warnings(config: Config, origins: dict[str, str], of_other_tasks: Iterable[s
         "data.text_column data.pair_column data.label_column": is_embedded and "the data is the embedded default",
         "data.prompt_column data.answer_column": is_embedded and "the data is the embedded default",
         "data.validation_path data.test_path": is_embedded and "the data is the embedded default (give data.path too)",
-        "data.validation_fraction": data.validation_path and "data.validation_path is given",
+        "data.validation_fraction": no_fraction,
         "data.test_fraction": data.test_path and "data.test_path is given",
         "tokenizer.kind": has_path,
         "tokenizer.vocab_size": has_path or is_untrained,

@@ -50,7 +50,7 @@ def run(config: Config, origins: dict[str, str], start: Start, started_s: float)
     with contextlib.ExitStack() as stack:
         config = stack.enter_context(processes.joined(config, identity_at_start(config, start)))
         mesh = parallel.make_mesh(config)
-        builds_caches = processes.is_first_here()
+        builds_caches = processes.is_first_here()  # one process a host; the others wait until it has built them
         if not builds_caches:
             processes.wait()
         with started(config, origins, start, TASKS, _describe(mesh, config), started_s, command("train")) as this:
@@ -78,7 +78,7 @@ def build(
 ) -> tuple[Callable[[], TrainState], Compiled]:
     """Return a function that makes the initial state on the mesh, and the jitted functions of a task.
 
-    `rewarmed` is as in schedule.learning_rate.
+    `rewarmed` is the update at which a re-warmup begins, and the learning rate before it.
     """
     train = config.train
     rate = schedule.learning_rate(train, rewarmed)
@@ -112,7 +112,7 @@ def build(
     def update(state: TrainState, batches: Any, key: Any, teacher: nnx.Module | None = None) -> tuple[TrainState, Any]:
         return step.train_step(rule, lambda *args: loss(*args, teacher), state, batches, key)
 
-    # Disabled when profiling: a CUDA graph shows as one opaque event.
+    # When profiling, CUDA graphs are off: a trace shows each as one opaque event.
     options = {"xla_gpu_enable_command_buffer": ""} if config.profile and jax.default_backend() == "gpu" else None
     compiled = Compiled(
         mesh=mesh,
@@ -174,7 +174,7 @@ def fit(
     take = parallel.any_process(mesh, signals.FileWatch(run.dir).take)
     i = position.step
     if i and (i % train.eval_interval == 0 or i == train.max_steps) and i not in run.validation:
-        evaluate_and_show(run, compiled, state, i, status)  # a signal came before this evaluation
+        evaluate_and_show(run, compiled, state, i, status)  # a signal ended the run before this evaluation
     if run.is_over(i) and i not in checkpoints.steps():  # no updates left, but a new run folder
         checkpoints.save_last(state, _info(run, i, position), run.losses())
     run.log.say("compiling the first update ...")
@@ -188,11 +188,12 @@ def fit(
             on_devices = parallel.put_batch(mesh, batch, axis=1)
             state, metrics = compiled.update(state, on_devices, key, compiled.teacher)
             tracer.end(metrics, compiled.update, state, on_devices, key, compiled.teacher)
-            # This reads the metrics of the previous update, so that the device never waits for the host.
             A, _, T = batch["tokens"].shape
             n_flops = A * train.batch_size * flops.flops_per_sample(run.config, T)
             n_positions = sum(batch[name].size for name in ("tokens", "pair_tokens") if name in batch)
             real = processes.mean(samples.n_tokens(batch) / n_positions)
+            # Reads the metrics of the previous update, so that the device never waits for the host. `bad` is the update
+            # that had a NaN or infinity in its loss or gradient, or 0.
             bad = meter.add(i, metrics, real, n_positions * train.batch_size // len(local), n_flops)
 
             is_interrupted = bool(status())  # read once: a signal between two reads would skip an evaluation

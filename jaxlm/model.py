@@ -1,9 +1,9 @@
 """A transformer, encoder or decoder, in build order: Embedding, Attention, FeedForward, Block, Transformer.
 
-What the settings `model.*` choose; the original design comes first in each line:
+What the settings `model.*` choose; the default comes first in each line:
 - positions: fixed sines and cosines, learned, or rotary
 - attention: causal or bidirectional; global, or in a sliding window in some layers; with norms of queries and keys
-- heads: as many of keys and values as of queries (multi-head), or fewer (grouped-query)
+- key-value heads: as many as query heads (multi-head), or fewer (grouped-query)
 - masks: padding; several documents packed in a row, which do not see each other
 - feed-forward: GELU, squared ReLU, GEGLU or SwiGLU
 - norms: LayerNorm or RMSNorm; before each sublayer, or after each residual sum; also on the embedding and at the end
@@ -42,7 +42,7 @@ DROPOUTS = 3  # per block: attention weights, attention output, and inside the f
 
 
 class Places(NamedTuple):
-    """Pads, documents and positions in a batch. None: no pads; a row is one document; positions are 0 to T - 1."""
+    """Pads, documents and positions in a batch. A field of None means: no pads; one document a row; 0 to T - 1."""
 
     is_pad_BT: Array | None = None
     segments_BT: Array | None = None  # number of the document at each position; documents follow each other in a row
@@ -63,7 +63,7 @@ class Embedding(nnx.Module):
             self.token.embedding[...] = self.token.embedding[...].at[config.pad_id].set(0)
         if config.positions == "learned":
             self.position = nnx.Param(0.02 * jax.random.normal(rngs.params(), (config.seq_len, config.d_model)))
-        if config.segments:
+        if config.segments:  # token types, as BERT's segments; not the documents of a packed row
             self.segment = nnx.Param(0.02 * jax.random.normal(rngs.params(), (config.segments, config.d_model)))
         if config.embedding_norm:
             self.layernorm = norm(config, rngs)
@@ -78,7 +78,7 @@ class Embedding(nnx.Module):
     ) -> Array:
         """Return [B, T, D]; positions are 0 to T - 1, or `positions_BT`; token types are 0, or `types_BT`."""
         T = tokens_BT.shape[1]
-        # Gathers the table over fsdp before the lookup; otherwise XLA would gather the result, of the whole batch.
+        # All-gathers the table over fsdp first; otherwise XLA would all-gather the embeddings of the whole batch.
         x_BTD = constrain(self.token.embedding[...], "tensor")[tokens_BT]
         if self.config.pad_id >= 0:
             is_pad_BT1 = (tokens_BT == self.config.pad_id)[:, :, None]
@@ -119,8 +119,8 @@ class Attention(nnx.Module):
     ) -> Array:
         """Return [B, T, D]. Cached decoding and attention maps pass their own `attend`.
 
-        `layer` is the index of the block, from 0. In a scan, which traces one block for several, it is that of another
-        block with the same window and rotary base.
+        `layer` is the index of the block, from 0. A scan traces one block for several: `layer` is then that of
+        one of them; all have the same window and rotary base.
         """
         (B, T, _), K = x_BTD.shape, self.config.head_size
         weights_key, output_key = dropout_keys
@@ -188,8 +188,8 @@ class Block(nnx.Module):
 class Transformer(nnx.Module):
     """Token ids [B, T] to hidden states float32 [B, T, D].
 
-    `segments_BT` has the number of each token's document in a packed row. `types_BT` has its token type, 0 or 1 for
-    the first or second text of a pair (model.segments).
+    `segments_BT` has the number of each token's document in a packed row. `types_BT` has its token type: 0 or 1 for
+    the first or second text of a pair. `model.segments` is the number of token types, not of documents.
 
     `blocks` is one Block whose parameters have a leading axis of n_layers; a scan runs it (scan_blocks).
     """
@@ -198,7 +198,7 @@ class Transformer(nnx.Module):
         self.config = config
         self.embedding = Embedding(config, rngs)
         self.blocks = jax.vmap(lambda rngs: Block(config, is_causal, dtype, rngs))(rngs.split(config.n_layers))
-        if not config.first_norm:  # block 0 has no layernorm1, so this stack begins with block 1
+        if not config.first_norm:  # block 0 has no layernorm1: the stack of layernorm1 begins with block 1
             self.blocks.layernorm1 = jax.tree.map(lambda x: x[1:], self.blocks.layernorm1)
         add_adapters(self.blocks, config, rngs)
         if config.final_norm:
@@ -224,7 +224,7 @@ class Transformer(nnx.Module):
             return constrain(block(x_BTD, places, layer, block_keys), BATCH), None
 
         run, n, L = rematerialized(self.config, run_block), self.config.frozen_layers, self.config.n_layers
-        if n:  # a scan of its own, without gradients: a scan computes the gradients of all its blocks or of none
+        if n:  # a separate scan: a scan computes the gradients of all of its blocks, or of none
             frozen = (jax.lax.stop_gradient(self.blocks), dropout_keys)
             x_BTD, _ = scan_blocks(self.config, run, x_BTD, frozen, 0, n, is_unrolled(self.config))
         stacks = (self.blocks, dropout_keys)

@@ -4,6 +4,7 @@ Called again, a command goes on: a run that has ended is not made again, and one
 the same compiled step, from the cache of compilations.
 """
 
+import signal
 import statistics
 import subprocess
 import sys
@@ -11,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxlm import config as configs
 from jaxlm.cli import Parser
-from jaxlm.errors import UserError
+from jaxlm.errors import UserError, signals
 from jaxlm.io import temporary
 from jaxlm.reporting import run_reader
 
@@ -40,7 +42,7 @@ def main(argv: Sequence[str], module: str) -> int:
     for seed in range(args.seeds):
         for fold in range(args.folds):
             own = ["--data.folds", str(args.folds), "--data.fold", str(fold)] if args.folds > 1 else []
-            name = "-".join([f"seed-{seed}", *([f"fold-{fold}"] if own else [])])
+            name = "-".join([f"seed-{seed}", *([f"fold-{fold}-of-{args.folds}"] if own else [])])
             runs[Path(args.out) / name] = [*settings, "--train.seed", str(seed), *own]
     if status := run_all(runs, module):
         return status
@@ -57,15 +59,36 @@ def main(argv: Sequence[str], module: str) -> int:
 
 
 def run_all(runs: Mapping[Path, Sequence[str]], module: str = "jaxlm.train") -> int:
-    """Make the runs, command lines by folder, that have not ended; return the status of the first that fails."""
+    """Make the runs, command lines by folder, that have not ended; return the status of the first that fails.
+
+    Raises UserError if a run has ended with other settings of model or training.
+    """
     for folder, argv in runs.items():
         if has_ended(folder):
+            _check_settings(folder, argv)
             continue
         print(folder, flush=True)
-        own = ["--run.dir", str(folder), "--resume", "auto"]
-        if status := subprocess.run([sys.executable, "-m", module, *argv, *own]).returncode:
+        if status := _run([sys.executable, "-m", module, *argv, "--run.dir", str(folder), "--resume", "auto"]):
             return status
     return 0
+
+
+def _run(command: Sequence[str]) -> int:
+    """Run a command, and return its exit status. At a signal, wait until the command has saved and ended."""
+    child = subprocess.Popen(command)
+    # A terminal sends SIGINT to the child, too, and a second signal would end it at once.
+    with signals(lambda number: child.send_signal(number) if number == signal.SIGTERM else None):
+        status = child.wait()
+    return status if status >= 0 else 128 - status
+
+
+def _check_settings(folder: Path, argv: Sequence[str]) -> None:
+    stored = run_reader.read(folder).settings
+    for name, value in configs.given(list(argv)).items():
+        is_compared = name.startswith(("model.", "train.")) and name != "train.class_weights"  # it is stored resolved
+        if is_compared and stored.get(name) != value:
+            what = f"has ended with {name}={stored.get(name)}, not {value}"
+            raise UserError(f"{folder}: {what}; remove it, or give another folder for all runs")
 
 
 def has_ended(folder: Path) -> bool:

@@ -71,6 +71,9 @@ def test_ended_runs_are_scored_together(texts: Path, tmp_path: Path, capsys: pyt
     assert before == {path: path.stat().st_mtime_ns for path in before} and len(before) == 2
     table = (tmp_path / repeat.TABLE).read_text()
     assert capsys.readouterr().out == table
+    with pytest.raises(SystemExit):
+        torchlm.train.main(argv(texts, tmp_path, "--seeds 2 --train.learning-rate 0.5"))
+    assert "seed-0: has ended with train.learning_rate=" in capsys.readouterr().err
     rows = [json.loads(line) for path in before for line in path.read_text().splitlines()]
     for name in ("accuracy", "loss"):
         cells = []
@@ -83,7 +86,7 @@ def test_ended_runs_are_scored_together(texts: Path, tmp_path: Path, capsys: pyt
 @pytest.mark.slow
 def test_seeds_and_folds_are_runs_of_their_own(texts: Path, tmp_path: Path) -> None:
     assert jaxlm.train.main(argv(texts, tmp_path, "--seeds 1 --folds 2")) == 0
-    folders = [tmp_path / f"seed-0-fold-{i}" for i in range(2)]
+    folders = [tmp_path / f"seed-0-fold-{i}-of-2" for i in range(2)]
     assert all(map(repeat.has_ended, folders))
     assert [run_reader.read(folder).settings["data.fold"] for folder in folders] == [0, 1]
     assert " ± " in (tmp_path / repeat.TABLE).read_text()

@@ -46,9 +46,9 @@ class Rule:
 
 
 def train_step(rule: Rule, loss_fn: LossFn, state: TrainState, batches: Any, key: Array) -> tuple[TrainState, Totals]:
-    """Make one update from `batches`, arrays [A, B, ...] of A accumulated batches.
+    """Make one update from `batches`, arrays [A, B, ...] of A microbatches.
 
-    The loss is the mean over all labels that the A batches count, as if they were one batch. Returns the new state, and
+    The loss is the mean over the labels of all A microbatches, as if they were one batch. Returns the new state, and
     the totals with the learning rate of this update (`rate`) and the gradient norm before clipping (`grad_norm`).
     """
 

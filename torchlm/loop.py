@@ -55,6 +55,7 @@ def run(config: Config, origins: dict[str, str], start: Start, started_s: float)
         with started(config, origins, start, TASKS, device, started_s, "python -m torchlm.train") as this:
             if not mesh.rank:
                 parallel.wait(mesh)
+            this.validation.update(parallel.from_first(this.validation))
             fresh, compiled = build(this.config, this.task, mesh, this.rewarmed, this.teacher)
             state = begin(this, fresh)
             # From here on, a signal saves a checkpoint before the process ends, and the run folder stays.
@@ -80,7 +81,7 @@ def build(
 ) -> tuple[Callable[[], TrainState], Compiled]:
     """Return a function that makes the initial state on the mesh, and the functions of a task.
 
-    `rewarmed` is as in schedule.learning_rate.
+    `rewarmed` is the update at which a re-warmup begins, and the learning rate before it.
     """
     train = config.train
     rate = schedule.learning_rate(train, rewarmed)
@@ -154,7 +155,7 @@ def fit(
     take = parallel.any_process(mesh, signals.FileWatch(run.dir).take)
     i = position.step
     if i and (i % train.eval_interval == 0 or i == train.max_steps) and i not in run.validation:
-        evaluate_and_show(run, compiled, state, i, status)  # a signal came before this evaluation
+        evaluate_and_show(run, compiled, state, i, status)  # a signal ended the run before this evaluation
     if run.is_over(i) and not mesh.rank and i not in checkpoints.steps():
         checkpoints.save_last(state, _info(run, i, position), run.losses())  # no updates left, but a new run folder
     with run.log.training_bar(train.max_steps) as show:

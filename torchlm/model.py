@@ -1,9 +1,9 @@
 """A transformer, encoder or decoder, in build order: Embedding, Attention, FeedForward, Block, Transformer.
 
-What the settings `model.*` choose; the original design comes first in each line:
+What the settings `model.*` choose; the default comes first in each line:
 - positions: fixed sines and cosines, learned, or rotary
 - attention: causal or bidirectional; global, or in a sliding window in some layers; with norms of queries and keys
-- heads: as many of keys and values as of queries (multi-head), or fewer (grouped-query)
+- key-value heads: as many as query heads (multi-head), or fewer (grouped-query)
 - masks: padding; several documents packed in a row, which do not see each other
 - feed-forward: GELU, squared ReLU, GEGLU or SwiGLU
 - norms: LayerNorm or RMSNorm; before each sublayer, or after each residual sum; also on the embedding and at the end
@@ -36,7 +36,7 @@ from torchlm.ops.token_positions import document_positions, rotate
 
 
 class Places(NamedTuple):
-    """Pads, documents and positions in a batch. None: no pads; a row is one document; positions are 0 to T - 1."""
+    """Pads, documents and positions in a batch. A field of None means: no pads; one document a row; 0 to T - 1."""
 
     is_pad_BT: Tensor | None = None
     segments_BT: Tensor | None = None  # number of the document at each position; documents follow each other in a row
@@ -64,7 +64,7 @@ class Embedding(nn.Module):
         elif config.positions == "fixed":
             table_TD = torch.from_numpy(fixed_positions(config.seq_len, config.d_model))
             self.register_buffer("table_TD", table_TD, persistent=False)
-        if config.segments:
+        if config.segments:  # token types, as BERT's segments; not the documents of a packed row
             self.segment = nn.Parameter(0.02 * torch.randn(config.segments, config.d_model, generator=rngs))
         if config.embedding_norm:
             self.layernorm = norm(config)
@@ -163,8 +163,8 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Token ids [B, T] to hidden states float32 [B, T, D].
 
-    `segments_BT` has the number of each token's document in a packed row. `types_BT` has its token type, 0 or 1 for
-    the first or second text of a pair (model.segments).
+    `segments_BT` has the number of each token's document in a packed row. `types_BT` has its token type: 0 or 1 for
+    the first or second text of a pair. `model.segments` is the number of token types, not of documents.
 
     `blocks` is a list of n_layers modules; a loop runs them.
     """

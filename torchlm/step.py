@@ -40,9 +40,9 @@ class Rule:
 def train_step(
     rule: Rule, loss_fn: LossFn, state: TrainState, batches: dict[str, Tensor], key: Hashable = None
 ) -> tuple[TrainState, Totals]:
-    """Make one update from `batches`, arrays [A, B, ...] of A accumulated batches.
+    """Make one update from `batches`, arrays [A, B, ...] of A microbatches.
 
-    The loss is the mean over all labels that the A batches count, as if they were one batch. Returns the state, changed
+    The loss is the mean over the labels of all A microbatches, as if they were one batch. Returns the state, changed
     in place, and the totals with the learning rate of this update (`rate`) and the gradient norm before clipping
     (`grad_norm`). `key` seeds dropout.
     """

@@ -20,7 +20,7 @@ from jaxlm.io import temporary, utf8
 PROBE_S = 2  # seconds to wait for the hub, so that bad input is reported within 5
 DOWNLOADED = 200_000_000  # bytes of text, about; a larger set is streamed, unless `datasets` has it in its cache
 GROWTH = 3  # times of its size that a Parquet or compressed file has as text, about
-CLOSED = re.compile(r"gated|authenticat|private|cannot be accessed|\b40[13]\b")
+CLOSED = re.compile(r"\bgated\b|authenticat|\bprivate\b|cannot be accessed|\b40[13]\b")
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 NO_HUB = "use a local file with --data.path FILE"
 

@@ -127,7 +127,7 @@ def _fingerprint(config: DataConfig, parts: list[Part], reading: "_Reading") -> 
     seed = config.split_seed if reading.shares else 0
     contents = [(part.split, part.format, part.table.columns, part.content) for part in parts]
     if config.hub:  # the same whether a split is read whole or by its shards
-        contents = list(dict.fromkeys(contents))
+        contents = [x for i, x in enumerate(contents) if x not in contents[:i]]
     settings: list[Any] = [
         config.hub,
         config.hub_config,
@@ -156,7 +156,8 @@ def _fingerprint(config: DataConfig, parts: list[Part], reading: "_Reading") -> 
 def _notes(config: DataConfig, parts: list[Part], shares: dict[str, float], are_divided: bool) -> Iterator[str]:
     """Yield what to say of the parts and the settings of their shares."""
     for split, share in shares.items() if not are_divided else ():
-        yield f"no {split} part: {100 * share:g} % of articles split off by hash (data.{split}_fraction)"
+        name = "data.folds" if config.folds and split == "validation" else f"data.{split}_fraction"
+        yield f"no {split} part: {100 * share:g} % of articles split off by hash ({name})"
     are_tables = not any(part.format in ("text", "wikitext", *WHOLE) for part in parts)
     if are_tables and config.documents in (*WHOLE, "wikitext"):
         yield f"data.documents={config.documents} has no effect: a table has a document a row (data.format=text: lines)"

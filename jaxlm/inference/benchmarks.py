@@ -118,6 +118,8 @@ def _rows(path: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
                             raise UserError(f"{file}, line {number}: has no {key}; give a file of {', '.join(keys)}")
                     if keys == KEYS["lambada"] and " " not in row["text"].strip():
                         raise UserError(f"{file}, line {number}: has a single word; give a passage")
+                    if keys == KEYS["lambada"] and row["text"] != row["text"].rstrip():
+                        raise UserError(f"{file}, line {number}: ends in a blank; end it with the word to be guessed")
                     found.append(row)
     except (ValueError, *utf8.DAMAGED) as error:
         raise UserError(f"--data.path {path}: cannot be read as JSON Lines ({error}); give such a file") from error

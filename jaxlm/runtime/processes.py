@@ -39,7 +39,7 @@ from jaxlm.runtime.rendezvous import variable
 FOREVER_MS = 7 * 24 * 3600 * 1000  # waits need no timeout: if another process fails, _Watch ends this one
 HEARTBEAT_S, SILENT_S = 1.0, 30.0  # between heartbeats; a process without one for SILENT_S is lost
 GRACE_S = 5.0  # how long an ending process waits for the others to notice
-_calls = itertools.count()  # all processes make the same calls in the same order
+_calls = itertools.count()  # numbers the keys of exchanges: all processes make the same calls in the same order
 
 
 @contextlib.contextmanager
@@ -108,9 +108,8 @@ def from_first(value: Any) -> Any:
     return json.loads(global_state.client.blocking_key_value_get(key, FOREVER_MS))
 
 
-@slow("waiting for the other processes")
 def mean(value: float) -> Any:
-    """Return the mean of a number over all processes, a JAX array that no device waits for; all have to call it."""
+    """Return the mean of a number over all processes, without waiting for it. Every process must call this."""
     if jax.process_count() == 1:
         return value
     sharding, reduced = _reduced_mean()
@@ -126,6 +125,7 @@ def _reduced_mean() -> tuple[NamedSharding, Callable[[jax.Array], jax.Array]]:
     )
 
 
+@slow("waiting for the other processes")
 def wait() -> None:
     """Wait until every process calls this."""
     if global_state.client is not None:
@@ -205,7 +205,7 @@ class _Watch:
         self._leave(status)
 
     def wait_for_the_cause(self, error: Exception) -> None:
-        """If this is a network error, wait until its cause is known: another process that failed or is lost."""
+        """After a network error, wait: if another process failed or is lost, the watching thread ends this one."""
         if not any(word in str(error) for word in ("Gloo", "NCCL", "UNAVAILABLE", "CANCELLED", "DEADLINE_EXCEEDED")):
             return
         if self.rank:
@@ -267,7 +267,7 @@ class _Watch:
     def _leave(self, status: int) -> None:
         """End this process without atexit handlers, which would wait for lost processes."""
         if not self.is_ending.acquire(blocking=False):
-            time.sleep(FOREVER_MS)  # until another thread ends the process
+            time.sleep(FOREVER_MS / 1000)  # until another thread ends the process
         for clean in list(CLEANUPS):
             if clean != self.interrupted:
                 clean()
@@ -285,7 +285,7 @@ class _Watch:
             self._have_left("left/", self.size)
 
     def _have_left(self, prefix: str, n: int) -> bool:
-        """Return whether `n` processes whose key has this prefix end within GRACE_S."""
+        """Return whether, within GRACE_S, `n` processes announce their end by keys with this prefix."""
         until_s = time.monotonic() + GRACE_S
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             while time.monotonic() < until_s:

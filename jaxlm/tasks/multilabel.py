@@ -52,4 +52,4 @@ class Multilabel(Classify):
         return ", ".join(name for name, p in zip(self.classes, x, strict=True) if p > 0) or "none"
 
     def answer(self, prediction: Any) -> dict[str, Any]:
-        return {"probabilities": dict(zip(self.classes, 1 / (1 + np.exp(-prediction)), strict=True))}
+        return {"probabilities": dict(zip(self.classes, np.exp(-np.logaddexp(0, -prediction)), strict=True))}

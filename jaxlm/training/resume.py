@@ -62,13 +62,13 @@ class Start:
     parts: tuple[str, ...] = ()  # which of PARTS are restored; the others are new
     run: Path | None = None  # folder of the run that made the checkpoint, if known
     run_dir: str = ""  # the same folder if the run continues in it; "": this run gets a new folder
-    is_retry: bool = False  # the run folder may have files of a run without a checkpoint
+    is_retry: bool = False  # the run folder may have files of an attempt that saved no checkpoint
     damaged: tuple[tuple[Path, str], ...] = ()  # newer checkpoints that cannot be used, and why
     teacher: "Start | None" = None  # the model to distil
     is_student: bool = False  # the run starts from layers of its teacher
 
     def is_public(self) -> bool:
-        """Return whether the start is a model folder of transformers."""
+        """Return whether the start is a model in the format of Hugging Face transformers."""
         return self.form.startswith(formats.TRANSFORMERS)
 
     def config(self) -> Config:
@@ -95,7 +95,7 @@ class Start:
         return self.teacher.classes() if self.teacher else ()
 
     def layers(self, task: str = "") -> list[Layer]:
-        """Return the settings that a run of `task` takes from the checkpoint."""
+        """Return the settings that a run of `task` takes from the checkpoint: name, value and origin of each."""
         if self.path is None:
             return []
         values = self._settings_of_base(task, self.run or self.path.parent) if self.kind == "base" else self.settings()
@@ -198,7 +198,7 @@ class Start:
             )
 
     def position(self) -> Position:
-        """Return the position of the run in its data; the first one unless it resumes."""
+        """Return the position of the run in its data: where it resumes, otherwise the start."""
         if self.kind != "resume":
             return Position()
         skipped = tuple((first, end) for first, end in self.info.get("skipped") or ())
@@ -260,7 +260,7 @@ def find(given: Mapping[str, Any], form: str) -> Start:
             raise UserError("resume=auto: needs the folder of a run; give it with --run.dir")
         if start := _resume_auto(Path(run_dir), given, form):
             return start
-        is_retry = Path(run_dir, LOCK).exists() or not Path(run_dir).exists()  # killed before its first checkpoint
+        is_retry = Path(run_dir, LOCK).exists() or not Path(run_dir).exists()  # no checkpoint yet
     if base:
         source = huggingface.find(base)
         start = _newest(source, layout.PARTS[:1])
