@@ -45,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     """Fine-tune as the command line says; return the exit status: that of the first run that fails."""
     args, settings = _parse(sys.argv[1:] if argv is None else argv)
     folders = find(Path(args.data), args.tasks)
+    tests = {task: test_files(data, task) for task, data in folders.items()} if args.submission else {}
     common = ["--init-from", args.checkpoint, *settings]
     runs = {
         task: {
@@ -62,21 +63,30 @@ def main(argv: list[str] | None = None) -> int:
     temporary.replace_text(Path(args.out) / TABLE, text)
     print(text, end="")
     if args.submission:
-        with zipfile.ZipFile(Path(args.out) / ZIP, "w", zipfile.ZIP_DEFLATED) as packed:
-            for task, some in runs.items():
-                first = next(iter(repeat.scores(next(iter(some)))["validation"]))
-                best = max(some, key=lambda folder: repeat.scores(folder)["validation"][first])
-                for name, content in submission(best, folders[task], task).items():
-                    packed.writestr(name, content)
+        contents: dict[str, str] = {}
+        for task, some in runs.items():
+            first = next(iter(repeat.scores(next(iter(some)))["validation"]))
+            best = max(some, key=lambda folder: repeat.scores(folder)["validation"][first])
+            contents |= submission(best, folders[task], tests[task], task)
+        with temporary.replacing(Path(args.out) / ZIP) as new, zipfile.ZipFile(new, "w", zipfile.ZIP_DEFLATED) as file:
+            for name, content in contents.items():
+                file.writestr(name, content)
         print(f"{Path(args.out) / ZIP} is for gluebenchmark.com, which wants files of all tasks and of AX")
     return 0
 
 
-def submission(run: Path, data: Path, task: str) -> dict[str, str]:
-    """Return the content of each file that GLUE's server takes of a task, by name: a prediction for each test row.
+def test_files(data: Path, task: str) -> dict[str, Path]:
+    """Return the files of test rows of a task, by the names that GLUE's server has. Raises UserError if there is none."""
+    stems = OF_MNLI if task == "mnli" else dict.fromkeys(TESTS, SERVED[task])
+    by_stem = {path.name.lower().partition(".")[0]: path for path in sorted(data.iterdir())}
+    files = {name: by_stem[stem] for stem, name in stems.items() if stem in by_stem}
+    if not files:
+        raise UserError(f"{data}: has no test file, {' or '.join(stems)}.tsv, to predict; leave --submission out")
+    return files
 
-    Raises UserError if `data` has no file of test rows.
-    """
+
+def submission(run: Path, data: Path, files: dict[str, Path], task: str) -> dict[str, str]:
+    """Return the content of each file that GLUE's server takes of a task, by name: a prediction for each test row."""
     import jax
     import numpy as np
 
@@ -84,15 +94,11 @@ def submission(run: Path, data: Path, task: str) -> dict[str, str]:
     from jaxlm.inference import evaluation, load
     from jaxlm.training.log import RunLog
 
-    stems = OF_MNLI if task == "mnli" else dict.fromkeys(TESTS, SERVED[task])
-    by_stem = {path.name.lower().partition(".")[0]: path for path in sorted(data.iterdir())}
-    files = {name: by_stem[stem] for stem, name in stems.items() if stem in by_stem}
-    if not files:
-        raise UserError(f"{data}: has no test file, {' or '.join(stems)}.tsv, to predict; leave --submission out")
     trained = load.load(run)
+    here = configs.replace(trained.config, "data.path", str(data.absolute()))
     own, compiled, found = trained.task, jax.jit(trained.task.predict), {}
     for name, file in files.items():
-        config = configs.replace(trained.config, "data.test_path", str(file.absolute()))
+        config = configs.replace(here, "data.test_path", str(file.absolute()))
         progress = RunLog(stderr=True).pass_bar
         _, samples = prepare.part(config, own.samples, own.embedded, trained.tokenizer, "test", progress, own.classes)
         batches = loader.evaluation_batches(samples, evaluation.BATCH_SIZE)

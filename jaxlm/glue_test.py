@@ -72,7 +72,7 @@ def test_a_submission_has_a_prediction_of_each_test_row(tmp_path: Path) -> None:
         "data.cache_dir": str(tmp_path),
     }
     run = tiny_runs.write(tmp_path / "run", "rte", classes=("entailment", "not_entailment"), **settings)
-    ((name, content),) = glue.submission(run, data, "rte").items()
+    ((name, content),) = glue.submission(run, data, glue.test_files(data, "rte"), "rte").items()
     header, *lines = content.splitlines()
     assert (name, header) == ("RTE.tsv", "index\tprediction") and len(lines) == 4
     predictor = predict.load(run)
@@ -81,7 +81,7 @@ def test_a_submission_has_a_prediction_of_each_test_row(tmp_path: Path) -> None:
         assert lines[i] == f"{i}\t{answer['label']}"
     assert lines[1].split("\t")[1] in ("entailment", "not_entailment")
     with pytest.raises(UserError, match="has no test file, test or"):
-        glue.submission(run, tmp_path / "STS-B", "stsb")
+        glue.test_files(tmp_path / "STS-B", "stsb")
 
 
 @pytest.mark.slow

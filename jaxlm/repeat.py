@@ -17,6 +17,7 @@ from jaxlm.cli import Parser
 from jaxlm.errors import UserError, signals
 from jaxlm.io import temporary
 from jaxlm.reporting import run_reader
+from jaxlm.runtime.rendezvous import variable
 
 FLAGS = ("--seeds", "--folds")
 TABLE = "scores.md"
@@ -38,6 +39,10 @@ def main(argv: Sequence[str], module: str) -> int:
     if not args.out or args.seeds < 1 or args.folds < 1:
         mend = "give numbers of 1 or more, and by --run.dir the folder that all runs go to"
         raise UserError(f"--seeds {args.seeds} --folds {args.folds} --run.dir {args.out or ''}: {mend}")
+    for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "JAX_NUM_PROCESSES"):
+        if variable(name, 1) > 1:
+            mend = "one process makes all runs; start it alone, or each run with --train.seed by the launcher"
+            raise UserError(f"--seeds {args.seeds} --folds {args.folds} in several processes ({name}): {mend}")
     runs = {}
     for seed in range(args.seeds):
         for fold in range(args.folds):

@@ -1,7 +1,10 @@
 """Several runs by one command: seeds, folds, their table, and that ended runs are not made again."""
 
 import json
+import signal
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,7 +50,9 @@ def test_each_text_is_for_validation_in_one_fold() -> None:
     assert [s == "test" for s in splits[0]] == [sources.split_of(text, whole) == "test" for text in texts]
 
 
-def test_folds_go_with_one_file_of_all(texts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_folds_go_with_one_file_of_all(
+    texts: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     other = texts.with_name("other.tsv")
     other.write_text(texts.read_text())
     data = configs.build({"data.path": str(texts), "data.validation_path": str(other), "data.folds": 3}).data
@@ -56,6 +61,10 @@ def test_folds_go_with_one_file_of_all(texts: Path, capsys: pytest.CaptureFixtur
     for bad in ("--data.folds 3", "--data.path x --data.folds 3 --data.fold 3", "--data.path x --data.fold 1"):
         with pytest.raises(UserError, match=r"data\.fold"):
             configs.load(bad.split())
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setenv("WORLD_SIZE", "2")
+        torchlm.train.main("--seeds 2 --run.dir x".split())
+    assert "in several processes (WORLD_SIZE): one process makes all runs" in capsys.readouterr().err
     for bad in ("--seeds 2", "--folds 0 --run.dir x"):
         with pytest.raises(SystemExit):
             jaxlm.train.main(bad.split())
@@ -90,3 +99,16 @@ def test_seeds_and_folds_are_runs_of_their_own(texts: Path, tmp_path: Path) -> N
     assert all(map(repeat.has_ended, folders))
     assert [run_reader.read(folder).settings["data.fold"] for folder in folders] == [0, 1]
     assert " ± " in (tmp_path / repeat.TABLE).read_text()
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_command_ends_its_run_with_a_checkpoint(texts: Path, tmp_path: Path) -> None:
+    long = argv(texts, tmp_path, "--seeds 2 --train.max-steps 1000000")
+    command = [sys.executable, "-m", "jaxlm.train", *long]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout and any(line.startswith("step 4  validation") for line in process.stdout)
+        process.send_signal(signal.SIGTERM)
+        said = process.stdout.read()  # until the run has ended, too
+    assert process.returncode == 143 and "Traceback" not in said and "nothing was saved" not in said
+    run = run_reader.read(tmp_path / "seed-0")
+    assert run.state == "interrupted" and run.last_step >= 4 and not (tmp_path / "seed-1").exists()

@@ -255,7 +255,7 @@ def weights(text: str, classes: Sequence[str], counts: Sequence[int]) -> tuple[f
         if not 0 <= found[name] < math.inf:
             raise UserError(f"{rule}: the weight of {name}, {weight!r}, is no number of 0 or more; correct it")
     if not any(weight for weight, n in zip(found.values(), counts, strict=True) if n):
-        raise UserError(f"{rule}: the weights of all classes that are there are 0; raise one")
+        raise UserError(f"{rule}: all weights are 0, for the classes of the training texts; raise one")
     return tuple(found.values())
 
 

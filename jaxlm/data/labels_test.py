@@ -36,6 +36,8 @@ def test_what_is_no_weight_is_said(text: str, said: str) -> None:
     with pytest.raises(UserError) as error:
         labels.weights(text, ("pos", "neg", "none"), [1, 1, 1])
     assert said in str(error.value)
+    with pytest.raises(UserError, match="all weights are 0, for the classes of the training texts"):
+        labels.weights("0,0,1", ("pos", "neg", "none"), [1, 1, 0])
 
 
 def prepared(folder: Path, task: str = "classify", **settings: Any) -> configs.Config:

@@ -71,11 +71,13 @@ def test_scores_are_those_of_transformers(run: Path, tmp_path: Path, capsys: pyt
 
 def test_bad_rows_and_models_are_one_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "bad.jsonl").write_text('{"text": "one"}\n')
+    (tmp_path / "blank.jsonl").write_text('{"text": "one and two "}\n')
     (tmp_path / "none.jsonl").write_text("")
     mlm = tiny_runs.write(tmp_path / "mlm", "mlm")
     for checkpoint, benchmark, name, said in (
         (run, "blimp", "bad.jsonl", "line 1: has no sentence_good"),
         (run, "lambada", "bad.jsonl", "line 1: has a single word"),
+        (run, "lambada", "blank.jsonl", "line 1: ends in a blank"),
         (run, "lambada", "none.jsonl", "has no rows"),
         (run, "lambada", "missing", "cannot be read (No such file"),
         (mlm, "lambada", "bad.jsonl", "needs a causal language model"),
