@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def test_files(data: Path, task: str) -> dict[str, Path]:
-    """Return the files of test rows of a task, by the names that GLUE's server has. Raises UserError if there is none."""
+    """Return a task's files of test rows, by the names that GLUE's server has. Raises UserError if there is none."""
     stems = OF_MNLI if task == "mnli" else dict.fromkeys(TESTS, SERVED[task])
     by_stem = {path.name.lower().partition(".")[0]: path for path in sorted(data.iterdir())}
     files = {name: by_stem[stem] for stem, name in stems.items() if stem in by_stem}
