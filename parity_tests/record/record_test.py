@@ -195,6 +195,26 @@ def test_a_torch_loop_is_recorded_without_a_change() -> None:
     assert torch.Tensor.backward.__qualname__ == "Tensor.backward" and not model[0]._forward_hooks
 
 
+def test_an_optimizer_that_calls_the_step_of_its_class_makes_one_update() -> None:
+    class Further(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            super().step(closure)
+
+    model = torch.nn.Linear(3, 2)
+    torch.optim.SGD(model.parameters())  # PyTorch gives hooks to the step of this class, too
+    optimizer = Further(model.parameters(), lr=0.1, momentum=0.9)
+    with record.torch(model, optimizer) as recorder:
+        for _ in range(2):
+            model(torch.ones(1, 3)).sum().backward()
+            optimizer.step()
+    found = recorder.read()
+    assert [(e.update, e.name) for e in found.all("moment") if "bias" in e.name] == [
+        (0, "momentum_buffer/bias"),
+        (1, "momentum_buffer/bias"),
+    ]
+    assert sum(e.name == "weight" for e in found.all("parameter")) == 3
+
+
 def test_bfloat16_is_recorded_as_it_is_by_both() -> None:
     half = jnp.asarray(X, jnp.bfloat16)
     with record.jax() as b:

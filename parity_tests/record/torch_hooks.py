@@ -68,10 +68,21 @@ class TorchRecorder(Recorder):
     def watch(self, optimizer: torch.optim.Optimizer) -> None:
         """Record an optimizer that is made inside the `with` block."""
         self.optimizer = optimizer
-        self.handles += [
-            optimizer.register_step_pre_hook(lambda *_: self._gradients()),
-            optimizer.register_step_post_hook(lambda *_: self._step()),
-        ]
+        n_open = 0  # steps: that of a subclass calls its parent's, which PyTorch gives the same hooks
+
+        def before(*_: Any) -> None:
+            nonlocal n_open
+            n_open += 1
+            if n_open == 1:
+                self._gradients()
+
+        def after(*_: Any) -> None:
+            nonlocal n_open
+            n_open -= 1
+            if not n_open:
+                self._step()
+
+        self.handles += [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
 
     def loss(self, value: Any) -> None:
         """Add the loss of this update, where it is not what `backward` is called on."""
