@@ -177,7 +177,7 @@ class Checkpoints:
             n_free = shutil.disk_usage(self.folder).free
             if n_free < 1.05 * n_bytes + 1e5:  # with a margin for the small files
                 raise OSError(f"it needs {n_bytes / 1e6:,.1f} MB, and {n_free / 1e6:,.1f} MB are free")
-        # In a folder without checkpoints, an earlier, failed run left the frozen weights: save them again.
+        # Frozen weights in a folder without checkpoints are left from a failed run: save them again.
         has_frozen = self.steps() and processes.from_first(checksums.is_finished(self.folder / checksums.FROZEN))
         if frozen_weights and not has_frozen:
             self._save_frozen(frozen_weights)

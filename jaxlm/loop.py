@@ -57,7 +57,7 @@ def run(config: Config, origins: dict[str, str], start: Start, started_s: float)
             if builds_caches:
                 processes.wait()
             processes.check_same(identity(this))
-            this.validation.update(processes.from_first(list(this.validation.items())))
+            this.validation.update(processes.from_first(list(this.validation.items())))  # JSON has no int keys
             folder = processes.shared(storage.checkpoints(this.dir, config.run.checkpoint_dir))
             fresh, compiled = build(this.config, this.task, mesh, this.rewarmed, this.teacher)
             if mesh.size > mesh.shape["data"]:
@@ -164,7 +164,7 @@ def fit(
 ) -> TrainState:
     """Train until the run is over, a signal, or a file `stop` in the run folder; return the state.
 
-    `status` returns the exit status of the process so far: 0, or after a signal another number.
+    `status` returns the exit status so far: 0, or another number after a signal to any process.
     """
     train, samples, mesh = run.config.train, run.data.samples["train"], compiled.mesh
     position = run.start.position()
@@ -228,7 +228,7 @@ def roll_back(
 
 
 def evaluate(run: Run, compiled: Compiled, params: Any, name: str, status: Callable[[], int]) -> dict[str, Any] | None:
-    """Return the totals of a split (`name`) by source, over the samples that run.chosen lists; summed in float64.
+    """Return the totals of an evaluation, by source: of the samples in run.chosen[name]; summed in float64.
 
     Returns None after a signal.
     """
@@ -284,7 +284,7 @@ def finish(run: Run, compiled: Compiled, state: TrainState, checkpoints: Checkpo
 
 
 def _describe(mesh: Mesh, config: Config) -> str:
-    """Return a line about devices, mesh and attention kernel. Raises UserError if the kernel asked for cannot run."""
+    """Return devices, mesh, and attention if it is fused or a setting prevents it. Raises UserError if it must fuse."""
     model, dtype, attention = config.model, TASKS[config.task](config).dtype, "; fused attention"
     is_causal = parameters.model_kind(config.task) == "causal" or model.pooling == "last"
     is_packed = config.data.pack == "documents"

@@ -55,7 +55,7 @@ class Embedding(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = config
         # A tied table is also the output layer, which needs small initial values (as in GPT-2). Before a norm, which
-        # divides by the scale, updates of one size change a small table more (as in BERT).
+        # cancels the table's scale, Adam's updates, of a fixed size, change a small table more (as in BERT).
         is_small = config.tied_embedding or config.embedding_norm or config.initialization != "original"
         init = initial_weights(config, 0.02 if is_small else 1.0)
         self.token = nnx.Embed(config.vocab_size, config.d_model, embedding_init=init, rngs=rngs)
@@ -126,12 +126,12 @@ class Attention(nnx.Module):
         weights_key, output_key = dropout_keys
         q_BTHK, k_BTGK, v_BTGK = (f(x_BTD).reshape(B, T, -1, K) for f in (self.query, self.key, self.value))
         if self.config.qk_norm:
-            wide = matmul.sum_dtype(self.dtype)  # without a scale, nnx's norm would compute in the input's type
+            wide = matmul.sum_dtype(self.dtype)  # rmsnorm_no_scale would compute in the input's type
             q_BTHK, k_BTGK = self.query_norm(q_BTHK.astype(wide)), self.key_norm(k_BTGK.astype(wide))
         window = self.config.window_of(layer)
         if self.config.positions == "rotary":
             frequency_K = frequencies(self.config, window > 0)
-            seq_len = 0 if places.positions_BT is None else self.config.seq_len
+            seq_len = 0 if places.positions_BT is None else self.config.seq_len  # rows of the rotary table; 0: T
             q_BTHK, k_BTGK = (rotate(x, frequency_K, places.positions_BT, seq_len) for x in (q_BTHK, k_BTGK))
         q_BTHK, k_BTGK, v_BTGK = (x.astype(self.dtype) for x in (q_BTHK, k_BTGK, v_BTGK))
         mask = Mask(places.is_pad_BT, places.segments_BT, self.is_causal, window=window)

@@ -205,7 +205,7 @@ def roll_back(
 def evaluate(
     run: Run, compiled: Compiled, model: nn.Module, name: str, status: Callable[[], int]
 ) -> dict[str, Any] | None:
-    """Return the totals of a split (`name`) by source, over the samples that run.chosen lists; summed in float64.
+    """Return the totals of an evaluation, by source: of the samples in run.chosen[name]; summed in float64.
 
     Returns None after a signal.
     """

@@ -52,7 +52,7 @@ class Embedding(nn.Module):
         super().__init__()
         self.config = config
         # A tied table is also the output layer, which needs small initial values (as in GPT-2). Before a norm, which
-        # divides by the scale, updates of one size change a small table more (as in BERT).
+        # cancels the table's scale, Adam's updates, of a fixed size, change a small table more (as in BERT).
         is_small = config.tied_embedding or config.embedding_norm or config.initialization != "original"
         pad_id = config.pad_id if config.pad_id >= 0 else None
         self.token = nn.utils.skip_init(nn.Embedding, config.vocab_size, config.d_model, padding_idx=pad_id)

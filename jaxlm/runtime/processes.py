@@ -205,7 +205,7 @@ class _Watch:
         self._leave(status)
 
     def wait_for_the_cause(self, error: Exception) -> None:
-        """After a network error, wait: if another process failed or is lost, the watching thread ends this one."""
+        """After a network error, wait for the watching thread to end this process; process 0 then names lost ones."""
         if not any(word in str(error) for word in ("Gloo", "NCCL", "UNAVAILABLE", "CANCELLED", "DEADLINE_EXCEEDED")):
             return
         if self.rank:

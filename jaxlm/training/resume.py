@@ -151,7 +151,7 @@ class Start:
         changed = [(name, old, new) for name, old, new in changed if old != new]
         fixed = self._fixed()
         for name, old, new in changed:
-            if name in fixed and not (name == "model.vocab_size" and old == 0):
+            if name in fixed and not (name == "model.vocab_size" and old == 0):  # 0: the size of the tokenizer
                 mend = "start it anew with --train.reset-optimizer" if name == "train.optimizer" else "start a new run"
                 raise UserError(
                     f"{name}={new}, but {self.path} has {old}, which cannot change; leave this setting out, or {mend}"
@@ -198,7 +198,7 @@ class Start:
             )
 
     def position(self) -> Position:
-        """Return the position of the run in its data: where it resumes, otherwise the start."""
+        """Return where the run is in its data: where it resumes, otherwise the start. One source is a mix of one."""
         if self.kind != "resume":
             return Position()
         skipped = tuple((first, end) for first, end in self.info.get("skipped") or ())
@@ -209,7 +209,7 @@ class Start:
     def rewarmed(self, train: TrainConfig) -> tuple[int, float] | None:
         """Return the update at which a re-warmup begins, and the rate before it; None without one.
 
-        A re-warmup begins now if the schedule has changed; otherwise an earlier one continues.
+        A re-warmup begins now if the schedule or the run folder changes; otherwise an earlier one continues.
         """
         if self.kind != "resume" or not train.rewarmup_steps:
             return None
