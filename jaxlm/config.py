@@ -69,7 +69,7 @@ class DataConfig:
     n_labels: Count = 0  # number of classes; 0: as many as the training split has
     validation_fraction: Share = 0.1  # share of articles for validation, if the source has no such split
     test_fraction: Share = 0.1  # share of articles for the test, if the source has no such split
-    folds: Count = 0  # parts of all but the test articles, of which one is for validation; 0: validation_fraction
+    folds: Count = 0  # k-fold: parts of all but the test articles; one is for validation; 0: validation_fraction
     fold: Count = 0  # which one, from 0
     split_seed: Count = 0  # seed that assigns articles to splits, and chooses samples for validation_tokens
     validation_tokens: Count = 100_000  # gpt, mlm, pairs: tokens scored at each evaluation in training; 0: all

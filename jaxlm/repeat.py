@@ -1,7 +1,7 @@
 """Runs that are made several times, each in a process and a folder of its own: `jaxlm.train --seeds N --folds K`.
 
-Called again, a command goes on: a run that has ended is not made again, and one that was stopped resumes. All runs have
-the same compiled step, from the cache of compilations.
+The same command again skips runs that have ended, and resumes those that were stopped. All runs share the compiled
+step, by the compilation cache.
 """
 
 import signal
