@@ -221,12 +221,12 @@ class TrainConfig:
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """The weight of each class; () where there is none, or where the data have not been read."""
+        """The weight of each class; () without class_weights, or before the data are read."""
         is_read = re.fullmatch(r"[-+.,e0-9]+", self.class_weights)
         return tuple(map(float, self.class_weights.split(","))) if is_read else ()
 
     def label_rule(self, is_training: bool) -> dict[str, Any]:
-        """Return what the cross-entropy of classes is told, by the names of its arguments."""
+        """Return the arguments of the cross-entropy of classes, by name; none outside training."""
         if not is_training:
             return {}
         return {"smoothing": self.label_smoothing, "weights": self.weights if self.sampling == "shuffled" else ()}
